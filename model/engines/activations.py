@@ -20,13 +20,13 @@ def measure_activations(weights: Weights, config: ViTConfig, pixels: FloatArray,
     The model runs in float32 on ONNX Runtime's CPU provider.
 
     Args:
-        weights: the arrays by Meta's parameter names.
-        config: the model's shape.
+        weights: the model's weights, by Meta's parameter names.
+        config: the model's configuration.
         pixels: normalised images [B, 3, H, W], similar to the images that will be served.
         batch: the number of images per forward pass.
 
     Raises:
-        ValueError: H or W is not a multiple of the patch size, `pixels` is empty, or an input is not finite.
+        ValueError: H or W is not a multiple of the patch size, `pixels` is empty, or a layer's input is not finite.
     """
     ort = load_runtime()
     if not len(pixels):

@@ -1,14 +1,14 @@
 """Chooses the engine that serves an artifact on this host.
 
-Depending on the request, this is the requested engine, the first engine of a fixed list that passes the parity check,
-or the fastest on this CPU. No engine serves before its results have been compared with a reference. On a serving host,
-the reference is ONNX Runtime's CPU engine in float32, for which the manifest records the parity with torch. When
-another engine is loaded, it runs the same few images as the reference, and it is discarded if its results differ too
-much. All attempts are logged in order, with the reason, and reported at /v1/models.
+The user requests a specific engine, `auto` (the first engine in a fixed list that passes the parity check) or `fastest`
+(the fastest engine on this CPU). No engine serves before its results have been compared with a reference. On a serving
+host, the reference is ONNX Runtime's CPU engine in float32, which passed its own parity check at export. Every other
+engine runs the same few images as the reference when it is loaded, and is discarded if its results differ too much. All
+attempts are logged in order, with the reason, and reported at /v1/models.
 
-`auto` never selects int8. A vector's tag includes the precision, and a service must not write different vectors only
-because it runs on another host. bf16, which `auto` prefers on a GPU, is also a separate precision, so a collection that
-was filled on a GPU must be searched on a GPU.
+`auto` never selects int8, because a service must not compute different vectors only because it runs on another host.
+All vectors in a collection have the same precision. On a GPU, `auto` prefers bf16, so a collection that was filled on a
+GPU must be searched on a GPU.
 """
 
 import ctypes
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class Candidate(NamedTuple):
-    """An engine that may be chosen.
+    """An engine that can be chosen, described by its runtime, precision and device.
 
     Only torch uses `device`. If `device` is None, torch uses a GPU when the host has one.
     """
@@ -79,14 +79,17 @@ def choose_engine(
 ) -> Choice:
     """Choose and load the engine that serves `artifact` on this host.
 
+    The engine must be the float32 reference engine itself, or its results must agree with those of the reference.
+
     Args:
-        artifact: the verified artifact.
+        artifact: the artifact (exported model) to serve.
         name: `runtime[:precision]` (see `model.engines.runtimes.RUNTIMES`), `auto` or `fastest`. `auto` selects the
-            first engine of `AUTO` that is available and passes the comparison. `fastest` selects the winner of a
-            two-second benchmark of the CPU engines that pass.
+            first engine in `AUTO` that can serve. `fastest` selects the winner of a two-second benchmark of the CPU
+            engines that can serve.
         threads: the number of CPU threads per forward pass. If None, the engine uses all CPUs that this process may
             use.
-        photos: at least two images for the comparison at load, uint8 [H, W, 3]. If None, images are generated.
+        photos: at least two images for the comparison with the reference, uint8 [H, W, 3]. If None, images are
+            generated.
 
     Returns:
         The engine, and all engines that were tried.
@@ -202,7 +205,7 @@ def images_per_s(
 
 
 class _Host:
-    """The artifact, the threads and the images with which engines are loaded and compared.
+    """The artifact and number of threads for loading engines, and the images for comparing them.
 
     The features of the reference engine are computed once.
     """

@@ -28,7 +28,7 @@ class CudaError(RuntimeError):
 
 @dataclass(frozen=True)
 class Gpu:
-    """The properties of a GPU that a plan depends on."""
+    """The properties of a GPU that a TensorRT plan depends on."""
 
     name: str
     capability: tuple[int, int]
@@ -36,7 +36,7 @@ class Gpu:
 
 
 def load_runtime() -> Any:
-    """Import and return NVIDIA's bindings of the CUDA runtime.
+    """Import and return NVIDIA's Python bindings for the CUDA runtime.
 
     Raises:
         ModuleNotFoundError: the bindings are not installed. The message says how to install them.
@@ -59,7 +59,7 @@ class Cuda:
         Args:
             name: the function's name, such as "cudaMalloc".
             arguments: the function's arguments.
-            request: a description of the request for the error message, such as "device 0".
+            request: what the call requests, such as "device 0". The error message includes it.
 
         Raises:
             CudaError: the function returned an error code.
@@ -72,7 +72,7 @@ class Cuda:
         return results[0] if len(results) == 1 else tuple(results)
 
     def use(self, device: int) -> None:
-        """Make `device` the GPU that later calls of this thread use."""
+        """Make `device` the GPU that later calls from this thread use."""
         self.call("cudaSetDevice", device, request=f"device {device}")
 
     def stream(self) -> int:
@@ -97,24 +97,24 @@ class Cuda:
         self.call("cudaFreeHost", array.ctypes.data)
 
     def to_device(self, target: int, source: FloatArray, stream: int) -> None:
-        """Queue a copy of the contiguous pinned array `source` to the device address `target`."""
+        """Queue a copy of the contiguous pinned array `source` to the device address `target` on `stream`."""
         kind = self.runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         self.call("cudaMemcpyAsync", target, source.ctypes.data, source.nbytes, kind, stream)
 
     def to_host(self, target: FloatArray, source: int, stream: int) -> None:
-        """Queue a copy from the device address `source` into the contiguous pinned array `target`."""
+        """Queue a copy from the device address `source` to the contiguous pinned array `target` on `stream`."""
         kind = self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self.call("cudaMemcpyAsync", target.ctypes.data, source, target.nbytes, kind, stream)
 
     def wait(self, stream: int) -> None:
-        """Wait until all work queued on `stream` is done. If a kernel failed, this call raises the error."""
+        """Wait until all work queued on `stream` is done. If a kernel failed, raise a CudaError."""
         self.call("cudaStreamSynchronize", stream)
 
     def capture(self, stream: int, queue: Callable[[], None]) -> Any:
         """Record the work that the function `queue` puts on `stream`, without running it.
 
         Returns:
-            A CUDA graph for `launch`.
+            A CUDA graph, which `launch` can queue.
 
         Raises:
             CudaError: some of the work cannot be recorded. The stream remains usable.

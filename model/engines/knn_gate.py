@@ -1,9 +1,9 @@
-"""The k-NN gate: checks that k-NN is about as accurate with an int8 graph as with float32.
+"""The k-NN gate: checks that k-NN classification is about as accurate with an int8 graph as in float32.
 
-An int8 graph must pass this gate in addition to the parity check, because cosines say little about which image is
-nearest. Labelled images are classified by their neighbours, once with the int8 graph's class tokens and once with those
-of float32. `training/evaluate/knn.py` uses the same protocol. `model` must not import that file, so a test compares the
-two implementations.
+An int8 graph must pass this gate in addition to the parity check. The parity check limits the cosines between int8 and
+float32 features, but cosines say little about which image is nearest. The gate classifies labelled images by their
+nearest neighbours, once with int8 and once with float32 class tokens. `training/evaluate/knn.py` classifies in the same
+way. `model` must not import `training`, so the code exists twice, and a test compares the two implementations.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ MIN_TRAIN: Final = 500
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """The files of the folders `train/` and `val/`, each with the name of its class.
+    """The files in the folders `train/` and `val/`, each with the name of its class.
 
     The function `read` returns the pixels of a file, or None if the file is not an image.
     """
@@ -43,7 +43,7 @@ class LabelledImages:
 class ClassTokens:
     """The class tokens [n, D] and the class numbers [n] of the readable images in `train/` and in `val/`.
 
-    n is the number of these images in the folder, and D is the width of the model.
+    n is the number of readable images in each folder, and D is the width of the model.
     """
 
     train: FloatArray
@@ -53,9 +53,9 @@ class ClassTokens:
 
 
 def find_labelled(folder: Path, read: Callable[[Path], Image | None]) -> LabelledImages | None:
-    """Return the labelled images of `folder`, or None if `train/` or `val/` has no files.
+    """Return the labelled images in `folder`, or None if one of its folders `train/` and `val/` has no files.
 
-    `folder` contains `train/` and `val/`, and each of these contains one folder per class.
+    `train/` and `val/` each contain one folder per class.
     """
 
     def files_of(part: str) -> list[tuple[Path, str]]:
@@ -69,11 +69,11 @@ def find_labelled(folder: Path, read: Callable[[Path], Image | None]) -> Labelle
 def class_tokens(engine: Engine, images: LabelledImages, spec: PreprocessSpec, size: tuple[int, int]) -> ClassTokens:
     """Return the class tokens that an engine computes for all labelled images, and their class numbers.
 
-    Images are read one at a time. They are preprocessed for the input size `size` (H, W) in pixels, with the transform
-    `spec` scaled to this size.
+    Images are read one at a time and preprocessed according to `spec`, scaled to the input size `size` (H, W) in
+    pixels.
 
     Raises:
-        ValueError: no file of `train/` or of `val/` can be read as an image.
+        ValueError: `train/` or `val/` contains no file that can be read as an image.
     """
     numbers = {name: i for i, name in enumerate(sorted({name for _, name in [*images.train, *images.val]}))}
 
@@ -114,10 +114,11 @@ def knn_right(
     *,
     leave_one_out: bool = False,
 ) -> int:
-    """Return the number of class tokens in `test` [m, D] that k-NN in `train` [n, D] classifies correctly.
+    """Return how many class tokens in `test` [m, D] are classified correctly by k-NN on `train` [n, D].
 
-    The k nearest images vote for their class with weight exp(cosine / KNN_TEMPERATURE). If `train` has fewer than k
-    images, all of them vote. If `leave_one_out` is True, `test` must be `train`, and no image votes for itself.
+    The k nearest images in `train` vote for their classes with weight exp(cosine / KNN_TEMPERATURE). If `train` has
+    fewer than k images, all of them vote. If `leave_one_out` is True, `test` must be `train`, and no image votes for
+    itself.
     """
     k = min(k, len(train) - leave_one_out)
     unit_train, right = unit_length(train), 0

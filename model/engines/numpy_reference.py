@@ -1,8 +1,8 @@
-"""A backbone's forward pass in numpy: the reference of the parity check where torch is not installed.
+"""A backbone's forward pass in numpy: the reference for the parity check if torch is not installed.
 
-It follows the definition of the network in float64. The only code that it shares with the graphs and engines that it
-checks is the matrices that resize the positions. It reads the weights of one block at a time, so it takes little memory
-even for ViT-g. It is slow, and it serves no requests.
+The forward pass is computed in float64. It shares no code with the graphs and engines that are checked, except the
+function that computes the matrices for resizing the position embeddings. It reads the weights of one block at a time,
+so it needs little memory even for ViT-g. It is slow and never serves requests.
 
 Legend: B batch, H x W pixels, p patch size, h x w = H/p x W/p patches, N = h*w, R registers, T = 1 + R + N tokens, D
 width, A attention heads.
@@ -31,8 +31,9 @@ class NumpyReference:
     """Computes the features of a backbone in float64.
 
     Args:
-        weights: the arrays by Meta's parameter names, of any float type. A mapping may read each array from a file.
-        config: the shape.
+        weights: the weights by Meta's parameter names, in any float type. The mapping may read each array from a file
+            when it is accessed.
+        config: the model's configuration.
     """
 
     name = "numpy"
@@ -43,10 +44,10 @@ class NumpyReference:
         self._weights, self._config = weights, config
 
     def run(self, pixels: FloatArray) -> Features:
-        """Compute all features of normalised pixels [B, 3, H, W], rounded to float32 at the end.
+        """Compute all features of normalised pixels [B, 3, H, W] in float64, and return them as float32.
 
         Raises:
-            ValueError: a side is not a multiple of the patch size.
+            ValueError: H or W is not a multiple of the patch size.
         """
         tokens = self._tokens(pixels)
         for block in range(self._config.depth):
@@ -56,8 +57,10 @@ class NumpyReference:
         return Features(normed[:, 0], normed[:, first_patch:], normed[:, 1:first_patch])
 
     def run_outputs(self, pixels: FloatArray, names: Sequence[str]) -> dict[str, FloatArray]:
-        """Compute the optional outputs of graphs, as float32 arrays by name: `attention` [B, A, T], and `layer.<i>` [B,
-        T, D]. See model/onnx_graph/build.py for their definitions.
+        """Compute the outputs in `names` for normalised pixels [B, 3, H, W], and return float32 arrays by name.
+
+        The names are those of the optional outputs of exported graphs: `attention` [B, A, T] and `layer.<i>` [B, T, D],
+        which `model/onnx_graph/build.py` defines.
         """
         outputs: dict[str, FloatArray] = {}
         tokens = self._tokens(pixels)
@@ -95,7 +98,7 @@ class NumpyReference:
         return np.concatenate([cls, np.broadcast_to(self._array("register_tokens"), shape), patches], axis=1)
 
     def _resized(self, positions: Float64, h: int, w: int) -> Float64:
-        """Return the positions of patches [M*M, D], resized to [N, D]."""
+        """Resize the patch position embeddings [M*M, D] to a grid of h x w patches, and return them as [N, D]."""
         side, rule = self._config.grid, self._config.pos_embed_rule
         if (h, w) == (side, side):
             return positions
@@ -104,7 +107,7 @@ class NumpyReference:
         return np.asarray(np.einsum("hi,wj,ijd->hwd", rows, columns, grid, optimize=True)).reshape(h * w, -1)
 
     def _block(self, index: int, x: Float64) -> tuple[Float64, Float64]:
-        """Return the tokens [B, T, D] after a block, and the class token's attention weights in it [B, A, T]."""
+        """Run a block on tokens [B, T, D]. Return its output and the class token's attention weights [B, A, T]."""
         name = f"blocks.{index}"
         attended, attention = self._attention(f"{name}.attn", self._norm(f"{name}.norm1", x))
         x = x + self._scaled(f"{name}.ls1", attended)
@@ -136,7 +139,7 @@ class NumpyReference:
         return np.asarray(centred / deviation * self._array(f"{name}.weight") + self._array(f"{name}.bias"))
 
     def _scaled(self, name: str, branch: Float64) -> Float64:
-        """Apply a LayerScale, if the model has any."""
+        """Multiply `branch` by the LayerScale weights `name`, or return it unchanged if the model has no LayerScale."""
         return branch if self._config.layerscale_init is None else branch * self._array(f"{name}.gamma")
 
 
@@ -146,9 +149,9 @@ def gelu(x: Float64) -> Float64:
 
 
 def erf(x: Float64) -> Float64:
-    """Compute the error function, with an absolute error below 1e-12. numpy has none.
+    """Compute the error function, with an absolute error below 1e-12. numpy does not provide it.
 
-    It is interpolated between points of a table by cubic polynomials with the exact slopes (Hermite).
+    Values are interpolated from a table with cubic Hermite polynomials, which use the exact slopes.
     """
     values, slopes = _erf_table()
     position = np.minimum(np.abs(x), _ERF_END) / _ERF_STEP

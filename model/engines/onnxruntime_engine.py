@@ -1,12 +1,12 @@
-"""The ONNX Runtime engine: the default on a CPU, and on NVIDIA GPUs through its CUDA and TensorRT providers.
+"""The ONNX Runtime engine. It is the default on a CPU, and runs on NVIDIA GPUs through the CUDA and TensorRT providers.
 
 By default, ONNX Runtime's threads spin while they wait, which takes cores away from decoding the next batch. This
-engine turns spinning off (figures: docs/decisions/0002-engine-threads.md).
+engine turns spinning off (measurements: docs/decisions/0002-engine-threads.md).
 
 On a CPU, the standard `Attention` operator stores a whole T x T matrix per head. `com.microsoft.MultiHeadAttention`
-computes the matrix in tiles. With many tokens it is faster and needs a fraction of the memory. With few tokens it is
-slightly slower (docs/decisions/0017-attention-form.md). At load, the engine therefore replaces the attention nodes of
-graphs with many tokens, in memory. External weights stay in their file.
+computes the matrix in tiles. With many tokens, this is faster and needs a fraction of the memory. With few tokens, it
+is slightly slower (docs/decisions/0017-attention-form.md). When the engine loads a graph with many tokens, it therefore
+replaces the attention nodes in memory. The graph's files do not change.
 
 If a requested provider cannot run a graph, the engine raises an error. ONNX Runtime itself would continue on the CPU
 and only log the fact. The GPU providers have never run in this project. docs/engines.md lists the engines that have
@@ -64,7 +64,8 @@ def load_runtime() -> Any:
 def fault(request: OpenRequest) -> str | None:
     """Return the reason why the engine cannot serve, or None (see `model.engines.protocol.EngineFile`).
 
-    int8 needs an int8 graph that passed its gate. float32 on a CPU needs `model.onnx`.
+    For int8, the artifact must have an int8 graph that passed the k-NN gate. For float32 on a CPU, it must have
+    `model.onnx`.
     """
     artifact = request.artifact
     if request.precision == "int8":
@@ -75,9 +76,9 @@ def fault(request: OpenRequest) -> str | None:
 
 
 def open(request: OpenRequest) -> "OnnxEngine":
-    """Open and return the engine, as in `model.engines.protocol.EngineFile.open`.
+    """Open and return the engine (see `model.engines.protocol.EngineFile.open`).
 
-    If the artifact lacks the graph, the graph is built from the weights first.
+    If the artifact has no graph of the requested precision, the graph is first built from the weights.
     """
     provider, cache = _PROVIDER_OF[request.runtime], request.artifact.derived
     need_provider(provider)  # raises an error before a graph is built
@@ -106,8 +107,8 @@ class OnnxEngine:
             dynamic input size.
         cache_dir: the folder in which TensorRT stores its engines and timings. If None, the folder of `path` is used.
         spinning: whether waiting threads spin.
-        prepack: whether ONNX Runtime repacks the weights for the CPU. Passes are then faster, but a second copy of the
-            weights stays in memory.
+        prepack: whether ONNX Runtime repacks the weights for the CPU. This makes forward passes faster, but keeps
+            a second copy of the weights in memory.
 
     Raises:
         ValueError: ONNX Runtime cannot load the file, or the provider cannot run the model.
@@ -164,7 +165,7 @@ class OnnxEngine:
         """Compute the features of a batch of normalised pixels [B, 3, H, W].
 
         Raises:
-            ValueError: the graph does not accept the shape, or lacks an output of `Features`.
+            ValueError: the graph does not accept the shape, or lacks one of the outputs in `Features`.
         """
         return Features(**self.run_outputs(pixels, Features._fields))
 
@@ -172,7 +173,7 @@ class OnnxEngine:
         """Run a batch of normalised pixels [B, 3, H, W], and return the outputs in `names` as float32 arrays, by name.
 
         Raises:
-            ValueError: the graph does not accept the shape, or has no output of this name.
+            ValueError: the graph does not accept the shape, or lacks one of the outputs.
         """
         self._check_shape(pixels.shape)
         missing = [name for name in names if name not in self.outputs]
@@ -188,7 +189,7 @@ class OnnxEngine:
         self._session = None
 
     def _tokens(self) -> int:
-        """Return the number of patch tokens of an image, or 0 if the graph accepts images of any size."""
+        """Return the number of patch tokens per image, or 0 if the graph accepts images of any size."""
         _, height, width = self._shape
         if isinstance(height, str) or isinstance(width, str):
             return 0
@@ -224,9 +225,10 @@ def need_provider(provider: Provider) -> None:
 
 
 def graph_of(artifact: Artifact, precision: str) -> GraphRecord | None:
-    """Return the record of the artifact's graph of this precision, or None if no graph is suitable.
+    """Return the record of the artifact's graph with this precision, or None if the artifact has no suitable graph.
 
-    A graph of the artifact's input size is preferred to a graph for any size. Graphs of other sizes are not suitable.
+    A graph for the artifact's input size is preferred to a graph that accepts any size. Graphs for other sizes are not
+    suitable.
     """
     graphs = [graph for graph in artifact.manifest.graphs if graph.precision == precision]
     usable = [graph for graph in graphs if graph.size in (artifact.manifest.input_size, None)]
@@ -234,14 +236,14 @@ def graph_of(artifact: Artifact, precision: str) -> GraphRecord | None:
 
 
 def graph_file(artifact: Artifact, precision: str, *, any_size: bool = True) -> Path:
-    """Return the path of the artifact's graph of this precision.
+    """Return the path of the artifact's graph with this precision.
 
     If the artifact has no such graph, the graph is built from the weights and stored.
 
     Args:
         artifact: the verified artifact.
         precision: the precision of the graph.
-        any_size: whether a graph for any size may be returned. TensorRT needs a fixed size.
+        any_size: whether the graph may accept any input size. TensorRT needs a fixed size.
 
     Raises:
         ArtifactError: the new graph cannot be written.
@@ -293,9 +295,9 @@ def _options(options: Any, threads: int, spinning: bool, prepack: bool, path: Pa
 
 
 def _settings(provider: str, precision: str, shape: Sequence[int | str], cache_dir: Path) -> dict[str, str]:
-    """Return the options of a provider, by name.
+    """Return the options for a provider, by name.
 
-    TensorRT's engines are cached in `cache_dir`, because a build takes minutes.
+    The engines that TensorRT builds are cached in `cache_dir`, because a build takes minutes.
 
     Raises:
         ValueError: TensorRT is requested for a graph without a fixed size.

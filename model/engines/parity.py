@@ -1,14 +1,14 @@
 """The parity check: compares an engine's features with those of a float32 reference before the engine may serve.
 
-The check computes four figures: the largest absolute difference of any output, the lowest cosine of a class token, the
-lowest cosine of a patch token, and the share of images for which both engines find the same nearest other image by
-class token. Users of the search would notice a low value of the last figure.
+The check computes four metrics: the largest absolute difference in any output, the lowest cosine between class tokens,
+the lowest cosine between patch tokens, and the share of images for which both engines find the same nearest neighbour
+by class token. Search results would visibly change if this share were low.
 
-Graphs of other sizes are compared on the same images with a resized crop. Two copies of a large model do not fit into
-memory. The reference features are therefore plain arrays, so that the reference engine can be released before the next
-engine is loaded.
+Graphs for input sizes other than the artifact's are compared on the same images, resized and cropped to that size. Two
+copies of a large model may not fit into memory, so the reference features are plain arrays, and the reference engine
+can be released before the other engine is loaded.
 
-An int8 graph must also pass the gate in `knn_gate.py`.
+An int8 graph must also pass the k-NN gate in `knn_gate.py`.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ LIMITS = {
 
 
 class ParityError(ValueError):
-    """The error raised when an engine's results differ too much from the reference. The message gives the figures."""
+    """The error raised when an engine's results differ too much from the reference. The message gives the metrics."""
 
 
 def sample_photos(count: int = 16, seed: int = 0) -> list[Image]:
@@ -73,8 +73,8 @@ def compare(reference: Features, candidate: Features) -> tuple[float, float, flo
     """Compare the features that two engines computed from the same images.
 
     Returns:
-        The largest absolute difference, the lowest cosine of a class token, the lowest cosine of a patch token, and the
-            share of images for which both engines find the same nearest other image.
+        The largest absolute difference, the lowest cosine between class tokens, the lowest cosine between patch tokens,
+            and the share of images for which both engines find the same nearest neighbour among the other images.
     """
     # np.max propagates NaN. Python's max may not.
     error = float(
@@ -90,10 +90,10 @@ def compare(reference: Features, candidate: Features) -> tuple[float, float, flo
 
 
 def pixels_at(images: Sequence[Image], spec: PreprocessSpec, size: tuple[int, int]) -> FloatArray:
-    """Preprocess images for a graph of input size `size` (H, W), and return the pixels [B, 3, H, W].
+    """Preprocess images for a graph with input size `size` (H, W), and return the pixels [B, 3, H, W].
 
-    The transform is `spec` with its `resize` and `crop` scaled so that the crop is a square with the longer side of
-    `size`. If `size` is not square, the centre of this square is cut out.
+    The `resize` and `crop` of `spec` are scaled so that each image becomes a square of side max(H, W). If H and W
+    differ, the central H x W pixels of the square are returned.
     """
     assert spec.crop is not None  # an artifact's preprocessing always crops
     assert spec.resize is not None
@@ -123,10 +123,10 @@ def measure(
     size: tuple[int, int] | None = None,
     gate: GateRecord | None = None,
 ) -> ParityRecord:
-    """Run `candidate` on `pixels` [B, 3, H, W], at least two images, and compare its features with `reference`.
+    """Run `candidate` on `pixels` [B, 3, H, W], and compare its features with `reference`.
 
-    If `batch` is larger than the number of images, images are repeated to fill one batch. `file`, `size` and `gate` are
-    only copied into the returned record.
+    `pixels` must contain at least two images. If `batch` is larger than the number of images, images are repeated to
+    fill one batch. `file`, `size` and `gate` are only copied into the returned record.
     """
     n = len(pixels)
     assert n > 1, "nearest neighbours need two images"
@@ -153,10 +153,10 @@ def measure(
 def with_extras(
     record: ParityRecord, reference: dict[str, FloatArray], candidate: dict[str, FloatArray]
 ) -> ParityRecord:
-    """Return a copy of `record` that also covers further outputs of the two engines.
+    """Return a copy of `record` that also takes the optional outputs of both engines into account.
 
-    `reference` and `candidate` contain these outputs by name. The copy has the largest absolute difference and the
-    lowest patch cosine of all these outputs and of `record`.
+    `reference` and `candidate` contain the optional outputs by name. They update the largest absolute difference and
+    the lowest patch cosine of the record.
     """
     errors = [float(np.abs(candidate[name] - theirs).max()) for name, theirs in reference.items()]
     cosines = [_min_cosine(theirs, candidate[name]) for name, theirs in reference.items()]
@@ -169,14 +169,13 @@ def with_extras(
 
 
 def check(record: ParityRecord, reference: str | None = None) -> None:
-    """Check the figures of a record against the limits of its precision.
+    """Check the metrics in `record` against the limits for its precision. A NaN is always outside the limits.
 
-    A figure that is NaN is outside its limit. The int8 gate is not checked.
-
-    The message names `reference`, or if it is None, `record.reference`.
+    The k-NN gate for int8 is not checked. `reference` is the name of the reference engine in the error message. If it
+    is None, `record.reference` is used.
 
     Raises:
-        ParityError: a figure is outside its limit, so the engine must not serve.
+        ParityError: a metric is outside its limit, so the engine must not serve.
     """
     limits = LIMITS[record.precision]
     passed = (

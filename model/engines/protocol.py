@@ -30,8 +30,8 @@ class Features(NamedTuple):
 class Engine(Protocol):
     """A model that is loaded in a runtime.
 
-    `name` identifies the runtime and `precision` the number format. `device` is "cpu" or "cuda". An engine that uses
-    CUDA graphs pads a batch to one of the sizes in `BUCKETS`.
+    `name` is the name of the runtime, and `precision` is the number format. `device` is "cpu" or "cuda". An engine
+    that uses CUDA graphs pads a batch to one of the sizes in `BUCKETS`.
     """
 
     name: str
@@ -56,9 +56,9 @@ class OpenRequest:
     """The parameters for opening an engine.
 
     `runtime` is a name in `runtimes.RUNTIMES`, and `precision` is one of its precisions. `threads` is the number of CPU
-    threads per forward pass. `device` applies only to runtimes that support both devices. If `device` is None, these
-    runtimes use a GPU when the host has one. If `few_passes` is True, the engine should use less memory and may be
-    slower.
+    threads per forward pass. `device` applies only to runtimes that run on both CPU and GPU. If `device` is None, these
+    runtimes use a GPU when the host has one. If `few_passes` is True, the engine will run only a few times, so it
+    should save memory rather than time.
     """
 
     artifact: Artifact
@@ -75,8 +75,8 @@ class EngineFile(Protocol):
     def fault(self, request: OpenRequest) -> str | None:
         """Return the reason why an engine cannot serve this artifact on this host, or None if no reason is known.
 
-        The reason is one line. The call loads neither the runtime nor the model. The caller checks that the host has a
-        GPU.
+        The reason is one line. The function loads neither the runtime nor the model. It does not check whether the host
+        has a GPU, because its caller does.
         """
         ...
 

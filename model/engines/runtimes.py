@@ -33,8 +33,8 @@ RUNTIMES: Final = {runtime.name: runtime for runtime in _ROWS}
 def parse_engine(name: str) -> tuple[str, str]:
     """Split an engine name of the form `runtime[:precision]` into (runtime, precision).
 
-    If the name has no precision, the runtime's default precision is returned. The names `auto` and `fastest` have the
-    precision "".
+    If the name has no precision, the runtime's default precision is returned. For the names `auto` and `fastest`,
+    the precision is "".
 
     Raises:
         ValueError: the runtime is unknown, or it does not support the precision.

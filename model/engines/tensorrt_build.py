@@ -1,17 +1,17 @@
 """Finds the installed TensorRT library, and runs one build or refit of a plan in a separate process.
 
-A graph that the builder cannot handle can kill the building process (a signal has been observed), so
+A graph that TensorRT's builder cannot handle can kill the process with a signal (this has been observed), so
 `model/engines/tensorrt_export.py` runs this file as a program: `python -P tensorrt_build.py JOB.json`. The file imports
 nothing from the project. The program writes one JSON object per line to standard output: progress events, then the
 result. Everything that the libraries print goes to standard error.
 
-Two libraries provide this API: `tensorrt` (10.14 or newer, the first version with the `Attention` operator) and
+Two libraries provide the TensorRT API: `tensorrt` (10.14 or newer, the first version with the `Attention` operator) and
 `tensorrt_rtx` (TensorRT for RTX; its wheels install from PyPI, and it can build for a given target without a GPU).
 
-Attention must become one fused kernel per block. By default TensorRT does not decompose the operator, so a build
-without a matching kernel fails. TensorRT-RTX 1.7.1, however, decomposed a float32 operator when the batch was fixed to
-1. Plans of TensorRT-RTX contain the names of their kernels, so `count_fused_attention` can count the fused kernels as a
-second check.
+Attention must become one fused kernel per block. By default TensorRT does not decompose an `Attention` operator, so a
+build without a matching kernel fails. TensorRT-RTX 1.7.1, however, decomposed a float32 one when the batch size was
+fixed to 1. Plans of TensorRT-RTX contain the names of their kernels, so `count_fused_attention` can count the fused
+kernels as a second check.
 """
 
 import importlib
@@ -47,7 +47,7 @@ def find_library(name: str | None = None) -> Library:
     If `name` is None, `tensorrt` is returned if it is installed and new enough, otherwise `tensorrt_rtx`.
 
     Raises:
-        ModuleNotFoundError: no library can be imported. The message gives the reasons and explains the installation.
+        ModuleNotFoundError: no suitable library is installed. The message gives reasons and says how to install one.
         ValueError: `name` is unknown, or `name` is "tensorrt" and the installed version is older than 10.14.
     """
     if name is not None and name not in LIBRARIES:
@@ -72,8 +72,8 @@ def find_library(name: str | None = None) -> Library:
 def count_fused_attention(plan: bytes) -> int:
     """Return the number of fused attention kernels that a TensorRT-RTX plan names.
 
-    If all attention is fused, a plan names one kernel per block and profile. Plans of the full library have not been
-    examined, so their count is only informational.
+    If all attention is fused, a plan names one kernel per block and profile. It is not known whether plans
+    from the full TensorRT library name these kernels.
     """
     return len(_FUSED.findall(plan))
 
@@ -83,7 +83,7 @@ class BuildError(ValueError):
 
 
 def plain_reason(errors: list[str]) -> str:
-    """Return an explanation of the builder's error messages, followed by the last messages themselves."""
+    """Return a plain explanation of the builder's error messages, followed by the last three of them."""
     said = " | ".join(errors[-3:]) or "it gave no reason"
     if "not supported by a dedicated kernel" in said:
         return (
@@ -199,10 +199,11 @@ def build(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
 def _configure(trt: Any, builder: Any, job: dict[str, Any], events: _Events) -> tuple[Any, list[Any], Any]:
     """Return the builder's configuration, the profiles stored in it, and the progress monitor.
 
-    The monitor is None if this TensorRT has none. The caller must keep the monitor alive until the build ends.
+    The monitor is None if the installed TensorRT does not support progress monitors. The caller must keep the monitor
+    alive until the build ends.
 
     Raises:
-        BuildError: TensorRT refuses a profile or cannot build for a target.
+        BuildError: TensorRT refuses a profile, or cannot build for one of the target GPUs.
     """
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # keeps layer names for inspecting a plan
@@ -237,15 +238,13 @@ def _configure(trt: Any, builder: Any, job: dict[str, Any], events: _Events) -> 
 
 
 def refit(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
-    """Replace the weights of the plan file `job["from"]` with those of the graph file `job["onnx"]`.
-
-    The new plan is written to the file `job["plan"]`.
+    """Copy the plan file `job["from"]` to the file `job["plan"]`, with the weights of the graph file `job["onnx"]`.
 
     Returns:
         A dictionary with the duration of the refit in seconds.
 
     Raises:
-        BuildError: the plan cannot be loaded, was built without the refit flag, or was built from another graph.
+        BuildError: the plan cannot be loaded, was built without the refit flag, or was built from a different graph.
     """
     errors: list[str] = []
     logger = _logger(trt, errors)

@@ -1,12 +1,13 @@
 """The TensorRT engine: runs a plan on one NVIDIA GPU, without torch.
 
-Each batch is padded to the next of the sizes 1, 2, 4, ..., 64. Each size has a CUDA graph. One launch of the graph
-copies the pixels in, runs the plan and copies the features out. The graphs are captured when the engine loads, after
-one pass in which the library initialises itself. NVIDIA requires one execution context per captured graph. The contexts
-share the weights and one block of memory for activations, because a single stream runs them one after the other.
+Each batch is padded to one of the sizes 1, 2, 4, ..., 64. Each size has its own CUDA graph. One launch of the graph
+copies the pixels in, runs the plan and copies the features out. Each graph is captured when the engine loads, after a
+first pass in which the library allocates memory and compiles kernels. NVIDIA requires one execution context per
+captured graph. The contexts share the weights and one block of memory for activations, because a single stream runs
+them one after the other.
 
-`model/engines/tensorrt_export.py` builds the plans and stores only those that pass the parity check. `open` accepts no
-other plans. A refitted plan is loaded as a new engine, so its graphs are captured again.
+`model/engines/tensorrt_export.py` builds the plans and stores only those that pass the parity check. `open` accepts
+only stored plans. A refitted plan is loaded as a new engine, so its graphs are captured again.
 
 Status: this module follows the documented API of both libraries and is tested with a recording fake
 (`tests/model/engines/fake_tensorrt.py`). docs/tensorrt.md lists the parts that have run on a GPU.
@@ -43,9 +44,9 @@ _LEVELS = {"INTERNAL_ERROR": logging.ERROR, "ERROR": logging.ERROR, "WARNING": l
 
 
 def fault(request: OpenRequest) -> None:
-    """Return None, because no reason against the engine is known before the libraries are loaded.
+    """Return None, because the engine cannot be checked without loading its libraries.
 
-    `open` loads the libraries and looks for a plan.
+    `open` loads the libraries, looks for a plan, and raises an error if the engine cannot serve.
     """
 
 
@@ -75,14 +76,14 @@ class TensorRTEngine:
 
     Args:
         plan: the plan's bytes.
-        toolchain: the library, CUDA and the GPU.
+        toolchain: the TensorRT library, the CUDA bindings and the GPU.
         precision: the precision of the graph that the plan was built from.
         jit_cache: the file that caches the kernels that TensorRT for RTX compiles on this GPU. If None, they are not
             cached.
 
     Raises:
-        ValueError: TensorRT refuses the plan, or the plan is not one of this project's.
-        CudaError: the GPU's memory is too small, or a CUDA call failed.
+        ValueError: TensorRT refuses the plan, or the plan was not built by this project.
+        CudaError: the GPU does not have enough memory, or a CUDA call failed.
     """
 
     def __init__(
@@ -195,7 +196,7 @@ class TensorRTEngine:
         self._activations = on_device(self._activation_bytes)
 
     def _make_contexts(self, stack: ExitStack, jit_cache: Path | None) -> None:
-        """Create one execution context per batch size, and set its profile, input shape and buffer addresses."""
+        """Create one execution context per batch size, with its profile, input shape and buffer addresses."""
         self._contexts = {}
         stack.callback(self._contexts.clear)
         self._jit = None
@@ -217,7 +218,8 @@ class TensorRTEngine:
     def _runtime_settings(self, jit_cache: Path | None) -> Any:
         """Return the settings for new execution contexts.
 
-        The contexts use memory that this engine allocates. With TensorRT for RTX, they also use the cached kernels.
+        The contexts use memory that this engine allocates. With TensorRT for RTX, they also use the kernels
+        cached in the file `jit_cache`.
         """
         trt = self._trt
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -270,7 +272,7 @@ class TensorRTEngine:
         return lambda: self._cuda.launch(graph, self._stream)
 
     def _queue(self, bucket: int) -> None:
-        """Queue one pass of `bucket` images, which copies the pixels in, runs the plan, and copies the features out."""
+        """Queue the work for `bucket` images: copy the pixels in, run the plan, and copy the features out."""
         self._cuda.to_device(self._addresses[INPUT], self._host_in[:bucket], self._stream)
         if not self._contexts[bucket].execute_async_v3(self._stream):
             raise CudaError(f"{self.name} failed at batch {bucket}: {self._last_errors()}")

@@ -1,9 +1,9 @@
-"""Builds a TensorRT plan from an artifact on the host that will run the plan, and stores it if it passes parity.
+"""Builds a TensorRT plan on the host that will run it, and stores the plan if it passes the parity check.
 
 The graph is derived from the artifact's weights in the plan's precision, because TensorRT takes all number formats from
 the graph. The plan is built in a separate process (`model/engines/tensorrt_build.py`), loaded in the same way as for
 serving, and compared with a reference engine on images at every serving batch size, because each profile has its own
-kernels. If the plan differs too much, only its figures are stored (see `model/engines/tensorrt_plans.py`).
+kernels. If the results differ too much, only the metrics are stored (see `model/engines/tensorrt_plans.py`).
 
 A refit puts the weights of a retrained model into a plan that was built with `refit=True`. A refit is faster than a
 build. The refitted plan is checked in the same way and stored under its own key.
@@ -64,11 +64,11 @@ LOG_TAIL_LINES = 12
 class BuildOptions:
     """The options for building a plan.
 
-    If `refit` is True, the plan's weights can be replaced later. `refit_from` is the path of such a plan. If
-    `refit_from` is set, the weights of that plan are replaced, and no plan is built. `timing_cache` is the file in
-    which the full library stores its kernel measurements. `photos` are the images for the parity check, uint8 [H, W,
-    3]. `activations` contains the largest absolute input of each linear layer, which fp8 requires. The build is stopped
-    after `time_limit_s` seconds. If `rebuild` is True, a plan is built even if a plan with the same key exists.
+    If `refit` is True, the plan's weights can be replaced later. If `refit_from` is the path of a plan that was built
+    with `refit`, the new plan is a copy of it with new weights, and nothing is built. `timing_cache` is the file in
+    which the full TensorRT library stores its kernel measurements. `photos` are the images for the parity check, uint8
+    [H, W, 3]. `activations` contains the largest absolute input of each linear layer, which fp8 requires. The build is
+    stopped after `time_limit_s` seconds. If `rebuild` is True, a plan is built even if a plan with the same key exists.
     """
 
     precision: PlanPrecision = "bf16"
@@ -99,13 +99,13 @@ def build_plan(
     """Build or refit the plan of `artifact` for this host, compare it with `reference`, and store it in `folder`.
 
     Args:
-        artifact: the verified artifact.
-        toolchain: the library, CUDA and the GPU of this host.
+        artifact: the artifact (exported model) to build the plan from.
+        toolchain: the TensorRT library, the CUDA bindings and the GPU of this host.
         reference: an engine that runs the artifact in float32 on the CPU.
         folder: the folder of plans. It is created if missing.
         options: the options for building the plan.
         progress: a function that is called with each event of the build.
-        run: the function that runs the job. If None, `run_job` is used.
+        run: the function that runs the build or refit job. If None, `run_job` is used.
         make_engine: the function that loads the plan into an engine. If None, the plan is loaded into a
             `TensorRTEngine`.
 
@@ -114,7 +114,7 @@ def build_plan(
 
     Raises:
         BuildError (a ValueError): TensorRT cannot build or refit the plan. The message gives the reason.
-        ParityError (a ValueError): the plan's results differ too much from the reference. Only the figures are stored.
+        ParityError (a ValueError): the plan's results differ too much from the reference. Only the metrics are stored.
         OSError: the folder cannot be written.
     """
     run, make_engine = run or run_job, make_engine or _load
@@ -165,7 +165,7 @@ def _check_passed(record: PlanRecord, path: Path) -> None:
 
 
 def _existing(folder: Path, key: PlanKey) -> tuple[Path, PlanRecord] | None:
-    """Return the path and the record of the stored plan with this key, or None if no such plan may serve."""
+    """Return the path and the record of the stored plan with this key, or None if there is no valid plan."""
     try:
         record = read_plan(folder, key)[1]
     except PlanMissing as missing:
@@ -177,10 +177,10 @@ def _existing(folder: Path, key: PlanKey) -> tuple[Path, PlanRecord] | None:
 def targets_of(toolchain: Toolchain) -> list[str]:
     """Return the compute capabilities for which TensorRT should build, such as ["SM89"].
 
-    The list is empty for the full library, which builds for the GPU of this host. The list is also empty if TensorRT
-    for RTX has no name for the GPU's capability, for example SM90. According to its documentation, a plan without a
-    target runs on compute capability 8.0, 8.6, 8.9, 12.0 "and later". The library checks each plan when it loads the
-    plan.
+    The list is empty for the full TensorRT library, which builds for the GPU of this host. The list is also empty if
+    TensorRT for RTX has no name for the GPU's capability, for example SM90. According to its documentation, a plan
+    without a target runs on compute capability 8.0, 8.6, 8.9, 12.0 "and later". The library checks each plan when it
+    loads the plan.
     """
     if toolchain.library.name != "tensorrt_rtx":
         return []
@@ -229,7 +229,7 @@ def run_job(job: Mapping[str, Any], folder: Path, *, time_limit_s: float, progre
 
     Args:
         job: the job that `make_job` returned.
-        folder: the folder in which the job and its log are written.
+        folder: the folder to which the job and its log are written.
         time_limit_s: the time in seconds after which the process is killed.
         progress: a function that is called with each event.
 
@@ -279,7 +279,7 @@ def run_job(job: Mapping[str, Any], folder: Path, *, time_limit_s: float, progre
 
 
 def _follow(lines: Iterable[str], progress: Progress) -> dict[str, Any]:
-    """Parse each line as JSON, call `progress` with each phase event, and return the last object."""
+    """Parse each line as JSON, call `progress` with each object that has a "phase", and return the last object."""
     last: dict[str, Any] = {}
     for line in lines:
         last = json.loads(line)
@@ -303,10 +303,11 @@ def _signal_name(number: int) -> str:
 def check_fusion(library: str, fused: int, depth: int) -> None:
     """Check that a plan of TensorRT for RTX has one fused attention kernel per block and profile.
 
-    Plans of the full library are not checked, because they are not known to name their kernels.
+    Plans of the full TensorRT library are not checked, because it is not known whether they name their kernels.
 
     Raises:
-        BuildError: `fused`, the number of fused kernels, differs from `depth` times the number of profiles.
+        BuildError: the number of fused kernels, `fused`, is not the number of blocks, `depth`, times the number of
+            profiles.
     """
     wanted = depth * len(PROFILES)
     if library == "tensorrt_rtx" and fused != wanted:

@@ -1,17 +1,17 @@
 """Stores TensorRT plans on disk, each under its own key.
 
-A plan is machine code for one GPU, built by one version of the library from one graph. Its key is a sha256 over GPU,
-driver, library, graph and options. If one of these changes, the key changes too, so a plan that would be slow, refused
-or wrong is never loaded.
+A plan is machine code for one GPU, built by one version of the TensorRT library from one graph. Its key is a sha256
+hash of the GPU, driver, library, graph and options. If one of these changes, the key changes too, so a plan that is
+slow or wrong on this host, or that the library would refuse, is never loaded.
 
     <data folder>/derived/<artifact>/plans/
       <key>.plan            the plan
-      <key>.json            the plan's record: the parts of the key, sha256, build time and parity figures
+      <key>.json            the plan's record: the content of the key, sha256, build time and parity metrics
       <key>.jit             kernels that TensorRT for RTX compiled on this GPU, written at the first start
       <graph>.graph.json    the sha256 of the ONNX graph for an artifact, size and precision, so that a server
                             can compute the plan's key without writing the graph again
 
-A record in which `passed` is false has the figures of a plan that failed parity and was not stored.
+A record in which `passed` is false contains the metrics of a plan that failed the parity check and was not stored.
 """
 
 import hashlib
@@ -58,13 +58,13 @@ class Toolchain:
 
 
 def find_toolchain(library: str | None = None) -> Toolchain:
-    """Find TensorRT, the CUDA bindings and the GPU of this host.
+    """Find this host's TensorRT library, CUDA bindings and GPU.
 
     `library` is the name of the TensorRT library. If None, `find_library` selects the library.
 
     Raises:
         ModuleNotFoundError: TensorRT or the CUDA bindings are not installed. The message says how to install them.
-        ValueError: CUDA can use no GPU, or the library is unknown or too old.
+        ValueError: CUDA cannot use any GPU, or the TensorRT library is unknown or too old.
     """
     tensorrt, cuda = find_library(library), Cuda(load_runtime())
     return Toolchain(tensorrt, cuda, describe_gpu(cuda))
@@ -78,10 +78,10 @@ def plans_folder(derived_dir: Path) -> Path:
 def graph_spec(artifact: Artifact, precision: PlanPrecision, library: Library) -> GraphSpec:
     """Return the spec of the graph from which an artifact's plan is built.
 
-    An fp16 graph would compute the softmax of attention in fp16. It therefore casts queries, keys and values to float32
-    if the library can fuse attention with these casts. TensorRT for RTX can do so, and according to its release notes
-    the full library can since version 11.3. A bf16 graph needs no casts, because its softmax is computed in float32.
-    The graph of a model without registers has no output `registers`, because it would be empty.
+    In an fp16 graph, the softmax of attention would be computed in fp16. To avoid this, the graph casts queries, keys
+    and values to float32 if the library can fuse attention with these casts. TensorRT for RTX can do so. The full
+    library can do so since version 11.3, according to its release notes. A bf16 graph needs no casts, because its
+    softmax is computed in float32. If the model has no registers, the graph has no output `registers`.
     """
     major, minor = (int(part) for part in library.version.split(".")[:2])
     casts = precision == "fp16" and (library.name == "tensorrt_rtx" or (major, minor) >= (11, 3))
@@ -97,7 +97,7 @@ def graph_spec(artifact: Artifact, precision: PlanPrecision, library: Library) -
 def graph_identity(artifact: Artifact, spec: GraphSpec) -> str:
     """Return 32 hex digits that identify the graph that `spec` describes.
 
-    They are a hash of the artifact's fingerprint, the spec, and the code that writes graphs.
+    The digits are a hash of the artifact's fingerprint, the spec, and the code that writes graphs.
     """
     package = Path(__file__).parents[1]
     writer = file_digest(sorted([*(package / "onnx_graph").glob("*.py"), package / "pos_embed.py"]))
@@ -105,7 +105,7 @@ def graph_identity(artifact: Artifact, spec: GraphSpec) -> str:
 
 
 class PlanMissing(ValueError):
-    """The error raised when no stored plan may serve. The message gives the reason."""
+    """The error raised when no stored plan can serve. The message gives the reason."""
 
 
 class PlanKey(BaseModel):
@@ -130,7 +130,7 @@ class PlanKey(BaseModel):
 
 
 class PlanRecord(BaseModel):
-    """The content of `<key>.json`: a plan's key, hash, parity figures and build times."""
+    """The content of `<key>.json`: a plan's key, hash, parity metrics and build times."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -150,7 +150,7 @@ class PlanRecord(BaseModel):
 def make_key(onnx_sha256: str, precision: PlanPrecision, toolchain: Toolchain, *, refit: bool) -> PlanKey:
     """Return the key of a plan that `toolchain` builds from the graph with the hash `onnx_sha256`.
 
-    `refit` is True if the plan's weights can be replaced.
+    `refit` states whether the plan's weights can be replaced later.
     """
     return PlanKey(
         onnx_sha256=onnx_sha256,
@@ -172,12 +172,12 @@ def plan_path(folder: Path, key: PlanKey) -> Path:
 def find_plan(
     artifact: Artifact, precision: PlanPrecision, toolchain: Toolchain, folder: Path
 ) -> tuple[bytes, PlanRecord]:
-    """Return the plan that may serve `artifact` on this host, as bytes, and its record.
+    """Return the bytes and the record of the stored plan that can serve `artifact` on this host.
 
     A plan with fixed weights is preferred to a plan with replaceable weights.
 
     Raises:
-        PlanMissing: no plan may serve. The message gives the reason.
+        PlanMissing: no plan can serve. The message gives the reason.
     """
     identity = graph_identity(artifact, graph_spec(artifact, precision, toolchain.library))
     onnx_sha256 = recall_graph(folder, identity)
@@ -192,10 +192,10 @@ def find_plan(
 
 
 def read_plan(folder: Path, key: PlanKey) -> tuple[bytes, PlanRecord]:
-    """Return the plan with this key, as bytes, and its record. The plan is checked against the record.
+    """Return the bytes and the record of the plan with this key. The bytes are checked against the record's hash.
 
     Raises:
-        PlanMissing: the plan is missing, is damaged, or failed parity.
+        PlanMissing: the plan is missing or damaged, or it failed the parity check.
     """
     name = key.digest
     try:
@@ -224,7 +224,7 @@ def read_plan(folder: Path, key: PlanKey) -> tuple[bytes, PlanRecord]:
 def write_plan(folder: Path, plan: bytes | None, record: PlanRecord) -> Path:
     """Store a plan and its record, and return the plan's path. If `plan` is None, only the record is stored.
 
-    The plan is written before the record, so that the record of a plan that passed never exists without the plan.
+    The plan is written before its record, so a record with `passed` true always has its plan.
 
     Raises:
         OSError: the folder cannot be written.
@@ -261,7 +261,7 @@ def recall_graph(folder: Path, identity: str) -> str:
 
 
 def figures(parity: Sequence[ParityRecord]) -> str:
-    """Return the worst parity figures over all batch sizes as text for a message."""
+    """Return the worst parity metrics over all batch sizes, as text for a message."""
     return (
         f"class cosine {min(record.min_cosine_cls for record in parity):.6f}, "
         f"patch cosine {min(record.min_cosine_patches for record in parity):.6f}, "

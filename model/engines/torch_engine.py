@@ -4,12 +4,13 @@ On a CPU, the model runs eagerly, because compilation gains little there and nee
 (docs/decisions/0002-engine-threads.md). On a GPU, the model is compiled with a dynamic batch size. Each batch of the
 usual image size is padded to the next size in `BUCKETS`. The kernel launches of each size are captured once as a CUDA
 graph and then replayed, because at small batches the launches limit the speed. This module captures the graphs itself:
-graphs of torch.compile's mode "reduce-overhead" are tied to the thread that captured them, but one thread loads an
-engine and another runs it.
+graphs that torch.compile captures in its mode "reduce-overhead" are tied to the thread that captured them, but one
+thread loads an engine and another runs it.
 
 In bf16, the engine uses torch's autocast, but casts the weights of linear layers and of the patch embedding once in
-advance instead of in each pass. The results equal autocast's. The residual stream, LayerNorm and the positions stay
-float32, because a bf16 residual would lose a digit within a few blocks. TF32 is off, so fp32 computes in full float32.
+advance instead of in each pass. The results are the same as with autocast alone. The residual stream, LayerNorm and the
+position embeddings stay float32, because a bf16 residual would lose a digit of precision within a few blocks. TF32 is
+off, so fp32 computes in full float32.
 
 The GPU parts have never run in this project. docs/engines.md lists the engines that have been run.
 
@@ -41,7 +42,7 @@ def fault(request: OpenRequest) -> None:
 
 
 def open(request: OpenRequest) -> "TorchEngine":
-    """Open and return the engine, as in `model.engines.protocol.EngineFile.open`."""
+    """Open and return the engine (see `model.engines.protocol.EngineFile.open`)."""
     artifact = request.artifact
     return TorchEngine(
         artifact.file(WEIGHTS),
@@ -58,7 +59,7 @@ class TorchEngine:
 
     Args:
         weights: the path of `weights.safetensors`. The tensors may have any float type.
-        config: the model's shape.
+        config: the model's configuration.
         threads: the number of CPU threads per forward pass.
         device: the torch device. If None, "cuda" is used if it is available, otherwise "cpu".
         precision: "fp32" or "bf16".
@@ -66,7 +67,7 @@ class TorchEngine:
         input_size: the (H, W) in pixels for which CUDA graphs are captured on a GPU. If None, no graphs are captured.
 
     Raises:
-        ValueError: the precision has another value, the GPU does not support it, or torch finds no GPU.
+        ValueError: `precision` is not supported, the GPU does not support bf16, or torch finds no GPU.
     """
 
     name = "torch"
@@ -121,7 +122,7 @@ class TorchEngine:
         """Run a batch of normalised pixels [B, 3, H, W], and return the outputs in `names` as float32 arrays, by name.
 
         The names are those of the outputs of exported graphs: the fields of `Features`, `attention` [B, A, T], and
-        `layer.<i>` [B, T, D], for A heads, T tokens and width D. `attention` and each layer take a separate, slower
+        `layer.<i>` [B, T, D], for A heads, T tokens and width D. `attention` and each layer need a separate, slower
         pass.
 
         Raises:
@@ -147,7 +148,7 @@ class TorchEngine:
         self._compiled = self._model = None
 
     def _layer(self, x: "Tensor", index: int) -> "Tensor":
-        """Return all T tokens [B, T, D] after block number `index`, with the model's last norm applied."""
+        """Return all T tokens [B, T, D] after block number `index` and the model's final norm."""
         depth = len(self._model.blocks)
         if not 0 <= index < depth:
             raise ValueError(f"layer.{index}: the model has {depth} blocks, 0 to {depth - 1}")
@@ -197,9 +198,9 @@ class TorchEngine:
 
 
 class _Replayed:
-    """A forward pass of one batch size that is captured as a CUDA graph with fixed buffers.
+    """A forward pass for one batch size, captured as a CUDA graph with fixed buffers.
 
-    One launch runs all kernels of the pass.
+    A single launch runs all kernels.
     """
 
     def __init__(
@@ -224,7 +225,8 @@ class _Replayed:
     def __call__(self, pixels: "Tensor") -> "tuple[Tensor, ...]":
         """Copy `pixels` into the input buffer, run the pass, and return its outputs.
 
-        Output rows beyond the number of images in `pixels` belong to older images.
+        The outputs have one row per image of the fixed batch size. Rows beyond the images in `pixels` are left over
+        from earlier calls.
         """
         self._pixels[: len(pixels)].copy_(pixels)
         self._graph.replay()

@@ -1,7 +1,7 @@
-"""Draw line charts as SVG, for the report of a run and for the comparison of runs. No plotting library is needed.
+"""Draw line charts as SVG for the pages about training runs. No plotting library is needed.
 
 Colours and fonts come from a style sheet (`CSS`) with a light and a dark scheme, so a chart follows the reader's colour
-scheme. Points have a `<title>`, which browsers show when the pointer is over the point.
+scheme. Each point has a `<title>`, which browsers show when the pointer is over it.
 """
 
 import math
@@ -42,8 +42,7 @@ class Series:
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Return round numbers from `low` to `high`, spaced by 1, 2 or 5 times a power of ten. Their number is
-    approximately `about`."""
+    """Return approximately `about` round numbers from `low` to `high`, spaced by 1, 2 or 5 times a power of ten."""
     if not high > low:
         return [low]
     raw = (high - low) / about
@@ -54,7 +53,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def tick_label(value: float) -> str:
-    """Format the label of a tick in about six characters at most, for example 0.05, 1,200, 25k, 3M or 2e-6."""
+    """Format the label of a tick with at most about six characters, for example 0.05, 1,200, 25k, 3M or 2e-6."""
     size = abs(value)
     if size >= 1e6:
         return f"{value / 1e6:.4g}M"
@@ -70,14 +69,14 @@ def _finite(series: Sequence[Series]) -> list[tuple[float, float]]:
 
 
 def _thinned(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
-    """Return at most `MAX_POINTS` evenly spaced points, including the last one."""
+    """Return at most `MAX_POINTS` of the points, evenly spaced and including the last one."""
     stride = max(1, math.ceil(len(points) / MAX_POINTS))
     return [point for i, point in enumerate(points) if (len(points) - 1 - i) % stride == 0]
 
 
 def _bounds(values: list[float], mark: float | None, floor: float | None) -> tuple[float, float]:
-    """Return the lower and the upper end of the y axis. The range includes all values, `mark` and `floor` unless these
-    are None, and a margin. There is no margin below `floor`."""
+    """Return the lower and the upper end of the y axis. The axis includes all values, and also `mark` and `floor` if
+    they are not None. It extends slightly beyond these numbers, but not below `floor` if `floor` is the lowest."""
     low, high = min(values), max(values)
     if mark is not None:
         low, high = min(low, mark), max(high, mark)

@@ -1,8 +1,8 @@
 """Show the comparison of DINO and DINOv2 (`training/compare.py`) as a table in the terminal and as an HTML page.
 
-The figures come from compare.json and from the log files of the two runs. The page shares its style and parts with the
-report of a run (`training/pages/report.py`). It is self-contained: it has no script and no external files, and all text
-is escaped.
+The numbers come from compare.json and from the log files of the two runs. The page uses the style and the HTML helpers
+of a run's report (`training/pages/report.py`). The page is self-contained: it has no script and no external files, and
+all text is escaped.
 """
 
 import json
@@ -48,14 +48,14 @@ RUN_FIGURES: tuple[tuple[str, str, tuple[str, ...], Show], ...] = (
     ("cost", "seconds of training", ("run", "seconds"), "{:,.0f}".format),
     ("cost", "peak memory", ("run", "peak_memory_bytes"), _mebibytes),
 )
-"""The figures of a training run. Each has a group, a name, a path in the results of a network, and a format."""
+"""The metrics of a training run. Each has a group, a name, a path in the results of a network, and a format."""
 
 
 def rows(results: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
-    """Return the rows of the comparison table. Each row has the group and the name of a figure, and one cell per
-    network.
+    """Return the rows of the comparison table. Each row contains a metric's group, its name, and a list with its value
+    for each network, as text.
 
-    A figure that no network has is left out.
+    A metric is left out if no network has a value for it.
     """
     networks = results["networks"]
     first = networks["untrained"]
@@ -79,7 +79,7 @@ def rows(results: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
 
 
 def _cell(figures: Mapping[str, Any], path: Sequence[str], show: Show) -> str:
-    """Format the figure at `path` in the figures of one network. If the network does not have this figure, return an
+    """Format the value at the path `path` in one network's results, using `show`. If there is no such value, return an
     empty string."""
     value: Any = figures
     for key in path:
@@ -88,7 +88,7 @@ def _cell(figures: Mapping[str, Any], path: Sequence[str], show: Show) -> str:
 
 
 def heading(results: Mapping[str, Any]) -> str:
-    """Return one line that describes the comparison by its recipe, seed, images and hardware."""
+    """Return a line of text with the recipe, seed, images and hardware of the comparison."""
     return (
         f"recipe {results['base']}, seed {results['settings']['seed']}: {results['photos_seen']:,} images seen, of "
         f"{results['photos']:,} in {results['data']}; {results['held_out']:,} held out; {results['hardware']}"
@@ -96,7 +96,7 @@ def heading(results: Mapping[str, Any]) -> str:
 
 
 def print_table(results: Mapping[str, Any], console: Console) -> None:
-    """Print the figures as a table in the terminal."""
+    """Print the comparison as a table in the terminal."""
     table = Table()
     for index, column in enumerate(("", "figure", *NETWORKS.values())):
         table.add_column(column, justify="left" if index < 2 else "right")
@@ -112,7 +112,7 @@ def print_table(results: Mapping[str, Any], console: Console) -> None:
 
 
 def page(results: Mapping[str, Any], out: Path) -> str:
-    """Return the HTML page of the comparison. It contains the figures of compare.json (`results`) and the curves from
+    """Return the HTML page of the comparison. `results` is the content of compare.json. The curves come from
     the log files of the two runs in the folder `out`."""
     lines = rows(results)
     groups = [group for group, _, _ in lines]
@@ -141,7 +141,7 @@ def page(results: Mapping[str, Any], out: Path) -> str:
 
 
 def charts(out: Path) -> str:
-    """Return the charts with the curves of both runs as HTML. A chart without figures is left out."""
+    """Return charts that show the curves of both runs, as HTML. Charts without data are left out."""
     metrics = {name: read_lines(out / name / METRICS) for name in RUNS}
     evaluations = {name: read_lines(out / name / EVALUATIONS) for name in RUNS}
 

@@ -4,8 +4,8 @@ The report can be written at the end of a run or at any other time, because it i
 folder: config.json, metrics.jsonl, evaluations.jsonl, events.jsonl, knn.json, skipped.txt, sheets/*.png and the
 provenance in checkpoint.safetensors. If a file is missing, its section is left out.
 
-The page includes its style, the curves (`training/pages/charts.py`) and the last image sheet, so it can be mailed and
-archived as one file. It has no script, and all text from the files is escaped.
+The page contains its style sheet, the curves (`training/pages/charts.py`) and the last image sheet, so it can be
+emailed and archived as one file. It has no script, and all text from the files is escaped.
 """
 
 import base64
@@ -113,8 +113,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _provenance(path: Path) -> dict[str, Any]:
-    """Read the provenance of a checkpoint, which describes its origin, and return it. The weights are not loaded. If
-    the file is missing or damaged, return an empty dict."""
+    """Return the provenance (a description of the origin) that a checkpoint file contains. The weights are not loaded.
+    If the file is missing or damaged, return an empty dict."""
     try:
         with safe_open(path, "np") as file:
             content = json.loads((file.metadata() or {}).get("provenance", "{}"))
@@ -130,8 +130,8 @@ def _number(value: Any) -> float | None:
 
 
 def points_of(lines: Lines, name: str) -> list[tuple[float, float | None]]:
-    """Return a point (step, value) for every line that has a step and the figure `name`. A value that is not finite
-    becomes None."""
+    """Return a point (step, value) for every log line that contains a step and the metric `name`. A value that is not
+    finite becomes None."""
     return [(step, _number(x[name])) for x in lines if name in x and (step := _number(x.get("step"))) is not None]
 
 
@@ -180,14 +180,14 @@ def _head(config: Mapping[str, Any], facts: Mapping[str, Any], metrics: Lines) -
 
 
 def _best_knn(knn: Mapping[str, Any]) -> float | None:
-    """Return the highest accuracy in `knn`, a table of k-NN accuracies by pooling and by k. If the table is empty,
+    """Return the highest accuracy in `knn`, which contains k-NN accuracies by pooling and k. If it contains none,
     return None."""
     values = [_number(v) for row in knn.values() if isinstance(row, dict) for v in row.values()]
     return max((v for v in values if v is not None), default=None)
 
 
 def _tiles(metrics: Lines, evaluations: Lines, knn: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    """Return the most important figures as a row of HTML tiles."""
+    """Return the run's most important metrics as a row of HTML tiles."""
     tiles: list[tuple[str, str]] = []
     best = _best_knn(knn)
     during = [v for name in names_of(evaluations, "knn") for v in values_of(evaluations, name)]
@@ -226,12 +226,12 @@ def _events(events: Lines) -> str:
 
 
 def names_of(lines: Lines, start: str) -> list[str]:
-    """Return the names of the figures in `lines` that begin with `start`, in order of appearance."""
+    """Return the metric names in `lines` that begin with `start`, without duplicates, in order of first appearance."""
     return list(dict.fromkeys(name for line in lines for name in line if name.startswith(start)))
 
 
 def _charts(metrics: Lines, evaluations: Lines, config: Mapping[str, Any]) -> str:
-    """Return the charts of the run's figures as HTML. A chart without figures is left out."""
+    """Return charts of the run's metrics, as HTML. Charts without data are left out."""
     prototypes = _number(config.get("n_prototypes"))
     knn_all = names_of(evaluations, "knn")
     knn_shown = [name for name in knn_all if name.endswith("_10")] or knn_all  # one k is enough to show the trend
@@ -267,8 +267,8 @@ def _charts(metrics: Lines, evaluations: Lines, config: Mapping[str, Any]) -> st
 
 
 def _sheet(folder: Path) -> str:
-    """Return an HTML image with the last image sheet as an embedded JPEG, reduced in size. If no sheet can be read,
-    return an empty string."""
+    """Return an HTML `<img>` that contains the last image sheet as a JPEG, reduced in size. If there is no sheet, or it
+    cannot be read, return an empty string."""
     sheets = sorted(folder.glob("*.png"))
     if not sheets:
         return ""
@@ -299,7 +299,8 @@ def _knn_table(knn: Mapping[str, Any]) -> str:
 
 
 def _data(config: Mapping[str, Any], facts: Mapping[str, Any], skipped: Path) -> str:
-    """Return an HTML table about the training data, and a list of the first images that could not be read."""
+    """Return the training data's folder, number of images and digest as an HTML table. If images could not be read, a
+    list of the first ones follows."""
     rows = [[words, str(facts[key])] for key, words in (("photos", "training images"), ("data_sha256", "digest"))
             if key in facts]  # fmt: skip
     if "data" in config:
@@ -341,7 +342,7 @@ def _origin(facts: Mapping[str, Any]) -> str:
 
 
 def _next_steps(out: Path, config: Mapping[str, Any]) -> str:
-    """Return the commands that export the checkpoint and resume training, as an HTML text block."""
+    """Return an HTML text block with the commands that export the checkpoint and resume training."""
     steps = []
     if (out / "checkpoint.safetensors").exists():
         checkpoint = shlex.quote(str(out / "checkpoint.safetensors"))

@@ -1,22 +1,22 @@
-"""Draw an image sheet. For a few images, a sheet shows the inputs of the network and what the network computes from
+"""Draw an image sheet. For a few training images, a sheet shows the network's inputs and what the network computes from
 them.
 
-Each image has one row, with these columns:
+The gallery is a sample of the training images. On a sheet, each image has one row, with these columns:
 
     image          the image after the preprocessing of the evaluation
     global 1, 2    the two large crops of a training step; masked patches, which the student must predict, are darkened
     locals         up to nine of the small crops
     attention      the attention of the class token to each patch in the last block, averaged over the heads
-    parts (PCA)    the first three principal components of the patch tokens as red, green and blue, computed for all
-                   images of the sheet together, so that a colour has the same meaning in each row
-    nearest        the images of the gallery with the most similar class tokens, and their cosine similarity
+    parts (PCA)    the first three principal components of the patch tokens as red, green and blue; the components are
+                   computed from all images on the sheet, so a colour has the same meaning in each row
+    nearest        the images in the gallery with the most similar class tokens, and their cosine similarity
 
-The gallery is a sample of the training images. Progress is visible on a sheet earlier than in the curves of a run: the
-attention moves from the corners to the objects, each part of an object gets its own colour, and the nearest images show
-the same kind of object. If a sheet still looks like noise late in a run, stop the run. Drawing needs only Pillow.
+Sheets show progress earlier than the curves of a run do: the attention moves from the corners to the objects, each part
+of an object gets its own colour, and the nearest images show the same kind of object. If a sheet still looks like noise
+late in a run, stop the run. Drawing needs only Pillow.
 
-Legend: n images of the sheet, V local crops per image, sides G of global and L of local crops, side S of the
-evaluation's crop, N = h * w patches, width D, g images of the gallery, k nearest images.
+Legend: n images on the sheet, V local crops per image, G side of a global crop, L side of a local crop, S side of the
+evaluation's crop, N = h * w patches, D width, g images in the gallery, k nearest images.
 """
 
 from collections.abc import Sequence
@@ -50,9 +50,10 @@ HEAT = np.array(
 
 
 def shrunk(photo: Photo, spec: PreprocessSpec) -> Photo:
-    """Resize an image to the size that `preprocess` uses before it crops, so that a gallery needs less memory.
+    """Resize an image to the size that `preprocess` uses before it crops, so that the gallery of a sheet needs less
+    memory.
 
-    `preprocess` returns the same pixels for the resized image as for the full-size image.
+    `preprocess` returns the same pixels for the resized image as for the original.
     """
     assert spec.resize is not None
     height, width = photo.shape[:2]
@@ -70,7 +71,7 @@ def to_pixels(crops: Tensor, spec: PreprocessSpec) -> list[Photo]:
 
 
 def shade_masked(photo: Photo, mask: npt.NDArray[np.bool_], grid: tuple[int, int]) -> Photo:
-    """Return a crop, uint8 [S, S, 3], with its masked patches darkened and in grey.
+    """Return a copy of a crop, uint8 [S, S, 3], in which masked patches are dark grey.
 
     `mask` is bool [h * w] and True for masked patches. `grid` is (h, w), the number of rows and columns of patches.
     """
@@ -83,7 +84,7 @@ def shade_masked(photo: Photo, mask: npt.NDArray[np.bool_], grid: tuple[int, int
 def heat_colours(values: npt.NDArray[np.float64]) -> Photo:
     """Map an array of values from 0 to 1 to colours from dark violet to pale yellow, uint8 [..., 3].
 
-    NaN, which a diverged network computes, counts as 0.
+    NaN, which a diverged network outputs, is treated as 0.
     """
     position = np.clip(np.nan_to_num(values), 0, 1) * (len(HEAT) - 1)
     below = np.minimum(position.astype(int), len(HEAT) - 2)
@@ -92,9 +93,9 @@ def heat_colours(values: npt.NDArray[np.float64]) -> Photo:
 
 
 def class_attention(backbone: DinoVisionTransformer, pixels: Tensor) -> Tensor:
-    """Return the attention [n, N] of the class token to each patch in the last block, averaged over the heads.
+    """Return the last block's attention [n, N] from the class token to each patch, averaged over the heads.
 
-    Each row is scaled to a sum of one.
+    Each row is scaled to sum to 1.
     """
     patches = slice(1 + backbone.num_register_tokens, None)
     weights = backbone.get_attention(pixels)[:, :, 0, patches].float().mean(dim=1)
@@ -104,9 +105,9 @@ def class_attention(backbone: DinoVisionTransformer, pixels: Tensor) -> Tensor:
 def pca_colours(patches: Tensor) -> Tensor:
     """Map patch tokens [n, N, D] to colours [n, N, 3] from 0 to 1 by their first three principal components.
 
-    The components are computed from the patches of all images together, and each is scaled to the range of its colour.
-    The sign of a component is arbitrary. It is chosen so that the component's entry with the largest magnitude is
-    positive. A network therefore always gives the same sheet.
+    The components are computed over the patches of all images. Each is scaled by its standard deviation and clipped to
+    the range 0 to 1. The sign of a principal component is arbitrary, so its entry with the largest magnitude is made
+    positive. A network therefore always yields the same colours for the same images.
     """
     flat = patches.flatten(0, 1).double().cpu().nan_to_num(0.0, 0.0, 0.0)  # a diverged network gives NaN
     flat = flat - flat.mean(dim=0)
@@ -119,11 +120,11 @@ def pca_colours(patches: Tensor) -> Tensor:
 
 
 def nearest(queries: Tensor, gallery: Tensor, own: Sequence[int], k: int) -> tuple[Tensor, Tensor]:
-    """Find the most similar gallery images of each query. Return their gallery indices [n, k] and cosine similarities
-    [n, k].
+    """Find the k most similar gallery images for each query image. Return their gallery indices [n, k] and cosine
+    similarities [n, k].
 
-    `queries` [n, D] and `gallery` [g, D] are features. `own` contains the gallery index of each query, and an image is
-    left out of its own result.
+    `queries` [n, D] and `gallery` [g, D] are features. Every query image is itself in the gallery, at the index in
+    `own`, and is left out of its own result.
     """
     similarity = F.normalize(queries.float(), dim=1) @ F.normalize(gallery.float(), dim=1).T  # [n, g]
     similarity[torch.arange(len(own)), torch.tensor(own)] = -torch.inf
@@ -137,8 +138,7 @@ def _cell(photo: Photo, side: int = CELL, *, smooth: bool = True) -> Image.Image
 
 
 def _map_cell(values: Photo, photo: Photo, opacity: float) -> Image.Image:
-    """Enlarge the colours of the patches [h, w, 3] to the size of a cell and blend them with a grey version of the
-    image."""
+    """Enlarge a map of patch colours [h, w, 3] to the size of a cell, and blend it with a grey version of the image."""
     colours = Image.fromarray(values).resize((CELL, CELL), Image.Resampling.BICUBIC)
     return Image.blend(_cell(photo).convert("L").convert("RGB"), colours, opacity)
 
@@ -170,7 +170,7 @@ def _features(backbone: DinoVisionTransformer, photos: Sequence[Photo], spec: Pr
 
 @dataclass(frozen=True)
 class SheetCrops:
-    """The crops of n images. Each tensor contains the first views of all images, then the second views, and so on."""
+    """The crops of n images. Each tensor lists the first crops of all images, then the second crops, and so on."""
 
     globals_: Tensor  # [2n, 3, G, G], normalised
     masks: Tensor  # bool [2n, N]
@@ -179,7 +179,7 @@ class SheetCrops:
 
 @dataclass(frozen=True)
 class _Look:
-    """The content of a sheet apart from the crops: the network's inputs and what the network computes from them."""
+    """What a sheet shows in addition to the crops: the preprocessed images and what the network computes from them."""
 
     inputs: Tensor  # [n, 3, S, S]
     attention: Tensor  # [n, N]
@@ -198,7 +198,8 @@ def _look(
 ) -> _Look:
     """Run the network on the gallery and on the images of the sheet, and return the results.
 
-    `shown` contains the gallery indices of the sheet's images. The mode of `backbone` (train or eval) is restored.
+    `shown` contains the gallery indices of the sheet's images. The mode of `backbone` (train or eval) is restored
+    afterwards.
     """
     was_training = backbone.training
     backbone.eval()
@@ -226,18 +227,18 @@ def picture_sheet(
     title: str = "",
     n_neighbours: int = 4,
 ) -> Image.Image:
-    """Draw one sheet and return it. The top of this file describes its columns.
+    """Draw an image sheet and return it. The docstring of this module describes the columns.
 
     Args:
-        backbone: a network that is not sharded. Its mode (train or eval) is restored.
+        backbone: a network that is not sharded. Its mode (train or eval) is restored afterwards.
         gallery: a sample of the training images, RGB uint8 [H, W, 3] of any size. Use `shrunk` to save memory.
-        shown: the n images of the sheet, as indices of `gallery`.
+        shown: the indices in `gallery` of the n images on the sheet.
         spec: the evaluation's preprocessing, which must have a crop.
-        crops: crops of the n images.
-        names: names of the gallery's images for the captions, such as the names of their folders. If it is None, the
-            captions contain no names.
-        title: heading of the sheet, such as the run and the step.
-        n_neighbours: number of nearest images in a row.
+        crops: the training crops of the n images.
+        names: one name per gallery image for the captions, such as its folder's name. If it is None, the captions
+            contain no names.
+        title: the heading of the sheet, such as the run and the step.
+        n_neighbours: the number of nearest images in each row.
 
     Raises:
         ValueError: `spec` has no crop, or `crops` does not have two global crops and two masks for each of the n
@@ -272,8 +273,8 @@ def _input(photo: Photo, spec: PreprocessSpec) -> Tensor:
 
 
 def _crop_cells(row: int, n: int, crops: SheetCrops, spec: PreprocessSpec) -> list[Image.Image]:
-    """Return the cells with the crops of the image in `row`: one cell for each global crop, and one cell for all local
-    crops."""
+    """Return the cells that show the crops of the image in row `row` of a sheet with n images: one cell for each global
+    crop, and one for all local crops."""
     side = crops.globals_.shape[-1] // spec.patch_size
     cells = []
     for view in range(2):
@@ -293,8 +294,8 @@ def _fitted(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont |
 
 
 def _page(rows: Sequence[tuple[list[Image.Image], dict[int, str]]], headings: Sequence[str], title: str) -> Image.Image:
-    """Arrange rows of cells on one page, below the title and the column headings, and return the page. Each row has its
-    cells and their captions, a dict by column."""
+    """Arrange rows of cells on one page, below the title and the column headings, and return the page. Each row
+    consists of its cells and a dict of captions by column number."""
     columns = max(len(cells) for cells, _ in rows)
     top = MARGIN + (HEADER + 6 if title else 0) + HEADER
     width = 2 * MARGIN + columns * (CELL + GAP) - GAP
@@ -317,7 +318,7 @@ def _page(rows: Sequence[tuple[list[Image.Image], dict[int, str]]], headings: Se
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
-    """Write a sheet to a PNG file in one atomic step, so that no reader sees an incomplete file."""
+    """Write a sheet to a PNG file in one atomic step, so that other programs never read an incomplete file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         sheet.save(temporary, "PNG")

@@ -1,1 +1,1 @@
-"""Log the figures of a training run, and detect when the run fails."""
+"""Log the metrics of a training run, and detect when the run fails."""

@@ -1,10 +1,9 @@
-"""Count the floating-point operations of a training step, and find the peak speed of the device. MFU is computed from
-both.
+"""Count the floating-point operations of a training step, and find the peak speed of the device, to compute MFU.
 
 MFU, model FLOPs utilisation (arXiv 2204.02311, appendix B), is the useful work per second divided by the device's peak.
 The useful work is the work that the algorithm needs: the matrix products of the networks, where each multiply-add
 counts as two operations. Recomputation to save memory, losses, optimizer, augmentation and elementwise operations are
-not counted, so additional work of these kinds cannot raise MFU.
+not counted, so more work of these kinds cannot raise the MFU.
 
 For each image of N patches, with T = 1 + R + N tokens, width D, feed-forward width F and patch side p, and for each
 layer:
@@ -16,13 +15,13 @@ layer:
 
     forward of a step's student = 2B global crops (masked patches cost as much as others) + V B local crops, the heads
                                   on (2 + V) B class tokens and M masked patches
-    forward of its teacher      = 2B global crops, the heads on 2B class tokens and M masked patches
+    forward of a step's teacher = 2B global crops, the heads on 2B class tokens and M masked patches
     a step                      = 3 * student + 1 * teacher
 
-The student counts 3 times because the backward pass has two products for each product of the forward pass: one for the
-gradient of the input and one for the gradient of the weight. The patch embedding needs no gradient of its input. This
-product, half a per mille of the work, is counted anyway, as is customary. Drop path computes each branch only for the
-share of samples that it keeps. The position embedding is resized once per batch, which is not counted.
+The student counts 3 times because the backward pass needs two products for each product of the forward pass: one for
+the gradient of the input and one for the gradient of the weight. The patch embedding does not compute the gradient of
+its input, but the product (0.05 % of the work) is counted anyway, as is customary. Drop path computes each branch only
+for the share of samples that it keeps. The position embedding is resized once per batch, which is not counted.
 
 Legend: R register tokens, B images per step, V local views, M masked patches of the batch.
 """
@@ -36,8 +35,8 @@ import torch
 from model.config import ViTConfig
 
 # Peaks of dense products in 10^12 operations per second, with bf16 inputs and fp32 accumulation, or with fp16 inputs if
-# the GPU has no bf16 (V100, T4). The first pattern that matches the name is used. The figures are from the data sheets
-# of the manufacturers, and figures "with sparsity" are halved. Sources: NVIDIA data sheets of each product (A100 312;
+# the GPU has no bf16 (V100, T4). The first pattern that matches the name is used. The values are from the makers' data
+# sheets, and values "with sparsity" are halved. Sources: NVIDIA data sheets of each product (A100 312;
 # H100 SXM 989, PCIe 756, NVL 835; H200 989, NVL 835; B200 2,250; L4 121; L40S 362; L40 181; A40 150; A30 165; A10 125;
 # T4 65; V100 SXM 125, PCIe 112), NVIDIA's architecture papers of Ampere GA102 (RTX 3090 71, A6000 155), Ada (RTX 4090
 # 165, 4080 97.5, RTX 6000 Ada 364) and Blackwell (RTX 5090 209.5); AMD data sheets (MI250X 383, MI300X 1,307).
@@ -91,8 +90,8 @@ class StepShape:
 
 @dataclass(frozen=True)
 class StepFlops:
-    """The floating-point operations of one training step, by part. The figures of the student include the backward
-    pass."""
+    """The floating-point operations of one training step, by network part. The numbers for the student include the
+    backward pass."""
 
     student_backbone: float
     student_heads: float
@@ -120,7 +119,7 @@ def block_flops(config: ViTConfig, size: int) -> int:
 def backbone_flops(config: ViTConfig, size: int, *, kept: float = 1.0) -> float:
     """Count the floating-point operations of the backbone's forward pass for one image of `size` x `size` pixels.
 
-    `kept` is the share of samples for which each branch is computed under drop path.
+    `kept` is the share of samples for which drop path computes a block's branches.
     """
     return patch_embed_flops(config, size) + config.depth * block_flops(config, size) * kept
 
@@ -134,8 +133,9 @@ def head_flops(width: int, head: HeadShape) -> int:
 def expected_masked(n_images: int, n_patches: int, ratio: tuple[float, float], probability: float) -> float:
     """Return the expected number of masked patches in a batch.
 
-    The share `probability` of the images is masked. The share of masked patches in these images is, on average, the
-    middle of the range `ratio`. The result is slightly too high, because `training/data/masking.py` rounds down.
+    `probability` is the share of images in which patches are masked. In these images, the share of masked patches
+    is, on average, the middle of the range `ratio`. The result is slightly too high, because `training/data/masking.py`
+    rounds down.
     """
     return int(n_images * probability) * n_patches * (ratio[0] + ratio[1]) / 2
 
@@ -149,15 +149,15 @@ def step_flops(
     drop_path: float = 0.0,
     teacher: ViTConfig | None = None,
 ) -> StepFlops:
-    """Count the floating-point operations of one training step by the formula at the top of the file.
+    """Count the floating-point operations of one training step with the formula in this module's docstring.
 
     Args:
         config: the student's backbone.
-        shape: the input of the step.
+        shape: the images and crops of the step.
         dino_head: the head for class tokens.
         ibot_head: the head for patches. If it is None, it has the sizes of `dino_head`.
-        drop_path: share of samples that skip a branch of the student.
-        teacher: the teacher's backbone, if it differs from the student's (distillation).
+        drop_path: the share of samples for which the student skips a residual branch.
+        teacher: the teacher's backbone. If it is None, the teacher has the same backbone as the student.
     """
     batch_size, n_local = shape.batch_size, shape.n_local
     kept = max(1, round(2 * batch_size * (1 - drop_path))) / (2 * batch_size)
@@ -210,8 +210,8 @@ def measured_peak_flops(device: torch.device, side: int = 1024, attempts: int = 
 def device_peak_flops(device: torch.device, *, measure: bool = False) -> float | None:
     """Return the peak speed of a device in floating-point operations per second.
 
-    The peak of a known GPU is listed. The speed of any other device is measured if `measure` is true. Otherwise the
-    result is None.
+    The peak of a known GPU is read from a table. For any other device, the speed is measured if `measure` is True.
+    Otherwise the result is None.
     """
     listed = known_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return measured_peak_flops(device) if listed is None and measure else listed

@@ -4,13 +4,13 @@
     evaluations.jsonl  one JSON line per evaluation during the run: k-NN and other measurements
     events.jsonl       warnings, rollbacks and other messages; no line is ever removed
 
-A resumed run repeats some steps. The lines of these steps are first removed from metrics.jsonl and evaluations.jsonl.
-TensorBoard and Weights & Biases get the same figures (`training/watch/sinks.py`). A write error is reported once and
-never stops the run.
+A resumed run repeats the steps after its checkpoint. The old lines of these steps are removed from metrics.jsonl and
+evaluations.jsonl. TensorBoard and Weights & Biases get the same metrics (`training/watch/sinks.py`). A write error is
+reported once and never stops the run.
 
-With a GPU, the CPU runs ahead of it, and reading the value of a tensor makes the CPU wait. The figures are therefore
-passed as tensors. Only `write` and `evaluated` read their values, in one transfer. The clock stops during evaluations
-and saves (`paused`), so that `images_per_s` is the speed of training.
+The CPU queues work for a GPU ahead of time. To read a tensor's value, the CPU must wait for the GPU. Metrics are
+therefore passed as tensors, and only `write` and `evaluated` read their values, in one transfer. The clock stops during
+evaluations and saves (`paused`), so `images_per_s` is the speed of training.
 """
 
 import json
@@ -41,9 +41,9 @@ Figure = Tensor | float | str | None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the JSON objects of a file, one per line. Incomplete lines, which a killed process may leave, are skipped.
+    """Return the JSON objects in a file that has one object per line. If the file does not exist, return an empty list.
 
-    The list is empty if the file does not exist.
+    Incomplete lines, which a killed process may leave, are skipped.
     """
     if not path.exists():
         return []
@@ -59,10 +59,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_lines(path: Path, last_step: int) -> None:
-    """Remove the lines of steps after `last_step`, because a resumed run writes them again. Also remove incomplete
-    lines.
+    """Remove the lines of steps after `last_step` from a log file, because a resumed run writes them again. Also remove
+    incomplete lines.
 
-    The new file is written under another name and then renamed, so that a complete file exists at any time.
+    The new file is written under another name and then renamed, so a complete file exists at all times.
     """
     if not path.exists():
         return
@@ -72,9 +72,9 @@ def cut_lines(path: Path, last_step: int) -> None:
 
 
 def to_numbers(figures: Mapping[str, Figure]) -> dict[str, float | str | None]:
-    """Return the figures as plain values, in the same order.
+    """Return metrics as plain Python values, in the same order.
 
-    Tensors must be scalars on one device. They are copied from the device in one transfer. A value that is not finite
+    Tensors must be scalars on the same device, and are copied to the CPU in one transfer. A value that is not finite
     becomes None, because JSON cannot represent it.
     """
     tensors = {name: value.detach() for name, value in figures.items() if isinstance(value, Tensor)}
@@ -87,8 +87,8 @@ def to_numbers(figures: Mapping[str, Figure]) -> dict[str, float | str | None]:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Return the peak memory of the process in bytes. For a GPU, only tensors on the GPU count. For a CPU, the result
-    is the main memory of the process, or None on Windows."""
+    """Return the peak memory of this process in bytes. For a GPU, this is the memory of the tensors on the GPU. For a
+    CPU, it is the main memory of the process, or None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -101,8 +101,8 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
 @dataclass(frozen=True)
 class RunSize:
-    """The size of a run: the number of steps, the number of steps that were done before it started or resumed, and the
-    number of images per step over all processes."""
+    """The size of a run: the total number of steps, the number of steps already done at the start (0 unless the run is
+    resumed), and the number of images per step over all processes."""
 
     total_steps: int
     first_step: int
@@ -110,7 +110,7 @@ class RunSize:
 
 
 class Monitor:
-    """A context manager for the progress bar, log lines and log files of one run.
+    """A context manager that shows the progress of a run and writes its log files.
 
     Args:
         path: `metrics.jsonl` in the run's folder. The other files are in the same folder.
@@ -119,9 +119,9 @@ class Monitor:
         active: True in one process of the run and False in the others. A monitor that is not active prints, writes and
             transfers nothing.
         device: the device whose memory is reported.
-        sinks: further receivers of the figures, such as TensorBoard.
-        peak_flops: peak operations per second of all devices together (`training/watch/flops.py`). If it is None, MFU
-            is not computed.
+        sinks: further receivers of the metrics, such as TensorBoard.
+        peak_flops: the total peak speed of all devices in operations per second (`training/watch/flops.py`). If it is
+            None, MFU is not computed.
         advise: a function that takes the share of time spent waiting for images and returns the text of a warning.
     """
 
@@ -173,8 +173,8 @@ class Monitor:
             self._guarded(sink.name, sink.close)
 
     def rewind(self, step: int) -> None:
-        """Remove the lines of steps after `step`, and show that `step` steps are done. Call this at the start of a run
-        and after a rollback."""
+        """Remove the log lines of steps after `step`, and set the progress bar to `step`. The constructor does this for
+        `size.first_step`. Call this method after a rollback."""
         self._start_line()
         if not self._active:
             return
@@ -183,7 +183,7 @@ class Monitor:
         self._progress.update(self._task, completed=step)
 
     def advance(self, steps_done: int, flops: float = 0.0) -> None:
-        """Count a finished step and show that `steps_done` steps are done.
+        """Count one more finished step, and set the progress bar to `steps_done`.
 
         `flops` is the number of floating-point operations of the step over all processes (`training/watch/flops.py`).
         """
@@ -194,8 +194,8 @@ class Monitor:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time inside the `with` block as waiting for images. The training loop fetches each batch in such a
-        block."""
+        """Count the time inside the `with` block as time spent waiting for images. The training loop fetches each batch
+        in such a block."""
         start = time.perf_counter()
         try:
             yield
@@ -204,8 +204,8 @@ class Monitor:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude the time inside the `with` block from the training time. The block contains an evaluation, a save or
-        an image sheet."""
+        """Exclude the time inside the `with` block from the training time. Use this for evaluations, saves and image
+        sheets."""
         start = time.perf_counter()
         try:
             yield
@@ -213,8 +213,8 @@ class Monitor:
             self._since += time.perf_counter() - start
 
     def write(self, steps_done: int, figures: Mapping[str, Figure]) -> dict[str, Any]:
-        """Write one line of `metrics.jsonl` and return it. The line contains `figures` and the figures that the monitor
-        measures: speed, waiting, memory and MFU.
+        """Write a line to `metrics.jsonl` and return it. The line contains the metrics in `figures` and those that the
+        monitor measures: speed, waiting time, memory and MFU.
 
         A monitor that is not active writes nothing and returns an empty dict.
         """
@@ -240,7 +240,7 @@ class Monitor:
         return line
 
     def evaluated(self, steps_done: int, figures: Mapping[str, Figure]) -> None:
-        """Write the figures of an evaluation after `steps_done` steps as a line of `evaluations.jsonl`."""
+        """Write the metrics of an evaluation after `steps_done` steps to `evaluations.jsonl`, as one line."""
         if self._active:
             self._append(EVALUATIONS, {"step": steps_done, **to_numbers(figures)})
 
@@ -255,7 +255,7 @@ class Monitor:
         self._since = time.perf_counter()
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        """Append a line to the file `name`. Send the numbers of the line to the sinks, unless the line is an event."""
+        """Append a line to the file `name`. Send the line's numbers to the sinks, unless the file is `events.jsonl`."""
 
         def write_file() -> None:
             # A failed write may leave an incomplete line: start a new one. Readers skip empty and incomplete lines.

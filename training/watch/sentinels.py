@@ -1,25 +1,27 @@
 """Detect a failing run, report the failure, and decide whether the run continues, rolls back or stops.
 
-Self-supervised training fails in three ways. Each kind of failure has its own signs and its own configured action:
+These checks are called sentinels. They detect three kinds of failure, each with its own configured action:
 
-- collapse: the network no longer tells images apart. After the first third of the run, one of these signs is present in
-  several consecutive lines of metrics.jsonl: the DINO loss is at ln K (`dino_over_ln_k` >= 0.99); the teacher's entropy
-  is at ln K (its targets carry no information) or at 0 (each image is assigned to a single prototype); RankMe, the
-  effective rank of a batch of class tokens (arXiv 2210.02885), is below a configured share of its maximum. (A random
-  network reaches about 0.1 of the maximum, and a trained network 0.5 or more.)
+- collapse: the network no longer tells images apart. After the first third of the run, one of these signs appears in
+  several consecutive lines of metrics.jsonl:
+  - The DINO loss is at ln K (`dino_over_ln_k` >= 0.99), where K is the number of prototypes.
+  - The teacher's entropy is at ln K (its targets carry no information).
+  - The teacher's entropy is at 0 (each image is assigned to a single prototype).
+  - RankMe, the effective rank of a batch of class tokens (arXiv 2210.02885), is below a configured share of its
+    maximum. A random network reaches about 0.1 of the maximum, and a trained network 0.5 or more.
 - not finite: a loss or a gradient is NaN or infinite. The batch is stored so that it can be inspected and repeated.
-- k-NN: the accuracy on held-out images has fallen below the best accuracy of the run by more than a margin. Continued
+- k-NN: the accuracy on held-out images is below the run's best accuracy by more than a configured margin. Continued
   training of released weights can lose accuracy (facebookresearch/dinov2#204: from 80 to 10 %).
 
 The action is `stop`, `warn` (one report each time the failure begins) or `rollback`. A rollback loads the newest
-checkpoint that is not later than step `Verdict.back_to`, and deletes later checkpoints. The sentinels keep their state,
-except for their records of later steps (`forget_after`). A repeat of the same steps would fail again, so a rollback
-also changes the run. After "not finite" the run skips the failing step (`passes_over`): its images are not trained on
-in this epoch. After "collapse" and "k-NN" all later learning rates are multiplied by `lr_factor`. The run stops after
-`max_rollbacks` rollbacks, or if no checkpoint is old enough.
+checkpoint from step `Verdict.back_to` or earlier, and deletes later checkpoints. The sentinels forget what they
+recorded for later steps (`forget_after`), but keep the rest of their state. Without a change, the run would fail again.
+After "not finite", it therefore skips the failing step (`passes_over`), and the step's images are not used in this
+epoch. After "collapse" or "k-NN", all later learning rates are multiplied by `lr_factor`. The run stops if a rollback
+is needed after `max_rollbacks` rollbacks, or if no checkpoint is old enough.
 
-Decisions depend only on the figures of metrics.jsonl and evaluations.jsonl and on a state of plain JSON types, so a
-resumed run makes the same decisions. Steps are counted from 1, as in metrics.jsonl. K is the number of prototypes.
+Decisions depend only on the metrics in metrics.jsonl and evaluations.jsonl and on a state of plain JSON types, so a
+resumed run makes the same decisions. Steps are counted from 1, as in metrics.jsonl.
 """
 
 import json
@@ -46,7 +48,7 @@ NEVER = torch.iinfo(torch.int64).max
 
 @dataclass(frozen=True)
 class Limits:
-    """The thresholds of the sentinels and their actions. `knn_margin` is in percentage points."""
+    """The sentinels' thresholds, and the action for each kind of failure. `knn_margin` is in percentage points."""
 
     total_steps: int
     n_prototypes: int
@@ -62,9 +64,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A failure that was found at step `step`, and the action to take. `message` describes both for the user.
+    """A failure that was found at step `step`, and the action to take. `message` explains the verdict to the user.
 
-    `back_to` is the last step without a sign of this failure.
+    `back_to` is the last step that showed no sign of this failure.
     """
 
     kind: Kind
@@ -76,7 +78,7 @@ class Verdict:
 
 @dataclass
 class State:
-    """The records of the sentinels, in JSON types."""
+    """What the sentinels remember between steps, in JSON types."""
 
     bad_lines: dict[str, int] = field(default_factory=dict)  # sign of collapse -> consecutive log lines with it
     good_step: int = 0  # step of the last log line without any sign of collapse
@@ -90,12 +92,12 @@ class State:
 
 
 def rankme(features: Tensor) -> float:
-    """Compute the effective rank of features [n, D]. It is exp(H), where H is the entropy of the singular values after
-    they are scaled to a sum of one.
+    """Compute the effective rank of features [n, D]: exp(H), where H is the entropy of the singular values scaled to
+    sum to 1.
 
     The effective rank is 1 if all rows are multiples of one vector, and min(n, D) if all singular values are equal
-    (RankMe, arXiv 2210.02885, equation 2, with its epsilon of 1e-7). As in the paper, features are not centred. The
-    result is NaN if a feature is not finite.
+    (RankMe, arXiv 2210.02885, equation 2, with epsilon 1e-7). As in the paper, features are not centred. If a feature
+    is not finite, the result is NaN.
     """
     if not bool(torch.isfinite(features).all()):
         return math.nan
@@ -110,11 +112,11 @@ def rankme_share(features: Tensor) -> float:
 
 
 class FirstNotFinite:
-    """A record of the first step with a figure that is not finite. The record is stored on the device, so that the CPU
-    does not wait for the device.
+    """A record of the first step in which a loss or another metric is not finite. The record is stored on the device,
+    so the CPU need not wait for the device in each step.
 
-    `step` is an int64 scalar, and `NEVER` while all figures are finite. Processes can reduce `step` to its minimum
-    before `read`.
+    `step` is an int64 scalar tensor. It is `NEVER` as long as all metrics are finite. If a run has several processes,
+    the minimum of their `step` is the first such step of the run.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -123,7 +125,7 @@ class FirstNotFinite:
         self._values: Tensor | None = None
 
     def note(self, step: int, figures: Mapping[str, Tensor]) -> None:
-        """Check the figures of one step, which are scalars such as losses and gradient norms. Every call must pass the
+        """Check the metrics of one step, which are scalars such as losses and gradient norms. Every call must pass the
         same names."""
         values = torch.stack([value.detach().reshape(()).float() for value in figures.values()])
         first = ~values.isfinite().all() & (self.step == NEVER)
@@ -132,7 +134,7 @@ class FirstNotFinite:
         self._names = list(figures)
 
     def read(self) -> tuple[int, dict[str, float]] | None:
-        """Return the recorded step and its figures, or None if all figures were finite.
+        """Return the recorded step and its metrics, or None if all metrics were finite.
 
         This method waits for the device, so call it only when a log line is written.
         """
@@ -142,36 +144,37 @@ class FirstNotFinite:
         return step, dict(zip(self._names, self._values.tolist(), strict=True))
 
     def clear(self) -> None:
-        """Delete the record, so that later steps are checked again."""
+        """Delete the record, so that the next step with a value that is not finite is recorded."""
         self.step, self._values = torch.full_like(self.step, NEVER), None
 
 
 class Sentinels:
     """The sentinels of a run, which decide whether the run continues, warns, rolls back or stops.
 
-    The training loop calls them after each log line, each evaluation and each step that is not finite. All processes of
-    a run must act on the same verdict.
+    The training loop calls a check after each log line, after each evaluation, and when a metric is not finite. All
+    processes of a run must act on the same verdict.
     """
 
     def __init__(self, limits: Limits) -> None:
         self.limits, self.state = limits, State()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the sentinels in JSON types, to be stored in a checkpoint."""
+        """Return the state of the sentinels in JSON types, for storing in a checkpoint."""
         return asdict(self.state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace the state of the sentinels by a stored state. A rollback uses `forget_after` instead."""
+        """Replace the state of the sentinels with a stored state. A rollback uses `forget_after` instead."""
         self.state = State(**json.loads(json.dumps(state)))  # a deep copy
 
     def forget_after(self, then: Mapping[str, Any], kind: Kind) -> None:
-        """Reset the records of the steps after a restored checkpoint. A rollback calls this, because the run repeats
-        these steps.
+        """Forget what was recorded for the steps after a restored checkpoint, because the run repeats these steps.
+
+        The number of rollbacks, the steps to skip and the learning rate factor are kept.
 
         Args:
-            then: the `state_dict` in the restored checkpoint.
-            kind: the kind of failure that caused the rollback. After "knn", the best accuracy so far is not reset,
-                because later accuracies are compared with it.
+            then: the `state_dict` that the restored checkpoint contains.
+            kind: the kind of failure that caused the rollback. After "knn", the best accuracy is kept too, because
+                later accuracies are compared with it.
         """
         old = State(**json.loads(json.dumps(then)))
         self.state = replace(self.state, bad_lines=old.bad_lines, good_step=old.good_step, warned=old.warned)
@@ -186,24 +189,24 @@ class Sentinels:
         return self.state.lr_factor
 
     def passes_over(self, step: int) -> bool:
-        """Return whether the run skips this step, counted from 1. A skipped step updates nothing, and its images are
-        not used."""
+        """Return whether the run skips step `step`, counted from 1. A skipped step does not train on its images and
+        updates nothing."""
         return step in self.state.passed_over
 
     def may_go_back_to(self) -> list[int]:
-        """Return the steps to which a rollback may return. Their checkpoints must not be deleted, however old they are.
+        """Return the steps that a rollback may need. Their checkpoints must not be deleted, however old they are.
 
-        A rollback after a figure that is not finite uses the newest checkpoint, which is never deleted.
+        A rollback because of a value that is not finite uses the newest checkpoint, which is never deleted.
         """
         limits, state = self.limits, self.state
         steps = [state.good_step] if limits.on_collapse == "rollback" else []
         return steps + ([state.best_knn_step] if limits.on_knn == "rollback" and state.best_knn is not None else [])
 
     def check_line(self, step: int, figures: Mapping[str, Any]) -> Verdict | None:
-        """Check the figures of one log line for signs of collapse. Return a verdict, or None if there is nothing to
+        """Check the metrics of one log line for signs of collapse. Return a verdict, or None if there is nothing to
         report.
 
-        The figures are `dino_over_ln_k`, `teacher_entropy` and, if it was measured, `rankme_share`.
+        The metrics are `dino_over_ln_k`, `teacher_entropy` and, if it was measured, `rankme_share`.
         """
         signs = self._signs(figures)
         state, limits = self.state, self.limits
@@ -226,8 +229,8 @@ class Sentinels:
         return self._decide("collapse", limits.on_collapse, step, state.good_step, begin, advice)
 
     def _signs(self, figures: Mapping[str, Any]) -> dict[str, str]:
-        """Return the signs of collapse in one log line as a dict of descriptions by the name of the sign. A missing
-        figure is not a sign."""
+        """Return the signs of collapse in one log line, as a dict from the name of a sign to its description. A missing
+        metric is not a sign."""
         ln_k = math.log(self.limits.n_prototypes)
         dino, entropy, share = (figures.get(name) for name in ("dino_over_ln_k", "teacher_entropy", "rankme_share"))
         signs = {}
@@ -247,12 +250,12 @@ class Sentinels:
         return signs
 
     def check_finite(self, step: int, figures: Mapping[str, float], replay: Path | None) -> Verdict:
-        """Return the verdict on a step with figures that are not finite.
+        """Return the verdict on a step with metrics that are not finite.
 
         Args:
-            step: the step of the figures, counted from 1.
-            figures: the figures that `FirstNotFinite.read` returned.
-            replay: the file in which the batch is stored. It is None if the batch is not stored.
+            step: the step, counted from 1.
+            figures: the metrics that `FirstNotFinite.read` returned.
+            replay: the file in which the step's batch is stored, or None if the batch is not stored.
         """
         wrong = ", ".join(f"{name} is {value}" for name, value in figures.items() if not math.isfinite(value))
         begin = f"step {step}: {wrong or 'a weight is not finite'}."
@@ -262,8 +265,8 @@ class Sentinels:
         return self._decide("not_finite", self.limits.on_not_finite, step, step - 1, begin, advice)
 
     def check_knn(self, step: int, accuracy: float) -> Verdict | None:
-        """Check the k-NN accuracy, from 0 to 1, after `step` steps. Return a verdict, or None if there is nothing to
-        report.
+        """Compare the k-NN accuracy after `step` steps, from 0 to 1, with the best accuracy so far. Return a verdict,
+        or None if there is nothing to report.
 
         The first call is made before training, with step 0.
         """
@@ -282,8 +285,8 @@ class Sentinels:
         return self._decide("knn", limits.on_knn, step, state.best_knn_step, begin, advice)
 
     def _decide(self, kind: Kind, action: Action, step: int, back_to: int, begin: str, advice: str) -> Verdict:
-        """Return the verdict on a failure. If it is a rollback, count it, and record the step to skip or the lower
-        learning rate."""
+        """Return the verdict on a failure. If the action is a rollback, count it, and record the step to skip or the
+        lower learning rate factor."""
         state, limits = self.state, self.limits
         verdict = Verdict(kind, action, step, back_to, begin + advice)
         if action == "warn":
@@ -308,8 +311,8 @@ class Sentinels:
 
 @dataclass(frozen=True)
 class Replay:
-    """A batch that was stored because of a failure: its step, the names of its images, its crops by name, and the
-    figures of the step (`terms`)."""
+    """A batch that was stored because of a failure: the step, the names of the images, the crops by name, and the
+    metrics of the step (`terms`)."""
 
     step: int
     names: list[str]
@@ -329,18 +332,17 @@ def save_replay(
 ) -> Path:
     """Store a batch so that it can be inspected and repeated, and return the path of the file.
 
-    The file `step_NNNNNNNN.safetensors` contains the crops and, in its metadata, the other data of the batch. A JSON
-    file with the same name contains a readable copy of the other data.
+    The file `step_NNNNNNNN.safetensors` contains the crops. Its metadata contains `step`, `names`, `terms` and `facts`,
+    which are also written to a JSON file with the same name for people to read.
 
     Args:
-        folder: the folder of the file. It is created if it is missing. Only the batches of the `keep` latest steps
-            remain in it.
+        folder: the folder to which the files are written. It is created if it is missing.
         step: the step of the batch, counted from 1.
-        names: file names (or keys) of the images, in the batch's order.
-        crops: tensors by name, such as those of `training.data.crops.Crops`.
-        terms: the figures of the step, which may be NaN.
-        facts: further values of JSON types, such as indices, seed and rates.
-        keep: number of stored batches that are not deleted.
+        names: the names of the images, in the order of the batch.
+        crops: the crops as tensors by name, such as the fields of `training.data.crops.Crops`.
+        terms: the metrics of the step, which may be NaN.
+        facts: further values of JSON types, such as indices, the seed and learning rates.
+        keep: the number of batches to keep in the folder. Batches of earlier steps are deleted.
 
     Raises:
         OSError: a file cannot be written.

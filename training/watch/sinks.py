@@ -1,8 +1,8 @@
-"""Send the figures of a run to TensorBoard and Weights & Biases, if they are installed.
+"""Send the metrics of a training run to TensorBoard and Weights & Biases.
 
-A sink is a receiver of figures. For each log line it gets the step and the figures by name. If a sink fails,
+A sink is a receiver of metrics. For each log line, it gets the step and the metrics by name. If a sink fails,
 `training/watch/monitor.py` reports the failure once and continues without the sink. TensorBoard is used whenever it is
-installed, because it only writes into the run's folder. Weights & Biases sends figures to another machine, so it is
+installed, because it only writes into the run's folder. Weights & Biases sends metrics to another machine, so it is
 used only if a project is named.
 """
 
@@ -19,8 +19,8 @@ WANDB_ID = "wandb_id.txt"
 
 @dataclass(frozen=True)
 class Sink:
-    """A receiver of figures. `write(step, numbers)` takes the figures of one log line, and `close()` closes the
-    receiver."""
+    """A receiver of metrics. `write(step, numbers)` receives the metrics of one log line by name, and `close()` closes
+    the receiver."""
 
     name: str
     write: Callable[[int, Mapping[str, float]], None]
@@ -30,16 +30,17 @@ class Sink:
 def make_sinks(
     out: Path, first_step: int, wandb: str | None, settings: Mapping[str, Any], say: Callable[[str], None]
 ) -> list[Sink]:
-    """Return the receivers of a run's figures: TensorBoard if it is installed, and Weights & Biases if a project is
+    """Return the receivers of a run's metrics: TensorBoard if it is installed, and Weights & Biases if a project is
     named.
 
     Args:
         out: the run's folder.
-        first_step: number of steps done before this start. TensorBoard hides later steps that an earlier attempt wrote.
-        wandb: name of the Weights & Biases project. If it is None, Weights & Biases is not used.
+        first_step: the number of steps already done when the run starts or resumes. TensorBoard hides data that was
+            written for later steps before the run resumed.
+        wandb: the name of the Weights & Biases project. If it is None, Weights & Biases is not used.
         settings: the run's configuration, which Weights & Biases shows.
         say: a function that is called with a warning if TensorBoard or Weights & Biases cannot be used, for instance
-            without a network. The run continues without it.
+            because the network is down. The run continues without the unusable receiver.
 
     Raises:
         ValueError: a project is named, but wandb is not installed.
@@ -61,9 +62,9 @@ def make_sinks(
 
 
 def tensorboard_sink(folder: Path, first_step: int) -> Sink:
-    """Make a sink that writes figures into `folder`. The command `tensorboard --logdir` shows them.
+    """Make a sink that writes metrics to `folder`. The command `tensorboard --logdir` shows them.
 
-    TensorBoard hides steps after `first_step` that an earlier attempt wrote.
+    TensorBoard hides metrics for steps after `first_step` that were written before the run was resumed.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -85,10 +86,10 @@ def _load_wandb(project: str) -> Any:
 
 
 def wandb_sink(client: Any, project: str, out: Path, settings: Mapping[str, Any]) -> Sink:
-    """Make a sink that sends figures to a run of a Weights & Biases project.
+    """Make a sink that sends metrics to a run in a Weights & Biases project.
 
-    The run has the name of the folder `out`. A resumed training run continues the same Weights & Biases run. `client`
-    is the module `wandb`.
+    The Weights & Biases run is named after the folder `out`. A resumed training run continues the same Weights & Biases
+    run. `client` is the module `wandb`.
     """
     id_file = out / WANDB_ID
     if not id_file.exists():
