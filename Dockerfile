@@ -46,8 +46,9 @@ USER 10001:10001
 WORKDIR /data
 VOLUME /data
 EXPOSE 8000
-# Check /readyz, so that `docker compose up --wait` returns only when the service can embed images.
-HEALTHCHECK --interval=5s --timeout=5s --start-period=60s --retries=3 \
+# Check /readyz, so that `docker compose up --wait` returns only when the service can embed images. The start period
+# covers the download and export of a published model.
+HEALTHCHECK --interval=5s --timeout=5s --start-period=30m --retries=3 \
     CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen('http://127.0.0.1:' + os.environ['DINOV2_PORT'] + '/readyz', timeout=4)"]
 STOPSIGNAL SIGTERM
 CMD ["dinov2", "serve"]
