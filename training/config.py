@@ -1,8 +1,8 @@
 """All settings of a training run, in one frozen pydantic model.
 
 A recipe (`training/recipes/NAME.toml`) sets some of the settings, and `key=value` pairs on the command line override
-the recipe. Unknown keys and impossible values are errors. The length of a warm-up is a share of the run, so a run with
-fewer epochs has the same schedules in compressed form.
+the recipe. Unknown keys and impossible values are errors. The length of a warm-up is given as a share of the run, so
+a run with fewer epochs has the same schedules, compressed into fewer steps.
 """
 
 import difflib
@@ -30,9 +30,9 @@ class LastPhase(BaseModel):
 
     With larger crops only at the end, most steps stay cheap, and the network still learns from images of the size at
     which it will be used. DINOv2 ends its runs at 518 pixels (arXiv 2304.07193, section 4, "Adapting the resolution")
-    and restarts all schedules. Here `lr_mult` restarts the schedules of the learning rate and of the teacher's
-    momentum. If `lr_mult` is None, both stay near their end values. The student then still learns, but little of this
-    reaches its moving average, which is the released network.
+    and restarts all schedules. Here, setting `lr_mult` restarts the schedules of the learning rate and of the teacher's
+    momentum. If `lr_mult` is None, the learning rate and the momentum stay near their final values. The student then
+    still learns, but little of what it learns reaches its moving average, which is the released network.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -49,8 +49,8 @@ class LastPhase(BaseModel):
 class TrainConfig(BaseModel):
     """The settings of one training run.
 
-    The defaults come from DINOv2's short recipe, except for sizes, drop path, centering and the settings that DINOv2
-    does not have.
+    The defaults come from DINOv2's short recipe, except those for sizes, drop path and centering, and those of settings
+    that DINOv2 does not have.
 
     Raises:
         pydantic.ValidationError: a key is unknown or a value is out of range. The error is a ValueError.
@@ -228,7 +228,7 @@ class TrainConfig(BaseModel):
 
     @property
     def vit_config(self) -> ViTConfig:
-        """Return the configuration of the model that `model` names, with the fields that `vit` overrides.
+        """Return the configuration of the model named `model`, with the overrides in `vit` applied.
 
         Raises:
             ValueError: the model is unknown, or `vit` has an unknown field.
@@ -299,7 +299,7 @@ def load_config(recipe: str, data: str | Path, out: Path, overrides: list[str] |
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
-    """Parse settings of the form `key=value`, and return the values by key. A value that is not TOML is a string.
+    """Parse settings of the form `key=value`, and return the values by key. A value that is not TOML is kept as text.
 
     Raises:
         ValueError: an override has no `=`.
@@ -314,7 +314,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
 
 
 def _in_words(problem: Any) -> str:
-    """Return an error of pydantic as one line, without type names and links."""
+    """Format a pydantic error as one line, without type names and links."""
     message = problem["msg"].removeprefix("Value error, ")
     if not problem["loc"]:
         return str(message)
