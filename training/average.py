@@ -100,7 +100,7 @@ def is_whitened(facts: dict[str, Any]) -> bool:
 def in_common(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the entries that are the same in all dictionaries of `facts`, except `steps` and `knn`.
 
-    If the values of an entry are dictionaries that differ, the entry is reduced in the same way, not dropped.
+    If the values of an entry are dictionaries that differ, only what they have in common is kept, by the same rule.
     """
     first, *rest = facts
     common: dict[str, Any] = {}

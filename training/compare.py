@@ -152,7 +152,7 @@ def config_of(command: Sequence[str]) -> TrainConfig:
 
 
 def check_fair(config: TrainConfig, overrides: Sequence[str]) -> None:
-    """Check that the two runs can be compared with these settings.
+    """Check that `config` and `overrides` allow a fair comparison of a DINO run and a DINOv2 run.
 
     Raises:
         ValueError: an override sets one of the settings in the constant `DINO`, in which the two runs must differ, or
@@ -270,9 +270,10 @@ def judge(
     """Evaluate one network on the held-out images.
 
     Returns:
-        a dictionary with `robustness` and `rankme_share` (the effective rank of the class tokens, as a share of the
-        largest possible rank). If `has_classes` is True, it also contains `knn` (the accuracy for each pooling and each
-        k) and `logistic` (the accuracy of logistic regression and its parameter C).
+        a dictionary with `robustness` (see training/evaluate/robustness.py) and `rankme_share` (the effective rank of
+        the class tokens, as a share of the largest possible rank). If `has_classes` is True, it also contains `knn`
+        (the accuracy for each pooling and each k) and `logistic` (the accuracy of logistic regression and its parameter
+        C).
     """
     test = compute_features(backbone, held_out, spec)
     stride = math.ceil(len(held_out) / ROBUSTNESS_PHOTOS)

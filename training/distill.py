@@ -35,8 +35,8 @@ from training.student_teacher import Network, Output
 class PrototypeTeacher(nn.Module):
     """A frozen backbone that serves as a teacher without heads. Its prototypes are some of its own features.
 
-    `choose` must set the prototypes before the first call. The module is called like a `Network`, and returns an
-    `Output` too.
+    `choose` must set the prototypes before the first call. The module is called like a `Network`, and also returns
+    an `Output`.
     """
 
     def __init__(self, backbone: DinoVisionTransformer, n_prototypes: int) -> None:
@@ -64,8 +64,8 @@ class PrototypeTeacher(nn.Module):
         """Set the prototypes to features of the first training steps' global crops. All ranks get the same prototypes.
 
         The prototypes are ordered by step, view and position in the step's batch. A resumed run therefore has the same
-        prototypes in the same order, even with other micro-batches or another number of ranks, and the student's heads
-        still match them.
+        prototypes in the same order, even if the size of micro-batches or the number of ranks changes, and the
+        student's heads still match them.
 
         Args:
             steps: for each step, this rank's micro-batches. Steps are read only until there are enough features.

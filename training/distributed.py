@@ -1,7 +1,7 @@
 """Train one run with several processes. Only this file uses torch.distributed and torchrun's environment variables.
 
 `torchrun --nproc-per-node N -m training ...` starts N processes, which are called ranks. In every step each rank
-computes a share of the images. The losses need data from other ranks and get it through functions of this file: a
+processes a share of the batch. The losses need data from other ranks and get it through functions of this file: a
 log-sum-exp over all ranks (for Sinkhorn-Knopp), a sum (for the moving centre and batch normalisation) and gathered rows
 (for KoLeo). With a single process, these functions return their input, and no process group is created.
 
@@ -49,9 +49,10 @@ class World:
 
 @contextmanager
 def join(device: str) -> Iterator[World]:
-    """Connect this process to the other ranks of its run, and yield its `World`. The connection ends with the block.
+    """Connect this process to the other ranks of its run for the duration of the block.
 
-    The ranks are the processes that torchrun started. Without torchrun, this process is the run's only rank.
+    Yield this process's `World`: its rank, the number of ranks and its device. The ranks are the processes that
+    torchrun started. Without torchrun, this process is the run's only rank.
 
     Args:
         device: `auto` (cuda if there is a GPU, otherwise cpu), `cpu`, `cuda` or, for a single rank, `cuda:N`. If

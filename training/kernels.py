@@ -49,8 +49,8 @@ def soft_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets,
     The result is differentiable with respect to the student's logits. The targets get no gradient.
 
     Args:
-        student_logits: [R, K] for R rows and K prototypes, of any float type. R must be a multiple of B. The targets of
-            row r are in row r % B of `targets`.
+        student_logits: [R, K] for R rows and K prototypes, of any float type. R must be a multiple of B, the
+            number of rows of targets. The targets of row r are in row r % B of `targets`.
         targets: [B, K], or [T, B, K] for T teacher views, which are summed. The targets of a row need not sum to one.
         student_temp: the student's temperature.
 

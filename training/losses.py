@@ -135,9 +135,9 @@ def _scale(
 
 
 def _row_chunks(x: Tensor, columns: int = 0) -> Sequence[Tensor]:
-    """Split `x` into chunks of rows. The rows of a chunk, times `columns`, are at most `chunk_elements`.
+    """Split `x` into chunks of at most `chunk_elements` / `columns` rows, but at least one row.
 
-    If `columns` is 0, it is the number of columns of `x`.
+    If `columns` is 0, the number of columns of `x` is used instead.
     """
     return torch.split(x, max(1, chunk_elements(x.device) // (columns or x.shape[1])))
 
@@ -213,8 +213,8 @@ def batch_norm_center(
     the biased variance), but without a learned scale and shift. The DINO papers do not define this method. Here all
     logits are also multiplied by the square root of the variance averaged over the prototypes, so that the temperature
     has the same effect as with Sinkhorn-Knopp and the moving centre. `LEAST_VARIANCE` times this average is added to
-    each variance. Without it, the logits of a prototype would be amplified if they hardly vary. A fixed constant would
-    not work, because the scale of the logits is not known in advance.
+    each variance. Without this, logits of a prototype that hardly vary would be amplified. A fixed constant would not
+    work, because the scale of the logits is not known in advance.
 
     Args:
         logits: the teacher's logits [..., K] for K prototypes, of any float type, or a sequence of such tensors, one
@@ -258,10 +258,10 @@ def dino_loss(
     The loss is summed over the pairs of views and averaged over images.
 
     Args:
-        student_logits: the student's logits for B images and K prototypes: [B, K] for one view, and [S, B, K] or S
-            tensors [B, K] for S views.
-        teacher_probs: the teacher's targets p: [B, K] for one view, and [T, B, K] or T tensors [B, K] for T views. Each
-            row sums to one.
+        student_logits: the student's logits for B images and K prototypes: [B, K] for one view, and [S, B, K] or a
+            sequence of S tensors [B, K] for S views.
+        teacher_probs: the teacher's targets p: [B, K] for one view, and [T, B, K] or a sequence of T tensors [B, K] for
+            T views. Each row sums to one.
         student_temp: the student's temperature.
 
     Returns:
@@ -314,7 +314,8 @@ def koleo_loss(x: Tensor, pool: Tensor | None = None, offset: int = 0) -> Tensor
         x: embeddings [B, D].
         pool: the rows [n, D] among which to search for the nearest row. The default is `x`. To search all ranks, pass
             the rows of all ranks, gathered so that gradients flow back to them. If all ranks have the same number of
-            rows, averaging the loss and its gradients over the ranks then gives those for all rows.
+            rows, averaging the loss and its gradients over the ranks then gives
+            the loss and the gradients for all rows.
         offset: the position of `x` in the pool: row i of `x` is row offset + i of the pool. A row is not its own
             nearest row.
 

@@ -1,7 +1,7 @@
 """Optimizers with DINOv2's parameter groups, gradient clipping per sub-module, and updates that skip non-finite steps.
 
-The groups follow facebookresearch/dinov2, `dinov2/utils/param_groups.py`. The learning rate falls by a factor of
-`layer_decay` from each block to the block before it, and by a further factor for the patch embedding. Biases, norms and
+The groups follow facebookresearch/dinov2, `dinov2/utils/param_groups.py`. The learning rate of each block
+is `layer_decay` times that of the block after it. The patch embedding has a further factor. Biases, norms and
 LayerScale have no weight decay. Position embeddings, the class, mask and register tokens, and the lengths of the
 prototypes have weight decay. The prototypes are frozen at the start of a run. Unlike in DINOv2, the whole backbone can
 be frozen at the start too, so that new heads on a trained backbone learn first.
@@ -55,10 +55,10 @@ def make_optimizer(
 
     Args:
         network: the student.
-        layer_decay: the factor by which the learning rate falls from each block to the block before it.
+        layer_decay: the learning rate of each block is `layer_decay` times that of the block after it.
         patch_embed_lr_mult: a further factor on the learning rate of the patch embedding.
-        betas: two decay rates of running averages: that of the gradients and that of their squares. Only AdamW uses the
-            second.
+        betas: the decay rates of two running averages, that of the gradients and that of their squares. Only AdamW uses
+            the second.
         kind: `adamw`, or `sgd_normalized` (see `NormalizedSGD`) for very large batches.
 
     Raises:

@@ -129,7 +129,7 @@ def is_save_due(run: Run) -> bool:
 
 
 def needs_the_host(run: Run, step: int, stop: Sigterm) -> bool:
-    """Return whether the host has to write or decide something after this step. The result is the same on all ranks.
+    """Return whether the host has to write or decide something after step `step`. The result is the same on all ranks.
 
     Each rank has its own clock and receives its own signals, so the ranks tell each other after every step whether a
     save is due or SIGTERM has arrived. Waiting until the next log line could take too long, because torchrun kills the

@@ -64,7 +64,7 @@ def initial_weights(init: str, model: str, config: ViTConfig) -> dict[str, Tenso
         config: the configuration of the run's network.
 
     Raises:
-        ValueError: `init` is none of these, is damaged, or contains a network with another configuration than `config`.
+        ValueError: `init` is none of these, is damaged, or contains a network whose configuration is not `config`.
         OSError: a file cannot be read.
         model.zoo.DownloadError: published weights cannot be downloaded.
     """

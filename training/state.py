@@ -1,4 +1,4 @@
-"""Save the states of a run to disk, so that it can resume after an interruption or roll back.
+"""Save the states of a run to disk, so that the run can resume after an interruption or roll back.
 
 A state contains the student, its moving average, the optimizer, the moving centres, the step number, and the state of
 the sentinels (checks that detect a failing run). Nothing else is needed, because the random choices of a step depend
@@ -88,7 +88,7 @@ def _whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def _optimizer_tensors(parts: Parts) -> dict[str, Tensor]:
-    """Return the tensors of the optimizer's state, named `PARAMETER/KEY`. KEY is the optimizer's own key."""
+    """Return the tensors of the optimizer's state, named `PARAMETER/KEY` with keys such as `exp_avg`."""
     state = parts.optimizer.state
     return {
         f"{name}/{key}": value
@@ -332,7 +332,7 @@ def check_same_settings(saved: Saved, settings: dict[str, Any]) -> None:
 def load_state(saved: Saved, parts: Parts) -> None:
     """Load a saved state into the networks, the optimizer and the buffers of `parts`.
 
-    The number of ranks may differ from the number of ranks of the run that saved the state.
+    The number of ranks may differ from the number when the state was saved.
     """
     state = torch.load(saved.path, map_location="cpu", weights_only=True, mmap=True)
     for network, name in ((parts.student, "student"), (parts.ema, "ema")):

@@ -23,7 +23,7 @@ class TeacherTargets:
     temp: float
 
     def __getitem__(self, index: Any) -> "TeacherTargets":
-        """Return the targets of the rows that `index` selects. It can index all dimensions except the prototypes."""
+        """Return the targets of the rows that `index` selects. The last dimension (prototypes) cannot be indexed."""
         return TeacherTargets(self.logits[index], self.u[index], self.v, self.temp)
 
     def probs(self) -> Tensor:

@@ -68,9 +68,9 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
         the path of the checkpoint.
 
     Raises:
-        ValueError: there are no usable images, a setting does not fit the machine or a file, or the run's folder
-            `config.out` cannot be used. Another process is training in it, all its states are damaged, or it contains
-            a run with other settings, images or another teacher.
+        ValueError: there are no usable images, a setting does not match the machine or a file that it names, another
+            process trains in the folder `config.out`, or that folder contains a run that cannot be resumed (because it
+            has other settings, images or another teacher, or all its states are damaged).
         OSError: the images cannot be reached, a file cannot be read, or the run's folder cannot be written.
         model.zoo.DownloadError: published weights cannot be downloaded.
         RunStopped: a check detected that the run is failing, for example a collapse.

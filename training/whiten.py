@@ -34,7 +34,8 @@ def whiten(model: DinoVisionTransformer, cls: Tensor, shrinkage: float) -> Tenso
         model: any backbone. Its patch and register tokens change too, because they pass through the same last norm.
         cls: the model's class tokens [n, D] for n images like those that it will be used on.
         shrinkage: the share of the mean variance that is added to the variance of each direction. With 0.01, directions
-            with less than a hundredth of the mean variance, which are mostly noise, stay small.
+            with less than a hundredth of the mean variance, which are mostly noise, get less than half of
+            the full variance.
 
     Returns:
         the rotation Q, float64 [D, D]. The residual stream of the changed model is Q x where it was x before.
@@ -99,7 +100,7 @@ def _read(norm: nn.LayerNorm, layer: nn.Linear, rotation: Tensor) -> None:
 
 
 def _write(layer: nn.Linear, scale: nn.Module, rotation: Tensor) -> None:
-    """Rotate the output of `layer`. If `scale`, which follows it, is a LayerScale, move the gain into `layer` first."""
+    """Rotate the output of `layer`. If `scale`, which follows it, is a LayerScale, move its gain into `layer` first."""
     gain = layer.bias.new_ones(len(layer.bias), dtype=torch.float64)
     if isinstance(scale, LayerScale):
         gain = scale.gamma.double()
