@@ -314,8 +314,7 @@ def koleo_loss(x: Tensor, pool: Tensor | None = None, offset: int = 0) -> Tensor
         x: embeddings [B, D].
         pool: the rows [n, D] among which to search for the nearest row. The default is `x`. To search all ranks, pass
             the rows of all ranks, gathered so that gradients flow back to them. If all ranks have the same number of
-            rows, averaging the loss and its gradients over the ranks then gives
-            the loss and the gradients for all rows.
+            rows, averaging the loss and its gradients over the ranks then gives the loss and gradients for all rows.
         offset: the position of `x` in the pool: row i of `x` is row offset + i of the pool. A row is not its own
             nearest row.
 

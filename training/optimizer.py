@@ -1,10 +1,10 @@
 """Optimizers with DINOv2's parameter groups, gradient clipping per sub-module, and updates that skip non-finite steps.
 
-The groups follow facebookresearch/dinov2, `dinov2/utils/param_groups.py`. The learning rate of each block
-is `layer_decay` times that of the block after it. The patch embedding has a further factor. Biases, norms and
-LayerScale have no weight decay. Position embeddings, the class, mask and register tokens, and the lengths of the
-prototypes have weight decay. The prototypes are frozen at the start of a run. Unlike in DINOv2, the whole backbone can
-be frozen at the start too, so that new heads on a trained backbone learn first.
+The groups follow facebookresearch/dinov2, `dinov2/utils/param_groups.py`. The learning rate of each block is
+`layer_decay` times that of the block after it, and that of the patch embedding is multiplied by a further factor.
+Biases, norms and LayerScale have no weight decay. Position embeddings, the class, mask and register tokens, and the
+lengths of the prototypes have weight decay. The prototypes are frozen at the start of a run. Unlike in DINOv2, the
+whole backbone can be frozen at the start too, so that new heads on a trained backbone learn first.
 
 Each parameter group stores multipliers, from which `set_schedule` computes the group's learning rate and weight decay
 for a step. No function in this file makes the host wait for a GPU, because the gradient norms, and the flag that says

@@ -39,8 +39,8 @@ from training.watch.sinks import make_sinks
 def make_run(config: TrainConfig, world: World, data: Data, console: Console, saved: Saved | None) -> Run:
     """Make a run at step 0.
 
-    If a state `saved` is given, check that its settings, images and teacher are those of the run, but do not load it.
-    The caller loads it later.
+    If a state `saved` is given, check that it has the same settings, images and teacher as the run, but do not load it.
+    The caller loads the state later.
 
     Raises:
         ValueError: the run does not match `saved`, or the teacher or the initial weights do not match the
@@ -254,8 +254,8 @@ def release_settings(config: TrainConfig, world: World, data: Data) -> Release:
 def work_of_step(config: TrainConfig, share_done: float = 0.0, teacher: ViTConfig | None = None) -> float:
     """Compute how many floating-point operations one step needs on all ranks (see training/watch/flops.py).
 
-    `share_done` (0 to 1) is the share of the run that is done, because the crop sizes can change during the run.
-    `teacher` is the configuration of the teacher's network in distillation, and None otherwise.
+    The number can change during the run, because the crop sizes can change. `share_done` (0 to 1) is the share of the
+    run that is done. `teacher` is the configuration of the teacher's network in distillation, and None otherwise.
     """
     (large, _), _, (small, n_local) = crop_settings(config).phase(share_done).views
     n_images, n_patches = 2 * config.batch_size, (large.size // config.vit_config.patch_size) ** 2
