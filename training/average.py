@@ -1,8 +1,8 @@
 """Average the weights of several checkpoints, and measure whether the mean is better than each checkpoint.
 
-If checkpoints come from different times of one run, or from runs with a long common beginning, the mean of their
+If checkpoints come from different times of one run, or from runs that share a long first part, the mean of their
 weights is often better than each checkpoint (arXiv 1803.05407, arXiv 2203.05482). The mean is not always better, so
-every checkpoint is evaluated along with it. The mean of runs without a common beginning is useless, and the evaluation
+the mean and every checkpoint are evaluated. If the runs share no first part, the mean is useless, and the evaluation
 shows this too.
 """
 
@@ -29,9 +29,9 @@ UNLIKE = {"steps", "knn"}  # facts that hold for one checkpoint and not for a me
 
 
 def average_weights(states: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Compute the mean of each tensor over the state dicts in float64, and return the means in the original types.
+    """Average each tensor over the state dicts in float64, and return the means in the tensors' original data types.
 
-    One state dict is read at a time.
+    The state dicts are read one at a time.
 
     Raises:
         ValueError: `states` is empty.
@@ -52,10 +52,10 @@ def average_weights(states: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def average_checkpoints(paths: Sequence[Path], out: Path) -> None:
-    """Average the weights of checkpoints of this project, and write the mean to the checkpoint `out`.
+    """Average the weights of this project's checkpoints `paths`, and write the mean to the checkpoint `out`.
 
-    The metadata of `out` has the entries that are equal in all checkpoints, the preprocessing and the name of the first
-    checkpoint, and `average_of`, a list of the checkpoints.
+    The metadata of `out` contains the entries that are the same in all checkpoints, and `average_of`, a list of the
+    checkpoints. The entries `name` and `preprocess` are copied from the first checkpoint.
 
     Raises:
         ValueError: there are fewer than two checkpoints, their networks differ, a file is not a checkpoint of this
@@ -93,14 +93,14 @@ def average_checkpoints(paths: Sequence[Path], out: Path) -> None:
 
 
 def is_whitened(facts: dict[str, Any]) -> bool:
-    """Return whether a checkpoint with the metadata `facts` is whitened. A run whitens only its last checkpoint."""
+    """Return whether the metadata `facts` describes a whitened checkpoint. A run whitens only its last checkpoint."""
     return bool(facts.get("whitened"))
 
 
 def in_common(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the entries that are equal in all dictionaries of `facts`, except `steps` and `knn`.
+    """Return the entries that are the same in all dictionaries of `facts`, except `steps` and `knn`.
 
-    Nested dictionaries are reduced to their equal entries in the same way.
+    If the values of an entry are dictionaries that differ, only what they have in common is kept, by the same rule.
     """
     first, *rest = facts
     common: dict[str, Any] = {}
@@ -123,21 +123,21 @@ def _sha256(path: Path) -> str:
 def split_for(source: Source, facts: Sequence[dict[str, Any]]) -> tuple[list[Photo], list[Photo]]:
     """Split the images of `source` into the images that k-NN searches and the test images.
 
-    No checkpoint was trained on a test image. If the data has a split into train and val, val has the test images.
-    Otherwise each run has held out its own images, and other runs may have trained on them. The test images are then
-    the images that every run has held out.
+    No checkpoint was trained on a test image. If the data is divided into train and val, the test images are those in
+    val. Otherwise each run held out its own images, which other runs may have trained on. The test images are then the
+    images that every run held out.
 
     Args:
         source: the images.
-        facts: the metadata of each checkpoint. The settings `held_out_share` and `seed` in it determine which images
-            the run has held out.
+        facts: the metadata of each checkpoint. It includes the settings `held_out_share` and `seed`, which determine
+            the images that the checkpoint's run held out.
 
     Returns:
         the images that k-NN searches, and the test images.
 
     Raises:
-        ValueError: there are no test images, or the images that k-NN searches lack labels or have fewer than two
-            classes.
+        ValueError: there are no test images, or the images that k-NN searches lack labels or belong to fewer than
+            two classes.
     """
     default = {name: TrainConfig.model_fields[name].default for name in ("held_out_share", "seed")}
     settings = [f.get("settings", {}) for f in facts]
@@ -165,10 +165,11 @@ def knn_of(paths: Sequence[Path], mean: Path, data: str, ks: Sequence[int] = KS)
         paths: the checkpoints that were averaged.
         mean: the checkpoint with the mean of their weights.
         data: a folder of images, tar shards or a dataset on disk, as for training.
-        ks: numbers of neighbours.
+        ks: the numbers of neighbours k to evaluate.
 
     Returns:
-        a list with the accuracies by k for each of `paths` and then for `mean`, and the number of test images.
+        two values: a list with one dictionary of accuracies by k for each of `paths` and a last one for `mean`, and the
+        number of test images.
 
     Raises:
         ValueError: a file is not a checkpoint, or there are no images for a fair test (see `split_for`).

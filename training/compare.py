@@ -1,23 +1,26 @@
-"""Compare DINO with DINOv2: two training runs that differ only in the settings of `DINO`.
+"""Compare DINO with DINOv2: two training runs that differ only in the settings that the constant `DINO` lists.
 
 Both runs use the same recipe, images, network, crops, schedules, seed and number of steps. The network that both runs
 start from is evaluated too, as the baseline. All three networks get the same evaluation: k-NN, logistic regression and
-robustness of the features. For each run, its speed, its memory and the stability of its loss are reported as well.
+robustness of the features. The speed, the peak memory and the stability of the loss are reported for each run as well.
 
-The stability of the loss has two figures. The first is the standard deviation of the change of the DINO loss from one
-line of metrics.jsonl to the next, over the last half of the lines. It is a share of ln K for K prototypes, which is the
-loss of a network that has learned nothing. Changes are used because a steady fall shifts their mean but not their
-deviation, and because the losses of the two runs have different levels, as the targets of the two runs differ in
-sharpness. Only the last half is used because every loss falls fast at first. The second figure is the number of jumps:
-lines of the whole run in which the loss rises by more than `JUMP` times ln K, or is not finite. Both runs use the same
-crops at the same steps, so the crops cause the same variation in both runs.
+The stability of the loss is described by two numbers:
 
-Each run trains in its own process, because peak memory is measured per process and never falls. On Linux a child
-process inherits its parent's peak, so the evaluation starts only after both runs have trained.
+- The standard deviation of the change of the DINO loss from one line of metrics.jsonl to the next, over the last half
+  of the lines. It is given as a share of ln K for K prototypes, the loss of a network that has learned nothing. A
+  steady fall of the loss shifts the mean of the changes but not their deviation. The deviation also does not depend on
+  the level of the loss, which differs between the runs because their targets differ in sharpness. Only the last half
+  is used because every loss falls fast at first.
+- The number of jumps: lines of the whole run in which the loss rises by more than `JUMP` times ln K, or is not finite.
+
+Both runs use the same crops at the same steps, so the crops cause the same variation in both losses.
+
+Each run trains in its own process, because the system measures peak memory over the whole life of a process. On Linux a
+child process inherits its parent's peak, so the evaluation starts only after both runs have trained.
 
     out/dino, out/dinov2   the folders of the two runs; an interrupted run is resumed
-    out/compare.json       all figures
-    out/compare.html       a page with the table and the curves
+    out/compare.json       all results
+    out/compare.html       a page with a table of the results and the curves of both runs
 """
 
 import json
@@ -87,15 +90,15 @@ def compare(
 ) -> dict[str, Any]:  # fmt: skip
     """Train a network with DINO and one with DINOv2, evaluate both, and print a table.
 
-    The network that both start from is evaluated too. The results are written to `out`, in compare.json and
-    compare.html.
+    The network that both runs start from is evaluated too. The results are written to compare.json and compare.html in
+    the folder `out`.
 
     Args:
         data: a folder of images, tar shards or a dataset on disk, as for training.
-        out: folder of the comparison. Interrupted runs in this folder are resumed.
+        out: the folder for both runs and the results. Interrupted runs in this folder are resumed.
         base: the recipe of both runs.
         overrides: `key=value` settings for both runs.
-        console: where messages and the table are printed. The default is the terminal.
+        console: the console on which messages and the table are printed. The default is the terminal.
         run: a function that trains one run, given the arguments of `python -m training`. The default is `run_apart`,
             which trains in another process.
 
@@ -127,9 +130,9 @@ def compare(
 
 
 def arguments(name: str, data: str, out: Path, base: str, overrides: Sequence[str]) -> list[str]:
-    """Return the arguments of `python -m training` for the run `name`, which is `dino` or `dinov2`.
+    """Return the arguments with which `python -m training` trains the run `name`, which is `dino` or `dinov2`.
 
-    Later settings override earlier settings, so the settings that make a run DINO come last.
+    Later settings override earlier settings, so the settings that distinguish DINO from DINOv2 come last.
     """
     changes = DINO if name == "dino" else {}
     settings = [f"{key}={json.dumps(value)}" for key, value in WATCHED.items()]
@@ -149,10 +152,11 @@ def config_of(command: Sequence[str]) -> TrainConfig:
 
 
 def check_fair(config: TrainConfig, overrides: Sequence[str]) -> None:
-    """Check that the two runs can be compared with these settings.
+    """Check that `config` and `overrides` allow a fair comparison of a DINO run and a DINOv2 run.
 
     Raises:
-        ValueError: an override sets one of `DINO`'s settings, or the recipe has a frozen teacher.
+        ValueError: an override sets one of the settings in the constant `DINO`, in which the two runs must differ, or
+            the recipe has a frozen teacher.
     """
     conflicting = sorted({override.partition("=")[0] for override in overrides} & DINO.keys())
     if conflicting:
@@ -164,9 +168,9 @@ def check_fair(config: TrainConfig, overrides: Sequence[str]) -> None:
 
 
 def photos_to_judge(config: TrainConfig, index: Path) -> tuple[list[Photo], list[Photo]]:
-    """Return a sample of the training images, which k-NN searches, and all held-out images.
+    """Return two lists: a sample of the training images, which k-NN searches, and all held-out images.
 
-    The training runs split the images in the same way.
+    The images are divided into training and held-out images in the same way as in the training runs.
 
     Raises:
         ValueError: there are no images, or fewer than two images are held out.
@@ -213,7 +217,7 @@ def measure(
 ) -> dict[str, Any]:
     """Evaluate the initial network and both trained networks, and return the content of compare.json.
 
-    The content includes the figures from the log files of both runs.
+    The content includes the results of `run_figures` for both runs.
     """
     config = configs["dinov2"]
     labels = {photo.label for photo in train_images}
@@ -266,9 +270,10 @@ def judge(
     """Evaluate one network on the held-out images.
 
     Returns:
-        a dictionary with `robustness` and `rankme_share` (the effective rank of the class tokens, as a share of the
-        largest possible rank). If `has_classes`, it also has `knn` (the accuracy by pooling, then by k) and `logistic`
-        (the accuracy of logistic regression and its parameter C).
+        a dictionary with `robustness` (see training/evaluate/robustness.py) and `rankme_share` (the effective rank of
+        the class tokens, as a share of the largest possible rank). If `has_classes` is True, it also contains `knn`
+        (the accuracy for each pooling and each k) and `logistic` (the accuracy of logistic regression and its parameter
+        C).
     """
     test = compute_features(backbone, held_out, spec)
     stride = math.ceil(len(held_out) / ROBUSTNESS_PHOTOS)
@@ -311,12 +316,12 @@ def stability(loss: Sequence[float | None]) -> dict[str, Any]:
     """Measure the stability of a loss, as defined at the top of this file.
 
     Args:
-        loss: the DINO loss in each line of metrics.jsonl as a share of ln K (K prototypes). A loss that was not finite
-            is None.
+        loss: the DINO loss in each line of metrics.jsonl, divided by ln K for K prototypes. A loss that was not finite
+            is given as None.
 
     Returns:
-        a dictionary with `change_std`, the standard deviation of the changes in the last half (None if it has fewer
-        than three finite values), and `jumps`, the number of jumps.
+        a dictionary with two entries. `change_std` is the standard deviation of the changes in the last half of `loss`,
+        or None if that half has fewer than three finite values. `jumps` is the number of jumps.
     """
 
     def changes(values: Sequence[float | None]) -> list[float]:

@@ -1,8 +1,8 @@
 """All settings of a training run, in one frozen pydantic model.
 
 A recipe (`training/recipes/NAME.toml`) sets some of the settings, and `key=value` pairs on the command line override
-the recipe. Unknown keys and impossible values are errors. The length of a warm-up is a share of the run, so a run with
-fewer epochs has the same schedules in compressed form.
+the recipe. Unknown keys and impossible values are errors. The length of a warm-up is given as a share of the run, so
+a run with fewer epochs has the same schedules, compressed into fewer steps.
 """
 
 import difflib
@@ -30,9 +30,9 @@ class LastPhase(BaseModel):
 
     With larger crops only at the end, most steps stay cheap, and the network still learns from images of the size at
     which it will be used. DINOv2 ends its runs at 518 pixels (arXiv 2304.07193, section 4, "Adapting the resolution")
-    and restarts all schedules. Here `lr_mult` restarts the schedules of the learning rate and of the teacher's
-    momentum. If `lr_mult` is None, both stay near their end values. The student then still learns, but little of this
-    reaches its moving average, which is the released network.
+    and restarts all schedules. Here, setting `lr_mult` restarts the schedules of the learning rate and of the teacher's
+    momentum. If `lr_mult` is None, the learning rate and the momentum stay near their final values. The student then
+    still learns, but little of what it learns reaches its moving average, which is the released network.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -49,8 +49,8 @@ class LastPhase(BaseModel):
 class TrainConfig(BaseModel):
     """The settings of one training run.
 
-    The defaults come from DINOv2's short recipe, except for sizes, drop path, centering and the settings that DINOv2
-    does not have.
+    The defaults come from DINOv2's short recipe, except those for sizes, drop path and centering, and those of settings
+    that DINOv2 does not have.
 
     Raises:
         pydantic.ValidationError: a key is unknown or a value is out of range. The error is a ValueError.
@@ -60,7 +60,7 @@ class TrainConfig(BaseModel):
 
     # data, output and device
     data: Address = Field(
-        description="folder of images (any depth; `train` and `val` in it are used as the split), tar shards "
+        description="folder of images (any depth; subfolders `train` and `val` are used as the split), tar shards "
         "(a folder, a file, `name-{000..099}.tar`, a URL) or a Hugging Face dataset saved on disk"
     )
     out: Path = Field(description="folder for checkpoints and logs")
@@ -82,7 +82,7 @@ class TrainConfig(BaseModel):
         160, ge=32, description="side in pixels of the squares that images are resized to before cropping"
     )
     cache_bytes: int = Field(
-        4 * 2**30, ge=0, description="memory of a rank for images; if they do not fit, they are streamed"
+        4 * 2**30, ge=0, description="memory per rank for images; if the images do not fit, they are streamed"
     )
     workers: int | None = Field(None, ge=1, description="threads that decode images; None: one per core")
     ahead_steps: int = Field(4, ge=1, description="steps to decode in advance when images are streamed")
@@ -116,7 +116,7 @@ class TrainConfig(BaseModel):
     local_scale: Range = (0.05, 0.32)
     last_phase: LastPhase | None = Field(None, description="other crop sizes and scales for the end of the run")
     white_balance: float = Field(
-        0.0, ge=0, lt=1, description="range of a factor on each channel: 1 +- this; not in DINOv2"
+        0.0, ge=0, lt=1, description="each channel is multiplied by a random factor, 1 +- at most this; not in DINOv2"
     )
     brightness: float = 0.4
     contrast: float = 0.4
@@ -180,9 +180,9 @@ class TrainConfig(BaseModel):
     save_every_minutes: float = Field(5, gt=0)
     keep_states: int = Field(2, ge=1, description="number of newest states to keep for resuming")
     keep_checkpoints_every_epochs: float = Field(
-        0, ge=0, description="interval of checkpoints for `dinov2 average`; 0: none"
+        0, ge=0, description="epochs between checkpoints for `dinov2 average`; 0: none"
     )
-    eval_every_epochs: float = Field(0, ge=0, description="interval of k-NN; 0: only at the end")
+    eval_every_epochs: float = Field(0, ge=0, description="epochs between k-NN evaluations; 0: only at the end")
     sheet_every: int = Field(0, ge=0, description="steps between image sheets; 0: only at the end")
     measure_peak: bool = Field(
         False, description="time a matrix product at the start, to report MFU on unknown devices"
@@ -195,7 +195,7 @@ class TrainConfig(BaseModel):
     rollback_lr_factor: float = Field(0.5, gt=0, le=1, description="factor on the learning rates after a rollback")
     knn_margin: float = Field(5.0, gt=0, description="accepted fall of k-NN below its best, in percentage points")
     min_rankme_share: float = Field(
-        0.05, ge=0, le=1, description="lowest accepted effective rank of class tokens, a share"
+        0.05, ge=0, le=1, description="lowest accepted effective rank of class tokens, as a share of the largest"
     )
     max_rollbacks: int = Field(3, ge=0)
     whiten: float | None = Field(
@@ -228,7 +228,7 @@ class TrainConfig(BaseModel):
 
     @property
     def vit_config(self) -> ViTConfig:
-        """Return the configuration of the model that `model` names, with the fields that `vit` overrides.
+        """Return the configuration of the model named `model`, with the overrides in `vit` applied.
 
         Raises:
             ValueError: the model is unknown, or `vit` has an unknown field.
@@ -299,7 +299,7 @@ def load_config(recipe: str, data: str | Path, out: Path, overrides: list[str] |
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
-    """Parse settings of the form `key=value`, and return the values by key. A value that is not TOML is a string.
+    """Parse settings of the form `key=value`, and return the values by key. A value that is not TOML is kept as text.
 
     Raises:
         ValueError: an override has no `=`.
@@ -314,7 +314,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
 
 
 def _in_words(problem: Any) -> str:
-    """Return an error of pydantic as one line, without type names and links."""
+    """Format a pydantic error as one line, without type names and links."""
     message = problem["msg"].removeprefix("Value error, ")
     if not problem["loc"]:
         return str(message)

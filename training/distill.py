@@ -1,11 +1,11 @@
-"""The teacher of a distillation: a larger, frozen network that gives the student its targets.
+"""The teacher for distillation: a larger, frozen network that gives the student its targets.
 
 DINOv2's small models learn from the frozen ViT-g with the ordinary losses (arXiv 2304.07193, section 5). These losses
 need the teacher's heads. The saved states of this project's runs contain heads, but Meta did not publish the heads of
-its released weights. A teacher without heads uses some of its own features as prototypes. For DINO's loss these are K
-class tokens of crops of training images, and for iBOT's loss K patch tokens of these crops, all centred and scaled to
-unit length. The teacher's logits are the cosines between a centred token and these prototypes. The student therefore
-learns the similarities that the teacher computes between an image and K other images.
+its released weights. A teacher without heads uses some of its own features as prototypes, which it computes from
+crops of training images. The prototypes are K class tokens for DINO's loss and K patch tokens for iBOT's loss, all
+centred and scaled to unit length. The teacher's logits are the cosines between a centred token and the prototypes. The
+student therefore learns the similarities that the teacher computes between an image and K other crops.
 
 Legend: b images of a micro-batch, D width of the teacher, K prototypes.
 """
@@ -33,10 +33,10 @@ from training.student_teacher import Network, Output
 
 
 class PrototypeTeacher(nn.Module):
-    """A frozen backbone that serves as a teacher without heads. Some of its own features are the prototypes.
+    """A frozen backbone that serves as a teacher without heads. Its prototypes are some of its own features.
 
-    `choose` must set the prototypes before the first call. The module takes the arguments of `Network` and returns an
-    `Output`.
+    `choose` must set the prototypes before the first call. The module is called like a `Network`, and also returns
+    an `Output`.
     """
 
     def __init__(self, backbone: DinoVisionTransformer, n_prototypes: int) -> None:
@@ -61,18 +61,18 @@ class PrototypeTeacher(nn.Module):
 
     @torch.no_grad()
     def choose(self, steps: Iterable[Sequence[Crops]], world: World) -> None:
-        """Set the prototypes to features of the global crops of the first steps, the same prototypes on all ranks.
+        """Set the prototypes to features of the first training steps' global crops. All ranks get the same prototypes.
 
-        The prototypes are in the order of step, view and position in the step's batch. Their order therefore does not
-        change when the run resumes with other micro-batches or another number of ranks, and the student's heads still
-        fit.
+        The prototypes are ordered by step, view and position in the step's batch. A resumed run therefore has the same
+        prototypes in the same order, even if the size of micro-batches or the number of ranks changes, and the
+        student's heads still match them.
 
         Args:
-            steps: the micro-batches of this rank for each step. Only as many steps are read as the prototypes need.
+            steps: for each step, this rank's micro-batches. Steps are read only until there are enough features.
             world: this process's rank and the number of ranks.
 
         Raises:
-            ValueError: the steps have fewer global crops than there are prototypes.
+            ValueError: the steps contain fewer global crops than there are prototypes.
         """
         n_wanted = len(self.get_buffer("cls_prototypes"))
         features_of: dict[str, list[Tensor]] = {"cls": [], "patch": []}
@@ -108,14 +108,14 @@ class PrototypeTeacher(nn.Module):
 
 
 def load_teacher(config: TrainConfig) -> Network | PrototypeTeacher:
-    """Load the teacher of a distillation from `config.teacher`, on the CPU.
+    """Load the teacher for distillation, which `config.teacher` names, on the CPU.
 
-    The setting names the folder of a run, which has the teacher's heads, or a backbone without heads: an artifact's
-    folder, a weight file or a published model.
+    The setting is the folder of a training run, whose saved states contain heads, or it names a backbone without heads:
+    an artifact's folder, a weight file or a published model.
 
     Raises:
-        ValueError: the teacher does not exist, its patch size differs from the student's, or its heads have another
-            number of prototypes.
+        ValueError: the teacher does not exist, or its patch size or its heads' number of prototypes differs from the
+            student's.
         OSError: a file of the teacher cannot be read.
         model.zoo.DownloadError: published weights cannot be downloaded.
     """
@@ -146,8 +146,8 @@ def _check_grid(vit: ViTConfig, config: TrainConfig) -> None:
 def teacher_digest(teacher: nn.Module) -> str:
     """Return a digest of the teacher's weights. It does not depend on the file from which the weights were loaded.
 
-    Prototypes that were chosen from the teacher's features are left out, because the weights and the images determine
-    the prototypes.
+    The digest does not cover the prototypes of a `PrototypeTeacher`, because the weights and the images determine
+    them.
     """
     digest = xxhash.xxh3_128()
     for name, tensor in teacher.state_dict().items():
@@ -160,12 +160,12 @@ def teacher_digest(teacher: nn.Module) -> str:
 def check_same_teacher(config: TrainConfig, theirs: str | None, mine: str | None) -> None:
     """Check that a run resumes with the same teacher.
 
-    The teacher's weights may have changed, for example because the run that trains the teacher was resumed.
+    The teacher's weights may have changed in the meantime, for example because the run that trained it was resumed.
 
     Args:
         config: the run's settings.
         theirs: the digest of the teacher in the saved state, or None if the run had no teacher.
-        mine: the digest of the teacher that was loaded now, or None.
+        mine: the digest of the teacher that was loaded for the resumed run, or None if it has no teacher.
 
     Raises:
         ValueError: the digests differ.
@@ -180,7 +180,7 @@ def check_same_teacher(config: TrainConfig, theirs: str | None, mine: str | None
 def _config_of(path: Path, model: str) -> ViTConfig:
     """Return the configuration of the network at `path`: an artifact's folder, a weight file or a published model.
 
-    `model` is the name of the network for a file that does not contain the configuration.
+    `model` is the name of the network in a weight file that does not contain the configuration.
     """
     if path.is_dir():
         return read_manifest(path).config
@@ -190,11 +190,13 @@ def _config_of(path: Path, model: str) -> ViTConfig:
 
 
 def _of_run(path: Path, config: TrainConfig) -> Network:
-    """Load a run's moving average of the student, with heads, from the newest state in the run's folder `path`.
+    """Load the teacher from the folder `path` of another training run.
+
+    The teacher is the moving average of that run's student, with heads, in the newest complete state.
 
     Raises:
         ValueError: the folder has no complete state, or the number of prototypes or the patch size differs from
-            `config`.
+            that in `config`.
     """
     theirs = TrainConfig.model_validate(json.loads((path / "config.json").read_text()))
     if theirs.n_prototypes != config.n_prototypes:

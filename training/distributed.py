@@ -1,7 +1,7 @@
 """Train one run with several processes. Only this file uses torch.distributed and torchrun's environment variables.
 
 `torchrun --nproc-per-node N -m training ...` starts N processes, which are called ranks. In every step each rank
-computes a share of the images. The losses need data from other ranks and get it through functions of this file: a
+processes a share of the batch. The losses need data from other ranks and get it through functions of this file: a
 log-sum-exp over all ranks (for Sinkhorn-Knopp), a sum (for the moving centre and batch normalisation) and gathered rows
 (for KoLeo). With a single process, these functions return their input, and no process group is created.
 
@@ -49,16 +49,18 @@ class World:
 
 @contextmanager
 def join(device: str) -> Iterator[World]:
-    """Join the processes that torchrun started, for the duration of the block, and yield this process's `World`.
+    """Connect this process to the other ranks of its run for the duration of the block.
 
-    A process that torchrun did not start is the only process of its run.
+    Yield this process's `World`: its rank, the number of ranks and its device. The ranks are the processes that
+    torchrun started. Without torchrun, this process is the run's only rank.
 
     Args:
-        device: `auto` (cuda if there is a GPU, otherwise cpu), `cpu`, `cuda` or, with one process, `cuda:N`. If several
-            ranks use GPUs, each rank gets its own GPU.
+        device: `auto` (cuda if there is a GPU, otherwise cpu), `cpu`, `cuda` or, for a single rank, `cuda:N`. If
+            several ranks use GPUs, each rank gets its own GPU.
 
     Raises:
-        ValueError: `device` is unknown, the machine has no GPU for it, or `cuda:N` is used with several ranks.
+        ValueError: `device` is unknown, it asks for a GPU and torch finds none, or it is `cuda:N` and there are several
+            ranks.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
@@ -111,7 +113,7 @@ def from_main(world: World, value: T) -> T:
 
 
 def from_all(world: World, values: Sequence[T]) -> list[T]:
-    """Return the values of all ranks, in rank order, on every rank. The values are sent as pickles."""
+    """Return the values of all ranks on every rank, as one list in rank order. The values are sent as pickles."""
     if world.size == 1:
         return list(values)
     boxes: list[list[T]] = [[] for _ in range(world.size)]
@@ -120,7 +122,7 @@ def from_all(world: World, values: Sequence[T]) -> list[T]:
 
 
 def sum_over_ranks(world: World) -> Callable[[Tensor], Tensor]:
-    """Return a function that computes the sum of a tensor over all ranks, without gradient."""
+    """Return a function that sums a tensor over all ranks. No gradient flows through the sum."""
 
     def total(x: Tensor) -> Tensor:
         if world.size == 1:
@@ -133,9 +135,9 @@ def sum_over_ranks(world: World) -> Callable[[Tensor], Tensor]:
 
 
 def logsumexp_over_ranks(world: World) -> Callable[[Tensor], Tensor]:
-    """Return a function that combines the log-sum-exp values of the ranks into those over all ranks.
+    """Return a function that computes the log-sum-exp of a tensor over all ranks, element by element.
 
-    The function works element by element and has no gradient.
+    No gradient flows through the function.
     """
 
     def combine(x: Tensor) -> Tensor:
@@ -171,9 +173,9 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(world: World, x: Tensor) -> Tensor:
-    """Return the rows of `x` [n, D] from all ranks, in rank order, [ranks * n, D].
+    """Gather the rows of `x` [n, D] from all ranks, and return them in rank order, [ranks * n, D].
 
-    In the backward pass, the gradient of a row is sent to the rank that the row came from.
+    In the backward pass, the gradients of a row are summed over the ranks and go to the rank that the row came from.
     """
     return x if world.size == 1 else _GatherRows.apply(x)  # type: ignore[no-untyped-call]
 
@@ -201,9 +203,9 @@ def shard(
 ) -> None:
     """Shard a network in place with FSDP2, so that each rank has a slice of its weights.
 
-    Each of `blocks` is sharded separately, and then the rest of the network. Gradients are averaged in float32. The
-    weights of a block are sent between ranks in `compute_dtype`. If `trains` is True, the weights outside the blocks
-    stay gathered after the forward pass, because the backward pass starts with the heads.
+    Each of `blocks` is sharded as a unit of its own, and the rest of the network as another unit. Gradients are
+    averaged in float32. The weights of a block are sent between ranks in `compute_dtype`. If `trains` is True, the
+    weights outside the blocks stay gathered after the forward pass, because the backward pass starts with the heads.
     """
     # FSDP2 warns that the outputs are views, but no code writes into them.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -230,10 +232,10 @@ def replicate(network: nn.Module, world: World) -> nn.Module:
 
 @contextmanager
 def gradients_stay_local(network: nn.Module, when: bool) -> Iterator[None]:
-    """Accumulate gradients on this rank inside the block, without averaging them over the ranks, if `when` is True.
+    """If `when` is True, let gradients accumulate on this rank inside the block, without averaging over the ranks.
 
-    The training loop uses this for all micro-batches of a step except the last. The backward pass of the last
-    micro-batch averages the accumulated gradients. If `when` is False, the block has no effect.
+    The training loop does this for all micro-batches of a step except the last. The backward pass of the last
+    micro-batch then averages the accumulated gradients. If `when` is False, this context has no effect.
     """
     if not when:
         yield
@@ -256,7 +258,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the full tensor of a sharded tensor on every rank. All ranks must call this function.
+    """Gather a sharded tensor, and return the full tensor on every rank. All ranks must call this function.
 
     A tensor that is not sharded is returned unchanged.
     """
@@ -264,7 +266,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def put(target: Tensor, value: Tensor) -> Tensor:
-    """Return `value` on the device of `target`, sharded in the same way. All ranks must call this function."""
+    """Return `value` on `target`'s device, sharded in the same way as `target`. All ranks must call this function."""
     if isinstance(target, DTensor):
         return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
     return value.to(target.device)

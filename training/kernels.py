@@ -1,19 +1,19 @@
-"""The cross-entropy of student logits with soft teacher targets over K prototypes, in little memory.
+"""The cross-entropy of student logits with soft teacher targets over K prototypes, computed in little memory.
 
-With K = 65,536 to 262,144 prototypes, memory access limits the speed. A plain expression writes the scaled logits,
-their log-softmax and the products as arrays of the logits' size, which autograd keeps in memory. This module uses the
-following formulas instead, where x are the logits and p the targets of a row:
+With K = 65,536 to 262,144 prototypes, memory access limits the speed. A plain implementation stores the scaled logits,
+their log-softmax and the products. Each of these arrays is as large as the logits, and autograd keeps it in memory.
+This module uses the following formulas instead, where x are the logits and p the targets of a row:
 
     loss = -sum_k p log softmax(x / temp) = mass * logsumexp(x / temp) - sum_k p x / temp,   mass = sum_k p
     dloss/dx = (mass * softmax(x / temp) - p) / temp
 
 The backward pass therefore needs only the logits, the targets and two numbers per row. On a GPU, the forward and the
-backward pass are one Triton kernel each (`triton_cross_entropy.py`). On other devices, torch computes both in pieces
-that fit into the cache (benchmarks/cross_entropy.py). The tests compare both implementations with the definition,
-`plain_cross_entropy`.
+backward pass are one Triton kernel each (`triton_cross_entropy.py`). On other devices, torch computes both passes in
+pieces that fit into the cache (benchmarks/cross_entropy.py). The tests compare both implementations with the
+definition, `plain_cross_entropy`.
 
-Targets can also be given as the teacher's logits and two vectors (`TeacherTargets`). On a GPU the array of targets is
-then never stored.
+Targets can also be given as the teacher's logits and two vectors (`TeacherTargets`). The Triton kernels then compute
+the targets from them, and never store the array of targets.
 
 Legend: K prototypes, B rows of targets, T teacher views (their targets are summed), S student views, R = S * B rows of
 the student.
@@ -44,22 +44,21 @@ def plain_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets
 
 
 def soft_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets, student_temp: float) -> Tensor:
-    """Compute the cross-entropy -sum_k p log softmax(student_logits / student_temp) with the targets p, row by row.
+    """Compute the cross-entropy -sum_k p log softmax(student_logits / student_temp) with the targets p for each row.
 
-    The result is differentiable in the student's logits, and the targets get no gradient.
+    The result is differentiable with respect to the student's logits. The targets get no gradient.
 
     Args:
-        student_logits: [R, K] for R rows and K prototypes, of any float type. R is a multiple of B, and row r has the
-            targets in row r % B.
-        targets: [B, K], or [T, B, K] for T views of the teacher, which are summed over the views. A row need not sum to
-            one.
+        student_logits: [R, K] for R rows and K prototypes, of any float type. R must be a multiple of B, the
+            number of rows of targets. The targets of row r are in row r % B of `targets`.
+        targets: [B, K], or [T, B, K] for T teacher views, which are summed. The targets of a row need not sum to one.
         student_temp: the student's temperature.
 
     Returns:
         the cross-entropy of each row, float32 [R].
 
     Raises:
-        ValueError: the shapes do not fit together, or the targets require a gradient.
+        ValueError: the shapes do not match, or the targets require a gradient.
     """
     _check(student_logits, targets)
     if not len(student_logits):
@@ -79,7 +78,7 @@ def torch_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets
 
 
 def chunk_elements(device: torch.device) -> int:
-    """Return how many array elements to compute at a time, limited by a CPU core's cache or by a GPU's memory."""
+    """Return how many array elements to process at a time, so that they fit into a CPU core's cache or GPU memory."""
     return 1 << 19 if device.type == "cpu" else 1 << 27
 
 
@@ -111,7 +110,7 @@ class _TorchCrossEntropy(torch.autograd.Function):
 
 
 def _chunks(student_logits: Tensor, n_targets: int) -> Iterator[tuple[slice, slice]]:
-    """Yield pairs of slices: a slice of the student's rows, and the slice of the target rows that belong to them."""
+    """Yield pairs of slices: a slice of the student's rows, and the slice of the corresponding rows of targets."""
     size = max(1, chunk_elements(student_logits.device) // student_logits.shape[1])
     for view in range(0, len(student_logits), n_targets):
         for start in range(0, n_targets, size):
@@ -120,7 +119,7 @@ def _chunks(student_logits: Tensor, n_targets: int) -> Iterator[tuple[slice, sli
 
 
 def _views(targets: Tensor) -> Tensor:
-    """Return targets [B, K] of one teacher view as [1, B, K]. Targets [T, B, K] of T views are returned unchanged."""
+    """Return targets [B, K] of one teacher view as [1, B, K], and targets [T, B, K] of T views unchanged."""
     return targets if targets.dim() == 3 else targets.unsqueeze(0)
 
 

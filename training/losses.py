@@ -1,14 +1,14 @@
 """DINOv2's three losses and the three ways to turn teacher logits into targets.
 
 DINO (arXiv 2104.14294) makes crops of one image agree on a soft assignment to K prototypes. iBOT (arXiv 2111.07832)
-does the same for each masked patch. KoLeo (arXiv 1806.03198) spreads the embeddings of a batch. The losses are defined
-as in facebookresearch/dinov2, `dinov2/loss/`. Only the computation differs in two ways. All losses are computed in
-float32, whatever the network's precision. Sinkhorn-Knopp uses logarithms where the range requires them, because
-`exp(logit / 0.04)` overflows float32 if a logit is larger than about 3.5.
+does the same for each masked patch. KoLeo (arXiv 1806.03198) pushes the embeddings of a batch apart. The losses are
+defined as in facebookresearch/dinov2, `dinov2/loss/`, but two details of the computation differ. All losses are
+computed in float32, whatever the network's precision. Sinkhorn-Knopp uses logarithms where the range requires them,
+because `exp(logit / 0.04)` overflows float32 if a logit is larger than about 3.5.
 
 A batch may be a list of micro-batches and may be spread over ranks. Operations over ranks are passed in as callables,
-so this module does not depend on how ranks communicate. Every rank must call these operations equally often, even if it
-has no masked patch.
+so this module does not depend on how ranks communicate. Every rank must call these operations the same number of times,
+even if it has no masked patch.
 
 Legend: B images, K prototypes, N patches per image, M masked patches of the batch, S student views, T teacher views,
 D width of an embedding.
@@ -46,17 +46,17 @@ def sinkhorn_knopp(
 def sinkhorn_knopp(
     logits: Tensor | Sequence[Tensor], temp: float, n_iterations: int = 3, *, combine: OverRanks | None = None
 ) -> Tensor | list[Tensor]:
-    """Compute teacher targets by the Sinkhorn-Knopp algorithm, so that a batch uses all prototypes about equally often.
+    """Compute teacher targets with Sinkhorn-Knopp, so that a batch uses all prototypes about equally often.
 
     The matrix Q = exp(logits / temp) has B rows, one per sample, and K columns, one per prototype. Each of the
     `n_iterations` rounds divides every column by its sum and by K, and then every row by its sum and by B. At the end,
-    each row is scaled to sum to one. All these divisions together amount to one factor per row and one factor per
-    column: log Q = logits / temp - u[sample] - v[prototype]. Therefore only the vectors u and v are iterated. The
-    constants K and B cancel when the rows are scaled at the end.
+    each row is scaled to sum to one. Together, these divisions multiply each row and each column by one factor, so the
+    logarithm of the result is logits / temp - u[sample] - v[prototype], and a round only has to update the vectors u
+    and v. The constants K and B cancel when the rows are scaled at the end.
 
     Args:
-        logits: the teacher's logits [..., K] of any float type, or a sequence of such micro-batches, which are scaled
-            as one batch. A micro-batch may be empty.
+        logits: the teacher's logits [..., K] of any float type, or a sequence of such tensors, one for each
+            micro-batch. All micro-batches are scaled as one batch. A micro-batch may be empty.
         temp: the teacher's temperature.
         n_iterations: the number of rounds, which is 3 in the paper.
         combine: a function that computes the log-sum-exp of a float32 tensor [1, K] over the ranks.
@@ -79,10 +79,11 @@ def sinkhorn_targets(
 ) -> list[TeacherTargets]:
     """Compute the targets of `sinkhorn_knopp` in a compact form, without storing the array of targets.
 
-    The arguments are those of `sinkhorn_knopp`, and `logits` is a sequence of micro-batches [..., K] for K prototypes.
+    The arguments are the same as for `sinkhorn_knopp`, but `logits` must be a sequence of micro-batches [..., K] for K
+    prototypes.
 
     Returns:
-        the logits [..., K], u [...] (one value per sample) and v [K] (one value per prototype) for each micro-batch.
+        for each micro-batch, the logits [..., K], u [...] (one value per sample) and v [K] (one value per prototype).
         The targets are exp(logits / temp - u - v).
     """
     _, us, row_factors, v, column_factor = _scale(logits, temp, n_iterations, combine or _alone)
@@ -99,15 +100,15 @@ def _scale(
     """Run the rounds of Sinkhorn-Knopp on micro-batches [..., K], each of which is flattened to b rows [b, K].
 
     The first round uses logarithms, because the logits of different samples may differ by thousands. It computes v, the
-    log of the sum of each column. Then u is the maximum of logits / temp - v in each row, and the matrix P =
-    exp(logits / temp - u - v) is stored. The largest value in each row of P is 1, so values that underflow are
-    negligible. The row factors scale each row of P to sum to one. Each further round computes only products of P
-    with a vector: first the next factor of each column, and then the next factor of each row.
+    log of the sum of each column of exp(logits / temp), and u, the maximum of logits / temp - v in each row. It then
+    stores the matrix P = exp(logits / temp - u - v). The largest value in each row of P is 1, so values that underflow
+    are negligible. The first row factors scale each row of P to sum to one. Each further round only multiplies P by
+    vectors: it updates the column factors, and then the row factors.
 
     Returns:
-        P [b, K], u [b, 1] and the row factors [b, 1] as three lists with one tensor for each micro-batch, and then
-        v [1, K] and the column factors [1, K], which all micro-batches share. The targets are row factor * P * column
-        factor.
+        five values. The first three are lists with one tensor for each micro-batch: P [b, K], u [b, 1] and the row
+        factors [b, 1]. The last two are v [1, K] and the column factors [1, K], which all micro-batches share. The
+        targets are row factor * P * column factor.
     """
     batches = [batch.flatten(0, -2) for batch in batches]
     k, device = batches[0].shape[1], batches[0].device
@@ -134,9 +135,9 @@ def _scale(
 
 
 def _row_chunks(x: Tensor, columns: int = 0) -> Sequence[Tensor]:
-    """Split `x` into chunks of rows with at most `chunk_elements` elements, where a row counts as `columns` elements.
+    """Split `x` into chunks of at most `chunk_elements` / `columns` rows, but at least one row.
 
-    If `columns` is 0, the number of columns of `x` is used.
+    If `columns` is 0, the number of columns of `x` is used instead.
     """
     return torch.split(x, max(1, chunk_elements(x.device) // (columns or x.shape[1])))
 
@@ -184,8 +185,8 @@ def update_center(
 
     Args:
         center: the current centre, float32 [1, K] for K prototypes. It is zero at the first step.
-        logits: the teacher's logits [..., K], or a sequence of such micro-batches. If no rank has a row, the centre
-            does not change.
+        logits: the teacher's logits [..., K], or a sequence of such tensors, one for each micro-batch. If there are no
+            rows on any rank, the centre does not change.
         momentum: the weight of the current centre.
         sum_over_ranks: a function that computes the sum of a float32 vector over the ranks.
 
@@ -206,18 +207,18 @@ def batch_norm_center(
 def batch_norm_center(
     logits: Tensor | Sequence[Tensor], temp: float, *, sum_over_ranks: OverRanks | None = None
 ) -> Tensor | list[Tensor]:
-    """Compute teacher targets by batch normalisation of the teacher's logits, instead of a moving centre.
+    """Compute teacher targets by batch normalisation of the teacher's logits, instead of with a moving centre.
 
-    The logits of each prototype are normalised to mean 0 and variance 1 over the batch (with the biased variance, as in
-    arXiv 1502.03167, without learned scale and shift). All prototypes then have the same mean and the same variance.
-    The DINO papers do not define this method. Here the logits are also multiplied by the root of the mean variance over
-    all prototypes, so that the temperature has the same effect as with Sinkhorn-Knopp and the moving centre.
-    `LEAST_VARIANCE` times the mean variance is added to each variance, so that the logits of a prototype that hardly
-    vary are not amplified. A fixed constant is not possible, because the scale of the logits is not known in advance.
+    The logits of each prototype are normalised to mean 0 and variance 1 over the batch, as in arXiv 1502.03167 (with
+    the biased variance), but without a learned scale and shift. The DINO papers do not define this method. Here all
+    logits are also multiplied by the square root of the variance averaged over the prototypes, so that the temperature
+    has the same effect as with Sinkhorn-Knopp and the moving centre. `LEAST_VARIANCE` times this average is added to
+    each variance. Without this, logits of a prototype that hardly vary would be amplified. A fixed constant would not
+    work, because the scale of the logits is not known in advance.
 
     Args:
-        logits: the teacher's logits [..., K] for K prototypes, of any float type, or a sequence of such micro-batches,
-            which share mean and variance.
+        logits: the teacher's logits [..., K] for K prototypes, of any float type, or a sequence of such tensors, one
+            for each micro-batch. All micro-batches are normalised as one batch.
         temp: the teacher's temperature.
         sum_over_ranks: a function that computes the sum of a float32 vector over the ranks. It is called twice.
 
@@ -236,10 +237,10 @@ def batch_norm_center(
 
 
 def _batch_mean(batches: Sequence[Tensor], total: OverRanks) -> tuple[Tensor, Tensor]:
-    """Compute the mean over the rows of all micro-batches [..., K] on all ranks.
+    """Compute the mean of all rows [K] of all micro-batches [..., K] on all ranks.
 
     Returns:
-        the mean, float32 [1, K] (0 if there are no rows), and the number of rows, a scalar tensor.
+        two values: the mean, float32 [1, K] (0 if there are no rows), and the number of rows, a scalar tensor.
     """
     rows = [batch.flatten(0, -2).float() for batch in batches]
     count = rows[0].new_full((1,), sum(map(len, rows)))
@@ -257,14 +258,15 @@ def dino_loss(
     The loss is summed over the pairs of views and averaged over images.
 
     Args:
-        student_logits: logits of one view [B, K] (B images, K prototypes), or of S views as [S, B, K] or as a sequence
-            of [B, K].
-        teacher_probs: the targets p of one view [B, K], or of T views as [T, B, K] or as a sequence of [B, K]. Each row
-            sums to one.
+        student_logits: the student's logits for B images and K prototypes: [B, K] for one view, and [S, B, K] or a
+            sequence of S tensors [B, K] for S views.
+        teacher_probs: the teacher's targets p: [B, K] for one view, and [T, B, K] or a sequence of T tensors [B, K] for
+            T views. Each row sums to one.
         student_temp: the student's temperature.
 
     Returns:
-        a scalar: the sum over S x T pairs of the mean over B images of -sum_k p log softmax(logits / student_temp).
+        a scalar. For each of the S x T pairs, -sum_k p log softmax(logits / student_temp) is averaged over the B
+        images, and these averages are summed.
     """
     student = student_logits if isinstance(student_logits, Tensor) else torch.stack(list(student_logits))
     targets = teacher_probs if isinstance(teacher_probs, Tensor | TeacherTargets) else torch.stack(list(teacher_probs))
@@ -280,9 +282,9 @@ def ibot_loss(
     *,
     selected: Tensor | None = None,
 ) -> Tensor:
-    """Compute iBOT's loss: the mean cross-entropy of the masked patches of each image, averaged over images.
+    """Compute iBOT's loss: the mean cross-entropy of each image's masked patches, averaged over the images.
 
-    An image without masked patches counts as 0 in the average over images.
+    An image without masked patches counts as 0 in this average.
 
     Args:
         student_logits: the student's logits [M, K] over K prototypes, with a row for each of the M masked patches, in
@@ -290,8 +292,8 @@ def ibot_loss(
         teacher_probs: the targets [M, K] of the same patches.
         masks: bool [B, N] for B images of N patches, with M True entries.
         student_temp: the student's temperature.
-        selected: the positions of the True entries in the flattened masks, int64 [M]. If they are not given, they are
-            computed, and the host has to wait for a GPU.
+        selected: the positions of the True entries in the flattened masks, int64 [M]. By default they are computed
+            from `masks`. The host then has to wait for the GPU, if one is used.
 
     Returns:
         a scalar.
@@ -310,14 +312,14 @@ def koleo_loss(x: Tensor, pool: Tensor | None = None, offset: int = 0) -> Tensor
 
     Args:
         x: embeddings [B, D].
-        pool: the rows [n, D] among which the nearest row is searched. The default is `x`. To search all ranks, pass the
-            rows of all ranks, gathered so that gradients flow back to them. If all ranks have equally many rows, the
-            mean of the ranks' losses is then the loss of all rows together, and the same holds for the gradients.
+        pool: the rows [n, D] among which to search for the nearest row. The default is `x`. To search all ranks, pass
+            the rows of all ranks, gathered so that gradients flow back to them. If all ranks have the same number of
+            rows, averaging the loss and its gradients over the ranks then gives the loss and gradients for all rows.
         offset: the position of `x` in the pool: row i of `x` is row offset + i of the pool. A row is not its own
-            neighbour.
+            nearest row.
 
     Returns:
-        a scalar, which is 0 if the pool has one row.
+        a scalar, which is 0 if the pool has only one row.
 
     Raises:
         ValueError: the pool does not have rows `offset` to `offset + B - 1`.

@@ -1,13 +1,14 @@
 """Optimizers with DINOv2's parameter groups, gradient clipping per sub-module, and updates that skip non-finite steps.
 
-The groups follow facebookresearch/dinov2, `dinov2/utils/param_groups.py`. The learning rate is multiplied by
-`layer_decay` for each block towards the input, and by a further factor for the patch embedding. Biases, norms and
-LayerScale have no weight decay. Position embeddings, class, mask and register tokens and the lengths of the prototypes
-have weight decay. The prototypes are frozen at the start of a run. Unlike in DINOv2, the whole backbone can be frozen
-at the start too, so that only the new heads on a trained backbone learn at first.
+The groups follow facebookresearch/dinov2, `dinov2/utils/param_groups.py`. The learning rate of each block is
+`layer_decay` times that of the block after it, and that of the patch embedding is multiplied by a further factor.
+Biases, norms and LayerScale have no weight decay. Position embeddings, the class, mask and register tokens, and the
+lengths of the prototypes have weight decay. The prototypes are frozen at the start of a run. Unlike in DINOv2, the
+whole backbone can be frozen at the start too, so that new heads on a trained backbone learn first.
 
-Each parameter group stores multipliers, from which `set_schedule` computes the group's rates for a step. No function in
-this file waits for a GPU, because norms and the flag for a finite step stay tensors.
+Each parameter group stores multipliers, from which `set_schedule` computes the group's learning rate and weight decay
+for a step. No function in this file makes the host wait for a GPU, because the gradient norms, and the flag that says
+whether they are finite, stay on the device as tensors.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ OptimizerKind = Literal["adamw", "sgd_normalized"]
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Return the distance from the input, in blocks, of the parameter that is called `name`.
+    """Return how far the parameter `name` is from the input of a network with `depth` blocks, counted in blocks.
 
     The distance is 0 for embeddings and tokens, i + 1 for block i, and depth + 1 for the last norm and the heads.
     """
@@ -48,15 +49,16 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Make an optimizer for all parameters of a network.
 
-    Each parameter group has the entries `part`, `unit`, `lr_mult` and `wd_mult`. `unit` is the name of the sub-module
-    (the backbone or a head). `set_schedule` multiplies the learning rate by `lr_mult` and the weight decay by
-    `wd_mult`.
+    Each parameter group has four additional entries. `unit` is the name of the sub-module (the backbone or a head).
+    `part` is `backbone`, `head` or `last_layer`, which have separate learning rate schedules. `set_schedule` multiplies
+    the learning rate by `lr_mult` and the weight decay by `wd_mult`.
 
     Args:
         network: the student.
-        layer_decay: the factor on the learning rate for each block towards the input.
+        layer_decay: the learning rate of each block is `layer_decay` times that of the block after it.
         patch_embed_lr_mult: a further factor on the learning rate of the patch embedding.
-        betas: the momentum of the running average of gradients and, for AdamW, of the running average of their squares.
+        betas: the decay rates of two running averages, that of the gradients and that of their squares. Only AdamW uses
+            the second.
         kind: `adamw`, or `sgd_normalized` (see `NormalizedSGD`) for very large batches.
 
     Raises:
@@ -85,7 +87,7 @@ def make_optimizer(
 def set_schedule(optimizer: torch.optim.Optimizer, lr: dict[Part, float], weight_decay: float) -> None:
     """Set the learning rate and the weight decay of every parameter group for one step.
 
-    `lr` has the learning rate of each part of the network.
+    `lr` contains the learning rates of the network's parts by name: `backbone`, `head` and `last_layer`.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr[group["part"]] * group["lr_mult"]
@@ -97,8 +99,8 @@ def clip_gradients(network: nn.Module, max_norm: float) -> dict[str, Tensor]:
     """Clip the gradient of each sub-module of `network` separately, so that its L2 norm is at most `max_norm`.
 
     Returns:
-        the norms before clipping, by the names of the sub-modules, as scalars on the network's device. If gradients are
-        sharded, a norm covers the slices of all ranks.
+        the norms before clipping by sub-module name, as scalars on the network's device. If gradients are sharded, a
+        norm covers the slices on all ranks.
     """
     norms = {}
     for name, module in network.named_children():
@@ -111,9 +113,9 @@ def clip_gradients(network: nn.Module, max_norm: float) -> dict[str, Tensor]:
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Compute the L2 norm of all gradients of `parameters` together, as a scalar. It is 0 if there are no gradients.
+    """Compute the total L2 norm of the gradients of `parameters`, as a scalar. It is 0 if there are no gradients.
 
-    If gradients are sharded, the norm covers the slices of all ranks.
+    If gradients are sharded, the norm covers the slices on all ranks.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
@@ -125,12 +127,11 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
 def optimizer_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
     """Update the weights if `finite` is True. Otherwise leave the weights and the optimizer's state unchanged.
 
-    The host does not read `finite`, so it does not wait for the device. Both optimizers of `make_optimizer` skip a step
-    if their attribute `found_inf` is 1. torch's gradient scaler sets this attribute too (`torch/optim/adam.py`,
-    `_fused_adam`).
+    The host does not read `finite`, so it does not wait for the device. Instead, the optimizer skips the step if its
+    attribute `found_inf` is 1. torch's gradient scaler sets this attribute too (`torch/optim/adam.py`, `_fused_adam`).
 
     Args:
-        optimizer: an optimizer of `make_optimizer`.
+        optimizer: an optimizer that `make_optimizer` returned.
         finite: a bool scalar on the network's device that is True if all gradients are finite. It must be the same on
             all ranks.
     """
@@ -144,21 +145,21 @@ def optimizer_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
 class NormalizedSGD(torch.optim.Optimizer):
     """An SGD optimizer with momentum over normalised gradients, for very large batches.
 
-    A unit is a sub-module (the backbone or a head) whose gradient is normalised separately. With the gradient g of a
-    unit, its weights w and their momentum m, a step computes
+    A unit is a sub-module (the backbone or a head) whose gradient is normalised separately. For a unit with gradient g,
+    weights w and momentum m, a step computes
 
         m = beta * m + (1 - beta) * g / |g|,    w = w - lr * weight_decay * w - lr * m
 
-    Apart from weight decay, the length of an update is at most lr, whatever the size of the gradient. An update depends
-    neither on clipping nor on the scale of the loss. m starts at 0 without bias correction, because the warm-up of the
-    learning rate covers the first 1 / (1 - beta) steps.
+    Apart from weight decay, the length of an update is at most lr, however large the gradient is. An update depends
+    neither on clipping nor on the scale of the loss. m starts at 0, so it is too small in the first 1 / (1 - beta)
+    steps. This is not corrected, because the warm-up of the learning rate covers these steps.
     """
 
     def __init__(self, params: list[dict[str, Any]], *, lr: float = 0.0, beta: float = 0.9, weight_decay: float = 0.0):
         """Create the optimizer for the parameter groups `params`. Each group must have the entry `unit`.
 
         Raises:
-            ValueError: `beta` is less than 0, or is 1 or more.
+            ValueError: `beta` is negative, or is 1 or more.
         """
         if not 0 <= beta < 1:
             raise ValueError(f"beta={beta} must be at least 0 and less than 1")

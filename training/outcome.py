@@ -1,7 +1,8 @@
-"""The results of a run: the backbone of the student's moving average, its k-NN accuracy, its checkpoint and its image
-sheets.
+"""Produce the results of a run from the backbone of the student's moving average.
 
-All ranks call `released_backbone`. Only rank 0 calls the other functions.
+The results are the backbone itself, its k-NN accuracy, its checkpoint, and image sheets (pictures that show a few
+images with their crops, attention and nearest neighbours). All ranks call `released_backbone`. Only rank 0 calls the
+other functions.
 """
 
 from dataclasses import dataclass
@@ -60,9 +61,9 @@ def released_backbone(vit: ViTConfig, world: World, parts: Parts) -> DinoVisionT
 
 
 def report_knn(spec: PreprocessSpec, data: Data, backbone: DinoVisionTransformer) -> dict[Pooling, dict[int, float]]:
-    """Compute the k-NN accuracy on the held-out images, and return it by pooling, then by k.
+    """Compute the k-NN accuracy on the held-out images, and return it for each pooling and each k.
 
-    The result is empty if there are no held-out images or the training images have fewer than two labels.
+    The result is empty if there are no held-out images or the training images belong to fewer than two classes.
     """
     return evaluate_knn(backbone, data.train_sample, data.held_out, spec) if data.has_classes else {}
 
@@ -82,8 +83,9 @@ def write_sheet(
     step: int,
     total: int,
 ) -> None:
-    """Write an image sheet that shows a few training images, with the crops that they would get in step `step`.
+    """Write an image sheet: a picture that shows a few training images and what the backbone computes from them.
 
+    The sheet also shows the crops that the images would get in step `step`. `total` is the number of steps in the run.
     No file is written if none of the images can be read.
     """
     stride = max(1, len(data.train_sample) // GALLERY)

@@ -12,9 +12,9 @@ from training.config import TrainConfig
 
 
 def code_revision() -> str:
-    """Return the git revision of this code, or `unknown` if git is missing or this is not a repository.
+    """Return the git revision of this code, or `unknown` if git is missing or the code is not in a git repository.
 
-    `+changes` is appended if tracked files of this package have uncommitted changes.
+    `+changes` is appended if tracked files in this package have uncommitted changes.
     """
     folder = Path(__file__).parent
     try:
@@ -29,7 +29,7 @@ def code_revision() -> str:
 
 
 def initial_digest(init: str) -> dict[str, str]:
-    """Return the name of the weights that a run started from and, if they are on disk, the sha256 of their file.
+    """Return the name of the weights `init` that a run started from and, if they are on disk, the sha256 of their file.
 
     The name does not include the folder, because the path may be private.
     """
@@ -43,12 +43,12 @@ def initial_digest(init: str) -> dict[str, str]:
 def provenance(config: TrainConfig, data_sha256: str, n_photos: int, hardware: str) -> dict[str, Any]:
     """Return the metadata of a run's checkpoints.
 
-    The entries `name` and `preprocess` are the defaults for an artifact that is exported from a checkpoint. The
-    training loop adds `steps` and, at the end of the run, `knn` and `whitened`.
+    When a checkpoint is exported, the entries `name` and `preprocess` are the artifact's defaults. The training loop
+    adds the entry `steps` and, at the end of the run, `knn` and `whitened`.
 
     Args:
         config: the run's settings.
-        data_sha256: the digest of the images that `training.data.sources.source_digest` returns.
+        data_sha256: the digest that `training.data.sources.source_digest` computes from the images.
         n_photos: the number of training images.
         hardware: a description of the hardware.
     """

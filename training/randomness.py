@@ -1,15 +1,15 @@
 """Random numbers that depend on the sample (one image in one step) and not on the process that draws them.
 
-With an ordinary generator, the numbers of an image depend on all earlier draws, and therefore on the batch size, the
+With an ordinary generator, the numbers for an image depend on all earlier draws, and therefore on the batch size, the
 rank and the device. Here a number is a hash of (seed, step, position in the step's batch, draw). The crops are
-therefore the same for one rank with a batch of 2b images, for two ranks with b images each, and for micro-batches. A
-resumed run needs no generator state, and no draw affects another. Such generators are called counter-based (Salmon et
-al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The hash consists of the step and the finaliser of
-SplitMix64 (Steele et al., OOPSLA 2014).
+therefore the same whether one rank processes 2b images or two ranks process b images each, with or without
+micro-batches. A resumed run needs no generator state, and no draw affects another. Such generators are called
+counter-based (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The hash is built from the
+increment and the finaliser of SplitMix64 (Steele et al., OOPSLA 2014).
 
-Only wrapping int64 arithmetic and one exact conversion are used, so the bits are the same on every device. Numbers are
-computed on the device of the keys. Training stores the keys on the CPU, so that random choices are known without
-waiting for a GPU.
+Only wrapping int64 arithmetic and one exact conversion to float32 are used, so the bits are the same on every device.
+A sample's key is the hash of (seed, step, position). Numbers are computed on the device on which the keys are
+stored. Training stores them on the CPU, so that random choices are known without waiting for a GPU.
 
 Legend: n samples.
 """
@@ -27,7 +27,7 @@ def _signed(word: int) -> int:
     return (word & (2**64 - 1)) - (word >> 63 & 1) * 2**64
 
 
-# SplitMix64's step, and another odd number so that the results of `fork` and of `uniform` differ.
+# SplitMix64's increment, and another odd number so that the results of `fork` and of `uniform` differ.
 DRAW_STEP = _signed(0x9E3779B97F4A7C15)
 FORK_STEP = _signed(0xD1342543DE82EF95)
 
@@ -40,7 +40,7 @@ def _shift(words: Tensor, bits: int) -> Tensor:
 def _mix(words: Tensor) -> Tensor:
     """Apply the finaliser of SplitMix64 to int64 words.
 
-    Changing one bit of a word changes about half of the bits of the result.
+    If one bit of a word changes, about half of the bits of the result change.
     """
     words = (words ^ _shift(words, 30)) * _signed(0xBF58476D1CE4E5B9)
     words = (words ^ _shift(words, 27)) * _signed(0x94D049BB133111EB)
@@ -53,13 +53,13 @@ def sample_keys(seed: int, step: int, positions: Tensor) -> Tensor:
     Args:
         seed: the run's seed.
         step: the number of the step.
-        positions: the positions of n samples in the step's batch of all ranks, int64 [n].
+        positions: the positions of n samples in the step's batch, counted over all ranks, int64 [n].
 
     Returns:
         one key for each sample, int64 [n].
 
     Raises:
-        ValueError: `seed` or `step` does not fit into a signed 64-bit number.
+        ValueError: `seed` or `step` does not fit into a signed 64-bit integer.
     """
     for name, value in (("seed", seed), ("step", step)):
         if not -(2**63) <= value < 2**63:
@@ -73,8 +73,8 @@ def sample_keys(seed: int, step: int, positions: Tensor) -> Tensor:
 class SampleRandom:
     """A source of random numbers for n samples with the given keys, int64 [n] (see `sample_keys`).
 
-    A random number depends only on the key, on the number of the draw and on the index of the element. The caller
-    numbers the draws, so skipping a draw does not change the others.
+    A random number depends only on the sample's key, the draw's number, and the element's index within the draw. The
+    caller numbers the draws, so skipping a draw does not change the others.
     """
 
     def __init__(self, keys: Tensor) -> None:
@@ -86,7 +86,7 @@ class SampleRandom:
         return len(self.keys)
 
     def fork(self, purpose: int) -> "SampleRandom":
-        """Return a `SampleRandom` for the same samples. Different values of `purpose` give independent numbers."""
+        """Return a new `SampleRandom` for the same samples. Different values of `purpose` give independent numbers."""
         return SampleRandom(_mix(self.keys + _signed((purpose + 1) * FORK_STEP)))
 
     def views(self, n_views: int) -> "SampleRandom":
@@ -100,7 +100,7 @@ class SampleRandom:
     def uniform(self, draw: int, shape: tuple[int, ...] = ()) -> Tensor:
         """Return uniform random numbers, float32 [n, *shape]. They are multiples of 2^-24 in the range [0, 1).
 
-        A repeated call with the same number `draw` and the same shape returns the same numbers.
+        `draw` is the number of the draw. The same draw with the same shape always gives the same numbers.
         """
         elements = torch.arange(1, math.prod(shape) + 1, device=self.keys.device)
         states = _mix(self.keys + _signed((draw + 1) * DRAW_STEP))

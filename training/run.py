@@ -1,6 +1,7 @@
 """The objects of a training run, and the actions of the training loop: log a line, evaluate, save, roll back, release.
 
-Every rank must call each action. Only rank 0 writes files and asks the sentinels for decisions.
+Sentinels are checks that detect a failing run (training/watch/sentinels.py). Every rank must call each action. Only
+rank 0 writes files and asks the sentinels for decisions.
 """
 
 import json
@@ -36,7 +37,7 @@ WHITENING_PHOTOS = 10_000  # enough images for the covariance of the widest mode
 
 
 class RunStopped(RuntimeError):
-    """An error that ends a training run, usually because a sentinel found a failure. The message gives the reason."""
+    """An error that ends a training run, usually because a sentinel found a failure. The message states why."""
 
 
 class Interrupted(RuntimeError):
@@ -47,8 +48,8 @@ class Interrupted(RuntimeError):
 class Sigterm:
     """The SIGTERM handler of a run. It sets `came` to True and raises `Interrupted`.
 
-    While `deferred` is True, it does not raise `Interrupted`. The training loop then reads `came`, saves a state and
-    raises `Interrupted`.
+    While `deferred` is True, the handler only sets `came`. The training loop then reads `came`, saves a state and
+    raises `Interrupted` itself.
     """
 
     came: bool = False
@@ -64,7 +65,7 @@ class Sigterm:
 def sigterm_noted() -> Iterator[Sigterm]:
     """Install a `Sigterm` as the SIGTERM handler for the duration of the block, and yield it.
 
-    Only the main thread can install a signal handler. In other threads, SIGTERM is handled as before.
+    Only the main thread can install a signal handler. In any other thread, the `Sigterm` is yielded but not installed.
     """
     stop = Sigterm()
     if threading.current_thread() is not threading.main_thread():
@@ -79,7 +80,7 @@ def sigterm_noted() -> Iterator[Sigterm]:
 
 @dataclass(frozen=True)
 class Intervals:
-    """The intervals of a run.
+    """How often a run logs, evaluates, draws an image sheet, keeps a checkpoint and saves its state.
 
     `log`, `evaluate`, `sheet` and `checkpoint` are numbers of steps, and 0 means never. `save_seconds` is the time
     between saved states.
@@ -123,15 +124,16 @@ def is_due(step: int, every: int) -> bool:
 
 
 def is_save_due(run: Run) -> bool:
-    """Return whether the last save was more than `run.every.save_seconds` ago, by the clock of this rank."""
+    """Return whether the last save was more than `run.every.save_seconds` ago, by this rank's clock."""
     return time.monotonic() - run.saved_at > run.every.save_seconds
 
 
 def needs_the_host(run: Run, step: int, stop: Sigterm) -> bool:
-    """Return whether the host has to write or decide something after this step. The result is the same on all ranks.
+    """Return whether the host has to write or decide something after step `step`. The result is the same on all ranks.
 
-    Each rank has its own clock and receives its own signals, so the ranks exchange whether a save is due or SIGTERM
-    came. They do not wait for the next log line, because torchrun kills them 30 seconds after SIGTERM.
+    Each rank has its own clock and receives its own signals, so the ranks tell each other after every step whether a
+    save is due or SIGTERM has arrived. Waiting until the next log line could take too long, because torchrun kills the
+    ranks 30 seconds after SIGTERM.
     """
     every = run.every
     if step == run.total or any(is_due(step, n) for n in (every.log, every.evaluate, every.sheet, every.checkpoint)):
@@ -140,7 +142,7 @@ def needs_the_host(run: Run, step: int, stop: Sigterm) -> bool:
 
 
 def watched(run: Run, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the entries of `terms` that must be finite: the loss and, except with fp16, the gradient norms.
+    """Return the entries of `terms` that must be finite: the loss and, unless the run uses fp16, the gradient norms.
 
     With fp16, gradients may overflow while the loss scale adapts.
     """
@@ -149,13 +151,13 @@ def watched(run: Run, terms: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def find_not_finite(run: Run) -> Verdict | None:
-    """Check whether all watched figures of the steps since the last call were finite.
+    """Check whether the loss and the gradient norms of all steps since the last call were finite (see `watched`).
 
-    If a figure was not finite, rank 0 stores its first micro-batch of the first such step for inspection. Gradients
-    that are not finite have not changed the student (training/step.py).
+    If one was not finite, rank 0 stores its first micro-batch of the first such step for inspection. Gradients that are
+    not finite have not changed the student (training/step.py).
 
     Returns:
-        the verdict of the sentinels, or None if all figures were finite.
+        the sentinels' verdict, or None if all values were finite.
     """
     first = int(min_over_ranks(run.world, run.not_finite.step))
     if first == NEVER:
@@ -175,7 +177,7 @@ def find_not_finite(run: Run) -> Verdict | None:
 
 
 def log_line(run: Run, step: int, terms: dict[str, Tensor], cls_tokens: Tensor) -> Verdict | None:
-    """Write a line of metrics.jsonl, and return the sentinels' verdict on it, or None if they find no collapse."""
+    """Write a line to metrics.jsonl, and return the sentinels' verdict on it, or None if they find no collapse."""
     means = mean_over_ranks(run.world, torch.stack([value.float() for value in terms.values()]))
     figures: dict[str, Any] = dict(zip(terms, means.tolist(), strict=True))
     figures["dino_over_ln_k"] = figures["dino"] / math.log(run.sentinels.limits.n_prototypes)
@@ -194,8 +196,8 @@ def log_line(run: Run, step: int, terms: dict[str, Tensor], cls_tokens: Tensor) 
 def evaluate(run: Run, step: int) -> Verdict | None:
     """Compute the k-NN accuracy on the held-out images, and return the sentinels' verdict on it.
 
-    Return None if the sentinels have nothing to report, if k-NN is not possible, or if the settings have no evaluation
-    during the run.
+    Return None if the sentinels have nothing to report, if k-NN is not possible, or if no evaluations during the run
+    are configured.
     """
     if not run.every.evaluate:
         return None
@@ -214,7 +216,7 @@ def evaluate(run: Run, step: int) -> Verdict | None:
 def decide(run: Run, ask: Callable[[], Verdict | None]) -> Verdict | None:
     """Call `ask` on rank 0, and return its verdict on all ranks. Copy the state of rank 0's sentinels to all ranks.
 
-    The figures differ between ranks, so only rank 0 decides.
+    The metrics differ between ranks, so only rank 0 decides.
     """
     verdict = ask() if run.world.is_main else None
     verdict, state = from_main(run.world, (verdict, run.sentinels.state_dict()))
@@ -223,7 +225,7 @@ def decide(run: Run, ask: Callable[[], Verdict | None]) -> Verdict | None:
 
 
 def obey(run: Run, step: int, verdict: Verdict | None) -> Verdict | None:
-    """Report a verdict of the sentinels to the user, if there is one.
+    """Report the sentinels' verdict to the user, if there is one.
 
     Return the verdict if its action is a rollback, and None otherwise.
 
@@ -241,10 +243,10 @@ def obey(run: Run, step: int, verdict: Verdict | None) -> Verdict | None:
 def roll_back(run: Run, verdict: Verdict) -> int:
     """Load the newest complete state that is not later than step `verdict.back_to`, and return the step of this state.
 
-    Later states are removed. If the loaded state is later than step 0, its weights overwrite the run's checkpoint.
+    Later states are removed. If the loaded state is later than step 0, the run's checkpoint is overwritten to match it.
 
     Raises:
-        RunStopped: no complete state of this step or an earlier step exists.
+        RunStopped: there is no such state.
     """
     wait_for_all(run.world)
     saved, _ = from_main(run.world, find_state(run.out, verdict.back_to) if run.world.is_main else (None, []))
@@ -264,10 +266,10 @@ def roll_back(run: Run, verdict: Verdict) -> int:
 
 
 def is_best(run: Run, step: int) -> bool:
-    """Return whether `step` must be saved because it has the run's best k-NN accuracy so far.
+    """Return whether the state of `step` must be saved because its k-NN accuracy is the best of the run so far.
 
-    The best step is saved so that the run can go back to it if k-NN falls. If a fall only causes a warning (`on_knn` is
-    `warn`), return False.
+    The run can then roll back to this state if the accuracy falls. If a fall only causes a warning (`on_knn` is
+    `warn`), the state is not needed, and the result is False.
     """
     return run.sentinels.limits.on_knn != "warn" and step == run.sentinels.state.best_knn_step
 
@@ -297,9 +299,9 @@ def save(run: Run, step: int) -> Saved | None:
 
 
 def memory_of(run: Run) -> dict[str, Any]:
-    """Return the values that a state stores in addition to tensors, as JSON types.
+    """Return the values that a saved state contains in addition to tensors, as JSON types.
 
-    They are the digests of the images and of the teacher, and the state of the sentinels.
+    They are the digests of the training images and of the teacher, and the state of the sentinels.
     """
     return {"data": run.data.digest, "teacher": run.teacher_digest, "sentinels": run.sentinels.state_dict()}
 
@@ -312,7 +314,7 @@ def save_checkpoint(run: Run, path: Path, step: int) -> None:
 
 
 def draw_sheet(run: Run, step: int) -> None:
-    """Write the image sheet `sheets/step_N.png` for step N. Its features come from the student's moving average."""
+    """Write the image sheet of step N to `sheets/step_N.png`. The features come from the student's moving average."""
     backbone = released_backbone(run.release.vit, run.world, run.setup.parts)
     if run.world.is_main:
         write_sheet(sheet_path(run, step), backbone, run.data, run.crops, run.release, step, run.total)
@@ -325,7 +327,7 @@ def sheet_path(run: Run, step: int) -> Path:
 def release(run: Run) -> Path:
     """Finish the run: compute the final k-NN accuracy, and write the last checkpoint, an image sheet and the report.
 
-    If the settings have a value for `whiten`, the backbone is whitened first. Return the path of the checkpoint.
+    If the setting `whiten` is not None, the backbone is whitened first. Return the path of the checkpoint.
     """
     path, data, settings = run.out / CHECKPOINT, run.data, run.release
     backbone = released_backbone(settings.vit, run.world, run.setup.parts)

@@ -11,7 +11,7 @@ Schedule = npt.NDArray[np.float64]
 
 
 def cosine(base: float, final: float, total: int, *, warmup: int = 0) -> Schedule:
-    """Return a schedule of `total` steps that rises linearly from 0 to `base` in `warmup` steps.
+    """Return a schedule of `total` steps that rises linearly from 0 to `base` over the first `warmup` steps.
 
     After the warm-up the schedule follows half a period of a cosine from `base` to `final`.
 
@@ -27,10 +27,10 @@ def cosine(base: float, final: float, total: int, *, warmup: int = 0) -> Schedul
 
 
 def linear_then_constant(start: float, end: float, total: int, warmup: int) -> Schedule:
-    """Return a schedule of `total` steps that changes linearly from `start` to `end` in `warmup` steps.
+    """Return a schedule of `total` steps that changes linearly from `start` to `end` over the first `warmup` steps.
 
     After the warm-up the value is constant. If the warm-up is longer than the run, `end` is not reached. The teacher's
-    temperature has this schedule.
+    temperature follows this kind of schedule.
     """
     ramp = np.linspace(start, end, warmup)[:total]
     return np.concatenate([ramp, np.full(total - len(ramp), end)])

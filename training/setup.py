@@ -27,7 +27,7 @@ LOSS_SCALE = 2.0**16  # the initial loss scale for fp16, as in torch's GradScale
 def make_autocast(precision: str, device: torch.device) -> torch.autocast:
     """Return the autocast context for a precision: `fp32`, `bf16`, `fp16` or `auto`.
 
-    `auto` means bf16 if the device multiplies bf16 natively, and fp32 otherwise.
+    `auto` means bf16 if the device has native bf16 matrix products, and fp32 otherwise.
     """
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -46,9 +46,9 @@ def compute_dtype(autocast: torch.autocast) -> torch.dtype:
 def attention_kernel(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
     """Return a context that selects the attention kernel for training.
 
-    It selects plain matrix products for bf16 on a CPU, and leaves the choice to torch otherwise. With bf16 on a CPU and
-    small crops of 10 to 65 tokens, the backward pass of the fused kernel takes a quarter of a step's time. Plain matrix
-    products need a third of this time. In float32 the fused kernel is faster at every size
+    For bf16 on a CPU it selects plain matrix products. Otherwise it leaves the choice to torch. With bf16 on a CPU and
+    small crops of 10 to 65 tokens, the backward pass of the fused kernel takes a quarter of a step's time, and that of
+    plain matrix products takes only a third as long. In float32 the fused kernel is faster at every size
     (docs/decisions/0010-training-on-a-cpu.md).
     """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" and dtype == torch.bfloat16 else nullcontext()
@@ -60,11 +60,11 @@ def initial_weights(init: str, model: str, config: ViTConfig) -> dict[str, Tenso
     Args:
         init: an artifact's folder, a checkpoint (of this project, or in a format that `model.checkpoint` reads), or the
             name of published weights, which are downloaded once.
-        model: torch hub's name of the run's network, for files that do not name their network.
+        model: the name of the run's network on torch hub. It is used for files that do not name their network.
         config: the configuration of the run's network.
 
     Raises:
-        ValueError: `init` is not one of these, is damaged, or has a network other than `config`.
+        ValueError: `init` is none of these, is damaged, or contains a network whose configuration is not `config`.
         OSError: a file cannot be read.
         model.zoo.DownloadError: published weights cannot be downloaded.
     """
@@ -111,8 +111,8 @@ def make_setup(config: TrainConfig, world: World, frozen_teacher: nn.Module | No
     Args:
         config: the run's settings.
         world: the rank of this process, the number of ranks and the device.
-        frozen_teacher: the teacher of a distillation, which is called with the arguments of `Network`. By default the
-            teacher is the student's moving average.
+        frozen_teacher: the teacher for distillation, which is called like a `Network`. By default the teacher is the
+            student's moving average.
     """
     autocast = make_autocast(config.precision, world.device)
     student = make_network(config).to(world.device)
@@ -160,10 +160,10 @@ def compile_blocks(*networks: nn.Module) -> None:
 
 
 def strategy_of(config: TrainConfig) -> str:
-    """Return the strategy for several ranks, `ddp` or `fsdp`.
+    """Return the strategy for training on several ranks, `ddp` or `fsdp`.
 
-    The setting `auto` means `ddp`, which is faster. For networks of at least ViT-g's size it means `fsdp`, because of
-    the size of the optimizer's state.
+    The setting `auto` means `fsdp` for networks at least as large as ViT-g, because their optimizer state is large.
+    For smaller networks it means `ddp`, which is faster.
     """
     if config.strategy != "auto":
         return config.strategy

@@ -1,14 +1,14 @@
-"""States on disk, from which a run resumes after an interruption or rolls back.
+"""Save the states of a run to disk, so that the run can resume after an interruption or roll back.
 
-A state contains the student, its moving average, the optimizer, the moving centres, the sentinels' state and the step
-number. Nothing else is needed, because the random choices of a step depend only on (seed, step, sample)
-(`training/randomness.py`).
+A state contains the student, its moving average, the optimizer, the moving centres, the step number, and the state of
+the sentinels (checks that detect a failing run). Nothing else is needed, because the random choices of a step depend
+only on (seed, step, sample) (`training/randomness.py`).
 
-The newest states are stored in the folder `states/` of the run's folder. Each state consists of a file of tensors
-(`000001200.pt`) and a small JSON file, which is written last and has the digest of the tensor file. If the JSON file is
-missing or the digest differs, the state is incomplete, and the previous state is used. Tensors are saved in full even
-if each rank has only a slice of them, so a run can resume with another number of ranks. States are loaded with
-`weights_only`, so a state file cannot run code.
+The newest states are stored in the folder `states/` inside the run's folder. Each state consists of a file of tensors
+(such as `000001200.pt`) and a small JSON file, which is written last and contains the digest of the tensor file. If the
+JSON file is missing or the digest differs, the state is incomplete, and the previous state is used. Tensors are saved
+in full even if each rank has only a slice of them, so a run can resume with another number of ranks. States are loaded
+with `weights_only`, so a state file cannot run code.
 
 Only one run at a time may write to a run's folder (`alone_in`), because two runs would delete each other's states.
 """
@@ -56,8 +56,8 @@ FREE_SETTINGS = {
 class Parts:
     """The networks, the optimizer and the buffers of a run.
 
-    `ema` is the moving average of the student. `teacher` gives the targets. It is `ema` itself or, in distillation, a
-    frozen network, which is not saved. `buffers` has the moving centres and the loss scale of fp16, if the run uses
+    `ema` is the moving average of the student. `teacher` computes the targets. It is `ema` itself or, in distillation,
+    a frozen network, which is not saved. `buffers` contains the moving centres and fp16's loss scale, if the run uses
     them.
     """
 
@@ -74,9 +74,10 @@ def comparable(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Return copies of tensors on the CPU by name, or an empty dictionary if `keep` is False.
+    """Gather tensors on the CPU, and return them by name, or return an empty dictionary if `keep` is False.
 
-    Sharded tensors are gathered one at a time to save memory, so all ranks must call this function.
+    Sharded tensors are gathered one at a time to save memory. All ranks must call this function, because each
+    contributes its slices.
     """
     copies = {}
     for name, tensor in tensors.items():
@@ -87,7 +88,7 @@ def _whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def _optimizer_tensors(parts: Parts) -> dict[str, Tensor]:
-    """Return the tensors of the optimizer's state by the name `PARAMETER/KEY`, where KEY is the optimizer's own key."""
+    """Return the tensors of the optimizer's state, named `PARAMETER/KEY` with keys such as `exp_avg`."""
     state = parts.optimizer.state
     return {
         f"{name}/{key}": value
@@ -122,13 +123,13 @@ def save_state(
         out: the run's folder.
         parts: the networks, the optimizer and the buffers to save.
         step: the number of steps done.
-        settings: the run's settings. A run with other settings cannot resume from the state.
+        settings: the run's settings. Those that must not change (see `comparable`) are stored in the state.
         memory: values to store in addition to tensors, as JSON types: the digests of the images and of the teacher, and
-            the sentinels' state.
-        keep: the number of newest states to keep.
+            the state of the sentinels (checks that detect a failing run).
+        keep: how many of the newest states to keep.
         world: the rank of this process and the number of ranks.
-        needed: steps that a sentinel may roll back to. For each of these steps, the newest state that is not later than
-            the step is kept too.
+        needed: steps that the run may have to roll back to. For each of these steps, the newest state that is not later
+            than the step is kept too.
 
     Raises:
         OSError: the state cannot be written. Earlier states are unchanged.
@@ -176,13 +177,13 @@ def _notes(folder: Path) -> list[Path]:
 
 
 def _drop(note: Path) -> None:
-    """Remove a state from disk. Its JSON file `note` is removed first, so that a half-removed state is never used."""
+    """Delete a state from disk. Its JSON file `note` is deleted first, so that a half-deleted state is never used."""
     note.unlink()
     note.with_suffix(".pt").unlink(missing_ok=True)
 
 
 def _prune(folder: Path, step: int, keep: int, needed: Sequence[int]) -> None:
-    """Delete the states that are not among the newest `keep` states and not needed for a rollback.
+    """Delete the states that are neither among the newest `keep` states nor needed for a rollback.
 
     For each step in `needed`, the newest state that is not later than the step is kept. `step` is the step of the state
     that was just written.
@@ -201,7 +202,8 @@ def _prune(folder: Path, step: int, keep: int, needed: Sequence[int]) -> None:
 class Saved:
     """A complete state on disk: the path of its tensor file, its step, and the content of its JSON file.
 
-    `settings` has only the settings that must be the same when a run is resumed. `memory` is that of `save_state`.
+    `settings` contains only the settings that must be the same when a run is resumed. `memory` contains the values that
+    were passed to `save_state` as `memory`.
     """
 
     path: Path
@@ -215,10 +217,11 @@ def find_state(out: Path, at_most: int | None = None) -> tuple[Saved | None, lis
 
     Args:
         out: the run's folder.
-        at_most: if it is given, states of later steps are ignored.
+        at_most: the latest step to consider. By default the states of all steps are considered.
 
     Returns:
-        the state, or None if no state is complete, and a message for each newer damaged state.
+        two values: the state, or None if no state is complete, and a list with a message for each damaged state that is
+        newer.
     """
     broken: list[str] = []
     for note in _notes(out / FOLDER):
@@ -236,13 +239,13 @@ def find_state(out: Path, at_most: int | None = None) -> tuple[Saved | None, lis
 
 
 def start_from(out: Path) -> tuple[Saved | None, list[str]]:
-    """Return the state from which a run in the folder `out` resumes, and messages about damaged states.
+    """Return two values: the state from which a run in the folder `out` resumes, and messages about damaged states.
 
-    The state is None if the folder has no complete state and the run has to start at step 0. Only the process that
-    holds the lock of `out` may call this function, because the function removes incomplete files of killed processes.
+    The state is None if the run has to start at step 0. Only the process that holds the lock of `out` may call this
+    function, because it removes incomplete files that killed processes have left.
 
     Raises:
-        ValueError: the folder has states of steps after step 0, but no state is complete. The user has to restore or
+        ValueError: the folder contains states later than step 0, but no complete state. The user has to restore or
             remove them.
     """
     folder = out / FOLDER
@@ -266,7 +269,7 @@ def start_from(out: Path) -> tuple[Saved | None, list[str]]:
 
 
 def remember(saved: Saved, memory: dict[str, Any]) -> None:
-    """Replace the `memory` in the JSON file of a saved state (see `save_state`).
+    """Replace the entry `memory` in the JSON file of a saved state (see `save_state`).
 
     Raises:
         OSError: the JSON file cannot be written. The state is unchanged.
@@ -329,7 +332,7 @@ def check_same_settings(saved: Saved, settings: dict[str, Any]) -> None:
 def load_state(saved: Saved, parts: Parts) -> None:
     """Load a saved state into the networks, the optimizer and the buffers of `parts`.
 
-    The number of ranks may differ from the number that saved the state.
+    The number of ranks may differ from the number when the state was saved.
     """
     state = torch.load(saved.path, map_location="cpu", weights_only=True, mmap=True)
     for network, name in ((parts.student, "student"), (parts.ema, "ema")):

@@ -45,7 +45,7 @@ SCALE_GROWS_AFTER = 2000  # finite steps in a row
 class StepSettings:
     """The settings of a training step.
 
-    A loss with weight 0 is not computed, and is reported as 0. DINO's loss is always computed.
+    A loss with weight 0 is not computed, and is reported as 0. DINO's loss is computed even if its weight is 0.
     """
 
     seed: int
@@ -59,7 +59,7 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class Setup:
-    """The objects that every step uses. `learner` is the student or, with DDP, the wrapper that computes its output."""
+    """The objects that every step uses. `learner` is the module to call: the student or, with DDP, its wrapper."""
 
     parts: Parts
     learner: nn.Module
@@ -81,8 +81,9 @@ class Schedules:
 class Targets:
     """The teacher's targets for one micro-batch of b images and K prototypes. Each row of targets sums to one.
 
-    `cls` [2, b, K] are the targets of the class tokens of both global crops. `patches` [M, K] are the targets of the M
-    patches of iBOT's loss. If this loss has weight 0, `patches` are the teacher's logits, which no loss uses.
+    `cls` [2, b, K] holds the targets for the class tokens of both global crops. `patches` [M, K] holds the targets for
+    the M patches that iBOT's loss uses. If that loss has weight 0, `patches` holds the teacher's logits instead, which
+    no loss uses.
     """
 
     cls: Tensor | TeacherTargets
@@ -98,10 +99,10 @@ def train_step(
     lr_factor: float = 1.0,
     measure: bool = True,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Update the student by one optimizer step, and then update its moving average.
+    """Update the student with one optimizer step, and then update its moving average.
 
-    If a gradient is not finite, the student and the optimizer stay unchanged. The figure `finite` reports this without
-    making the host wait for the device.
+    If a gradient is not finite, the student and the optimizer stay unchanged. The returned metric `finite` says whether
+    they were updated, without making the host wait for the device.
 
     Args:
         settings: the settings of the step.
@@ -110,13 +111,13 @@ def train_step(
         micros: the crops of this rank's images, in micro-batches of equal size.
         step: the index into the schedules, from 0.
         lr_factor: a factor on all learning rates. A rollback lowers it.
-        measure: whether to compute `teacher_entropy`, the mean entropy of the targets of the class tokens. This needs
+        measure: whether to compute `teacher_entropy`, the mean entropy of the class tokens' targets. This requires
             another pass over the targets.
 
     Returns:
-        figures by name, and the student's class tokens [B, D] of the first view of each of this rank's B images. The
-        figures are scalars on the device. The losses of `TERMS` without weights, their weighted sum `loss` and
-        `teacher_entropy` are means over this rank's micro-batches. The other figures are the gradient norms before
+        two values: metrics by name, and the student's class tokens [B, D] for the first view of this rank's B images.
+        The metrics are scalars on the device. The unweighted losses of `TERMS`, their weighted sum `loss`, and
+        `teacher_entropy` are averaged over this rank's micro-batches. The other metrics are the gradient norms before
         clipping and `finite` (1 or 0).
     """
     parts, world = setup.parts, setup.world
@@ -169,9 +170,9 @@ def _center(
 
 
 def entropy(targets: Tensor | TeacherTargets) -> Tensor:
-    """Compute the mean entropy of the rows of targets [2, b, K], where 2 is the number of views.
+    """Compute the mean entropy over all rows of targets [2, b, K] for 2 views of b images.
 
-    The views are computed one at a time to save memory.
+    The views are processed one at a time to save memory.
     """
     views = [targets[view] for view in range(2)]
     probs = (view.probs() if isinstance(view, TeacherTargets) else view for view in views)
@@ -192,8 +193,9 @@ class MicroBatch:
 def dino_term(micro: MicroBatch) -> Tensor:
     """Compute DINO's loss: the mean cross-entropy over all pairs of a student view and a different teacher view.
 
-    Without local crops there are two pairs. Meta's code divides their sum by 3, because it counts at least one local
-    pair. Here the sum is divided by 2, so that a collapsed network has a loss of ln K for K prototypes.
+    Without local crops there are only two pairs. Meta's code nevertheless divides the sum of their losses by 3, because
+    it counts at least one local pair. Here the sum is divided by 2, so that a collapsed network has a loss of ln K for
+    K prototypes.
     """
     output, targets, temp = micro.output, micro.targets.cls, micro.settings.student_temp
     global_logits = output.global_logits.unflatten(0, (2, -1))  # [2, b, K]
@@ -207,15 +209,15 @@ def dino_term(micro: MicroBatch) -> Tensor:
 
 
 def ibot_term(micro: MicroBatch) -> Tensor:
-    """Compute iBOT's loss on the patches of both global crops that `micro.crops.masks` selects."""
+    """Compute iBOT's loss on the patches that `micro.crops.masks` selects in both global crops."""
     crops, temp = micro.crops, micro.settings.student_temp
     return ibot_loss(micro.output.patch_logits, micro.targets.patches, crops.masks, temp, selected=crops.selected)
 
 
 def koleo_term(micro: MicroBatch) -> Tensor:
-    """Compute KoLeo's loss on the class tokens of each global view, and return the sum over both views.
+    """Compute KoLeo's loss on the class tokens of each of the two global views, and return the sum of the two losses.
 
-    The setting `koleo_over_ranks` decides whether neighbours are searched on all ranks or only on this rank.
+    The setting `koleo_over_ranks` decides whether nearest neighbours are searched on all ranks or only on this rank.
     """
     world = micro.world
 
@@ -238,7 +240,7 @@ def losses(settings: StepSettings, setup: Setup, crops: Crops, targets: Targets)
     """Run the student on a micro-batch of b images, and compute the losses.
 
     Returns:
-        the losses by name, and the student's class tokens [b, D] of the first view, without gradient.
+        two values: the losses by name, and the student's class tokens [b, D] for the first view, without gradient.
     """
     output = setup.learner(crops.globals_, crops.locals_, crops.hidden, crops.selected)
     micro = MicroBatch(crops, output, targets, settings, setup.world)
@@ -258,9 +260,9 @@ def accumulate_gradients(
     The backward pass of the last micro-batch averages the gradients over the ranks.
 
     Returns:
-        figures by name, and the student's class tokens [B, D] of the first view of each of this rank's B images. The
-        figures are the losses, their weighted sum `loss` and, if `measure` is True, `teacher_entropy`. Each figure is a
-        mean over the micro-batches.
+        two values: metrics by name, and the student's class tokens [B, D] for the first view of this rank's B images.
+        The metrics are the losses, their weighted sum `loss` and, if `measure` is True, `teacher_entropy`. Each is
+        averaged over the micro-batches.
     """
     weights, scale = settings.loss_weights, setup.parts.buffers.get("loss_scale")
     means: dict[str, Tensor] = {}
@@ -284,8 +286,8 @@ def update_student(parts: Parts, clip_grad: float) -> tuple[dict[str, Tensor], T
     """Clip the gradients, and update the student if all gradients are finite.
 
     Returns:
-        the norms of the gradients before clipping by the names of the sub-modules, and a bool scalar tensor that is
-        True if all norms are finite.
+        two values: the gradient norms before clipping by sub-module name, and a bool scalar tensor that is True if all
+        norms are finite.
     """
     scale = parts.buffers.get("loss_scale")
     if scale is not None:

@@ -1,9 +1,9 @@
 """The student, its teacher, and the heads of both.
 
-The teacher is an exponential moving average (EMA) of the student. It gives the targets and gets no gradient, and its
+The teacher is an exponential moving average (EMA) of the student. It computes the targets and gets no gradient, and its
 backbone is released at the end. A head maps a token to logits over K prototypes (arXiv 2104.14294). It consists of
 three linear layers that end in a bottleneck, L2 normalisation, and a last layer with weight normalisation. Its
-parameters have the names that they have in `dinov2/layers/dino_head.py`.
+parameters have the same names as in Meta's code, `dinov2/layers/dino_head.py`.
 
 Legend: D width of the backbone, K prototypes, n tokens, b images of a micro-batch, V local crops per image, N patches
 of a global crop, M selected patches, G and L sides of global and local crops.
@@ -24,7 +24,8 @@ from training.distributed import local
 class PrototypeLayer(nn.Module):
     """A linear layer without bias that computes logits over the prototypes.
 
-    Each row of its weight has the direction of a row of `weight_v` and a length from `weight_g`, which is 1 at first.
+    The weight has one row per prototype. `weight_v` gives the direction of each row, and `weight_g` its length, which
+    is 1 at first.
     """
 
     def __init__(self, in_dim: int, n_prototypes: int) -> None:
@@ -41,7 +42,7 @@ class PrototypeLayer(nn.Module):
 class DinoHead(nn.Module):
     """A head that maps n tokens [n, D] to logits over K prototypes, [n, K].
 
-    As long as the prototypes have length 1 (`last_layer.weight_g`), the logits are cosines.
+    As long as the prototypes have length 1 (see `PrototypeLayer`), the logits are cosines.
     """
 
     def __init__(self, in_dim: int, n_prototypes: int, hidden_dim: int = 2048, bottleneck_dim: int = 256) -> None:
@@ -102,9 +103,9 @@ class Network(nn.Module):
         Args:
             globals_: two global crops of each image, [2b, 3, G, G].
             locals_: V local crops of each image, [V*b, 3, L, L], or None. The teacher gets no local crops.
-            hidden: the patches that are replaced by the mask token, bool [2b, N] for N patches per global crop, or
-                None.
-            selected: the positions of the M patches to compute logits for, among all 2b * N patches, int64 [M].
+            hidden: which patches are replaced with the mask token, bool [2b, N] for N patches per global crop, or None
+                if no patches are.
+            selected: the positions, among all 2b * N patches, of the M patches to compute logits for, int64 [M].
         """
         features = self.backbone.forward_features(globals_, hidden)
         cls = features["x_norm_clstoken"]

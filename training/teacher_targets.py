@@ -1,4 +1,4 @@
-"""A compact form of the student's targets: the teacher's logits, and two vectors that turn the logits into targets.
+"""A compact form of the targets for the student: the teacher's logits, and two vectors that turn them into targets.
 
 Legend: K prototypes, B rows of targets.
 """
@@ -23,9 +23,9 @@ class TeacherTargets:
     temp: float
 
     def __getitem__(self, index: Any) -> "TeacherTargets":
-        """Return the targets of the rows that `index` selects. It indexes all dimensions but the last (prototypes)."""
+        """Return the targets of the rows that `index` selects. The last dimension (prototypes) cannot be indexed."""
         return TeacherTargets(self.logits[index], self.u[index], self.v, self.temp)
 
     def probs(self) -> Tensor:
-        """Compute the array of targets, float32, in the shape of `logits`."""
+        """Compute the array of targets, float32, with the shape of `logits`."""
         return (self.logits.float() / self.temp).sub_(self.u.unsqueeze(-1)).sub_(self.v).exp_()

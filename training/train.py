@@ -3,15 +3,15 @@
 Each step follows facebookresearch/dinov2, `dinov2/train/ssl_meta_arch.py`. The teacher sees two large crops of each
 image and gives targets. The student sees the same two crops with some patches masked, and several small crops. Three
 losses train the student. DINO compares the student's class token of each crop with the teacher's class tokens of the
-other crops. iBOT compares the student's masked patches with the teacher's tokens of the same patches. KoLeo spreads the
-class tokens of a batch. The teacher is then updated as a moving average of the student.
+other crops. iBOT compares the student's masked patches with the teacher's tokens of the same patches. KoLeo pushes the
+class tokens of a batch apart. The teacher is then updated as a moving average of the student.
 
 All random choices of a step depend only on (seed, step, sample), so a resumed run continues as if it had not stopped,
 and two ranks see the same crops as a single rank. The host waits for the device only to log, evaluate or save.
 
     out/checkpoint.safetensors   the backbone of the student's moving average; `dinov2 export` reads it
     out/states/                  states to resume from; out/lock is locked while a process trains here
-    out/metrics.jsonl            figures of the run; training/watch/monitor.py lists the other log files
+    out/metrics.jsonl            metrics of the run; training/watch/monitor.py lists the other log files
     out/report.html              the report, written at the end
     out/skipped.txt              images that could not be read
 """
@@ -68,12 +68,12 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
         the path of the checkpoint.
 
     Raises:
-        ValueError: there are no usable images, another process trains in `config.out`, this folder has a run with other
-            settings, images or teacher, all states in it are damaged, or a setting does not fit the machine or the
-            files that it names.
+        ValueError: there are no usable images, a setting does not match the machine or a file that it names, another
+            process trains in the folder `config.out`, or that folder contains a run that cannot be resumed (because it
+            has other settings, images or another teacher, or all its states are damaged).
         OSError: the images cannot be reached, a file cannot be read, or the run's folder cannot be written.
         model.zoo.DownloadError: published weights cannot be downloaded.
-        RunStopped: a sentinel ended the run.
+        RunStopped: a check detected that the run is failing, for example a collapse.
         Interrupted: SIGTERM ended the run.
     """
     console = console or Console()
@@ -99,7 +99,7 @@ def training_loop(run: Run, step: int, stop: Sigterm) -> None:
     """Run the remaining steps of a run that has done `step` steps.
 
     Raises:
-        RunStopped: a sentinel ended the run.
+        RunStopped: a check detected that the run is failing, for example a collapse.
         Interrupted: SIGTERM ended the run.
     """
     while step < run.total:
@@ -152,8 +152,8 @@ def training_loop(run: Run, step: int, stop: Sigterm) -> None:
 def restore(run: Run, saved: Saved | None, damaged: list[str]) -> int:
     """Load the state `saved` into the run. If it is None, save the state of the new run at step 0.
 
-    If the settings have evaluations, a run is evaluated once before its first step, so that the k-NN sentinel knows the
-    initial accuracy. Return the number of steps done.
+    If evaluations are configured, a new run is evaluated before its first step, so that a later fall of the k-NN
+    accuracy can be detected. The messages in `damaged` are shown as warnings. Return the number of steps done.
     """
     step, parts = saved.step if saved else 0, run.setup.parts
     for message in damaged:
@@ -177,7 +177,7 @@ def restore(run: Run, saved: Saved | None, damaged: list[str]) -> int:
 
 
 def choose_prototypes(run: Run, teacher: PrototypeTeacher) -> None:
-    """Choose the teacher's prototypes from features of the run's first images.
+    """Choose the teacher's prototypes from the features of the first images that the run trains on.
 
     The choice does not depend on the size of micro-batches or the number of ranks.
     """

@@ -3,9 +3,9 @@
 This module is imported only when Triton is needed, because only torch's CUDA builds include Triton.
 
 In the forward pass, one program per row reads the K logits in blocks. Each lane stores the maximum m of the logits x
-that it has read, and the sum s of exp(x - m). Lanes are therefore combined only once, at the end. One exponential per
-logit is enough. Let d = x - m and e = exp(-|d|). If d > 0, x is the new maximum, and s becomes s * e + 1. Otherwise s
-becomes s + e. In the backward pass, there is one program per row and block.
+that it has read, and the sum s of exp(x - m). The lanes are therefore combined only once, at the end. A new logit x
+costs only one exponential, e = exp(-|x - m|). If x > m, x is the new maximum, and s becomes s * e + 1. Otherwise s
+becomes s + e. In the backward pass, there is one program for each block of each row.
 
 Programs for all student views of an image have consecutive numbers, so that the targets of the image are read from
 memory once and then from the cache.
@@ -87,9 +87,9 @@ class _TritonCrossEntropy(torch.autograd.Function):
 
 @triton.jit
 def _rows(n_targets, n_students):
-    """Return the row of the student and the row of the targets that this program computes.
+    """Return the index of the student row and the index of the target row that this program processes.
 
-    The programs for all student views of a row of targets have consecutive numbers.
+    The programs for all student views with the same target row have consecutive numbers.
     """
     program = tl.program_id(0).to(tl.int64)  # row * k exceeds 2^31
     target_row = program // n_students
@@ -110,9 +110,9 @@ def _targets(
     N_TEACHERS: tl.constexpr,
     FACTORED: tl.constexpr,
 ):
-    """Load a block of the targets of one row, and return the sum over the teacher's views.
+    """Load one block of a row of targets, and return the sum over the teacher's views.
 
-    Targets outside the array are 0.
+    Columns beyond the end of the row (where `inside` is False) are 0.
     """
     total = tl.zeros_like(columns).to(tl.float32)
     for view in tl.static_range(N_TEACHERS):

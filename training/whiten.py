@@ -1,9 +1,9 @@
 """Whiten the class token by changing the network's weights, without an extra layer.
 
-After a short run, a few directions (brightness, colour of the light) have most of the class token's variance and
-dominate cosine similarity. Whitening corrects this without labels. It centres the class tokens and scales all principal
-directions to equal variance (for retrieval: Jégou and Chum, ECCV 2012). A whitening matrix after the network would be
-an extra layer that DINOv2 does not have. Two facts make this layer unnecessary:
+After a short run, a few directions (such as brightness and the colour of the light) account for most of the class
+token's variance and dominate cosine similarity. Whitening corrects this without labels. It centres the class tokens and
+scales all principal directions to equal variance (used for retrieval by Jégou and Chum, ECCV 2012). A whitening matrix
+after the network would be an extra layer that DINOv2 does not have. Two facts make this layer unnecessary:
 
 - Without gain and bias, LayerNorm commutes with each rotation Q that leaves the vector of ones unchanged: LN(Q x) =
   Q LN(x). The whole residual stream can therefore be rotated by multiplying every weight that writes to it or reads
@@ -11,11 +11,11 @@ an extra layer that DINOv2 does not have. Two facts make this layer unnecessary:
 - The last norm has a gain and a bias per coordinate. Q can be chosen so that these gains scale each principal direction
   as required. The last norm then does the whitening.
 
-The output of a LayerNorm before gain and bias is orthogonal to the vector of ones, so it has D - 1 principal directions
-for D gains. Let g be the squared gains, and P the projection orthogonal to the vector of ones. The squared gains act on
-the output as the matrix P diag(g) P. The required squared scales are used as g. The eigenvalues of the matrix are
-between neighbouring values of g (Cauchy), so their error is at most the spacing of g. Q rotates the principal
-directions exactly to the eigenvectors of the matrix.
+The output of a LayerNorm before gain and bias is orthogonal to the vector of ones, so it has only D - 1 principal
+directions, while there are D gains. Let g be the squared gains, and P the projection orthogonal to the vector of ones.
+The squared gains act on the output as the matrix P diag(g) P. g is set to the required squared scales. The eigenvalues
+of the matrix lie between neighbouring values of g (Cauchy's interlacing theorem), so they differ from the required
+scales by at most the spacing of g. Q rotates the principal directions exactly to the eigenvectors of the matrix.
 
 Legend: n images, D width.
 """
@@ -32,16 +32,15 @@ def whiten(model: DinoVisionTransformer, cls: Tensor, shrinkage: float) -> Tenso
 
     Args:
         model: any backbone. Its patch and register tokens change too, because they pass through the same last norm.
-        cls: the model's class tokens [n, D] of images that are typical of its use.
+        cls: the model's class tokens [n, D] for n images like those that it will be used on.
         shrinkage: the share of the mean variance that is added to the variance of each direction. With 0.01, directions
-            with less than a hundredth of the mean variance, which are mostly noise, stay small.
+            with less than a hundredth of the mean variance, which are mostly noise, are not scaled to full variance.
 
     Returns:
-        the rotation Q, float64 [D, D]. The rows of the new residual stream are the rows of the old residual stream
-        times Q^T.
+        the rotation Q, float64 [D, D]. The residual stream of the changed model is Q x where it was x before.
 
     Raises:
-        ValueError: `shrinkage` is not above 0, there are fewer than two images, or a gain of the last norm is 0.
+        ValueError: `shrinkage` is not above 0, `cls` has fewer than two rows, or a gain of the last norm is 0.
     """
     if not shrinkage > 0:
         raise ValueError(f"shrinkage must be above 0, not {shrinkage}")
@@ -72,8 +71,8 @@ def whiten(model: DinoVisionTransformer, cls: Tensor, shrinkage: float) -> Tenso
 def rotate_residual_stream(model: DinoVisionTransformer, rotation: Tensor) -> None:
     """Change the weights of `model` so that its residual stream, up to the last norm, is multiplied by `rotation`.
 
-    `rotation` [D, D] must be an orthogonal matrix with rows that sum to one. In each block, the gain and the bias of a
-    norm are moved into the layer after the norm, and the gain of LayerScale is moved into the layer before it.
+    `rotation` [D, D] must be an orthogonal matrix with rows that sum to one. In each block, each norm's gain and bias
+    are moved into the layer after the norm, and each LayerScale's gain is moved into the layer before the LayerScale.
     """
     model.patch_embed.proj.weight.copy_(torch.einsum("ed,dcij->ecij", rotation, model.patch_embed.proj.weight.double()))
     bias = model.patch_embed.proj.bias
@@ -91,7 +90,7 @@ def rotate_residual_stream(model: DinoVisionTransformer, rotation: Tensor) -> No
 
 
 def _read(norm: nn.LayerNorm, layer: nn.Linear, rotation: Tensor) -> None:
-    """Move the gain and the bias of `norm` into `layer`, which follows it, and undo the rotation of its input."""
+    """Move the gain and the bias of `norm` into the next layer, `layer`, and make `layer` undo its input's rotation."""
     weight = layer.weight.double()
     layer.bias.copy_(layer.bias.double() + weight @ norm.bias.double())
     layer.weight.copy_((weight * norm.weight.double()) @ rotation.T)
@@ -100,7 +99,7 @@ def _read(norm: nn.LayerNorm, layer: nn.Linear, rotation: Tensor) -> None:
 
 
 def _write(layer: nn.Linear, scale: nn.Module, rotation: Tensor) -> None:
-    """Rotate the output of `layer`. If a LayerScale `scale` follows the layer, move its gain into the layer first."""
+    """Rotate the output of `layer`. If `scale`, which follows it, is a LayerScale, move its gain into `layer` first."""
     gain = layer.bias.new_ones(len(layer.bias), dtype=torch.float64)
     if isinstance(scale, LayerScale):
         gain = scale.gamma.double()

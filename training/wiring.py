@@ -1,7 +1,7 @@
 """Make a run from its configuration.
 
-The other modules of the training loop take plain values or small dataclasses with settings instead of the whole
-configuration. The functions of this file make these dataclasses.
+The other modules of the training loop do not receive the whole configuration, but plain values or small dataclasses of
+settings. The functions in this file make these dataclasses.
 """
 
 import functools
@@ -39,11 +39,12 @@ from training.watch.sinks import make_sinks
 def make_run(config: TrainConfig, world: World, data: Data, console: Console, saved: Saved | None) -> Run:
     """Make a run at step 0.
 
-    If `saved` is a state, the run must have the settings, images and teacher of that state, because the caller will
-    load the state later.
+    If a state `saved` is given, check that it has the same settings, images and teacher as the run, but do not load it.
+    The caller loads the state later.
 
     Raises:
-        ValueError: the run does not fit `saved`, or the teacher or the initial weights do not fit the configuration.
+        ValueError: the run does not match `saved`, or the teacher or the initial weights do not match the
+            configuration.
         OSError: a file of the teacher or of the initial weights cannot be read.
         model.zoo.DownloadError: published weights cannot be downloaded.
     """
@@ -153,10 +154,10 @@ def step_settings(config: TrainConfig) -> StepSettings:
 def make_schedules(config: TrainConfig, total: int) -> Schedules:
     """Make the schedules of a run of `total` steps.
 
-    If the backbone is frozen at first, the warm-up of the heads takes at most half of the frozen steps, so that the
-    heads have learned something before the backbone starts to train. The backbone has its own warm-up, which begins
-    when it starts to train. If the last phase has `lr_mult`, the schedules of the learning rate and of the teacher's
-    momentum start again in this phase.
+    If the backbone is frozen at first, the warm-up of the heads takes at most half of the steps in which it is frozen,
+    so that the heads have learned something before the backbone starts to train. The backbone has its own warm-up,
+    which begins when it starts to train. If the last phase sets `lr_mult`, the schedules of the learning rate and of
+    the teacher's momentum run once more from the beginning in that phase, without a warm-up.
     """
     peak, warmup = config.lr * math.sqrt(config.batch_size / 1024), int(config.warmup * total)
     frozen = int(config.freeze_backbone * total)
@@ -184,7 +185,7 @@ def make_schedules(config: TrainConfig, total: int) -> Schedules:
 
 
 def intervals(config: TrainConfig, steps_per_epoch: int) -> Intervals:
-    """Return the intervals at which the run logs, evaluates, draws image sheets and saves."""
+    """Return how often the run logs, evaluates, draws image sheets, keeps checkpoints and saves its state."""
 
     def steps(epochs: float) -> int:
         return max(1, round(epochs * steps_per_epoch)) if epochs else 0
@@ -199,7 +200,7 @@ def intervals(config: TrainConfig, steps_per_epoch: int) -> Intervals:
 
 
 def limits(config: TrainConfig, total: int) -> Limits:
-    """Return the thresholds and the actions of the sentinels for a run of `total` steps."""
+    """Return the thresholds and actions of the sentinels (checks for a failing run) for a run of `total` steps."""
     return Limits(
         total,
         config.n_prototypes,
@@ -217,10 +218,10 @@ def limits(config: TrainConfig, total: int) -> Limits:
 def make_monitor(
     config: TrainConfig, world: World, data: Data, console: Console, total: int, first_step: int, peak: float | None
 ) -> Monitor:
-    """Make the run's monitor, which shows a progress bar and log lines and writes the log files.
+    """Make the run's monitor, which shows a progress bar and log lines, and writes the log files.
 
     `peak` is the peak speed of one device in floating-point operations per second. If it is None, the monitor does not
-    report MFU (the share of the peak speed that the run reaches).
+    report MFU (model FLOPs utilisation, the share of the peak speed that the run reaches).
     """
     settings = config.model_dump(mode="json")
     return Monitor(
@@ -251,10 +252,10 @@ def release_settings(config: TrainConfig, world: World, data: Data) -> Release:
 
 
 def work_of_step(config: TrainConfig, share_done: float = 0.0, teacher: ViTConfig | None = None) -> float:
-    """Compute the useful work of one step on all ranks, in floating-point operations (training/watch/flops.py).
+    """Compute how many floating-point operations one step needs on all ranks (see training/watch/flops.py).
 
-    `share_done` (0 to 1) is the share of the run that is done. `teacher` is the configuration of the teacher's network
-    in a distillation, and None otherwise.
+    The number can change during the run, because the crop sizes can change. `share_done` (0 to 1) is the share of the
+    run that is done. `teacher` is the configuration of the teacher's network in distillation, and None otherwise.
     """
     (large, _), _, (small, n_local) = crop_settings(config).phase(share_done).views
     n_images, n_patches = 2 * config.batch_size, (large.size // config.vit_config.patch_size) ** 2
