@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.parametrize(
     ("packages", "pattern", "allowed"),
     [
-        # Reading the environment: settings, mirrors of published weights, and what torchrun says. (model/engines/onnxruntime_engine.py sets a
-        # variable.)
+        # Reading the environment: settings, mirrors of published weights, and what torchrun says.
+        # (model/engines/onnxruntime_engine.py sets a variable.)
         (
             ["service", "training", "model"],
             r"os\.(environ\[|environ\.get|getenv)",
