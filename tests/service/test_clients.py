@@ -84,7 +84,7 @@ def test_java(server: Server, folder: Path) -> None:
     (folder / "Client.java").write_text(example("java", 0, server))
     embedded, added, found = output(["java", "Client.java"], folder).strip().splitlines()
     assert '"embedding"' in embedded
-    assert '"java"' in added
+    assert '"id"' in added
     assert '"score"' in found
 
 
@@ -93,5 +93,5 @@ def test_go(server: Server, folder: Path) -> None:
     (folder / "client.go").write_text(example("go", 0, server))
     embedded, added, found = output(["go", "run", "client.go"], folder).strip().splitlines()
     assert '"embedding"' in embedded
-    assert '"go"' in added
+    assert '"id"' in added
     assert '"score"' in found
