@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from model import config as model_config
 from model import zoo
 from model.artifact import MANIFEST, ArtifactError, load_artifact, read_manifest
-from model.config import ViTConfig
-from model.convert import backbone_shapes
+from model.config import CONFIGS, ViTConfig
+from model.convert import HUGGING_FACE, _file_names, backbone_shapes
 from service.artifact_choice import choose_artifact
 from tests.model.torch_files import torch_file
 from tests.model.weights_server import Server, weights_server
@@ -108,6 +109,36 @@ def test_weights_of_another_model_are_refused(server: Server, tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"missing keys: 1 \(register_tokens\)"):
         choose_artifact(NAME, tmp_path)
     assert not list((tmp_path / "artifacts").glob("*"))
+
+
+@pytest.mark.usefixtures("no_torch")
+@pytest.mark.parametrize("name", zoo.ENTRIES)
+def test_both_publishers_files_give_the_same_artifact(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIGS[name], embed_dim=24, depth=2, num_heads=2)
+    monkeypatch.setitem(model_config.CONFIGS, name, config)
+    entry = replace(zoo.ENTRIES[name], size_bytes=None, sha256=None)  # the weights are random
+    for other in (name, *entry.aliases):
+        monkeypatch.setitem(zoo._BY_ANY_NAME, other, entry)
+    arrays = weights(config)
+    files = {}
+    for key, array in arrays.items():
+        names = _file_names(key, HUGGING_FACE)
+        files |= dict(zip(names, np.split(array, len(names)), strict=True))
+    fingerprints = set()
+    for content, statuses, alias in (
+        (torch_file(arrays), [], entry.timm_name),
+        (safetensors.numpy.save(files), [404], entry.hf_name),
+    ):
+        with weights_server(content) as running:
+            monkeypatch.setenv("DINOV2_META_URL", running.url)
+            monkeypatch.setenv("DINOV2_HUGGING_FACE_URL", running.url)
+            running.statuses = statuses
+            artifact = load_artifact(choose_artifact(alias, tmp_path / alias.replace("/", "-")))
+        assert artifact.manifest.config == config
+        fingerprints.add(artifact.fingerprint)
+    assert len(fingerprints) == 1
 
 
 # An artifact at a URL

@@ -1,5 +1,6 @@
 """Tests of the answers before the model is loaded, and of a start that downloads a published model."""
 
+import hashlib
 import json
 import signal
 import socket
@@ -13,8 +14,10 @@ import httpx
 import numpy as np
 import pytest
 
-from model.config import CONFIGS
+from model.config import ViTConfig
 from model.convert import backbone_shapes
+from model.decode import decode
+from model.preprocess import REFERENCE_224, preprocess
 from service.starting import Starting
 from tests.fakes import photo
 from tests.model.torch_files import torch_file
@@ -23,7 +26,9 @@ from tests.model.weights_server import weights_server
 from tests.service.test_server import ROOT, Server
 
 NAME = "dinov2_vits14_reg"
+CONFIG = ViTConfig(embed_dim=48, depth=2, num_heads=2, num_register_tokens=4, pos_embed_rule="antialias")
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from service.__main__ import main; sys.exit(main())"
+SMALL = f"from model.config import CONFIGS, ViTConfig; CONFIGS[{NAME!r}] = {CONFIG!r}; {WITHOUT_TORCH}"
 
 
 @pytest.fixture
@@ -68,9 +73,9 @@ async def test_requests_are_passed_on_once_the_application_is_ready(
 
 @pytest.fixture(scope="module")
 def published() -> Iterator[WeightsServer]:
-    """A server of random weights for a real ViT-S with registers."""
+    """A server of random weights for a small network, which has a published name in the process of the service."""
     rng = np.random.default_rng(0)
-    shapes = backbone_shapes(CONFIGS[NAME])
+    shapes = backbone_shapes(CONFIG)
     with weights_server(
         torch_file({name: 0.05 * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()})
     ) as running:
@@ -78,15 +83,15 @@ def published() -> Iterator[WeightsServer]:
 
 
 def test_a_published_model_is_served_without_torch_over_a_bad_line(published: WeightsServer, tmp_path: Path) -> None:
-    published.sent_per_connection = [30_000_000, 20_000_000]
+    published.sent_per_connection = [300_000, 20_000]
     published.wrong_answers = 1
-    published.pause_s = 0.005
+    published.pause_s = 0.02
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = {"DINOV2_MODEL": NAME, "DINOV2_META_URL": published.url, "DINOV2_PORT": str(port)}
     watcher = Watcher(port)
-    server = Server(tmp_path / "data", code=WITHOUT_TORCH, **settings)
+    server = Server(tmp_path / "data", code=SMALL, **settings)
     try:
         assert any(step.startswith(f"downloading {NAME}: ") for step in watcher.stop())
         log = server.log.read_text()
@@ -94,9 +99,45 @@ def test_a_published_model_is_served_without_torch_over_a_bad_line(published: We
         assert "model.onnx agrees with numpy float64: the largest error is " in log
         body = {"model": NAME, "input": [f"data:image/png;base64,{photo_base64()}"]}
         answer = httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=60).json()
-        assert len(answer["data"][0]["embedding"]) == 384
+        assert len(answer["data"][0]["embedding"]) == CONFIG.embed_dim
     finally:
         assert server.stop() == 0
+
+
+def test_hugging_faces_file_gives_the_embedding_of_transformers(tmp_path: Path) -> None:
+    """Meta's server refuses, so Hugging Face's file is used. The process that serves it has no torch."""
+    torch = pytest.importorskip("torch", reason="transformers computes the expected embedding with torch")
+    transformers = pytest.importorskip("transformers", reason="pip install '.[reference]'")
+    torch.manual_seed(0)
+    reference = transformers.Dinov2WithRegistersModel(
+        transformers.Dinov2WithRegistersConfig(
+            hidden_size=384, num_attention_heads=6, patch_size=14, image_size=518, layerscale_value=0.5
+        )
+    ).eval()
+    reference.save_pretrained(tmp_path / "hf")
+    content = (tmp_path / "hf" / "model.safetensors").read_bytes()
+    image = photo(1, size=(300, 200))
+    pixels = preprocess(decode(image), REFERENCE_224)
+    with torch.no_grad():
+        expected = reference(pixel_values=torch.from_numpy(pixels)[None]).pooler_output[0].numpy()
+    with weights_server(content) as published:
+        published.statuses = [404]
+        published.redirect_etag = f'"{hashlib.sha256(content).hexdigest()}"'
+        settings = {"DINOV2_MODEL": "facebook/dinov2-with-registers-small"}
+        settings |= {"DINOV2_META_URL": published.url, "DINOV2_HUGGING_FACE_URL": published.url}
+        server = Server(tmp_path / "data", code=WITHOUT_TORCH, **settings)
+    try:
+        answer = httpx.post(
+            f"{server.url}/v1/embeddings?normalize=false",
+            content=image,
+            headers={"Content-Type": "image/png"},
+            timeout=60,
+        )
+        embedding = np.array(answer.json()["data"][0]["embedding"])
+    finally:
+        assert server.stop() == 0
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(embedding, expected, rtol=0, atol=2e-4)
 
 
 def photo_base64() -> str:
@@ -144,7 +185,7 @@ def test_sigterm_ends_a_start_at_once(published: WeightsServer, tmp_path: Path) 
         "DINOV2_PORT": "0",
     }
     process = subprocess.Popen(
-        [sys.executable, "-m", "service"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", SMALL], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     part = tmp_path / "downloads" / "dinov2_vits14_reg4_pretrain.pth.part"
     deadline = time.monotonic() + 30
