@@ -100,7 +100,7 @@ class Tried(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """The engine that serves, and all engines that were tried, in order."""
+    """The chosen engine, and all engines that were tried, in order."""
 
     engine: Engine
     tried: tuple[Tried, ...]
