@@ -100,7 +100,7 @@ def create(
     data_dir: DataDirOption = DATA,
     store: StoreOption = None,
 ) -> None:
-    """Create an empty collection for the vectors of a local model. For other vectors, give --tag and --dimension."""
+    """Create an empty collection for the vectors of a local model, or for other vectors with --tag and --dimension."""
     if (tag is None) != (dimension is None):
         raise fail("--tag and --dimension must be given together")
 

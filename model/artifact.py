@@ -72,9 +72,9 @@ class GateRecord(_Record):
     reason: str  # one line: the reason why the graph may not serve, or the accuracies
     k: int | None = None  # number of voting neighbours
     val_photos: int | None = None
-    val_right: tuple[int, int] | None = None  # correctly classified images of val: (float32, int8)
+    val_right: tuple[int, int] | None = None  # correctly classified images in val: (float32, int8)
     train_photos: int | None = None
-    train_right: tuple[int, int] | None = None  # correctly classified images of train, leave-one-out
+    train_right: tuple[int, int] | None = None  # correctly classified images in train, leave-one-out
 
 
 Reference = Literal["torch float32", "numpy float64"]

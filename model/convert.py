@@ -53,11 +53,11 @@ class Dialect:
     name: str
     describes: Callable[[Iterable[str]], bool]
     keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    prefixes: tuple[str, ...] = ()  # removed from the names of the backbone's tensors
+    prefixes: tuple[str, ...] = ()  # prefixes that are removed from the names of the backbone's tensors
     dropped: tuple[str, ...] = ()  # name prefixes of tensors that are not part of a backbone
     absent: tuple[str, ...] = ()  # tensors that the format does not store; they are set to zeros
     class_position_in_cls_token: bool = False  # pos_embed lacks the class token's row, which was added to cls_token
-    any_img_size: bool = False  # pos_embed may have another grid than the configuration's
+    any_img_size: bool = False  # pos_embed may be for a grid other than the configuration's
     pos_embed_rule: Callable[[ViTConfig], PosEmbedRule] = lambda config: config.pos_embed_rule
 
 

@@ -19,7 +19,7 @@ POOLING_DESCRIPTION: Final = "class token, mean of the patch tokens, or both con
 PATCH_PARTS: Final[Mapping[str, Callable[[Any], Any]]] = {"mean": lambda patches: patches.mean(1)}
 """The parts that are computed from the patch tokens. Each function maps an array or tensor [B, N, D] to [B, D]."""
 PARTS: Final = ("cls", *PATCH_PARTS)
-"""The names of all parts, in the order in which the cache of the service stores them."""
+"""The names of all parts, in the order in which the service's cache stores them."""
 
 
 def parts_of(pooling: Pooling) -> tuple[str, ...]:

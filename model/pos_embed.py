@@ -13,9 +13,9 @@ to n patches by different rules:
 For every grid except M x M, the rules give different features, so the rule is part of a model's fingerprint.
 
 Bicubic resizing is linear and separable, so the positions P are resized by two small matrices, Wh for the rows and Ww
-for the columns: `P' = Wh @ P @ Ww^T`. This module computes the matrices in numpy. The torch model applies them, and the
-ONNX writer uses them to store the resized positions of one input size. The tests compare the resized positions with
-`torch.nn.functional.interpolate`.
+for the columns: `P' = Wh @ P @ Ww^T`. This module computes the matrices in numpy. The torch model applies them. The
+ONNX writer applies them to store positions that are already resized for one input size. The tests compare the resized
+positions with those from `torch.nn.functional.interpolate`.
 """
 
 from functools import lru_cache

@@ -1,8 +1,8 @@
 """Compares every graph in an artifact with a reference, and runs the k-NN gate on int8 graphs.
 
 The reference is torch in float32. If torch is not installed, the reference is the numpy forward pass in float64
-(`model/engines/numpy_reference.py`). The reference engine computes all its results first, and its memory is freed before
-ONNX Runtime loads the first graph, because two engines for a large model may not fit into memory.
+(`model/engines/numpy_reference.py`). The reference engine computes all its results first, and its memory is freed
+before ONNX Runtime loads the first graph, because two engines for a large model may not fit into memory.
 """
 
 import logging
