@@ -8,8 +8,8 @@
       README.md             the model card (optional)
 
 The fingerprint is a sha256 over the weights, the architecture (including the position-embedding rule) and the
-preprocessing. Together these determine an image's vector. The vector store records the fingerprint with the vectors, so
-vectors from different models are never mixed. `load_artifact` checks every file against the manifest and raises an
+preprocessing. Together these determine an image's features. The vector store records the fingerprint with the vectors,
+so vectors from different models are never mixed. `load_artifact` checks every file against the manifest and raises an
 error if a file differs.
 """
 
@@ -51,7 +51,7 @@ class _Record(BaseModel):
 
 
 class FileRecord(_Record):
-    """The size and the hash of one file of an artifact.
+    """The size and the hash of one file in an artifact.
 
     If `derived` is True and the file is missing, it is rebuilt from the weights and must match this record.
     """

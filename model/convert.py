@@ -3,15 +3,15 @@
 Meta, timm and Hugging Face store the backbone in different formats. For each format, a table maps each tensor name of
 this project to the names of the file's tensors that are concatenated into it (usually one). `convert` iterates over the
 tensors that the model needs, and reports every missing or extra tensor and every tensor with a wrong shape, by its name
-in the file. Nothing is skipped silently: the tables also list the tensors that are dropped (the heads in training dumps
-and of classifiers).
+in the file. Nothing is skipped silently: the tables also list the tensors that are dropped (the projection heads in
+training dumps, and the heads of classifiers).
 
 Sources of the tables: facebookresearch/dinov2 (hub and training dumps, `train/train.py`), huggingface/transformers
 (`models/dinov2/convert_dinov2_to_hf.py` and the parameter names in version 5), timm (`models/vision_transformer.py`,
 the function that converts DINOv2).
 
 The features depend on the rule by which `pos_embed` is resized (see `model/pos_embed.py`), but a file does not record
-this rule. Each `Dialect` therefore contains the rule of its publisher's code.
+this rule. Each `Dialect`, which describes one format, therefore contains the rule that its publisher's code uses.
 """
 
 import math
@@ -278,8 +278,8 @@ def _plan(shapes: Mapping[str, Shape], config: ViTConfig, dialect: Dialect | Non
     `shapes` maps the name of each tensor in the file to its shape.
 
     Raises:
-        CheckpointError: the format is unknown, or tensors are missing, extra or misshapen. The message lists up to
-            `MAX_LISTED` names of each kind.
+        CheckpointError: the format is unknown, or the file lacks a tensor, contains an extra one, or contains one with
+            the wrong shape. The message lists up to `MAX_LISTED` names of each kind.
     """
     dialect = detect(shapes) if dialect is None else dialect
     plain, dropped = _plain_names(shapes, dialect)
@@ -316,8 +316,8 @@ def check_tensors(shapes: Mapping[str, Shape], config: ViTConfig, dialect: Diale
     `shapes` maps the name of each tensor in the file to its shape.
 
     Raises:
-        CheckpointError: tensors are missing, extra or misshapen. The message lists up to `MAX_LISTED` names of each
-            kind.
+        CheckpointError: the file lacks a tensor, contains an extra one, or contains one with the wrong shape. The
+            message lists up to `MAX_LISTED` names of each kind.
     """
     _plan(shapes, config, dialect)
 
@@ -333,8 +333,8 @@ def convert(tensors: Mapping[str, Array], config: ViTConfig, dialect: Dialect | 
         dialect: the format of the file. If None, the format is detected.
 
     Raises:
-        CheckpointError: the format is unknown, or tensors are missing, extra or misshapen. The message lists up to
-            `MAX_LISTED` names of each kind.
+        CheckpointError: the format is unknown, or the file lacks a tensor, contains an extra one, or contains one with
+            the wrong shape. The message lists up to `MAX_LISTED` names of each kind.
     """
     plan = _plan({name: array.shape for name, array in tensors.items()}, config, dialect)
     arrays: dict[str, FloatArray] = {}

@@ -152,7 +152,7 @@ def decode_stored(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS, *, least_s
 
     Args:
         data: the encoded image.
-        limits: the limits on its size and shape.
+        limits: the limits on the image's size and shape.
         least_side: the minimum side, in pixels, of a JPEG that is decoded at reduced size. A JPEG is decoded at 1/2,
             1/4 or 1/8 of its size, which is faster, if both sides of the result are at least this long. If None, JPEGs
             are decoded at full size. Other formats are always decoded at full size.

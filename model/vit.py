@@ -301,7 +301,7 @@ class DinoVisionTransformer(nn.Module):
 
         Args:
             x: normalised pixels [B, 3, H, W] of B images with N patches each, for a model of width D.
-            n: the indices of the chosen blocks, or a number to choose that many of the last blocks.
+            n: the indices of the chosen blocks, or an integer n to choose the last n blocks.
             reshape: whether to return the patch tokens as [B, D, h, w] for a grid of h x w patches, instead of [B, N,
                 D].
             return_class_token: whether to return a pair (patch tokens, class token [B, D]) for each block.

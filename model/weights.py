@@ -214,7 +214,7 @@ def read_weights(
     Raises:
         ValueError: the name or the rule is unknown, or no weights are published under this name and `weights` is None.
         CheckpointError (a ValueError): the file does not contain the weights of this model. The message lists the
-            missing, extra and misshapen tensors.
+            tensors that are missing, extra or of the wrong shape.
         zoo.DownloadError: the published weights cannot be downloaded.
         OSError: the file cannot be read.
     """

@@ -108,7 +108,7 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class ZooEntry:
-    """The entry of one published backbone. `size_bytes` and `sha256` are None if they have not been measured."""
+    """The names and the file of one published backbone. `size_bytes` and `sha256` are None if they are not known."""
 
     name: str  # torch hub's name
     timm_name: str

@@ -3,12 +3,12 @@
 The user requests a specific engine, `auto` (the first engine in a fixed list that can serve) or `fastest` (the fastest
 engine on this CPU). On a serving host, the reference is ONNX Runtime's CPU engine in float32, whose features were
 already checked at export. Every other engine must pass the parity check when it is loaded: it runs the same few images
-as the reference, and is discarded if its features differ too much. All attempts are logged in order, with the reason,
+as the reference, and is discarded if its features differ too much. All attempts and their outcomes are logged in order,
 and reported at /v1/models.
 
-`auto` never selects int8, so it always computes float32 vectors on a CPU, however fast int8 would be there. On a GPU,
-`auto` prefers bf16. All vectors in a collection must be computed in the same precision, so with `auto`, a collection
-that was filled on a GPU must also be searched on a GPU.
+`auto` never selects int8, so on a CPU it always selects float32. On a GPU, it prefers bf16. All vectors in a collection
+must be computed in the same precision, so with `auto`, a collection that was filled on a GPU must also be searched on a
+GPU.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""The k-NN gate: checks that k-NN classification is about as accurate with an int8 graph as in float32.
+"""The k-NN gate: checks that k-NN classification is about as accurate with an int8 graph as with the float32 model.
 
 An int8 graph must pass this gate in addition to the parity check. The parity check limits the cosines between int8 and
 float32 features, but cosines say little about which image is nearest. The gate classifies labelled images by their

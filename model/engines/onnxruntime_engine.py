@@ -8,8 +8,8 @@ On a CPU, the standard `Attention` operator stores the whole T x T attention mat
 of the memory. With few tokens, it is slightly slower (docs/decisions/0017-attention-form.md). When the engine loads a
 graph with many tokens, it therefore replaces the attention nodes in memory. The graph's files do not change.
 
-If a requested provider cannot run a graph, the engine raises an error. ONNX Runtime itself would continue on the CPU
-and only log the fact. The GPU providers have never run in this project. docs/engines.md lists the engines that have
+If a requested provider cannot run a graph, the engine raises an error. By default, ONNX Runtime would only log this and
+continue on the CPU. The GPU providers have never run in this project. docs/engines.md lists the engines that have
 been run.
 
 ONNX Runtime's official builds since 1.29 send telemetry to Microsoft (sessions, model hashes, a device id stored in
@@ -103,8 +103,8 @@ class OnnxEngine:
         threads: the number of CPU threads per forward pass.
         precision: the precision that the graph was built with.
         provider: the execution provider. "cuda" and "tensorrt" need the package onnxruntime-gpu and a GPU.
-        tiled: whether to use tiled attention. If None, it is used only on a CPU, for graphs with many tokens or a
-            dynamic input size.
+        tiled: whether to replace the attention nodes with tiled attention (`MultiHeadAttention`). If None, they are
+            replaced only on a CPU, in graphs with many tokens or a dynamic input size.
         cache_dir: the folder in which TensorRT stores its engines and timings. If None, the folder of `path` is used.
         spinning: whether waiting threads spin.
         prepack: whether ONNX Runtime repacks the weights for the CPU. This makes forward passes faster, but keeps
@@ -243,7 +243,7 @@ def graph_file(artifact: Artifact, precision: str, *, any_size: bool = True) -> 
     Args:
         artifact: the verified artifact.
         precision: the precision of the graph.
-        any_size: whether the graph may accept any input size. TensorRT needs a fixed size.
+        any_size: whether a graph that accepts any input size may be returned. TensorRT needs one with a fixed size.
 
     Raises:
         ArtifactError: the new graph cannot be written.

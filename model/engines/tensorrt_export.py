@@ -97,7 +97,7 @@ def build_plan(
     run: JobRunner | None = None,
     make_engine: EngineMaker | None = None,
 ) -> tuple[Path, PlanRecord]:
-    """Build or refit the plan of `artifact` for this host, compare it with `reference`, and store it in `folder`.
+    """Build or refit a plan for `artifact` and this host, compare it with `reference`, and store it in `folder`.
 
     Args:
         artifact: the artifact (exported model) to build the plan from.

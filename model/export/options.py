@@ -71,7 +71,7 @@ class GraphOptions:
         precisions: names from `model.export.graphs.PRECISIONS`. If empty, fp32 is used.
         outputs: the outputs of each graph. They must include cls, patches and registers, which serving needs, and can
             also include attention and layer.N. If empty, the outputs are cls, patches and registers.
-        int8_weights: the form of the weights of int8 graphs (see `GraphSpec`).
+        int8_weights: the form in which int8 graphs store their weights (see `GraphSpec`).
         float_layers: the layers that int8 does not quantize (see `GraphSpec`). The default, None, means the layers that
             `sensitive_layers` returns, because a trained model with these layers in int8 failed the k-NN gate
             (docs/decisions/0018-int8.md).

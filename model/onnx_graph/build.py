@@ -10,8 +10,8 @@ The input is `pixels` [B, 3, H, W], float32 in every precision. The outputs are 
 [B, A, T], the class token's softmax weights over all tokens in the last block, and `layer.<i>` [B, T, D], the tokens
 after block i with the last norm applied.
 
-If a graph accepts any size, the sides must still be multiples of the patch size. The graph does not check this: it
-ignores the pixels beyond the last whole patch, so an engine must refuse other sizes before it runs the graph.
+Even if a graph accepts any size, H and W must be multiples of the patch size. The graph does not check this: it ignores
+the pixels beyond the last whole patch, so an engine must reject other sizes before it runs the graph.
 
 Legend: B batch, H x W pixels, p patch size, h x w = H/p x W/p patches, N = h*w, R registers, T = 1 + R + N tokens, D
 width, A attention heads.
@@ -91,8 +91,8 @@ def build_onnx(
             them.
 
     Raises:
-        ValueError: a side is not a multiple of the patch size, an output or a float layer does not exist, an output is
-            given twice or none is given, or fp8 lacks the activations of a layer.
+        ValueError: a side of the input is not a multiple of the patch size, an output or a float layer does not exist,
+            an output is given twice or none is given, or `activations` lacks a layer that fp8 needs.
     """
     _check(config, spec, activations or {})
     return _build(GraphBuilder(weights), config, spec, activations or {})

@@ -26,7 +26,7 @@ from model.onnx_graph.quantize import FP8_LARGEST, Int8Weights, fp8_per_channel,
 
 
 class Half(NamedTuple):
-    """A half-precision type under its ONNX and numpy names."""
+    """A half-precision type, as ONNX and as numpy represent it."""
 
     onnx: int
     numpy: npt.DTypeLike
