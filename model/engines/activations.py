@@ -1,4 +1,7 @@
-"""Measures the largest input of each linear layer on given images, which building an fp8 TensorRT plan requires."""
+"""Measures the largest input of each linear layer on given images.
+
+These values are needed to build an fp8 TensorRT plan.
+"""
 
 import tempfile
 from pathlib import Path
