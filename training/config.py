@@ -28,11 +28,12 @@ Address = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(
 class LastPhase(BaseModel):
     """The settings of the last part of a run, which uses other crop sizes, usually larger ones.
 
-    With larger crops only at the end, most steps stay cheap, and the network still learns from images of the size at
-    which it will be used. DINOv2 ends its runs at 518 pixels (arXiv 2304.07193, section 4, "Adapting the resolution")
-    and restarts all schedules. Here, setting `lr_mult` restarts the schedules of the learning rate and of the teacher's
-    momentum. If `lr_mult` is None, the learning rate and the momentum stay near their final values. The student then
-    still learns, but little of what it learns reaches its moving average, which is the released network.
+    If only the last steps use larger crops, most steps stay cheap, and the network still learns from images of the size
+    at which it will be used. DINOv2 ends its runs at 518 pixels (arXiv 2304.07193, section 4, "Adapting the
+    resolution") and restarts all schedules. Here, setting `lr_mult` restarts the schedules of the learning rate and of
+    the teacher's momentum. If `lr_mult` is None, the learning rate and the momentum stay near their final values. The
+    student then still learns, but little of what it learns reaches its moving average, which is the network that the
+    run's checkpoint contains.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -49,7 +50,7 @@ class LastPhase(BaseModel):
 class TrainConfig(BaseModel):
     """The settings of one training run.
 
-    The defaults come from DINOv2's short recipe, except those for sizes, drop path and centering, and those of settings
+    The defaults come from DINOv2's short recipe. The exceptions are the sizes, drop path, centering, and the settings
     that DINOv2 does not have.
 
     Raises:
@@ -241,7 +242,7 @@ class TrainConfig(BaseModel):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """Return the weight of each loss by the loss's name: `dino`, `ibot` and `koleo`."""
+        """Return the weights of the losses, keyed by the name of the loss: `dino`, `ibot` and `koleo`."""
         return {name: getattr(self, f"{name}_weight") for name in loss_names()}
 
     @property
@@ -299,7 +300,7 @@ def load_config(recipe: str, data: str | Path, out: Path, overrides: list[str] |
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
-    """Parse settings of the form `key=value`, and return the values by key. A value that is not TOML is kept as text.
+    """Parse settings of the form `key=value` into a dictionary. A value that is not TOML is stored as text.
 
     Raises:
         ValueError: an override has no `=`.
