@@ -1,7 +1,7 @@
 """The settings of each evaluation task.
 
-Every choice that affects a result is a setting, and the report of an evaluation lists all settings. Giving a setting
-that the task does not have is an error.
+Every choice that affects a result is a setting, and the report of an evaluation lists all settings. A setting that the
+task does not have is an error.
 """
 
 from collections.abc import Mapping
