@@ -213,7 +213,7 @@ def batch_norm_center(
     the biased variance), but without a learned scale and shift. The DINO papers do not define this method. Here all
     logits are also multiplied by the square root of the variance averaged over the prototypes, so that the temperature
     has the same effect as with Sinkhorn-Knopp and the moving centre. `LEAST_VARIANCE` times this average is added to
-    each variance. Without this, logits of a prototype that hardly vary would be amplified. A fixed constant would not
+    each variance. Without this, logits that hardly vary over the batch would be amplified. A fixed constant would not
     work, because the scale of the logits is not known in advance.
 
     Args:
@@ -237,7 +237,7 @@ def batch_norm_center(
 
 
 def _batch_mean(batches: Sequence[Tensor], total: OverRanks) -> tuple[Tensor, Tensor]:
-    """Compute the mean of all rows [K] of all micro-batches [..., K] on all ranks.
+    """Compute the mean of the rows [K] in all micro-batches [..., K] on all ranks.
 
     Returns:
         two values: the mean, float32 [1, K] (0 if there are no rows), and the number of rows, a scalar tensor.
@@ -312,9 +312,9 @@ def koleo_loss(x: Tensor, pool: Tensor | None = None, offset: int = 0) -> Tensor
 
     Args:
         x: embeddings [B, D].
-        pool: the rows [n, D] among which to search for the nearest row. The default is `x`. To search all ranks, pass
-            the rows of all ranks, gathered so that gradients flow back to them. If all ranks have the same number of
-            rows, averaging the loss and its gradients over the ranks then gives the loss and gradients for all rows.
+        pool: the rows [n, D] among which the nearest row is searched. The default is `x`. To search all ranks, pass the
+            rows gathered from all ranks, with gradients that flow back to the ranks. If all ranks have the same number
+            of rows, the loss and its gradients, averaged over the ranks, are those for all rows.
         offset: the position of `x` in the pool: row i of `x` is row offset + i of the pool. A row is not its own
             nearest row.
 

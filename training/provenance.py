@@ -43,8 +43,8 @@ def initial_digest(init: str) -> dict[str, str]:
 def provenance(config: TrainConfig, data_sha256: str, n_photos: int, hardware: str) -> dict[str, Any]:
     """Return the metadata of a run's checkpoints.
 
-    When a checkpoint is exported, the entries `name` and `preprocess` are the artifact's defaults. The training loop
-    adds the entry `steps` and, at the end of the run, `knn` and `whitened`.
+    When a checkpoint is exported, the entries `name` and `preprocess` become the defaults for the artifact. The
+    training loop adds the entry `steps` and, at the end of the run, `knn` and `whitened`.
 
     Args:
         config: the run's settings.

@@ -69,7 +69,11 @@ class Setup:
 
 @dataclass(frozen=True)
 class Schedules:
-    """The schedules of a run: arrays with one value per step. A part's learning rate is 0 while the part is frozen."""
+    """The schedules of a run: arrays with one value per step.
+
+    `lr` has one schedule for each part of the network (see `Part`). A part that is frozen has the
+    learning rate 0.
+    """
 
     lr: dict[Part, Schedule]
     weight_decay: Schedule
@@ -81,9 +85,9 @@ class Schedules:
 class Targets:
     """The teacher's targets for one micro-batch of b images and K prototypes. Each row of targets sums to one.
 
-    `cls` [2, b, K] holds the targets for the class tokens of both global crops. `patches` [M, K] holds the targets for
-    the M patches that iBOT's loss uses. If that loss has weight 0, `patches` holds the teacher's logits instead, which
-    no loss uses.
+    `cls` [2, b, K] contains the targets for the class tokens of both global crops. `patches` [M, K] contains the
+    targets for the M patches that iBOT's loss uses. If that loss has weight 0, `patches` contains the teacher's logits
+    instead, which no loss uses.
     """
 
     cls: Tensor | TeacherTargets
@@ -108,7 +112,7 @@ def train_step(
         settings: the settings of the step.
         setup: the networks, the optimizer and the buffers, which are changed in place.
         schedules: the schedules of the run.
-        micros: the crops of this rank's images, in micro-batches of equal size.
+        micros: the crops of this rank's images, in micro-batches of the same size.
         step: the index into the schedules, from 0.
         lr_factor: a factor on all learning rates. A rollback lowers it.
         measure: whether to compute `teacher_entropy`, the mean entropy of the class tokens' targets. This requires
@@ -140,7 +144,7 @@ def train_step(
 
 @torch.no_grad()
 def teacher_targets(settings: StepSettings, setup: Setup, micros: Sequence[Crops], temp: float) -> list[Targets]:
-    """Compute the teacher's targets for every micro-batch. All micro-batches of all ranks are centred as one batch."""
+    """Compute the teacher's targets for every micro-batch. All micro-batches on all ranks are centred as one batch."""
     outputs = [setup.parts.teacher(crops.globals_, None, None, crops.selected) for crops in micros]
     cls_logits = [torch.stack(output.global_logits.chunk(2)) for output in outputs]  # [2, b, K] each
     cls = _center(settings, setup, "dino", cls_logits, temp)
@@ -240,7 +244,8 @@ def losses(settings: StepSettings, setup: Setup, crops: Crops, targets: Targets)
     """Run the student on a micro-batch of b images, and compute the losses.
 
     Returns:
-        two values: the losses by name, and the student's class tokens [b, D] for the first view, without gradient.
+        two values: the losses, keyed by name, and the student's class tokens [b, D] for the first view, without
+        gradient.
     """
     output = setup.learner(crops.globals_, crops.locals_, crops.hidden, crops.selected)
     micro = MicroBatch(crops, output, targets, settings, setup.world)
@@ -286,8 +291,8 @@ def update_student(parts: Parts, clip_grad: float) -> tuple[dict[str, Tensor], T
     """Clip the gradients, and update the student if all gradients are finite.
 
     Returns:
-        two values: the gradient norms before clipping by sub-module name, and a bool scalar tensor that is True if all
-        norms are finite.
+        two values: the norm of each sub-module's gradient before clipping, keyed by the sub-module's name, and a bool
+        scalar tensor that is True if all norms are finite.
     """
     scale = parts.buffers.get("loss_scale")
     if scale is not None:

@@ -68,9 +68,9 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
         the path of the checkpoint.
 
     Raises:
-        ValueError: there are no usable images, a setting does not match the machine or a file that it names, another
-            process trains in the folder `config.out`, or that folder contains a run that cannot be resumed (because it
-            has other settings, images or another teacher, or all its states are damaged).
+        ValueError: there are no usable images, a setting does not suit the machine or does not match the file that it
+            names, or another process trains in the folder `config.out`. It is also raised if that folder contains a run
+            that cannot be resumed, because its settings, images or teacher differ or all its states are damaged.
         OSError: the images cannot be reached, a file cannot be read, or the run's folder cannot be written.
         model.zoo.DownloadError: published weights cannot be downloaded.
         RunStopped: a check detected that the run is failing, for example a collapse.

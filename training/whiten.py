@@ -32,7 +32,7 @@ def whiten(model: DinoVisionTransformer, cls: Tensor, shrinkage: float) -> Tenso
 
     Args:
         model: any backbone. Its patch and register tokens change too, because they pass through the same last norm.
-        cls: the model's class tokens [n, D] for n images like those that it will be used on.
+        cls: the model's class tokens [n, D] for n images that resemble those on which the model will be used.
         shrinkage: the share of the mean variance that is added to the variance of each direction. With 0.01, directions
             with less than a hundredth of the mean variance, which are mostly noise, are not scaled to full variance.
 

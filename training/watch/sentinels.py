@@ -78,7 +78,7 @@ class Verdict:
 
 @dataclass
 class State:
-    """What the sentinels remember between steps, in JSON types."""
+    """What the sentinels (the checks for a failing run) remember between steps, as JSON types."""
 
     bad_lines: dict[str, int] = field(default_factory=dict)  # sign of collapse -> consecutive log lines with it
     good_step: int = 0  # step of the last log line without any sign of collapse
@@ -149,7 +149,7 @@ class FirstNotFinite:
 
 
 class Sentinels:
-    """The sentinels of a run, which decide whether the run continues, warns, rolls back or stops.
+    """The checks for a failing run. They decide whether the run continues, warns, rolls back or stops.
 
     The training loop calls a check after each log line, after each evaluation, and when a metric is not finite. All
     processes of a run must act on the same verdict.
@@ -159,7 +159,7 @@ class Sentinels:
         self.limits, self.state = limits, State()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the sentinels in JSON types, for storing in a checkpoint."""
+        """Return the state of the sentinels as JSON types, so that it can be stored in a checkpoint."""
         return asdict(self.state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -311,8 +311,9 @@ class Sentinels:
 
 @dataclass(frozen=True)
 class Replay:
-    """A batch that was stored because of a failure: the step, the names of the images, the crops by name, and the
-    metrics of the step (`terms`)."""
+    """A batch that was stored because of a failure: the step, the names of the images, the crops keyed by name, and the
+    metrics of the step (`terms`).
+    """
 
     step: int
     names: list[str]
