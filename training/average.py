@@ -100,8 +100,8 @@ def is_whitened(facts: dict[str, Any]) -> bool:
 def in_common(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the entries that are the same in all dictionaries of `facts`, except `steps` and `knn`.
 
-    If the values of an entry are dictionaries that differ, the result contains the entries that these dictionaries
-    share, found by the same rule.
+    If the values of an entry are dictionaries that differ, the value in the result is a dictionary of the entries that
+    are the same in all of them.
     """
     first, *rest = facts
     common: dict[str, Any] = {}
@@ -124,9 +124,9 @@ def _sha256(path: Path) -> str:
 def split_for(source: Source, facts: Sequence[dict[str, Any]]) -> tuple[list[Photo], list[Photo]]:
     """Split the images of `source` into the images that k-NN searches and the test images.
 
-    No checkpoint was trained on a test image. If the data is divided into train and val, the test images are those in
-    val. Otherwise each run held out its own images, which other runs may have trained on. The test images are then the
-    images that every run held out.
+    The test images are images on which no checkpoint was trained. If the data is divided into train and val, the test
+    images are those in val. Otherwise each run held out its own images, which other runs may have trained on. The test
+    images are then the images that every run held out.
 
     Args:
         source: the images.

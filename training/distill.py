@@ -180,7 +180,7 @@ def check_same_teacher(config: TrainConfig, theirs: str | None, mine: str | None
 def _config_of(path: Path, model: str) -> ViTConfig:
     """Return the configuration of the network at `path`: an artifact's folder, a weight file or a published model.
 
-    `model` is the name of the network in a weight file that does not contain the configuration.
+    `model` names the network if the file does not contain the configuration.
     """
     if path.is_dir():
         return read_manifest(path).config

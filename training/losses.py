@@ -1,10 +1,10 @@
 """DINOv2's three losses and the three ways to turn teacher logits into targets.
 
 DINO (arXiv 2104.14294) makes crops of one image agree on a soft assignment to K prototypes. iBOT (arXiv 2111.07832)
-does the same for each masked patch. KoLeo (arXiv 1806.03198) pushes the embeddings of a batch apart. The losses are
+does the same for each masked patch. KoLeo (arXiv 1806.03198) pushes the embeddings in a batch apart. The losses are
 defined as in facebookresearch/dinov2, `dinov2/loss/`, but two details of the computation differ. All losses are
-computed in float32, whatever the network's precision. Sinkhorn-Knopp uses logarithms where the range requires them,
-because `exp(logit / 0.04)` overflows float32 if a logit is larger than about 3.5.
+computed in float32, regardless of the network's precision. Sinkhorn-Knopp uses logarithms in its first round, because
+`exp(logit / 0.04)` overflows float32 if a logit is larger than about 3.5.
 
 A batch may be a list of micro-batches and may be spread over ranks. Operations over ranks are passed in as callables,
 so this module does not depend on how ranks communicate. Every rank must call these operations the same number of times,
@@ -305,7 +305,7 @@ def ibot_loss(
 
 
 def koleo_loss(x: Tensor, pool: Tensor | None = None, offset: int = 0) -> Tensor:
-    """Compute KoLeo's loss: minus the mean log distance between each row of `x` and its nearest other row.
+    """Compute KoLeo's loss: the negative mean log distance between each row of `x` and its nearest other row.
 
     Rows are L2-normalised first. All computations are in float32, because in half precision the log distance between
     near-duplicates is infinite.

@@ -99,8 +99,8 @@ def clip_gradients(network: nn.Module, max_norm: float) -> dict[str, Tensor]:
     """Clip the gradient of each sub-module of `network` separately, so that its L2 norm is at most `max_norm`.
 
     Returns:
-        the norm of each sub-module's gradient before clipping, keyed by the sub-module's name. The norms are scalars on
-        the network's device. If gradients are sharded, a norm covers the slices on all ranks.
+        a dictionary that maps each sub-module's name to the norm of its gradient before clipping. The norms are scalars
+        on the network's device. If gradients are sharded, a norm covers the slices on all ranks.
     """
     norms = {}
     for name, module in network.named_children():

@@ -29,7 +29,7 @@ def code_revision() -> str:
 
 
 def initial_digest(init: str) -> dict[str, str]:
-    """Return the name of the weights `init` that a run started from and, if they are on disk, the sha256 of their file.
+    """Return the name of a run's initial weights `init` and, if they are on disk, the sha256 of the file.
 
     The name does not include the folder, because the path may be private.
     """

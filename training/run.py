@@ -153,8 +153,8 @@ def watched(run: Run, terms: dict[str, Tensor]) -> dict[str, Tensor]:
 def find_not_finite(run: Run) -> Verdict | None:
     """Check whether the loss and the gradient norms of all steps since the last call were finite (see `watched`).
 
-    If a value was not finite, rank 0 stores its first micro-batch of the first such step for inspection. Gradients that
-    are not finite have not changed the student (training/step.py).
+    If a value was not finite, rank 0 stores its first micro-batch of the first step with such a value for inspection.
+    Gradients that are not finite have not changed the student (training/step.py).
 
     Returns:
         the verdict of the sentinels (the checks for a failing run), or None if all values were finite.

@@ -128,8 +128,8 @@ def save_state(
             the state of the sentinels (checks that detect a failing run).
         keep: the number of newest states to keep.
         world: the rank of this process and the number of ranks.
-        needed: steps that the run may have to roll back to. For each of these steps, the newest state that is not later
-            than the step is kept too.
+        needed: steps that the run may have to roll back to. For each of them, the newest state from that step or
+            earlier is kept too.
 
     Raises:
         OSError: the state cannot be written. Earlier states are unchanged.
@@ -185,8 +185,8 @@ def _drop(note: Path) -> None:
 def _prune(folder: Path, step: int, keep: int, needed: Sequence[int]) -> None:
     """Delete the states that are neither among the newest `keep` states nor needed for a rollback.
 
-    For each step in `needed`, the newest state that is not later than the step is kept. `step` is the step of the state
-    that was just written.
+    For each step in `needed`, the newest state from that step or earlier is kept. `step` is the step of the state that
+    was just written.
     """
     notes = _notes(folder)
     stay = set(notes[:keep])

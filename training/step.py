@@ -71,8 +71,7 @@ class Setup:
 class Schedules:
     """The schedules of a run: arrays with one value per step.
 
-    `lr` has one schedule for each part of the network (see `Part`). A part that is frozen has the
-    learning rate 0.
+    `lr` has one schedule for each part of the network (see `Part`). The learning rate of a frozen part is 0.
     """
 
     lr: dict[Part, Schedule]
@@ -119,8 +118,8 @@ def train_step(
             another pass over the targets.
 
     Returns:
-        two values: metrics by name, and the student's class tokens [B, D] for the first view of this rank's B images.
-        The metrics are scalars on the device. The unweighted losses of `TERMS`, their weighted sum `loss`, and
+        two values: a dictionary of metrics, and the student's class tokens [B, D] for the first view of this rank's B
+        images. The metrics are scalars on the device. The unweighted losses of `TERMS`, their weighted sum `loss`, and
         `teacher_entropy` are averaged over this rank's micro-batches. The other metrics are the gradient norms before
         clipping and `finite` (1 or 0).
     """
@@ -244,8 +243,7 @@ def losses(settings: StepSettings, setup: Setup, crops: Crops, targets: Targets)
     """Run the student on a micro-batch of b images, and compute the losses.
 
     Returns:
-        two values: the losses, keyed by name, and the student's class tokens [b, D] for the first view, without
-        gradient.
+        two values: a dictionary of losses, and the student's class tokens [b, D] for the first view, without gradient.
     """
     output = setup.learner(crops.globals_, crops.locals_, crops.hidden, crops.selected)
     micro = MicroBatch(crops, output, targets, settings, setup.world)
@@ -265,9 +263,9 @@ def accumulate_gradients(
     The backward pass of the last micro-batch averages the gradients over the ranks.
 
     Returns:
-        two values: metrics by name, and the student's class tokens [B, D] for the first view of this rank's B images.
-        The metrics are the losses, their weighted sum `loss` and, if `measure` is True, `teacher_entropy`. Each is
-        averaged over the micro-batches.
+        two values: a dictionary of metrics, and the student's class tokens [B, D] for the first view of this rank's B
+        images. The metrics are the losses, their weighted sum `loss` and, if `measure` is True, `teacher_entropy`. Each
+        is averaged over the micro-batches.
     """
     weights, scale = settings.loss_weights, setup.parts.buffers.get("loss_scale")
     means: dict[str, Tensor] = {}
@@ -291,8 +289,8 @@ def update_student(parts: Parts, clip_grad: float) -> tuple[dict[str, Tensor], T
     """Clip the gradients, and update the student if all gradients are finite.
 
     Returns:
-        two values: the norm of each sub-module's gradient before clipping, keyed by the sub-module's name, and a bool
-        scalar tensor that is True if all norms are finite.
+        two values: a dictionary that maps each sub-module's name to the norm of its gradient before clipping, and a
+        bool scalar tensor that is True if all norms are finite.
     """
     scale = parts.buffers.get("loss_scale")
     if scale is not None:

@@ -2,8 +2,8 @@
 
 The teacher is an exponential moving average (EMA) of the student. It computes the targets and gets no gradient. At the
 end of a run, its backbone becomes the checkpoint. A head maps a token to logits over K prototypes (arXiv 2104.14294).
-It has three linear layers, the last of which has a small output (the bottleneck). L2 normalisation and a final linear
-layer with weight normalisation follow. The parameters have the same names as in Meta's code,
+A head has three linear layers, the last of which has a small output (the bottleneck). L2 normalisation and a final
+linear layer with weight normalisation follow. The parameters have the same names as in Meta's code,
 `dinov2/layers/dino_head.py`.
 
 Legend: D width of the backbone, K prototypes, n tokens, b images of a micro-batch, V local crops per image, N patches

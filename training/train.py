@@ -2,9 +2,9 @@
 
 Each step follows facebookresearch/dinov2, `dinov2/train/ssl_meta_arch.py`. The teacher sees two large crops of each
 image and gives targets. The student sees the same two crops with some patches masked, and several small crops. Three
-losses train the student. DINO compares the student's class token of each crop with the teacher's class tokens of the
-other crops. iBOT compares the student's masked patches with the teacher's tokens of the same patches. KoLeo pushes the
-class tokens of a batch apart. The teacher is then updated as a moving average of the student.
+losses train the student. DINO compares the student's class token for each crop with the teacher's class tokens for the
+other crops. iBOT compares the student's tokens for masked patches with the teacher's tokens for the same patches. KoLeo
+pushes the class tokens in a batch apart. The teacher is then updated as a moving average of the student.
 
 All random choices of a step depend only on (seed, step, sample), so a resumed run continues as if it had not stopped,
 and two ranks see the same crops as a single rank. The host waits for the device only to log, evaluate or save.

@@ -5,7 +5,7 @@ or `depth/` (distances). Each image is used whole, without windows, crops or fli
 resized to sides that are multiples of the patch size, with nearly the same aspect ratio. Tokens are stored in memory up
 to a limit. Tokens that exceed the limit are computed again each time they are needed, with the same result.
 
-Legend: h, w patches of an image, H, W pixels of a map, F features of a patch, L blocks, D width.
+Legend: h x w patches of an image, H x W pixels of a map, F features of a patch, L blocks, D width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ WARMUP_SHARE = 0.0375  # 1,500 of 40,000 iterations
 
 @dataclass(frozen=True)
 class Pair:
-    """An image file and the file of its map, which is a mask of classes or a depth map."""
+    """An image file and the file of its map, which is a segmentation mask or a depth map."""
 
     image: Path
     target: Path
@@ -92,16 +92,15 @@ class DenseData:
     """A sequence with one item for each pair of an image and its map that can be read.
 
     An item consists of two tensors. The tokens are [h, w, F] for h x w patches with F features. The map has the height
-    and width of the network's input.
-    `pairs` lists the readable pairs, and `skipped` lists the files that could not be read. `memory_left` is the unused
-    part of `memory_bytes`.
+    and width of the network's input. `pairs` lists the readable pairs, and `skipped` lists the files that could not be
+    read. `memory_left` is the unused part of `memory_bytes`.
 
     Args:
         model: a model in eval mode. Tokens are computed and stored on its device.
         pairs: images and maps.
         spec: preprocessing without a crop.
         read_target: function that reads a map [H, W] from a file. It must raise ValueError if the file cannot be read.
-        tokens: how tokens are made.
+        tokens: the settings for making tokens.
         memory_bytes: memory limit for stored tokens and maps. Pairs that exceed the limit are read and computed again
             each time they are needed.
         advance: called with 1 after each pair.

@@ -56,8 +56,8 @@ class ImageFeatures:
     def pooled(self, pooling: Pooling) -> Tensor:
         """Return one vector per image, as a tensor with n rows.
 
-        `pooling` selects the class token, the mean patch token or both. If both are selected, they are L2-normalised
-        and concatenated.
+        `pooling` selects the class token, the mean patch token or both. If both are selected, the two vectors are
+        L2-normalised and concatenated.
         """
         parts = {"cls": self.cls[:, -1], **self.patch_parts}
         return pool(parts, pooling, unit=partial(F.normalize, dim=-1), join=partial(torch.cat, dim=-1))
@@ -90,8 +90,8 @@ def name_of(photo: Path | Photo) -> str:
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """Yield the result of `work(item)` for each of `items`, in order.
 
-    `workers` threads compute the results ahead of time, up to 4 per thread. Pillow releases the interpreter's
-    lock while it decodes and resizes, so reading images overlaps with the forward pass.
+    `workers` threads compute the results ahead of time, up to 4 per thread. Pillow releases the interpreter's lock
+    while it decodes and resizes, so reading images overlaps with the forward pass.
     """
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(workers) as pool_of_threads:
@@ -192,7 +192,7 @@ def compute_features(
         advance: called with the number of images of each batch.
 
     Raises:
-        ValueError: the model has too few blocks, or no image could be read.
+        ValueError: the model has fewer than `n_blocks` blocks, or no image could be read.
     """
     was_training, device = model.training, model.cls_token.device
     model.eval()

@@ -76,8 +76,8 @@ class LinearReport:
 class _Group:
     """All heads with the same input, one for each of H learning rates.
 
-    The input is the columns `columns` of what `stack_features` returns. It has F features. `weight` is [F, H, C] and
-    `bias` [H, C] for C classes.
+    The input consists of F features, which are the columns `columns` in the result of `stack_features`. For C classes,
+    `weight` is [F, H, C] and `bias` is [H, C].
     """
 
     columns: slice
@@ -168,11 +168,10 @@ def train_heads(
     settings: ProbeSettings,
     advance: Callable[[int], object] = lambda count: None,
 ) -> dict[tuple[int, bool], _Group]:
-    """Train all heads, and return them in groups that have the same input.
+    """Train all heads, and return them in groups, one for each input.
 
-    The key of a group is a pair: the number of blocks, and whether the mean patch token is used.
-
-    `depth` is the number of blocks with class tokens in `features`. The other arguments are those of `evaluate_linear`.
+    The key of a group is a pair: the number of blocks, and whether the mean patch token is used. `depth` is the number
+    of blocks with class tokens in `features`. The other arguments are those of `evaluate_linear`.
     """
     lrs, seed = settings.lrs, settings.seed
     groups = {

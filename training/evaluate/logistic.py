@@ -124,7 +124,7 @@ def accuracy(model: Logistic, features: Tensor, labels: Tensor, rows: int = 65_5
 
 
 def split_off(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split n images at random into two sets, and return the images' positions for each set, in ascending order.
+    """Split n images at random into two sets, and return the positions of each set's images, in ascending order.
 
     The second set contains the share `share` of the images, but at least one image. The first contains the others. The
     split depends only on the arguments.
@@ -180,7 +180,7 @@ def evaluate_logistic(
         train_labels: class numbers of the training images, [n].
         val: features of the m val images, [m, D].
         val_labels: class numbers of the val images, [m]. Classes that occur only in val are never predicted.
-        c_grid: values of C to try. If several are equally good, the smallest is chosen.
+        c_grid: values of C to try. If several give the highest accuracy, the smallest is chosen.
         fit: settings of the fit; None: the defaults.
         advance: called with 1 after each value of C.
 

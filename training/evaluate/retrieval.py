@@ -95,8 +95,8 @@ def read_ground_truth(path: Path) -> GroundTruth:
     """Read and validate a ground truth file for retrieval.
 
     Raises:
-        ValueError: the file cannot be read, has another format, lists an image twice, or labels an image that is not in
-            the database.
+        ValueError: the file cannot be read, is not in the expected format, lists an image twice, or labels an image
+            that is not in the database.
     """
     try:
         truth = GroundTruth.model_validate_json(path.read_bytes())
@@ -207,8 +207,8 @@ def score_setup(
 ) -> Scores | None:
     """Score one setup, or return None if no query has a relevant image in this setup.
 
-    In the setup "easy", the images labelled easy are relevant. In "hard", those labelled hard are, and in "medium",
-    both are. `queries` [q, D] and `database` [n, D] are features in the order of `truth`.
+    The relevant images are those labelled easy in the setup "easy", those labelled hard in "hard", and both in
+    "medium". `queries` [q, D] and `database` [n, D] are features in the order of `truth`.
     """
     places = {name: place for place, name in enumerate(truth.database)}
     good, out = SETUPS[setup]

@@ -99,7 +99,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 def _squares(
     photos: Sequence[Path | Photo], spec: PreprocessSpec, workers: int, skipped: list[Skipped]
 ) -> Iterator[Tensor]:
-    """Yield the network's input for each image, before normalisation: uint8 [3, s, s] with the side s.
+    """Yield the network's input for each image, before normalisation, as uint8 [3, s, s].
 
     Unreadable images are added to `skipped`.
     """

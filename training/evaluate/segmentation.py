@@ -8,8 +8,8 @@ the mask. Predictions are scored at the original size of the masks, because shri
 The paper trains on random crops of 512 pixels and tests with a sliding window. This module uses each image whole,
 without augmentation.
 
-mIoU is computed from one confusion matrix of the whole val set. It is the mean over the classes that occur in the masks
-or are predicted.
+mIoU is computed from one confusion matrix for the whole val set. It is the mean over the classes that occur in the
+masks or are predicted.
 
 Legend: C classes, h x w patches, H x W pixels of a mask, F features of a patch.
 """
@@ -46,12 +46,12 @@ class SegmentationReport:
 
 
 def read_mask(path: Path, *, zero_is_ignored: bool = False) -> Tensor:
-    """Read class numbers, uint8 [H, W], from an indexed or gray PNG. The number 255 marks pixels that do not count.
+    """Read class numbers, uint8 [H, W], from an indexed or gray PNG. The number 255 marks pixels to ignore.
 
     Args:
         path: the file.
-        zero_is_ignored: True if 0 also marks pixels that do not count, as in ADE20k's masks. Class 1 then becomes 0,
-            class 2 becomes 1, and so on.
+        zero_is_ignored: True if 0 also marks pixels to ignore, as in ADE20k's masks. Class 1 then becomes 0, class 2
+            becomes 1, and so on.
 
     Raises:
         ValueError: the file cannot be read, or it is not an indexed or 8-bit gray image.

@@ -192,7 +192,8 @@ def run_logistic(context: Context, settings: LogisticSettings) -> Result:
 def run_linear(context: Context, settings: LinearSettings) -> Result:
     """Train all heads of the linear probe, and score them on val.
 
-    The table shows the best learning rate for each input, and `figures` contains the accuracy of every head.
+    The table shows the best learning rate for each input. The data (`TaskTable.figures`) contains the accuracy of every
+    head.
     """
     depth_wanted = max(settings.blocks)
     labelled = _labelled(context, context.source, depth_wanted, settings.held_out, settings.seed)

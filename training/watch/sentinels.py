@@ -1,6 +1,6 @@
 """Detect a failing run, report the failure, and decide whether the run continues, rolls back or stops.
 
-These checks are called sentinels. They detect three kinds of failure, each with its own configured action:
+The checks that do this are called sentinels. They detect three kinds of failure, each with its own configured action:
 
 - collapse: the network no longer tells images apart. After the first third of the run, one of these signs appears in
   several consecutive lines of metrics.jsonl:
@@ -11,7 +11,7 @@ These checks are called sentinels. They detect three kinds of failure, each with
     maximum. A random network reaches about 0.1 of the maximum, and a trained network 0.5 or more.
 - not finite: a loss or a gradient is NaN or infinite. The batch is stored so that it can be inspected and repeated.
 - k-NN: the accuracy on held-out images is below the run's best accuracy by more than a configured margin. Continued
-  training of released weights can lose accuracy (facebookresearch/dinov2#204: from 80 to 10 %).
+  training of published weights can lose accuracy (facebookresearch/dinov2#204: from 80 to 10 %).
 
 The action is `stop`, `warn` (one report each time the failure begins) or `rollback`. A rollback loads the newest
 checkpoint from step `Verdict.back_to` or earlier, and deletes later checkpoints. The sentinels forget what they
@@ -116,7 +116,7 @@ class FirstNotFinite:
     so the CPU need not wait for the device in each step.
 
     `step` is an int64 scalar tensor. It is `NEVER` as long as all metrics are finite. If a run has several processes,
-    the minimum of their `step` is the first such step of the run.
+    the first such step of the run is the minimum of `step` over the processes.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -265,8 +265,8 @@ class Sentinels:
         return self._decide("not_finite", self.limits.on_not_finite, step, step - 1, begin, advice)
 
     def check_knn(self, step: int, accuracy: float) -> Verdict | None:
-        """Compare the k-NN accuracy after `step` steps, from 0 to 1, with the best accuracy so far. Return a verdict,
-        or None if there is nothing to report.
+        """Compare the k-NN accuracy (0 to 1) after `step` steps with the best accuracy so far. Return a verdict, or
+        None if there is nothing to report.
 
         The first call is made before training, with step 0.
         """
@@ -340,7 +340,7 @@ def save_replay(
         folder: the folder to which the files are written. It is created if it is missing.
         step: the step of the batch, counted from 1.
         names: the names of the images, in the order of the batch.
-        crops: the crops as tensors by name, such as the fields of `training.data.crops.Crops`.
+        crops: the crops as tensors, keyed by name, such as the fields of `training.data.crops.Crops`.
         terms: the metrics of the step, which may be NaN.
         facts: further values of JSON types, such as indices, the seed and learning rates.
         keep: the number of batches to keep in the folder. Batches of earlier steps are deleted.
