@@ -146,16 +146,17 @@ class TrainConfig(BaseModel):
         True, description="true: KoLeo searches neighbours on all ranks; false: on each rank alone, as in Meta's code"
     )
     ibot_patches: Literal["masked", "all"] = Field(
-        "masked", description="all: iBOT uses every patch of both global crops, and no patch is masked, to distil"
+        "masked",
+        description="all: for distillation, iBOT uses every patch of both global crops, and no patch is masked",
     )
     mask_ratio: Range = (0.1, 0.5)
     mask_probability: float = Field(0.5, ge=0, le=1)
 
     # optimisation
     epochs: float = Field(100, gt=0, le=1e6)
-    batch_size: int = Field(64, ge=2, description="images of one update, on all ranks and in all micro-batches")
+    batch_size: int = Field(64, ge=2, description="images in one step, over all ranks and micro-batches")
     micro_batch: int | None = Field(
-        None, ge=1, description="images of one forward pass on one rank; None: all images of the rank"
+        None, ge=1, description="images in one forward pass on one rank; None: all of the rank's images"
     )
     optimizer: Literal["adamw", "sgd_normalized"] = Field(
         "adamw", description="sgd_normalized: momentum over unit-norm gradients, for very large batches"
@@ -191,10 +192,12 @@ class TrainConfig(BaseModel):
     wandb: str | None = Field(None, description="Weights & Biases project; None: no logging there")
     on_collapse: Action = Field("stop", description="stop, rollback (and lower the learning rates) or warn")
     on_not_finite: Literal["stop", "rollback"] = Field("rollback", description="stop, or rollback (and skip that step)")
-    on_knn: Action = Field("stop", description="as `on_collapse`, if k-NN falls by more than `knn_margin`")
-    sentinel_lines: int = Field(5, ge=1, description="bad lines of metrics.jsonl in a row that count as a collapse")
+    on_knn: Action = Field("stop", description="as `on_collapse`, if the k-NN accuracy falls by more than `knn_margin`")
+    sentinel_lines: int = Field(5, ge=1, description="consecutive bad lines in metrics.jsonl that count as a collapse")
     rollback_lr_factor: float = Field(0.5, gt=0, le=1, description="factor on the learning rates after a rollback")
-    knn_margin: float = Field(5.0, gt=0, description="accepted fall of k-NN below its best, in percentage points")
+    knn_margin: float = Field(
+        5.0, gt=0, description="accepted fall of the k-NN accuracy below its best, in percentage points"
+    )
     min_rankme_share: float = Field(
         0.05, ge=0, le=1, description="lowest accepted effective rank of class tokens, as a share of the largest"
     )

@@ -163,7 +163,7 @@ def find_not_finite(run: Run) -> Verdict | None:
     if first == NEVER:
         return None
     noted = run.not_finite.read()
-    figures = noted[1] if noted else {}  # empty if only another rank has a figure that is not finite
+    figures = noted[1] if noted else {}  # empty if only another rank has a metric that is not finite
     batch = run.data.loader.batch(first - 1)
     path = None
     if run.world.is_main:
@@ -257,7 +257,7 @@ def roll_back(run: Run, verdict: Verdict) -> int:
     run.sentinels.forget_after(saved.memory["sentinels"], verdict.kind)
     if run.world.is_main:
         drop_states(run.out, saved.step)
-        remember(saved, memory_of(run))  # store the present state of the sentinels
+        remember(saved, memory_of(run))  # store the current state of the sentinels
     if saved.step:
         save_checkpoint(run, run.out / CHECKPOINT, saved.step)
     run.monitor.rewind(saved.step)

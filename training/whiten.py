@@ -2,8 +2,8 @@
 
 After a short run, a few directions (such as brightness and the colour of the light) account for most of the class
 token's variance and dominate cosine similarity. Whitening corrects this without labels. It centres the class tokens and
-scales all principal directions to equal variance (used for retrieval by Jégou and Chum, ECCV 2012). A whitening matrix
-after the network would be an extra layer that DINOv2 does not have. Two facts make this layer unnecessary:
+scales all principal directions to the same variance (Jégou and Chum, ECCV 2012, use it for retrieval). A whitening
+matrix after the network would be an extra layer that DINOv2 does not have. Two facts make this layer unnecessary:
 
 - Without gain and bias, LayerNorm commutes with each rotation Q that leaves the vector of ones unchanged: LN(Q x) =
   Q LN(x). The whole residual stream can therefore be rotated by multiplying every weight that writes to it or reads
@@ -37,7 +37,7 @@ def whiten(model: DinoVisionTransformer, cls: Tensor, shrinkage: float) -> Tenso
             with less than a hundredth of the mean variance, which are mostly noise, are not scaled to full variance.
 
     Returns:
-        the rotation Q, float64 [D, D]. The residual stream of the changed model is Q x where it was x before.
+        the rotation Q, float64 [D, D]. Where the residual stream was x, it is Q x in the changed model.
 
     Raises:
         ValueError: `shrinkage` is not above 0, `cls` has fewer than two rows, or a gain of the last norm is 0.

@@ -198,7 +198,7 @@ def evaluate_depth(
         inside = [in_range(d) for d in maps]
         p = torch.cat([photo[k] for (photo, _), k in zip(pairs, inside, strict=True)])
         d = torch.cat([depth[k] for (_, depth), k in zip(pairs, inside, strict=True)])
-        if not len(d):  # no map of the batch has a known pixel, so there is nothing to learn
+        if not len(d):  # no map in the batch has a known pixel, so there is nothing to learn
             return pairs[0][0].sum() * 0
         gradients = [gradient_loss(photo, depth, k) for (photo, depth), k in zip(pairs, inside, strict=True)]
         return scale_invariant_loss(p, d) + gradient_weight * torch.stack(gradients).mean()

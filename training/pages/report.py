@@ -32,7 +32,7 @@ from training.watch.monitor import EVALUATIONS, EVENTS, METRICS, read_lines
 
 REPORT = "report.html"
 SHEETS = "sheets"
-SHEET_WIDTH = 1400  # pixels; large enough to see patches, small enough to mail
+SHEET_WIDTH = 1400  # pixels; large enough to see patches, small enough to email
 EVENTS_SHOWN = 20
 SKIPPED_SHOWN = 10
 
