@@ -50,8 +50,8 @@ class LastPhase(BaseModel):
 class TrainConfig(BaseModel):
     """The settings of one training run.
 
-    The defaults come from DINOv2's short recipe. The exceptions are the sizes, drop path, centering, and the settings
-    that DINOv2 does not have.
+    The defaults come from DINOv2's short recipe. The exceptions are the model, the batch and crop sizes, drop path,
+    centering, and the settings that DINOv2 does not have.
 
     Raises:
         pydantic.ValidationError: a key is unknown or a value is out of range. The error is a ValueError.

@@ -96,7 +96,7 @@ def wait_for_all(world: World) -> None:
 
 
 def agree(world: World, value: bool) -> bool:
-    """Return on all ranks whether `value` is True on at least one rank."""
+    """Return whether `value` is True on at least one rank. The result is the same on all ranks."""
     if world.size == 1:
         return value
     flag = torch.tensor(int(value))
@@ -114,7 +114,7 @@ def from_main(world: World, value: T) -> T:
 
 
 def from_all(world: World, values: Sequence[T]) -> list[T]:
-    """Return one list with the values of all ranks, in rank order, on every rank. The values are sent as pickles."""
+    """On every rank, return one list with the values of all ranks, in rank order. The values are sent as pickles."""
     if world.size == 1:
         return list(values)
     boxes: list[list[T]] = [[] for _ in range(world.size)]

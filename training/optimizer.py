@@ -1,4 +1,4 @@
-"""Optimizers with DINOv2's parameter groups, gradient clipping per sub-module, and updates that skip non-finite steps.
+"""Optimizers with DINOv2's parameter groups, gradient clipping per sub-module, and skipping of non-finite updates.
 
 The groups follow facebookresearch/dinov2, `dinov2/utils/param_groups.py`. The learning rate of each block is
 `layer_decay` times that of the block after it, and that of the patch embedding is multiplied by a further factor.

@@ -1,7 +1,7 @@
 """Compute one training step: the teacher's targets, the student's losses, and an update of both networks.
 
-`TERMS` lists the losses. To add a loss, write its definition in `losses.py`, an entry in `TERMS` and a setting
-`NAME_weight` in `config.py`.
+`TERMS` lists the losses. To add a loss, add its definition to `losses.py`, an entry to `TERMS` and a setting
+`NAME_weight` to `config.py`.
 
 Legend: B images per step on this rank, b of them in a micro-batch, V local views, N patches of a global crop, K
 prototypes, M masked patches, D width of the student.
@@ -45,7 +45,7 @@ SCALE_GROWS_AFTER = 2000  # finite steps in a row
 class StepSettings:
     """The settings of a training step.
 
-    A loss with weight 0 is not computed, and is reported as 0. DINO's loss is computed even if its weight is 0.
+    A loss with weight 0 is not computed and is reported as 0, except DINO's loss, which is always computed.
     """
 
     seed: int

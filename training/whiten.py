@@ -90,7 +90,7 @@ def rotate_residual_stream(model: DinoVisionTransformer, rotation: Tensor) -> No
 
 
 def _read(norm: nn.LayerNorm, layer: nn.Linear, rotation: Tensor) -> None:
-    """Move the gain and the bias of `norm` into the next layer, `layer`, and make `layer` undo its input's rotation."""
+    """Move the gain and the bias of `norm` into the next layer, `layer`, and adapt `layer` to its rotated input."""
     weight = layer.weight.double()
     layer.bias.copy_(layer.bias.double() + weight @ norm.bias.double())
     layer.weight.copy_((weight * norm.weight.double()) @ rotation.T)
@@ -99,7 +99,7 @@ def _read(norm: nn.LayerNorm, layer: nn.Linear, rotation: Tensor) -> None:
 
 
 def _write(layer: nn.Linear, scale: nn.Module, rotation: Tensor) -> None:
-    """Rotate the output of `layer`. If `scale`, which follows it, is a LayerScale, move its gain into `layer` first."""
+    """Rotate the output of `layer`. If the next module, `scale`, is a LayerScale, move its gain into `layer` first."""
     gain = layer.bias.new_ones(len(layer.bias), dtype=torch.float64)
     if isinstance(scale, LayerScale):
         gain = scale.gamma.double()

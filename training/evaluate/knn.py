@@ -37,7 +37,7 @@ def nearest(
     Args:
         train: features of the n training images, [n, D]; they need not be normalised.
         test: features of the m test images, [m, D]; they need not be normalised.
-        k: number of neighbours, at most n, or n - 1 with `leave_one_out`.
+        k: number of neighbours, at most n (n - 1 with `leave_one_out`).
         leave_one_out: True if the test images are the training images. No image is then its own neighbour.
         rows: number of test images in one block of similarities; a block takes 4 * rows * columns bytes.
         columns: number of training images in one block.

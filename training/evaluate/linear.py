@@ -3,8 +3,8 @@
 The protocol is that of facebookresearch/dinov2 (`dinov2/eval/linear.py`). A head is a linear layer on the concatenated
 class tokens of the last 1 or 4 blocks, with or without the mean patch token of the last block. It is trained with SGD
 with momentum 0.9, no weight decay and cosine decay to zero, for 12,500 iterations with batches of 1,024. The learning
-rate is multiplied by batch / 256. The main result is the val accuracy of the best head. It is slightly optimistic if
-val is small, because the head is chosen on val. The accuracy of every head is reported too. Meta's code makes a new
+rate is multiplied by batch size / 256. The main result is the val accuracy of the best head. It is slightly optimistic
+if val is small, because the head is chosen on val. The accuracy of every head is reported too. Meta's code makes a new
 random crop and flip of each image in each iteration. Here the features of one centre crop are computed once.
 
 The features of an image are one row, [class token of block -4 | -3 | -2 | -1 | mean patch token]. The input of a head

@@ -50,8 +50,7 @@ HEAT = np.array(
 
 
 def shrunk(photo: Photo, spec: PreprocessSpec) -> Photo:
-    """Resize an image to the size that `preprocess` uses before it crops, so that the gallery of a sheet needs less
-    memory.
+    """Resize an image to the size to which `preprocess` resizes it before cropping. The smaller image saves memory.
 
     `preprocess` returns the same pixels for the resized image as for the original.
     """
