@@ -73,7 +73,7 @@ DINO: dict[str, object] = {
 """The settings in which DINO (arXiv 2104.14294) differs from DINOv2: a moving centre, no iBOT, no KoLeo, no masks."""
 
 WATCHED: dict[str, object] = {"log_every": 5, "on_collapse": "warn", "on_knn": "warn"}
-"""Defaults of both runs: frequent log lines, and sentinels that only warn, so that a collapse shows in the results."""
+"""Defaults of both runs: frequent log lines, and checks that only warn, so that a collapse shows in the results."""
 
 JSON_FILE, HTML_FILE = "compare.json", "compare.html"
 KS = (10, 20)

@@ -234,7 +234,7 @@ def koleo_term(micro: MicroBatch) -> Tensor:
 
 
 TERMS: dict[str, Callable[[MicroBatch], Tensor]] = {"dino": dino_term, "ibot": ibot_term, "koleo": koleo_term}
-"""The functions that compute the losses of a micro-batch without weights, by the names in metrics.jsonl."""
+"""The functions that compute the unweighted losses of a micro-batch, keyed by the losses' names in metrics.jsonl."""
 
 ALWAYS_COMPUTED = frozenset({"dino"})  # the value shows a collapse, even if the weight is 0
 

@@ -51,7 +51,7 @@ SETUPS: Mapping[Setup, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "medium": (("easy", "hard"), ("junk",)),
     "hard": (("hard",), ("easy", "junk")),
 }
-"""The labels of the relevant images and the labels of the removed images, by setup."""
+"""For each setup, the labels of the relevant images and the labels of the removed images."""
 
 
 class Query(BaseModel):
