@@ -68,7 +68,8 @@ class PrototypeTeacher(nn.Module):
         student's heads still match them.
 
         Args:
-            steps: for each step, this rank's micro-batches. Only as many steps are read as the prototypes need.
+            steps: for each step, this rank's micro-batches. Reading stops after the step that provides the last
+                prototype.
             world: this process's rank and the number of ranks.
 
         Raises:
@@ -178,9 +179,10 @@ def check_same_teacher(config: TrainConfig, theirs: str | None, mine: str | None
 
 
 def _config_of(path: Path, model: str) -> ViTConfig:
-    """Return the configuration of the network at `path`: an artifact's folder, a weight file or a published model.
+    """Return the configuration of the network at `path`.
 
-    `model` names the network if the file does not contain the configuration.
+    `path` is an artifact's folder, a weight file or the name of a published model. `model` names the network if the
+    file does not contain the configuration.
     """
     if path.is_dir():
         return read_manifest(path).config

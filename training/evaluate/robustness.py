@@ -93,7 +93,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "grey": lambda x: grayscale(x / 255).expand(-1, 3, -1, -1),
     f"JPEG quality {JPEG_QUALITY}": jpeg,
 }
-"""The functions that change images, keyed by name. Each takes uint8 [b, 3, s, s] on the CPU and returns float [b, 3, s, s] in 0..1."""
+"""The image changes, keyed by name. Each takes uint8 [b, 3, s, s] on the CPU and returns float [b, 3, s, s] in 0..1."""
 
 
 def _squares(

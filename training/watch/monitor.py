@@ -116,8 +116,8 @@ class Monitor:
         path: `metrics.jsonl` in the run's folder. The other files are in the same folder.
         size: the size of the run. Lines for steps after `size.first_step` are removed from the files.
         console: where messages are printed.
-        active: True in one process of the run and False in the others. A monitor that is not active prints, writes and
-            transfers nothing.
+        active: True in one process of the run and False in the others. A monitor that is not active prints and writes
+            nothing, and copies nothing from the device.
         device: the device whose memory is reported.
         sinks: further receivers of the metrics, such as TensorBoard.
         peak_flops: the total peak speed of all devices in operations per second (`training/watch/flops.py`). If it is

@@ -48,7 +48,10 @@ NEVER = torch.iinfo(torch.int64).max
 
 @dataclass(frozen=True)
 class Limits:
-    """The sentinels' thresholds, and the action for each kind of failure. `knn_margin` is in percentage points."""
+    """The thresholds of the sentinels (the checks for a failing run), and the action for each kind of failure.
+
+    `knn_margin` is in percentage points.
+    """
 
     total_steps: int
     n_prototypes: int
