@@ -207,7 +207,7 @@ def batch_norm_center(
 def batch_norm_center(
     logits: Tensor | Sequence[Tensor], temp: float, *, sum_over_ranks: OverRanks | None = None
 ) -> Tensor | list[Tensor]:
-    """Compute teacher targets by batch normalisation of the teacher's logits, instead of with a moving centre.
+    """Compute teacher targets by batch normalisation of the teacher's logits, which replaces the moving centre.
 
     The logits of each prototype are normalised to mean 0 and variance 1 over the batch, as in arXiv 1502.03167 (with
     the biased variance), but without a learned scale and shift. The DINO papers do not define this method. Here all
@@ -240,7 +240,7 @@ def _batch_mean(batches: Sequence[Tensor], total: OverRanks) -> tuple[Tensor, Te
     """Compute the mean of the rows [K] in all micro-batches [..., K] on all ranks.
 
     Returns:
-        two values: the mean, float32 [1, K] (0 if there are no rows), and the number of rows, a scalar tensor.
+        two values: the mean as float32 [1, K], which is 0 if there are no rows, and the number of rows as a scalar tensor.
     """
     rows = [batch.flatten(0, -2).float() for batch in batches]
     count = rows[0].new_full((1,), sum(map(len, rows)))
