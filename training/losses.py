@@ -240,7 +240,7 @@ def _batch_mean(batches: Sequence[Tensor], total: OverRanks) -> tuple[Tensor, Te
     """Compute the mean of the rows [K] in all micro-batches [..., K] on all ranks.
 
     Returns:
-        two values: the mean as float32 [1, K], which is 0 if there are no rows, and the number of rows as a scalar tensor.
+        two values: the mean, float32 [1, K] (0 if there are no rows), and the number of rows as a scalar tensor.
     """
     rows = [batch.flatten(0, -2).float() for batch in batches]
     count = rows[0].new_full((1,), sum(map(len, rows)))
