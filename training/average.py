@@ -1,9 +1,9 @@
 """Average the weights of several checkpoints, and measure whether the mean is better than each checkpoint.
 
-If checkpoints come from different times in one run, or from runs that share a long first part, the mean of their
+If checkpoints come from different times in one run, or from runs that continue the same long run, the mean of their
 weights is often better than each checkpoint (arXiv 1803.05407, arXiv 2203.05482). The mean is not always better, so the
-mean and every checkpoint are evaluated. If the runs share no first part, the mean is useless, and the evaluation shows
-this too.
+mean and every checkpoint are evaluated. If the runs have no initial training in common, the mean is useless, and the
+evaluation shows this.
 """
 
 import hashlib
