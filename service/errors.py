@@ -259,8 +259,8 @@ def problem_body(error: ServiceError, *, instance: str, request_id: str) -> dict
 
 
 def openai_body(error: ServiceError, *, request_id: str) -> dict[str, Any]:
-    """Return the body of the response for an error, in OpenAI's format. The field `type` is invalid_request_error if the
-    status is below 500, and server_error otherwise."""
+    """Return the body of the response for an error, in OpenAI's format. The field `type` is invalid_request_error if
+    the status is below 500, and server_error otherwise."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     inner = {"message": error.detail, "type": kind, "param": error.param, "code": error.code, "request_id": request_id}
     return {"error": {**inner, **error.extra}}
