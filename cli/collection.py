@@ -100,7 +100,7 @@ def create(
     data_dir: DataDirOption = DATA,
     store: StoreOption = None,
 ) -> None:
-    """Create an empty collection for the vectors of a local model. For other vectors, give --tag and --dimension."""
+    """Create an empty collection for the vectors of a local model, or for other vectors with --tag and --dimension."""
     if (tag is None) != (dimension is None):
         raise fail("--tag and --dimension must be given together")
 
@@ -322,8 +322,8 @@ def described(info: "CollectionInfo") -> dict[str, Any]:
 
 
 def able(store: "VectorStore", capability: str) -> object:
-    """Return `store` if it has the capability, such as "snapshots". The caller casts the result to the protocol with
-    the methods for this capability.
+    """Return `store` if it has the capability, such as "snapshots". The caller casts the result to the protocol that
+    declares this capability's methods.
 
     Raises:
         ValueError: the store does not have the capability.
@@ -355,7 +355,7 @@ def _tag_of(fingerprint: str, pooling: str, data_dir: Path) -> str:
 
 @contextmanager
 def shown(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Yield a function that advances a progress bar by a number of items.
+    """Show a progress bar during the `with` block, and yield a function that advances it by a number of items.
 
     The bar is shown only if stderr is a terminal.
     """

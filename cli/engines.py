@@ -118,8 +118,8 @@ def _reference(artifact: "Artifact") -> "Engine":
 
 
 def _with_activations(options: Any, artifact: "Artifact") -> Any:
-    """Return a copy of the options that also contains the activation ranges for fp8. They are measured on the images in
-    the options."""
+    """Return a copy of the options that also contains the activation ranges for fp8. These ranges are measured on
+    `options.photos`."""
     from dataclasses import replace
 
     from model.engines.activations import measure_activations

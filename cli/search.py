@@ -225,7 +225,7 @@ def search(
 
 
 def _find_images(sources: list[str], image_column: str | None, settings: "Settings") -> "Iterator[Any]":
-    """Return an iterator over the images in all sources. For an image that cannot be read, it yields a `Problem`."""
+    """Return an iterator over the images in all sources. It yields a `Problem` in place of an unreadable image."""
     from service.ingest.sources import find_photos
 
     return find_photos(sources, max_bytes=settings.max_image_bytes, image_column=image_column)

@@ -86,11 +86,12 @@ def run_with(
 
     Args:
         store, data_dir: the vector store and the data folder; see `settings_for`.
-        makes: whether to create the store if it does not exist. If false, a missing embedded store is an error, so that
+        makes: whether to create the store if it does not exist. If False, a missing embedded store is an error, so that
             a mistyped folder does not become an empty store.
 
     Raises:
-        typer.Exit: an expected error occurred, such as a missing collection. It has been printed, and the status is 2.
+        typer.Exit: an expected error occurred, such as a missing collection. Its message has been printed, and the
+            status is 2.
     """
     from service.errors import CollectionNotFound
 
@@ -112,7 +113,8 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine and return its result.
 
     Raises:
-        typer.Exit: an expected error occurred, such as a missing collection. It has been printed, and the status is 2.
+        typer.Exit: an expected error occurred, such as a missing collection. Its message has been printed, and the
+            status is 2.
     """
     from service.errors import ServiceError
 
@@ -123,11 +125,11 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
 
 
 def settings_for(store: str | None, data_dir: Path) -> "Settings":
-    """Return the service's settings from environment variables, with the arguments taking precedence.
+    """Return the service's settings: those in environment variables, overridden by the arguments.
 
     Args:
-        store: the vector store. If None, the store in the environment is used. `embedded:FOLDER` also replaces
-            `data_dir`.
+        store: the vector store. If None, `DINOV2_VECTOR_STORE` is used. With `embedded:FOLDER`, FOLDER is the data
+            folder and `data_dir` is ignored.
         data_dir: the data folder.
 
     Raises:
@@ -197,7 +199,7 @@ def artifact_with(fingerprint: str, data_dir: Path) -> Path | None:
 
 
 def decode_limits(settings: "Settings") -> "DecodeLimits":
-    """Return the limits that the settings set for decoding images."""
+    """Return the limits for decoding images, as given in the settings."""
     from model.decode import DecodeLimits
 
     return DecodeLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)

@@ -25,7 +25,8 @@ def _early_end_handled() -> Iterator[None]:
     """Catch the exceptions that end a training run early, print the message, and exit.
 
     Raises:
-        typer.Exit: the status is `INTERRUPTED` after SIGTERM, or 2 after an error, such as `RunStopped`.
+        typer.Exit: one of these exceptions was caught. The status is `INTERRUPTED` after SIGTERM, and 2 after an
+            error such as `RunStopped`.
     """
     from model.zoo import DownloadError
     from training.run import Interrupted, RunStopped

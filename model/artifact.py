@@ -1,4 +1,4 @@
-"""Artifacts: the folders in which training stores a model for serving.
+"""Artifacts: folders that contain an exported model, ready for serving.
 
     <name>-<first 8 digits of the fingerprint>/
       manifest.json         model shape, preprocessing, parity results, provenance, licence, sha256 of every file
@@ -8,8 +8,8 @@
       README.md             the model card (optional)
 
 The fingerprint is a sha256 over the weights, the architecture (including the position-embedding rule) and the
-preprocessing. Together these determine an image's vector. The vector store records the fingerprint with the vectors, so
-vectors from different models are never mixed. `load_artifact` checks every file against the manifest and raises an
+preprocessing. Together these determine an image's features. The vector store records the fingerprint with the vectors,
+so vectors from different models are never mixed. `load_artifact` checks every file against the manifest and raises an
 error if a file differs.
 """
 
@@ -51,7 +51,7 @@ class _Record(BaseModel):
 
 
 class FileRecord(_Record):
-    """The size and the hash of one file of an artifact.
+    """The size and the hash of one file in an artifact.
 
     If `derived` is True and the file is missing, it is rebuilt from the weights and must match this record.
     """
@@ -65,16 +65,16 @@ class GateRecord(_Record):
     """The result of the k-NN gate for one int8 graph.
 
     The gate compares the k-NN accuracy of the int8 graph with that of the float32 model (see
-    `model/engines/knn_gate.py`). A graph that does not pass the gate may not serve.
+    `model/engines/knn_gate.py`). A graph that does not pass the gate must not be used for serving.
     """
 
     status: Literal["passed", "failed", "not measured"]
     reason: str  # one line: the reason why the graph may not serve, or the accuracies
     k: int | None = None  # number of voting neighbours
     val_photos: int | None = None
-    val_right: tuple[int, int] | None = None  # correctly classified images of val: (float32, int8)
+    val_right: tuple[int, int] | None = None  # correctly classified images in val: (float32, int8)
     train_photos: int | None = None
-    train_right: tuple[int, int] | None = None  # correctly classified images of train, leave-one-out
+    train_right: tuple[int, int] | None = None  # correctly classified images in train, leave-one-out
 
 
 Reference = Literal["torch float32", "numpy float64"]
@@ -82,7 +82,7 @@ Reference = Literal["torch float32", "numpy float64"]
 
 
 class ParityRecord(_Record):
-    """How far the results of one engine differ from the reference on the same pixels.
+    """How much one engine's features differ from those of the reference on the same pixels.
 
     The reference is the model's forward pass in torch or numpy (see `model/engines/parity.py`).
     """
@@ -165,24 +165,24 @@ class Artifact:
 
     @property
     def derived(self) -> Path:
-        """The folder for the graphs and the engine plans that this host builds from the artifact.
+        """The folder for the graphs and TensorRT plans that this host builds from the artifact.
 
         The folder may not exist yet. Its name contains the fingerprint, because the artifact's own folder can be
-        renamed, or replaced with that of another model.
+        renamed, or replaced with another model's folder.
         """
         return (self.derived_dir or self.path.parent) / self.name
 
     @property
     def weights(self) -> Weights:
-        """The tensors of `weights.safetensors` by name. Each tensor is read from the file when it is accessed."""
+        """The tensors in `weights.safetensors`, keyed by name. Each is read from the file when it is accessed."""
         return StoredWeights(self.file(WEIGHTS))
 
 
 class StoredWeights(Mapping[str, npt.NDArray[np.floating]]):
     """A `weights.safetensors` file as a mapping from name to array.
 
-    Each access reads one tensor from the file. Code that uses one tensor after another therefore needs memory for only
-    one at a time.
+    Each access reads one tensor from the file. Code that processes the tensors one at a time therefore needs memory for
+    only one tensor.
 
     Raises:
         ArtifactError: the file cannot be read.
@@ -259,7 +259,7 @@ def read_manifest(path: Path) -> Manifest:
 
     Raises:
         ArtifactError: the manifest is missing, has another format, lists a file outside the folder, or describes a
-            graph that it does not list.
+            graph whose file it does not list.
     """
     try:
         manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
@@ -356,8 +356,8 @@ def _verify(path: Path, record: FileRecord) -> None:
 def _derived(path: Path, manifest: Manifest, name: str, directory: Path) -> Path:
     """Return the path of the graph `name` in `directory`.
 
-    The graph is built from the weights unless `directory` contains it already, with the right hash. The returned file
-    is not verified here.
+    An existing file is used if its hash matches the manifest. Otherwise the graph is built from the weights, and the
+    caller must verify the new file.
 
     Raises:
         ArtifactError: `name` is not a graph, the weights do not match the manifest, or the file cannot be written.

@@ -33,7 +33,7 @@ def _tensor(array: Array) -> Tensor:
 
 
 def load_state_dict_file(path: Path | str) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors or PyTorch file, on the CPU, by their names in the file.
+    """Return the tensors in a safetensors or PyTorch file, on the CPU, keyed by their names in the file.
 
     If the file is one of Meta's training dumps, only the tensors under its key `teacher` are returned. The errors are
     those of `model.weights.read_tensors`.
@@ -65,9 +65,10 @@ def save_checkpoint(
 
     Args:
         path: the file, by convention `*.safetensors`.
-        state_dict: the backbone's tensors under Meta's names, as returned by `DinoVisionTransformer.state_dict()`.
+        state_dict: the backbone's tensors, keyed by Meta's names, as returned by `DinoVisionTransformer.state_dict()`.
         config: the backbone's shape.
-        provenance: the origin of the weights, such as recipe, data, revision and scores. It is stored as JSON.
+        provenance: where the weights come from, for instance the recipe, the data, the code revision and the evaluation
+            scores. It is stored as JSON.
 
     Raises:
         CheckpointError: `state_dict` does not match a model of this shape.
@@ -82,7 +83,7 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], ViTConfig, dic
     """Load a checkpoint in this project's format.
 
     Returns:
-        The tensors (float32, under Meta's names), the configuration and the provenance.
+        The tensors (float32, keyed by Meta's names), the configuration and the provenance.
 
     Raises:
         CheckpointError, OSError: see `model.weights.read_checkpoint`.

@@ -1,8 +1,8 @@
-"""The shape of a DINOv2 backbone as a frozen record, and the table of the published sizes.
+"""The shape of a DINOv2 backbone as a frozen dataclass, and the table of the model sizes.
 
-The sizes come from the DINOv2 paper (arXiv 2304.07193, Table 17, but with 12 blocks for ViT-B, as released) and from
-"Vision Transformers Need Registers" (arXiv 2309.16588). `dinov2_vitt14` is this project's own small size and has no
-published weights. This module does not import torch, so that the service can use it without torch.
+The published sizes come from the DINOv2 paper (arXiv 2304.07193, Table 17, except that the published ViT-B has 12
+blocks) and from "Vision Transformers Need Registers" (arXiv 2309.16588). `dinov2_vitt14` is this project's own small
+size and has no published weights. This module does not import torch, so that the service can use it without torch.
 """
 
 from dataclasses import dataclass, replace
@@ -80,7 +80,7 @@ _SIZES = {
 CONFIGS: dict[str, ViTConfig] = _SIZES | {
     f"{name}_reg": replace(config, num_register_tokens=4, pos_embed_rule="antialias") for name, config in _SIZES.items()
 }
-"""The configurations by torch hub name. The `_reg` models have four registers and the rule "antialias", as released."""
+"""The configurations, keyed by torch hub name. The `_reg` models have four registers and the rule "antialias"."""
 
 
 def config_for(name: str) -> ViTConfig:

@@ -1,16 +1,17 @@
 """Converts published DINOv2 weights to Meta's tensor names, which this project uses.
 
-Meta, timm and Hugging Face store the backbone in different formats. For each format, a table maps each of our tensors
-to the file's tensors that are concatenated into it (usually one). `convert` iterates over the tensors that the model
-needs, and reports every missing, extra or misshapen tensor under the file's own name. Nothing is skipped silently: the
-tables also list the tensors that are dropped (the heads of training dumps and of classifiers).
+Meta, timm and Hugging Face store the backbone in different formats. For each format, a table maps each tensor name of
+this project to the names of the file's tensors that are concatenated into it (usually one). `convert` iterates over the
+tensors that the model needs, and reports every missing or extra tensor and every tensor with a wrong shape, by its name
+in the file. Nothing is skipped silently: the tables also list the tensors that are dropped (the projection heads in
+training dumps, and the heads of classifiers).
 
 Sources of the tables: facebookresearch/dinov2 (hub and training dumps, `train/train.py`), huggingface/transformers
 (`models/dinov2/convert_dinov2_to_hf.py` and the parameter names in version 5), timm (`models/vision_transformer.py`,
 the function that converts DINOv2).
 
 The features depend on the rule by which `pos_embed` is resized (see `model/pos_embed.py`), but a file does not record
-this rule. Each `Dialect` therefore contains the rule of its publisher's code.
+this rule. Each `Dialect`, which describes one format, therefore contains the rule that its publisher's code uses.
 """
 
 import math
@@ -41,22 +42,22 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Dialect:
-    """A publisher's file format, with the names under which it stores a backbone's tensors.
+    """A publisher's file format, with the names that a backbone's tensors have in such a file.
 
     `keys` maps our name for a tensor or module to one or more names in the file, where `#` is the block number. If
     there are several names, the file's tensors are concatenated in this order into one tensor. A tensor that `keys`
-    does not list has the same name in the file. `describes` is called with the tensor names of a file and returns
+    does not list has the same name in the file. `describes` is called with the tensor names in a file and returns
     whether the file has this format.
     """
 
     name: str
     describes: Callable[[Iterable[str]], bool]
     keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    prefixes: tuple[str, ...] = ()  # removed from the names of the backbone's tensors
+    prefixes: tuple[str, ...] = ()  # prefixes that are removed from the names of the backbone's tensors
     dropped: tuple[str, ...] = ()  # name prefixes of tensors that are not part of a backbone
     absent: tuple[str, ...] = ()  # tensors that the format does not store; they are set to zeros
     class_position_in_cls_token: bool = False  # pos_embed lacks the class token's row, which was added to cls_token
-    any_img_size: bool = False  # pos_embed may have another grid than the configuration's
+    any_img_size: bool = False  # pos_embed may be for a grid other than the configuration's
     pos_embed_rule: Callable[[ViTConfig], PosEmbedRule] = lambda config: config.pos_embed_rule
 
 
@@ -161,7 +162,7 @@ def _listed(items: list[str]) -> str:
 
 
 def _file_names(key: str, dialect: Dialect) -> tuple[str, ...]:
-    """Return the names, in the file, of the tensors that are concatenated into our tensor `key` (usually one)."""
+    """Return the names of the file's tensors that are concatenated into our tensor `key` (usually one name)."""
     number = re.match(r"blocks\.(\d+)\.", key)
     generic = re.sub(r"^blocks\.\d+\.", "blocks.#.", key)
     module, _, leaf = generic.rpartition(".")
@@ -175,11 +176,11 @@ def _file_names(key: str, dialect: Dialect) -> tuple[str, ...]:
 
 
 def _plain_names(keys: Iterable[str], dialect: Dialect) -> tuple[dict[str, str], list[str]]:
-    """Remove the dialect's prefix, and the chunk number that FSDP training inserts, from the file's tensor names.
+    """Remove two things from a file's tensor names: the dialect's prefix, and the chunk number from FSDP training.
 
     Returns:
-        A dictionary from each resulting name to the name in the file, and a list of the names of the tensors that the
-            dialect drops.
+        A dictionary that maps each resulting name to the name in the file, and a list of the names of the tensors that
+            the dialect drops.
 
     Raises:
         CheckpointError: two tensors get the same name.
@@ -201,7 +202,7 @@ def _plain_names(keys: Iterable[str], dialect: Dialect) -> tuple[dict[str, str],
 
 @dataclass
 class KeyReport:
-    """The missing, extra and misshapen tensors of a file, under the file's names."""
+    """The tensors that a file lacks, has in excess, or has with the wrong shape, by the names in the file's format."""
 
     missing: list[str] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
@@ -211,7 +212,7 @@ class KeyReport:
         """Raise an error if the report is not empty.
 
         Raises:
-            CheckpointError: the report contains at least one tensor. The message lists up to `MAX_LISTED` names of each
+            CheckpointError: the report lists at least one tensor. The message lists up to `MAX_LISTED` names of each
                 kind.
         """
         kinds = {"missing": self.missing, "extra": self.extra, "misshapen": self.misshapen}
@@ -224,8 +225,8 @@ class KeyReport:
 class Converted:
     """The result of `convert`.
 
-    It contains the backbone's float32 arrays under our names, the model's configuration, the file's dialect, and the
-    names of the file's tensors that were dropped.
+    It contains the backbone's float32 arrays, keyed by our names, the model's configuration, the file's dialect, and
+    the names of the file's tensors that were dropped.
     """
 
     arrays: dict[str, FloatArray]
@@ -238,7 +239,7 @@ class Converted:
 class _Plan:
     """How `convert` builds a backbone's tensors.
 
-    `sources` maps each of our names to the names in the file that are concatenated.
+    `sources` maps our name for each tensor to the names of the file's tensors that are concatenated into it.
     """
 
     sources: dict[str, list[str]]
@@ -248,7 +249,7 @@ class _Plan:
 
 
 def backbone_shapes(config: ViTConfig) -> dict[str, Shape]:
-    """Return the shapes of a backbone's tensors by Meta's names, in the order of its `state_dict`."""
+    """Return the shape of each tensor of a backbone, keyed by Meta's name, in the order of its `state_dict`."""
     dim, hidden, p = config.embed_dim, config.hidden_dim, config.patch_size
     shapes: dict[str, Shape] = {"cls_token": (1, 1, dim), "pos_embed": (1, 1 + config.grid**2, dim)}
     shapes["mask_token"] = (1, dim)
@@ -274,11 +275,11 @@ def backbone_shapes(config: ViTConfig) -> dict[str, Shape]:
 def _plan(shapes: Mapping[str, Shape], config: ViTConfig, dialect: Dialect | None) -> _Plan:
     """Determine which of a file's tensors are concatenated into each tensor of a backbone.
 
-    `shapes` contains the shapes of the file's tensors by name.
+    `shapes` maps the name of each tensor in the file to its shape.
 
     Raises:
-        CheckpointError: the format is unknown, or tensors are missing, extra or misshapen. The message lists up to
-            `MAX_LISTED` names of each kind.
+        CheckpointError: the format is unknown, or the file lacks a tensor, contains an extra one, or contains one with
+            the wrong shape. The message lists up to `MAX_LISTED` names of each kind.
     """
     dialect = detect(shapes) if dialect is None else dialect
     plain, dropped = _plain_names(shapes, dialect)
@@ -310,11 +311,13 @@ def _plan(shapes: Mapping[str, Shape], config: ViTConfig, dialect: Dialect | Non
 
 
 def check_tensors(shapes: Mapping[str, Shape], config: ViTConfig, dialect: Dialect) -> None:
-    """Check that `shapes`, the shapes of a file's tensors by name, are those of a backbone in the format `dialect`.
+    """Check that a file in the format `dialect` contains exactly a backbone's tensors, each with the right shape.
+
+    `shapes` maps the name of each tensor in the file to its shape.
 
     Raises:
-        CheckpointError: tensors are missing, extra or misshapen. The message lists up to `MAX_LISTED` names of each
-            kind.
+        CheckpointError: the file lacks a tensor, contains an extra one, or contains one with the wrong shape. The
+            message lists up to `MAX_LISTED` names of each kind.
     """
     _plan(shapes, config, dialect)
 
@@ -323,14 +326,15 @@ def convert(tensors: Mapping[str, Array], config: ViTConfig, dialect: Dialect | 
     """Convert a file's arrays to the arrays of a backbone. An array that needs no change is not copied.
 
     Args:
-        tensors: the file's arrays by name.
-        config: the expected shape of the model. The returned configuration differs in `pos_embed_rule`, which is the
-            dialect's, and for training dumps in `img_size`, which is computed from the dump's `pos_embed`.
+        tensors: the file's arrays, keyed by name.
+        config: the expected shape of the model. The returned configuration is a copy of it with two exceptions:
+            `pos_embed_rule` is taken from the dialect, and, for a training dump, `img_size` is computed from the dump's
+            `pos_embed`.
         dialect: the format of the file. If None, the format is detected.
 
     Raises:
-        CheckpointError: the format is unknown, or tensors are missing, extra or misshapen. The message lists up to
-            `MAX_LISTED` names of each kind.
+        CheckpointError: the format is unknown, or the file lacks a tensor, contains an extra one, or contains one with
+            the wrong shape. The message lists up to `MAX_LISTED` names of each kind.
     """
     plan = _plan({name: array.shape for name, array in tensors.items()}, config, dialect)
     arrays: dict[str, FloatArray] = {}

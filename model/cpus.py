@@ -5,12 +5,12 @@ ancestors.
 
 Both cgroup versions are supported. In version 2, the file `cpu.max` contains a quota or "max", and a period. In version
 1, the files are `cpu.cfs_quota_us` (-1 means no quota) and `cpu.cfs_period_us`. `/proc/self/cgroup` contains the path
-of the process's cgroup. In a container without its own cgroup namespace, this is the path on the host, but the
-container sees only its own cgroup, as the root. Paths that do not exist are therefore skipped.
+of the process's cgroup. In a container without its own cgroup namespace, this is the path on the host, but inside the
+container its own cgroup appears as the root. Paths that do not exist are therefore skipped.
 
 A fractional quota is rounded down. When a cgroup has used up its quota, the kernel stops all threads in the cgroup,
-including the one that runs the event loop, until the period ends. The unused fraction leaves time for decoding and HTTP
-while the engine's threads run.
+including the one that runs the event loop, until the period ends. The fraction of a CPU that rounding leaves unused is
+available for decoding and HTTP while the engine's threads run.
 """
 
 import os
@@ -29,7 +29,7 @@ def available_cpus() -> int:
 
 
 def cpu_quota(membership: Path = MEMBERSHIP, cgroups: Path = CGROUPS) -> float | None:
-    """Return the smallest CPU quota of this process's cgroup and its ancestors, or None if no quota is set.
+    """Return the smallest of the CPU quotas of this process's cgroup and its ancestors, or None if no quota is set.
 
     The unit is CPUs. `membership` is a file like `/proc/self/cgroup`, which contains the cgroup's path. `cgroups` is
     the root folder of the cgroup file system.

@@ -11,8 +11,8 @@ of three errors:
 
 How pixels are interpreted:
 - Transparency (alpha channels, transparent palette entries, PNG's tRNS) is composited on white.
-- Channels of 16 and 12 bits are reduced to their high 8 bits, as Pillow does for 16-bit colour. (Pillow's conversion of
-  16-bit grey clips instead, so that every value above 255 would become white.)
+- Channels of 16 and 12 bits are reduced to their high 8 bits, as Pillow does for 16-bit colour. (For 16-bit greyscale,
+  Pillow would clip instead, which would turn every value above 255 white.)
 - Float and 32-bit integer TIFFs raise Unsupported, because they do not define which value is white.
 - ICC profiles are not applied: the reference pipelines (torchvision's loader, transformers) use the stored pixels, and
   features must match theirs. CMYK is converted without a profile for the same reason.
@@ -95,7 +95,7 @@ _SOI, _EOI, _SOS = b"\xd8", b"\xd9", b"\xda"
 class DecodeLimits:
     """The limits on the size and shape of an image. They are checked before any pixel is decompressed.
 
-    A decoded image needs 3 to 4 bytes of memory per pixel. During decoding, it can briefly need twice as much.
+    A decoded image needs 3 to 4 bytes of memory per pixel. Decoding can briefly need twice as much.
 
     Raises:
         ValueError: a limit is out of range.
@@ -152,10 +152,10 @@ def decode_stored(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS, *, least_s
 
     Args:
         data: the encoded image.
-        limits: the limits on its size and shape.
-        least_side: a length in pixels. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is faster, if both sides
-            of the result are at least this long. If None, JPEGs are decoded at full size. Other formats are always
-            decoded at full size.
+        limits: the limits on the image's size and shape.
+        least_side: the minimum side, in pixels, of a JPEG that is decoded at reduced size. A JPEG is decoded at 1/2,
+            1/4 or 1/8 of its size, which is faster, if both sides of the result are at least this long. If None, JPEGs
+            are decoded at full size. Other formats are always decoded at full size.
 
     Raises:
         TooLarge, Unsupported, Broken: for the same reasons as in `decode`.
@@ -233,9 +233,9 @@ def _reason(error: Exception) -> str:
 def _check_scans(data: bytes) -> None:
     """Raise an error if a JPEG has too many scans or segments. Damaged data raises no error here.
 
-    The function reads one marker after another, as libjpeg does. It skips each segment by its length, because a
-    thumbnail in EXIF has scans of its own, and it skips the data of a scan up to the next marker. It ignores data after
-    the end of the image, where some phones append a second image or a video.
+    The function reads one marker after another, as libjpeg does. It uses each segment's length to skip the segment,
+    because a thumbnail in EXIF has scans of its own. It skips a scan's data up to the next marker. It ignores data
+    after the end of the image, where some phones append a second image or a video.
 
     Raises:
         TooLarge: there are more than `JPEG_MAX_SCANS` scans or `JPEG_MAX_SEGMENTS` segments.

@@ -1,9 +1,9 @@
 """Atomic file writes, and locks between processes.
 
 The project uses this module for files that it writes and later reads. Content is written to a temporary file in the
-target's folder and flushed to the disk. Then a rename gives the file its final name, and the folder is flushed too.
-After a crash or a power cut, the target is either the old version or the new one, never a mixture. A killed process can
-leave temporary files named `.<name>.<...>.part`.
+target's folder and flushed to the disk. Then the file is renamed to its final name, and the folder is flushed too.
+After a crash or a power cut, the target is either the old version or the new one, never a mixture. If a process is
+killed, temporary files named `.<name>.<...>.part` can remain.
 """
 
 import fcntl

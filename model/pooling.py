@@ -1,9 +1,9 @@
 """Pools an image's tokens into one vector.
 
-A pooling concatenates one or more parts. Each part is one vector [D] per image: the class token, or a vector computed
-from the patch tokens. If a pooling has several parts, each is first scaled to length 1, so that all parts count equally
-in cosine similarities. The code works on numpy arrays and on tensors; the caller passes the functions that scale and
-concatenate them.
+A pooling, such as "cls+mean", concatenates one or more parts. Each part is one vector [D] per image: the class token,
+or a vector computed from the patch tokens. If a pooling has several parts, each part is L2-normalised first, so that
+all parts count equally in cosine similarities. The code works on numpy arrays and on tensors; the caller passes the
+functions that normalise and concatenate them.
 
 To add a part, add it to `PATCH_PARTS`. To add a pooling, add it to `Pooling` and to `POOLING_DESCRIPTION`.
 """
@@ -19,7 +19,7 @@ POOLING_DESCRIPTION: Final = "class token, mean of the patch tokens, or both con
 PATCH_PARTS: Final[Mapping[str, Callable[[Any], Any]]] = {"mean": lambda patches: patches.mean(1)}
 """The parts that are computed from the patch tokens. Each function maps an array or tensor [B, N, D] to [B, D]."""
 PARTS: Final = ("cls", *PATCH_PARTS)
-"""The names of all parts, in the order in which the cache of the service stores them."""
+"""The names of all parts, in the order in which the service's cache stores them."""
 
 
 def parts_of(pooling: Pooling) -> tuple[str, ...]:
@@ -42,10 +42,10 @@ def pool(
     """Combine the parts of each image into one vector.
 
     Args:
-        parts: the arrays [..., D] of the parts for a model of width D, by their names in `PARTS`.
+        parts: an array [..., D] for each part, keyed by its name in `PARTS`. D is the width of the model.
         pooling: one of `POOLINGS`.
-        unit: a function that scales an array to length 1 along the last axis. It is called only if the pooling has
-            several parts.
+        unit: a function that L2-normalises an array along the last axis. It is called only if the pooling has several
+            parts.
         join: a function that concatenates arrays along the last axis.
 
     Returns:

@@ -1,21 +1,21 @@
 """Resizes position embeddings to another grid of patches, by one of three rules.
 
-A backbone stores positions for one square grid of M x M patches (37 x 37 for the released weights, trained at 518
+A backbone stores positions for one square grid of M x M patches (37 x 37 for the published weights, trained at 518
 pixels). For any other grid, the positions are resized bicubically. The published implementations resize an axis from M
 to n patches by different rules:
 
-- `offset`: by the factor (n + 0.1) / M, without antialiasing. Meta's models without registers use this rule. The 0.1
-  was introduced as a guard against rounding, but it shifts every sampling point, so the features depend on it.
+- `offset`: by the factor (n + 0.1) / M, without antialiasing. Meta's models without registers use this rule. Meta added
+  the 0.1 as a guard against rounding, but it shifts every sampling point, so the features depend on it.
 - `antialias`: by the factor n / M, with a wider kernel when the grid shrinks. Every model with registers uses this
   rule, and so do all of timm's models.
 - `size`: by the factor n / M, without antialiasing. Hugging Face's models without registers use this rule.
 
-At every size except the native one, the rules give different features, so the rule is part of a model's fingerprint.
+For every grid except M x M, the rules give different features, so the rule is part of a model's fingerprint.
 
 Bicubic resizing is linear and separable, so the positions P are resized by two small matrices, Wh for the rows and Ww
-for the columns: `P' = Wh @ P @ Ww^T`. This module computes the matrices in numpy. The torch model applies them, and the
-ONNX writer uses them to store the resized positions of one input size. The tests compare the resized positions with
-`torch.nn.functional.interpolate`.
+for the columns: `P' = Wh @ P @ Ww^T`. This module computes the matrices in numpy. The torch model applies them. The
+ONNX writer applies them to store positions that are already resized for one input size. The tests compare the resized
+positions with those from `torch.nn.functional.interpolate`.
 """
 
 from functools import lru_cache
@@ -85,7 +85,7 @@ def _product(matrix: FloatArray, x: FloatArray) -> FloatArray:
     """Return the product of `matrix` [n, M] and `x` [M, ...], with the same bits on every processor.
 
     Each addition is done in float64 and its result is rounded to float32, as in a fused multiply-add. BLAS is not used,
-    because its results differ between processors, but graphs that contain the positions must be identical everywhere.
+    because its results differ between processors, and graphs that contain the positions must be identical everywhere.
     """
     total = np.zeros((len(matrix), *x.shape[1:]), np.float32)
     for column, row in zip(matrix.T.astype(np.float64), x.astype(np.float64), strict=True):

@@ -4,9 +4,9 @@ DINOv2's evaluation transform (facebookresearch/dinov2, `dinov2/data/transforms.
 short side to 256 pixels (bicubic, with Pillow), crops the central 224 x 224 pixels, scales to [0, 1], subtracts
 ImageNet's mean and divides by its standard deviation. Features depend on each of these steps, so this module reproduces
 them pixel by pixel. It uses neither torch nor torchvision, because the service does not load them.
-`tests/model/test_preprocess.py` compares the result with that of Hugging Face's processor, which differs in one detail:
-if a crop margin ends at half a pixel, that processor rounds it down, whereas torchvision and this module round it to
-the nearest even number.
+`tests/model/test_preprocess.py` compares the result with that of Hugging Face's image processor, which differs in one
+detail: if a crop margin is not a whole number of pixels, the processor rounds it down, whereas torchvision and this
+module round it to the nearest even number.
 
 `preprocess` is fast because it crops before it converts to float, and because the conversion is a table lookup. A
 channel has only 256 values, so `(value / 255 - mean) / std` is computed once per value, without loss. Pillow's own
@@ -75,7 +75,7 @@ REFERENCE_224 = PreprocessSpec()
 """DINOv2's evaluation transform, which produces inputs of 224 x 224 pixels."""
 
 REFERENCE_518 = PreprocessSpec(resize=518, crop=518)
-"""The transform for inputs of 518 x 518 pixels, the resolution of the released weights, as in timm's configurations."""
+"""The transform for inputs of 518 x 518 pixels, as in timm. The published weights were trained at this resolution."""
 
 
 def _check_size(height: int, width: int) -> None:
@@ -89,7 +89,7 @@ def _check_size(height: int, width: int) -> None:
 
 
 def _resized_size(height: int, width: int, spec: PreprocessSpec) -> tuple[int, int]:
-    """Return the (height, width) of an image of this size after it is resized and before it is cropped."""
+    """Return the (height, width) to which `preprocess` resizes an image of this size before it crops the image."""
     short = min(height, width)
     target = short if spec.resize is None else spec.resize
     if spec.crop is not None:  # as in torchvision's Resize, the long side is rounded down

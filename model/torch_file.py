@@ -1,12 +1,12 @@
 """Reads the tensors of a PyTorch file (`.pth`, `.pt`) as numpy arrays, without torch and without executing code.
 
-Since version 1.6, `torch.save` writes a ZIP archive: `data.pkl` describes the objects, and `data/<key>` contains the
-bytes of each storage. A pickle is a program, so this reader allows it to use only the names that describe tensors:
-`OrderedDict`, the functions that rebuild a tensor or a parameter, and the names of storage types. Every other name is
-refused and not imported.
+Since version 1.6, `torch.save` writes a ZIP archive: `data.pkl` describes the objects, and one file `data/<key>` per
+storage contains the storage's bytes. A pickle is a program, so this reader allows it to use only names that describe
+tensors: `OrderedDict`, `torch.Size`, the functions that rebuild a tensor or a parameter, and the names of storage
+types. Any other name raises an error and is not imported.
 
 The arrays are mapped from the file, so they take no memory until they are read. Files from torch versions before 1.6
-are refused.
+raise an error.
 """
 
 import io
@@ -138,9 +138,9 @@ def _map(path: Path, info: zipfile.ZipInfo, dtype: np.dtype[Any], count: int) ->
 
 
 class _Unpickler(pickle.Unpickler):
-    """An unpickler that can only make arrays and plain Python values.
+    """An unpickler that can create only arrays and plain Python values.
 
-    `storage` is a function that returns the array of a storage, given its type, key and number of elements.
+    `storage` is a function that takes a storage's type, key and number of elements, and returns its array.
     """
 
     def __init__(self, data: bytes, storage: Callable[[str, str, int], Array]) -> None:
@@ -177,7 +177,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: object) -> Ar
     if not _are_counts(size) or not _are_counts(stride) or len(size) != len(stride):
         raise TorchFileError(f"a tensor has size {size} and stride {stride}")
     used = 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    # A tensor with more elements than its storage, as `expand` makes them, could fill the memory when it is copied.
+    # A tensor can have more elements than its storage (see `Tensor.expand`), and a copy of it could fill the memory.
     if offset + used > storage.size or math.prod(size) > storage.size:
         raise TorchFileError(f"a tensor of size {size} and stride {stride} does not fit its storage of {storage.size}")
     in_bytes = tuple(step * storage.itemsize for step in stride)

@@ -1,8 +1,8 @@
 """DINOv2's vision transformer in one file.
 
 Parameter names, initialisation and outputs are those of facebookresearch/dinov2
-(`dinov2/models/vision_transformer.py`), so released weights load with `strict=True`, and code written for torch hub's
-models keeps working. The differences from that code are internal. Attention always uses `scaled_dot_product_attention`.
+(`dinov2/models/vision_transformer.py`), so the published weights load with `strict=True`, and code written for torch
+hub's models keeps working. The implementation differs internally. Attention always uses `scaled_dot_product_attention`.
 Drop path (stochastic depth) computes a branch only for the samples that do not skip it. The position embedding is
 resized by matrix products (`model/pos_embed.py`), which are differentiable and can be exported to any runtime.
 
@@ -25,7 +25,7 @@ NORM_EPS = 1e-6
 
 
 class FeatureDict(TypedDict):
-    """The tensors that `forward_features` returns, under Meta's names."""
+    """The tensors that `forward_features` returns, with the names that Meta's code uses."""
 
     x_norm_clstoken: Tensor
     x_norm_regtokens: Tensor
@@ -217,7 +217,7 @@ class DinoVisionTransformer(nn.Module):
     def _pos_embed_for(self, h: int, w: int) -> Tensor:
         """Return the position embedding [1, 1 + h*w, D] for a grid of (h, w) patches and a model of width D.
 
-        If the model was trained for another grid, the positions are resized by its rule.
+        If the model was trained for another grid, the positions are resized by the model's `pos_embed_rule`.
         """
         side = self.config.grid
         if (h, w) == (side, side):
@@ -301,7 +301,7 @@ class DinoVisionTransformer(nn.Module):
 
         Args:
             x: normalised pixels [B, 3, H, W] of B images with N patches each, for a model of width D.
-            n: the indices of the chosen blocks, or a number to choose that many of the last blocks.
+            n: the indices of the chosen blocks, or an integer n to choose the last n blocks.
             reshape: whether to return the patch tokens as [B, D, h, w] for a grid of h x w patches, instead of [B, N,
                 D].
             return_class_token: whether to return a pair (patch tokens, class token [B, D]) for each block.

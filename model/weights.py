@@ -2,9 +2,9 @@
 
 Meta's, timm's, Hugging Face's and this project's formats can be read. A weights file is untrusted input, so only
 tensors are read from it. A safetensors file cannot contain code, and `model/torch_file.py` executes no code from a
-PyTorch file. Reading is strict: a missing, extra or misshapen tensor raises an error that names the tensor, because a
-partly loaded backbone would still produce vectors, but wrong ones. `model/convert.py` contains this check and the
-tables of tensor names.
+PyTorch file. Reading is strict: a missing or extra tensor, or a tensor with the wrong shape, raises an error that names
+the tensor, because a partly loaded backbone would still produce vectors, but wrong ones. `model/convert.py` contains
+this check and the tables of tensor names.
 
 The arrays are mapped from the file, so they take no memory until they are read.
 """
@@ -45,7 +45,7 @@ _SAFETENSORS_DTYPES: Final = {
 
 
 def read_tensors(path: Path | str) -> dict[str, Array]:
-    """Read a safetensors or PyTorch file and return its tensors as arrays, by their names in the file.
+    """Read a safetensors or PyTorch file and return its tensors as arrays, keyed by their names in the file.
 
     If the file is one of Meta's training dumps, only the tensors under its key `teacher` are returned.
 
@@ -142,7 +142,7 @@ def read_checkpoint(path: Path | str) -> tuple[dict[str, FloatArray], ViTConfig,
     """Read a checkpoint in this project's format.
 
     Returns:
-        The float32 tensors under Meta's names, the configuration, and the provenance.
+        The float32 tensors keyed by Meta's names, the configuration, and the provenance.
 
     Raises:
         CheckpointError: the file is damaged, has another format, or contains tensors that do not match its
@@ -193,7 +193,7 @@ def read_weights(
     pos_embed_rule: PosEmbedRule | None = None,
     download: zoo.DownloadOptions = zoo.DEFAULT_DOWNLOAD,
 ) -> tuple[dict[str, FloatArray], ViTConfig]:
-    """Return the weights of a backbone (float32, under Meta's names) and the backbone's configuration.
+    """Return the weights of a backbone (float32, keyed by Meta's names) and the backbone's configuration.
 
     The weights file may be in the format of Meta (from torch hub or a training dump), timm, Hugging Face or this
     project. The format is detected.
@@ -205,16 +205,16 @@ def read_weights(
 
     Args:
         name: the model's name in torch hub (`dinov2_vits14`), timm or Hugging Face.
-        weights: the weights file. If None, the published weights of this name are downloaded, unless they are in the
-            cache. Downloaded weights get Meta's rule, even if they come from Hugging Face.
-        pos_embed_rule: the rule to use instead of the file's. For instance, "offset" gives torch hub's features from a
-            Hugging Face file. If None, the file's rule is used.
+        weights: the weights file. If None, the published weights with this name are used. They are downloaded unless
+            they are in the cache, and get Meta's rule, even if they come from Hugging Face.
+        pos_embed_rule: the rule to use instead of the one described above. For instance, with "offset", a Hugging Face
+            file gives torch hub's features.
         download: the options for downloading published weights.
 
     Raises:
         ValueError: the name or the rule is unknown, or no weights are published under this name and `weights` is None.
         CheckpointError (a ValueError): the file does not contain the weights of this model. The message lists the
-            missing, extra and misshapen tensors.
+            tensors that are missing, extra or of the wrong shape.
         zoo.DownloadError: the published weights cannot be downloaded.
         OSError: the file cannot be read.
     """

@@ -2,8 +2,8 @@
 
 Names and addresses are those of facebookresearch/dinov2 (`dinov2/hub/backbones.py`, README, MODEL_CARD), which
 publishes no checksums. A hash is listed here only if it was computed from the real file. timm's and Hugging Face's
-names refer to the same weights and are accepted as aliases. Meta's file is downloaded. If this fails, Hugging Face's
-file is downloaded, which contains the same tensors.
+names refer to the same weights and are accepted as aliases. Meta's file is tried first. If it cannot be downloaded,
+Hugging Face's file, which contains the same tensors, is downloaded instead.
 
 An interrupted download is resumed with an HTTP range request. If the server's file has changed, the download starts
 over. Before a file gets its final name, its size and its hash are checked if they are known. Hugging Face sends the
@@ -64,14 +64,17 @@ class DownloadError(OSError):
 
 @dataclass(frozen=True)
 class Hosts:
-    """The servers of the published weights, or mirrors with the same paths. A server that is None is not used."""
+    """The addresses of the two servers with published weights, or of mirrors with the same paths.
+
+    A server whose address is None is not used.
+    """
 
     meta: str | None = META_URL
     hugging_face: str | None = HUGGING_FACE_URL
 
     @staticmethod
     def from_environment() -> "Hosts":
-        """Return the servers that `DINOV2_META_URL` and `DINOV2_HUGGING_FACE_URL` name, or the usual ones."""
+        """Return the servers set in `DINOV2_META_URL` and `DINOV2_HUGGING_FACE_URL`, by default the original ones."""
         return Hosts(
             os.environ.get("DINOV2_META_URL") or META_URL,
             os.environ.get("DINOV2_HUGGING_FACE_URL") or HUGGING_FACE_URL,
@@ -87,7 +90,7 @@ class DownloadOptions:
     """
 
     cache_dir: Path = DEFAULT_CACHE_DIR
-    hosts: Hosts | None = None  # None: from the environment
+    hosts: Hosts | None = None  # None means `Hosts.from_environment()`
     on_progress: OnProgress | None = None
 
 
@@ -95,7 +98,7 @@ DEFAULT_DOWNLOAD: Final = DownloadOptions()
 
 
 class Source(NamedTuple):
-    """The address of a weights file to download. `size_bytes` and `sha256` are None if they are not known."""
+    """A weights file to download. Its `size_bytes` and `sha256` are None if they are not known."""
 
     url: str
     filename: str
@@ -105,7 +108,7 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class ZooEntry:
-    """The entry of one published backbone. `size_bytes` and `sha256` are None if they have not been measured."""
+    """The names and the file of one published backbone. `size_bytes` and `sha256` are None if they are not known."""
 
     name: str  # torch hub's name
     timm_name: str
@@ -168,7 +171,7 @@ def _entry(letter: str, size: str, registers: bool) -> ZooEntry:
 ENTRIES: dict[str, ZooEntry] = {
     entry.name: entry for registers in (False, True) for entry in (_entry(*size, registers) for size in _SIZES)
 }
-"""The entries of the eight released backbones by torch hub name."""
+"""The entries of the eight published backbones, keyed by torch hub name."""
 
 _BY_ANY_NAME = {name: entry for entry in ENTRIES.values() for name in (entry.name, *entry.aliases)}
 
@@ -196,10 +199,10 @@ def download(
 
     Args:
         entry: the backbone's entry, as returned by `resolve`.
-        options: the servers, the cache folder, and a function to which the progress is reported. If stderr is a
-            terminal, a progress bar is shown as well. Otherwise, the progress is logged every `REPORT_S` seconds.
-        retry_wait_s: the number of seconds to wait before the first retry. It doubles after each attempt that received
-            no data.
+        options: the servers, the cache folder, and a function to which the progress is reported. In addition, the
+            progress is shown in a bar if stderr is a terminal, or else logged every `REPORT_S` seconds.
+        retry_wait_s: the number of seconds to wait before the first retry. The wait doubles after each attempt that
+            received no data.
         timeout_s: the time limit in seconds for connecting and for each read.
 
     Returns:
@@ -240,7 +243,7 @@ def _by_hand(entry: ZooEntry, source: Source, cache_dir: Path, reasons: Sequence
 
 
 class _Reporter:
-    """Reports the progress of one download by calling `on_progress`, and with a progress bar or log messages.
+    """Reports the progress of one download: calls `on_progress`, and shows a progress bar or logs messages.
 
     The bar is shown if stderr is a terminal. Otherwise, messages are logged.
     """
@@ -335,8 +338,8 @@ class _Part:
     def _receive(self, client: httpx.Client, retry_wait_s: float) -> None:
         """Receive the rest of the file, with retries.
 
-        The download fails after `MAX_ATTEMPTS` failed attempts in a row. An attempt that receives data restarts the
-        count.
+        The download fails after `MAX_ATTEMPTS` failed attempts in a row. A failed attempt that received data restarts
+        the count at 1.
         """
         fruitless = 0
         while True:
@@ -433,7 +436,7 @@ class _Part:
 
 
 def _linked_sha256(response: httpx.Response) -> str | None:
-    """Return the sha256 that Hugging Face sends with the redirect to a large file, or None."""
+    """Return the sha256 that Hugging Face sends with its redirect to a large file, or None if there is none."""
     for answer in (*response.history, response):
         value: str = answer.headers.get("X-Linked-ETag", "").strip('"')
         if re.fullmatch(r"[0-9a-f]{64}", value):

@@ -166,8 +166,8 @@ class _Start:
 
 
 async def _framework_error(request: Request, error: Exception) -> Response:
-    """Return the answer to an error that FastAPI or Starlette raised, for instance because no route has the requested
-    path. The answer has the same format as the answers to the service's own errors."""
+    """Return the response for an error that FastAPI or Starlette raised, for instance because no route has the
+    requested path. It has the same format as the responses for the service's own errors."""
     translated = _translated(request, error)
     content_type, body = error_body(translated, request.url.path, request.state.request_id)
     return Response(

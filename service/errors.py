@@ -241,7 +241,7 @@ ERRORS: dict[type[ServiceError], ErrorKind] = {
 
 
 def problem_body(error: ServiceError, *, instance: str, request_id: str) -> dict[str, Any]:
-    """Return the body of the answer to an error, in the format of RFC 9457. In addition to the members that the RFC
+    """Return the body of the response for an error, in the format of RFC 9457. In addition to the members that the RFC
     defines, the body has `code`, `request_id` and the members in `error.extra`. If a field of the request is wrong,
     `param` is the name of this field."""
     body: dict[str, Any] = {
@@ -259,8 +259,8 @@ def problem_body(error: ServiceError, *, instance: str, request_id: str) -> dict
 
 
 def openai_body(error: ServiceError, *, request_id: str) -> dict[str, Any]:
-    """Return the body of the answer to an error, in OpenAI's format. The field `type` is invalid_request_error if the
-    status is below 500, and server_error otherwise."""
+    """Return the body of the response for an error, in OpenAI's format. The field `type` is invalid_request_error if
+    the status is below 500, and server_error otherwise."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     inner = {"message": error.detail, "type": kind, "param": error.param, "code": error.code, "request_id": request_id}
     return {"error": {**inner, **error.extra}}

@@ -241,7 +241,7 @@ def _origin(error: ServiceError) -> ServiceError:
 
 
 def error_body(error: ServiceError, path: str, request_id: str) -> tuple[bytes, bytes]:
-    """Return the content type and the body of the answer to an error. If `path` is in OPENAI_PATHS, the body has
+    """Return the content type and the body of the response for an error. If `path` is in OPENAI_PATHS, the body has
     OpenAI's format. Otherwise it has the format of RFC 9457."""
     if path in OPENAI_PATHS:
         return b"application/json", _json(openai_body(error, request_id=request_id))

@@ -1,9 +1,9 @@
 """Average the weights of several checkpoints, and measure whether the mean is better than each checkpoint.
 
-If checkpoints come from different times of one run, or from runs that share a long first part, the mean of their
-weights is often better than each checkpoint (arXiv 1803.05407, arXiv 2203.05482). The mean is not always better, so
-the mean and every checkpoint are evaluated. If the runs share no first part, the mean is useless, and the evaluation
-shows this too.
+If checkpoints come from different times in one run, or from runs that continue the same long run, the mean of their
+weights is often better than each checkpoint (arXiv 1803.05407, arXiv 2203.05482). The mean is not always better, so the
+mean and every checkpoint are evaluated. If the runs have no initial training in common, the mean is useless, and the
+evaluation shows this.
 """
 
 import hashlib
@@ -100,7 +100,8 @@ def is_whitened(facts: dict[str, Any]) -> bool:
 def in_common(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the entries that are the same in all dictionaries of `facts`, except `steps` and `knn`.
 
-    If the values of an entry are dictionaries that differ, only what they have in common is kept, by the same rule.
+    If the values of an entry are dictionaries that differ, the value in the result is a dictionary of the entries that
+    are the same in all of them.
     """
     first, *rest = facts
     common: dict[str, Any] = {}
@@ -123,9 +124,9 @@ def _sha256(path: Path) -> str:
 def split_for(source: Source, facts: Sequence[dict[str, Any]]) -> tuple[list[Photo], list[Photo]]:
     """Split the images of `source` into the images that k-NN searches and the test images.
 
-    No checkpoint was trained on a test image. If the data is divided into train and val, the test images are those in
-    val. Otherwise each run held out its own images, which other runs may have trained on. The test images are then the
-    images that every run held out.
+    The test images are images on which no checkpoint was trained. If the data is divided into train and val, the test
+    images are those in val. Otherwise each run held out its own images, which other runs may have trained on. The test
+    images are then the images that every run held out.
 
     Args:
         source: the images.
@@ -157,7 +158,7 @@ def split_for(source: Source, facts: Sequence[dict[str, Any]]) -> tuple[list[Pho
 
 
 def knn_of(paths: Sequence[Path], mean: Path, data: str, ks: Sequence[int] = KS) -> tuple[list[dict[int, float]], int]:
-    """Compute the k-NN accuracy of the class tokens, for each checkpoint and for their mean.
+    """Compute the k-NN accuracy with class tokens for each checkpoint and for the mean of all checkpoints.
 
     Each checkpoint is tested with the preprocessing in its metadata.
 
@@ -165,11 +166,11 @@ def knn_of(paths: Sequence[Path], mean: Path, data: str, ks: Sequence[int] = KS)
         paths: the checkpoints that were averaged.
         mean: the checkpoint with the mean of their weights.
         data: a folder of images, tar shards or a dataset on disk, as for training.
-        ks: the numbers of neighbours k to evaluate.
+        ks: the values of k, the number of neighbours.
 
     Returns:
-        two values: a list with one dictionary of accuracies by k for each of `paths` and a last one for `mean`, and the
-        number of test images.
+        two values: a list of dictionaries, and the number of test images. Each dictionary maps k to the accuracy of one
+        checkpoint, in the order of `paths`. The last dictionary is for `mean`.
 
     Raises:
         ValueError: a file is not a checkpoint, or there are no images for a fair test (see `split_for`).

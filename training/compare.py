@@ -6,12 +6,13 @@ robustness of the features. The speed, the peak memory and the stability of the 
 
 The stability of the loss is described by two numbers:
 
-- The standard deviation of the change of the DINO loss from one line of metrics.jsonl to the next, over the last half
-  of the lines. It is given as a share of ln K for K prototypes, the loss of a network that has learned nothing. A
-  steady fall of the loss shifts the mean of the changes but not their deviation. The deviation also does not depend on
-  the level of the loss, which differs between the runs because their targets differ in sharpness. Only the last half
-  is used because every loss falls fast at first.
-- The number of jumps: lines of the whole run in which the loss rises by more than `JUMP` times ln K, or is not finite.
+- The standard deviation of the changes of the DINO loss between consecutive lines in the last half of metrics.jsonl. It
+  is divided by ln K, where K is the number of prototypes, because a network that has learned nothing has the loss ln K.
+  A steady fall of the loss shifts the mean of the changes but not their standard deviation. The standard deviation also
+  does not depend on the level of the loss, which differs between the runs because their targets differ in sharpness.
+  The first half of the lines is not used, because every loss falls fast at first.
+- The number of jumps. A jump is a line, anywhere in the file, in which the loss is not finite or has risen by more than
+  `JUMP` times ln K since the previous line.
 
 Both runs use the same crops at the same steps, so the crops cause the same variation in both losses.
 
@@ -72,7 +73,7 @@ DINO: dict[str, object] = {
 """The settings in which DINO (arXiv 2104.14294) differs from DINOv2: a moving centre, no iBOT, no KoLeo, no masks."""
 
 WATCHED: dict[str, object] = {"log_every": 5, "on_collapse": "warn", "on_knn": "warn"}
-"""Defaults of both runs: frequent log lines, and sentinels that only warn, so that a collapse shows in the results."""
+"""Defaults of both runs: frequent log lines, and checks that only warn, so that a collapse shows in the results."""
 
 JSON_FILE, HTML_FILE = "compare.json", "compare.html"
 KS = (10, 20)
@@ -88,7 +89,7 @@ def compare(
     data: str, out: Path, *, base: str = "smoke", overrides: Sequence[str] = (), console: Console | None = None,
     run: Runner | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train a network with DINO and one with DINOv2, evaluate both, and print a table.
+    """Train one network with DINO and one with DINOv2, evaluate both, and print a table of the results.
 
     The network that both runs start from is evaluated too. The results are written to compare.json and compare.html in
     the folder `out`.
@@ -217,7 +218,7 @@ def measure(
 ) -> dict[str, Any]:
     """Evaluate the initial network and both trained networks, and return the content of compare.json.
 
-    The content includes the results of `run_figures` for both runs.
+    The content includes what `run_figures` returns for each of the two runs.
     """
     config = configs["dinov2"]
     labels = {photo.label for photo in train_images}
@@ -272,8 +273,8 @@ def judge(
     Returns:
         a dictionary with `robustness` (see training/evaluate/robustness.py) and `rankme_share` (the effective rank of
         the class tokens, as a share of the largest possible rank). If `has_classes` is True, it also contains `knn`
-        (the accuracy for each pooling and each k) and `logistic` (the accuracy of logistic regression and its parameter
-        C).
+        (the k-NN accuracy for each pooling and each k) and `logistic` (the accuracy of logistic regression, and the
+        value of C, its inverse penalty strength).
     """
     test = compute_features(backbone, held_out, spec)
     stride = math.ceil(len(held_out) / ROBUSTNESS_PHOTOS)
@@ -297,7 +298,7 @@ def judge(
 
 
 def run_figures(config: TrainConfig) -> dict[str, Any]:
-    """Read the loss, speed, peak memory and events of a run from its log files, and return them by name."""
+    """Read a run's loss, speed, peak memory and events from its log files, and return them as a dictionary."""
     lines = read_lines(config.out / METRICS)
     speeds, memory = values_of(lines, "images_per_s"), values_of(lines, "peak_memory_bytes")
     loss = values_of(lines, "dino_over_ln_k")

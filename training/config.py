@@ -28,11 +28,12 @@ Address = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(
 class LastPhase(BaseModel):
     """The settings of the last part of a run, which uses other crop sizes, usually larger ones.
 
-    With larger crops only at the end, most steps stay cheap, and the network still learns from images of the size at
-    which it will be used. DINOv2 ends its runs at 518 pixels (arXiv 2304.07193, section 4, "Adapting the resolution")
-    and restarts all schedules. Here, setting `lr_mult` restarts the schedules of the learning rate and of the teacher's
-    momentum. If `lr_mult` is None, the learning rate and the momentum stay near their final values. The student then
-    still learns, but little of what it learns reaches its moving average, which is the released network.
+    If only the last steps use larger crops, most steps stay cheap, and the network still learns from images of the size
+    at which it will be used. DINOv2 ends its runs at 518 pixels (arXiv 2304.07193, section 4, "Adapting the
+    resolution") and restarts all schedules. Here, setting `lr_mult` restarts the schedules of the learning rate and of
+    the teacher's momentum. If `lr_mult` is None, the learning rate and the momentum stay near their final values. The
+    student then still learns, but little of what it learns reaches its moving average, which is the network that the
+    run's checkpoint contains.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -49,8 +50,8 @@ class LastPhase(BaseModel):
 class TrainConfig(BaseModel):
     """The settings of one training run.
 
-    The defaults come from DINOv2's short recipe, except those for sizes, drop path and centering, and those of settings
-    that DINOv2 does not have.
+    The defaults come from DINOv2's short recipe. The exceptions are the model, the batch and crop sizes, drop path,
+    centering, and the settings that DINOv2 does not have.
 
     Raises:
         pydantic.ValidationError: a key is unknown or a value is out of range. The error is a ValueError.
@@ -145,16 +146,17 @@ class TrainConfig(BaseModel):
         True, description="true: KoLeo searches neighbours on all ranks; false: on each rank alone, as in Meta's code"
     )
     ibot_patches: Literal["masked", "all"] = Field(
-        "masked", description="all: iBOT uses every patch of both global crops, and no patch is masked, to distil"
+        "masked",
+        description="all: for distillation, iBOT uses every patch of both global crops, and no patch is masked",
     )
     mask_ratio: Range = (0.1, 0.5)
     mask_probability: float = Field(0.5, ge=0, le=1)
 
     # optimisation
     epochs: float = Field(100, gt=0, le=1e6)
-    batch_size: int = Field(64, ge=2, description="images of one update, on all ranks and in all micro-batches")
+    batch_size: int = Field(64, ge=2, description="images in one step, over all ranks and micro-batches")
     micro_batch: int | None = Field(
-        None, ge=1, description="images of one forward pass on one rank; None: all images of the rank"
+        None, ge=1, description="images in one forward pass on one rank; None: all of the rank's images"
     )
     optimizer: Literal["adamw", "sgd_normalized"] = Field(
         "adamw", description="sgd_normalized: momentum over unit-norm gradients, for very large batches"
@@ -190,10 +192,12 @@ class TrainConfig(BaseModel):
     wandb: str | None = Field(None, description="Weights & Biases project; None: no logging there")
     on_collapse: Action = Field("stop", description="stop, rollback (and lower the learning rates) or warn")
     on_not_finite: Literal["stop", "rollback"] = Field("rollback", description="stop, or rollback (and skip that step)")
-    on_knn: Action = Field("stop", description="as `on_collapse`, if k-NN falls by more than `knn_margin`")
-    sentinel_lines: int = Field(5, ge=1, description="bad lines of metrics.jsonl in a row that count as a collapse")
+    on_knn: Action = Field("stop", description="as `on_collapse`, if the k-NN accuracy falls by more than `knn_margin`")
+    sentinel_lines: int = Field(5, ge=1, description="consecutive bad lines in metrics.jsonl that count as a collapse")
     rollback_lr_factor: float = Field(0.5, gt=0, le=1, description="factor on the learning rates after a rollback")
-    knn_margin: float = Field(5.0, gt=0, description="accepted fall of k-NN below its best, in percentage points")
+    knn_margin: float = Field(
+        5.0, gt=0, description="accepted fall of the k-NN accuracy below its best, in percentage points"
+    )
     min_rankme_share: float = Field(
         0.05, ge=0, le=1, description="lowest accepted effective rank of class tokens, as a share of the largest"
     )
@@ -241,7 +245,7 @@ class TrainConfig(BaseModel):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """Return the weight of each loss by the loss's name: `dino`, `ibot` and `koleo`."""
+        """Return the weights of the losses, keyed by the name of the loss: `dino`, `ibot` and `koleo`."""
         return {name: getattr(self, f"{name}_weight") for name in loss_names()}
 
     @property
@@ -299,7 +303,7 @@ def load_config(recipe: str, data: str | Path, out: Path, overrides: list[str] |
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
-    """Parse settings of the form `key=value`, and return the values by key. A value that is not TOML is kept as text.
+    """Parse settings of the form `key=value` into a dictionary. A value that is not TOML is stored as text.
 
     Raises:
         ValueError: an override has no `=`.

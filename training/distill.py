@@ -1,11 +1,11 @@
 """The teacher for distillation: a larger, frozen network that gives the student its targets.
 
 DINOv2's small models learn from the frozen ViT-g with the ordinary losses (arXiv 2304.07193, section 5). These losses
-need the teacher's heads. The saved states of this project's runs contain heads, but Meta did not publish the heads of
-its released weights. A teacher without heads uses some of its own features as prototypes, which it computes from
-crops of training images. The prototypes are K class tokens for DINO's loss and K patch tokens for iBOT's loss, all
-centred and scaled to unit length. The teacher's logits are the cosines between a centred token and the prototypes. The
-student therefore learns the similarities that the teacher computes between an image and K other crops.
+need the teacher's heads. The saved states of this project's runs contain heads, but Meta published its backbones
+without heads. A teacher without heads uses some of its own features as prototypes. The prototypes are K class tokens
+for DINO's loss and K patch tokens for iBOT's loss. They are computed from crops of training images, then centred and
+scaled to unit length. The teacher's logits are the cosines between a centred token and the prototypes. The student
+therefore learns the similarities that the teacher computes between an image and K other crops.
 
 Legend: b images of a micro-batch, D width of the teacher, K prototypes.
 """
@@ -35,8 +35,8 @@ from training.student_teacher import Network, Output
 class PrototypeTeacher(nn.Module):
     """A frozen backbone that serves as a teacher without heads. Its prototypes are some of its own features.
 
-    `choose` must set the prototypes before the first call. The module is called like a `Network`, and also returns
-    an `Output`.
+    `choose` must set the prototypes before the first forward pass. The inputs and the outputs are the same as for a
+    `Network`.
     """
 
     def __init__(self, backbone: DinoVisionTransformer, n_prototypes: int) -> None:
@@ -61,14 +61,15 @@ class PrototypeTeacher(nn.Module):
 
     @torch.no_grad()
     def choose(self, steps: Iterable[Sequence[Crops]], world: World) -> None:
-        """Set the prototypes to features of the first training steps' global crops. All ranks get the same prototypes.
+        """Make prototypes from the global crops of the first training steps. All ranks get the same prototypes.
 
         The prototypes are ordered by step, view and position in the step's batch. A resumed run therefore has the same
         prototypes in the same order, even if the size of micro-batches or the number of ranks changes, and the
         student's heads still match them.
 
         Args:
-            steps: for each step, this rank's micro-batches. Steps are read only until there are enough features.
+            steps: for each step, this rank's micro-batches. Reading stops after the step that provides the last
+                prototype.
             world: this process's rank and the number of ranks.
 
         Raises:
@@ -108,10 +109,10 @@ class PrototypeTeacher(nn.Module):
 
 
 def load_teacher(config: TrainConfig) -> Network | PrototypeTeacher:
-    """Load the teacher for distillation, which `config.teacher` names, on the CPU.
+    """Load the teacher for distillation onto the CPU.
 
-    The setting is the folder of a training run, whose saved states contain heads, or it names a backbone without heads:
-    an artifact's folder, a weight file or a published model.
+    The setting `config.teacher` names the teacher. It is the folder of a training run, whose saved states contain
+    heads, or a backbone without heads: an artifact's folder, a weight file or the name of a published model.
 
     Raises:
         ValueError: the teacher does not exist, or its patch size or its heads' number of prototypes differs from the
@@ -178,9 +179,10 @@ def check_same_teacher(config: TrainConfig, theirs: str | None, mine: str | None
 
 
 def _config_of(path: Path, model: str) -> ViTConfig:
-    """Return the configuration of the network at `path`: an artifact's folder, a weight file or a published model.
+    """Return the configuration of the network at `path`.
 
-    `model` is the name of the network in a weight file that does not contain the configuration.
+    `path` is an artifact's folder, a weight file or the name of a published model. `model` names the network if the
+    file does not contain the configuration.
     """
     if path.is_dir():
         return read_manifest(path).config
@@ -192,7 +194,7 @@ def _config_of(path: Path, model: str) -> ViTConfig:
 def _of_run(path: Path, config: TrainConfig) -> Network:
     """Load the teacher from the folder `path` of another training run.
 
-    The teacher is the moving average of that run's student, with heads, in the newest complete state.
+    The teacher is the moving average of that run's student, including its heads, from the newest complete state.
 
     Raises:
         ValueError: the folder has no complete state, or the number of prototypes or the patch size differs from

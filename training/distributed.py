@@ -1,13 +1,14 @@
 """Train one run with several processes. Only this file uses torch.distributed and torchrun's environment variables.
 
 `torchrun --nproc-per-node N -m training ...` starts N processes, which are called ranks. In every step each rank
-processes a share of the batch. The losses need data from other ranks and get it through functions of this file: a
-log-sum-exp over all ranks (for Sinkhorn-Knopp), a sum (for the moving centre and batch normalisation) and gathered rows
-(for KoLeo). With a single process, these functions return their input, and no process group is created.
+processes a share of the batch. The losses need data from other ranks and get it through functions in this file: one
+computes a log-sum-exp over all ranks (for Sinkhorn-Knopp), one a sum (for the moving centre and batch normalisation),
+and one gathers rows (for KoLeo). With a single process, these functions return their input, and no process group is
+created.
 
-Weights are stored in one of two ways. With DDP every rank has a full copy of the network. DDP is faster, and the full
-copies of ViT-S, B and L fit into memory. With FSDP2 (`fully_shard`) each rank has a slice of the weights, gradients and
-optimizer state, and fetches the weights of a block when it computes the block.
+Weights are stored in one of two ways. With DDP every rank has a full copy of the network. DDP is faster, and a full
+copy of ViT-S, B or L fits into memory. With FSDP2 (`fully_shard`) each rank has a slice of the weights,
+gradients and optimizer state, and fetches the weights of a block when it computes the block.
 """
 
 import os
@@ -55,7 +56,7 @@ def join(device: str) -> Iterator[World]:
     torchrun started. Without torchrun, this process is the run's only rank.
 
     Args:
-        device: `auto` (cuda if there is a GPU, otherwise cpu), `cpu`, `cuda` or, for a single rank, `cuda:N`. If
+        device: `auto` (`cuda` if there is a GPU, otherwise `cpu`), `cpu`, `cuda` or, for a single rank, `cuda:N`. If
             several ranks use GPUs, each rank gets its own GPU.
 
     Raises:
@@ -95,7 +96,7 @@ def wait_for_all(world: World) -> None:
 
 
 def agree(world: World, value: bool) -> bool:
-    """Return on all ranks whether `value` is True on at least one rank."""
+    """Return whether `value` is True on at least one rank. The result is the same on all ranks."""
     if world.size == 1:
         return value
     flag = torch.tensor(int(value))
@@ -104,7 +105,7 @@ def agree(world: World, value: bool) -> bool:
 
 
 def from_main(world: World, value: T) -> T:
-    """Return the `value` of rank 0 on every rank. The value is sent as a pickle between the processes of the run."""
+    """Return rank 0's `value` on every rank. The value is sent between the processes as a pickle."""
     if world.size == 1:
         return value
     box = [value]
@@ -113,7 +114,7 @@ def from_main(world: World, value: T) -> T:
 
 
 def from_all(world: World, values: Sequence[T]) -> list[T]:
-    """Return the values of all ranks on every rank, as one list in rank order. The values are sent as pickles."""
+    """On every rank, return one list with the values of all ranks, in rank order. The values are sent as pickles."""
     if world.size == 1:
         return list(values)
     boxes: list[list[T]] = [[] for _ in range(world.size)]
@@ -153,9 +154,9 @@ def logsumexp_over_ranks(world: World) -> Callable[[Tensor], Tensor]:
 
 
 class _GatherRows(torch.autograd.Function):
-    """An autograd function that gathers the rows of all ranks.
+    """An autograd function that gathers rows from all ranks.
 
-    In the backward pass each rank gets the gradients of its own rows, summed over the ranks.
+    In the backward pass, each rank gets the gradients for its own rows, summed over the ranks.
     """
 
     @staticmethod
@@ -175,7 +176,8 @@ class _GatherRows(torch.autograd.Function):
 def gather_rows(world: World, x: Tensor) -> Tensor:
     """Gather the rows of `x` [n, D] from all ranks, and return them in rank order, [ranks * n, D].
 
-    In the backward pass, the gradients of a row are summed over the ranks and go to the rank that the row came from.
+    In the backward pass, the gradients for each row are summed over the ranks and returned to the rank that the row
+    came from.
     """
     return x if world.size == 1 else _GatherRows.apply(x)  # type: ignore[no-untyped-call]
 
@@ -203,9 +205,10 @@ def shard(
 ) -> None:
     """Shard a network in place with FSDP2, so that each rank has a slice of its weights.
 
-    Each of `blocks` is sharded as a unit of its own, and the rest of the network as another unit. Gradients are
-    averaged in float32. The weights of a block are sent between ranks in `compute_dtype`. If `trains` is True, the
-    weights outside the blocks stay gathered after the forward pass, because the backward pass starts with the heads.
+    Each of `blocks` is sharded separately, and the rest of the network is sharded as one unit. Gradients are averaged
+    in float32. The weights of a block are sent between ranks in `compute_dtype`. Set `trains` to True if the network
+    trains. The weights outside the blocks then stay gathered after the forward pass, because the backward pass needs
+    the heads first.
     """
     # FSDP2 warns that the outputs are views, but no code writes into them.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -232,7 +235,7 @@ def replicate(network: nn.Module, world: World) -> nn.Module:
 
 @contextmanager
 def gradients_stay_local(network: nn.Module, when: bool) -> Iterator[None]:
-    """If `when` is True, let gradients accumulate on this rank inside the block, without averaging over the ranks.
+    """If `when` is True, gradients accumulate on this rank inside the block and are not averaged over the ranks.
 
     The training loop does this for all micro-batches of a step except the last. The backward pass of the last
     micro-batch then averages the accumulated gradients. If `when` is False, this context has no effect.

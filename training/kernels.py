@@ -9,7 +9,7 @@ This module uses the following formulas instead, where x are the logits and p th
 
 The backward pass therefore needs only the logits, the targets and two numbers per row. On a GPU, the forward and the
 backward pass are one Triton kernel each (`triton_cross_entropy.py`). On other devices, torch computes both passes in
-pieces that fit into the cache (benchmarks/cross_entropy.py). The tests compare both implementations with the
+chunks of rows that fit into the cache (benchmarks/cross_entropy.py). The tests compare both implementations with the
 definition, `plain_cross_entropy`.
 
 Targets can also be given as the teacher's logits and two vectors (`TeacherTargets`). The Triton kernels then compute
@@ -78,7 +78,7 @@ def torch_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets
 
 
 def chunk_elements(device: torch.device) -> int:
-    """Return how many array elements to process at a time, so that they fit into a CPU core's cache or GPU memory."""
+    """Return the number of array elements to process at a time, such that they fit into CPU cache or GPU memory."""
     return 1 << 19 if device.type == "cpu" else 1 << 27
 
 

@@ -1,10 +1,10 @@
 """DINOv2's three losses and the three ways to turn teacher logits into targets.
 
 DINO (arXiv 2104.14294) makes crops of one image agree on a soft assignment to K prototypes. iBOT (arXiv 2111.07832)
-does the same for each masked patch. KoLeo (arXiv 1806.03198) pushes the embeddings of a batch apart. The losses are
+does the same for each masked patch. KoLeo (arXiv 1806.03198) pushes the embeddings in a batch apart. The losses are
 defined as in facebookresearch/dinov2, `dinov2/loss/`, but two details of the computation differ. All losses are
-computed in float32, whatever the network's precision. Sinkhorn-Knopp uses logarithms where the range requires them,
-because `exp(logit / 0.04)` overflows float32 if a logit is larger than about 3.5.
+computed in float32, regardless of the network's precision. Sinkhorn-Knopp uses logarithms in its first round, because
+`exp(logit / 0.04)` overflows float32 if a logit is larger than about 3.5.
 
 A batch may be a list of micro-batches and may be spread over ranks. Operations over ranks are passed in as callables,
 so this module does not depend on how ranks communicate. Every rank must call these operations the same number of times,
@@ -207,13 +207,13 @@ def batch_norm_center(
 def batch_norm_center(
     logits: Tensor | Sequence[Tensor], temp: float, *, sum_over_ranks: OverRanks | None = None
 ) -> Tensor | list[Tensor]:
-    """Compute teacher targets by batch normalisation of the teacher's logits, instead of with a moving centre.
+    """Compute teacher targets by batch normalisation of the teacher's logits, which replaces the moving centre.
 
     The logits of each prototype are normalised to mean 0 and variance 1 over the batch, as in arXiv 1502.03167 (with
     the biased variance), but without a learned scale and shift. The DINO papers do not define this method. Here all
     logits are also multiplied by the square root of the variance averaged over the prototypes, so that the temperature
     has the same effect as with Sinkhorn-Knopp and the moving centre. `LEAST_VARIANCE` times this average is added to
-    each variance. Without this, logits of a prototype that hardly vary would be amplified. A fixed constant would not
+    each variance. Without this, logits that hardly vary over the batch would be amplified. A fixed constant would not
     work, because the scale of the logits is not known in advance.
 
     Args:
@@ -237,10 +237,10 @@ def batch_norm_center(
 
 
 def _batch_mean(batches: Sequence[Tensor], total: OverRanks) -> tuple[Tensor, Tensor]:
-    """Compute the mean of all rows [K] of all micro-batches [..., K] on all ranks.
+    """Compute the mean of the rows [K] in all micro-batches [..., K] on all ranks.
 
     Returns:
-        two values: the mean, float32 [1, K] (0 if there are no rows), and the number of rows, a scalar tensor.
+        two values: the mean, float32 [1, K] (0 if there are no rows), and the number of rows as a scalar tensor.
     """
     rows = [batch.flatten(0, -2).float() for batch in batches]
     count = rows[0].new_full((1,), sum(map(len, rows)))
@@ -305,16 +305,16 @@ def ibot_loss(
 
 
 def koleo_loss(x: Tensor, pool: Tensor | None = None, offset: int = 0) -> Tensor:
-    """Compute KoLeo's loss: minus the mean log distance between each row of `x` and its nearest other row.
+    """Compute KoLeo's loss: the negative mean log distance between each row of `x` and its nearest other row.
 
     Rows are L2-normalised first. All computations are in float32, because in half precision the log distance between
     near-duplicates is infinite.
 
     Args:
         x: embeddings [B, D].
-        pool: the rows [n, D] among which to search for the nearest row. The default is `x`. To search all ranks, pass
-            the rows of all ranks, gathered so that gradients flow back to them. If all ranks have the same number of
-            rows, averaging the loss and its gradients over the ranks then gives the loss and gradients for all rows.
+        pool: the rows [n, D] among which the nearest row is searched. The default is `x`. To search all ranks, pass the
+            rows gathered from all ranks, with gradients that flow back to the ranks. If all ranks have the same number
+            of rows, the loss and its gradients, averaged over the ranks, are those for all rows.
         offset: the position of `x` in the pool: row i of `x` is row offset + i of the pool. A row is not its own
             nearest row.
 

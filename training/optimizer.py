@@ -1,4 +1,4 @@
-"""Optimizers with DINOv2's parameter groups, gradient clipping per sub-module, and updates that skip non-finite steps.
+"""Optimizers with DINOv2's parameter groups, gradient clipping per sub-module, and skipping of non-finite updates.
 
 The groups follow facebookresearch/dinov2, `dinov2/utils/param_groups.py`. The learning rate of each block is
 `layer_decay` times that of the block after it, and that of the patch embedding is multiplied by a further factor.
@@ -7,8 +7,8 @@ lengths of the prototypes have weight decay. The prototypes are frozen at the st
 whole backbone can be frozen at the start too, so that new heads on a trained backbone learn first.
 
 Each parameter group stores multipliers, from which `set_schedule` computes the group's learning rate and weight decay
-for a step. No function in this file makes the host wait for a GPU, because the gradient norms, and the flag that says
-whether they are finite, stay on the device as tensors.
+for a step. No function in this file makes the host wait for a GPU. The gradient norms stay on the device as tensors,
+and so does the flag that says whether they are finite.
 """
 
 from collections.abc import Sequence
@@ -57,8 +57,8 @@ def make_optimizer(
         network: the student.
         layer_decay: the learning rate of each block is `layer_decay` times that of the block after it.
         patch_embed_lr_mult: a further factor on the learning rate of the patch embedding.
-        betas: the decay rates of two running averages, that of the gradients and that of their squares. Only AdamW uses
-            the second.
+        betas: the decay rates of the running averages of the gradients and of the squared gradients. Only AdamW uses
+            the second rate.
         kind: `adamw`, or `sgd_normalized` (see `NormalizedSGD`) for very large batches.
 
     Raises:
@@ -87,7 +87,7 @@ def make_optimizer(
 def set_schedule(optimizer: torch.optim.Optimizer, lr: dict[Part, float], weight_decay: float) -> None:
     """Set the learning rate and the weight decay of every parameter group for one step.
 
-    `lr` contains the learning rates of the network's parts by name: `backbone`, `head` and `last_layer`.
+    `lr` maps each part of the network (`backbone`, `head` and `last_layer`) to its learning rate.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr[group["part"]] * group["lr_mult"]
@@ -99,8 +99,8 @@ def clip_gradients(network: nn.Module, max_norm: float) -> dict[str, Tensor]:
     """Clip the gradient of each sub-module of `network` separately, so that its L2 norm is at most `max_norm`.
 
     Returns:
-        the norms before clipping by sub-module name, as scalars on the network's device. If gradients are sharded, a
-        norm covers the slices on all ranks.
+        a dictionary that maps each sub-module's name to the norm of its gradient before clipping. The norms are scalars
+        on the network's device. If gradients are sharded, a norm covers the slices on all ranks.
     """
     norms = {}
     for name, module in network.named_children():
@@ -113,7 +113,7 @@ def clip_gradients(network: nn.Module, max_norm: float) -> dict[str, Tensor]:
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Compute the total L2 norm of the gradients of `parameters`, as a scalar. It is 0 if there are no gradients.
+    """Compute the L2 norm of all gradients of `parameters`, as one scalar. It is 0 if there are no gradients.
 
     If gradients are sharded, the norm covers the slices on all ranks.
     """

@@ -32,7 +32,7 @@ GALLERY = 128  # images that are searched for a sheet's neighbours
 
 @dataclass(frozen=True)
 class Release:
-    """The settings with which a run evaluates, describes and releases its backbone."""
+    """The settings with which a run evaluates its backbone, draws image sheets and writes checkpoints."""
 
     vit: ViTConfig
     eval_spec: PreprocessSpec

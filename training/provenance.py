@@ -29,7 +29,7 @@ def code_revision() -> str:
 
 
 def initial_digest(init: str) -> dict[str, str]:
-    """Return the name of the weights `init` that a run started from and, if they are on disk, the sha256 of their file.
+    """Return the name of a run's initial weights `init` and, if they are on disk, the sha256 of the file.
 
     The name does not include the folder, because the path may be private.
     """
@@ -43,8 +43,8 @@ def initial_digest(init: str) -> dict[str, str]:
 def provenance(config: TrainConfig, data_sha256: str, n_photos: int, hardware: str) -> dict[str, Any]:
     """Return the metadata of a run's checkpoints.
 
-    When a checkpoint is exported, the entries `name` and `preprocess` are the artifact's defaults. The training loop
-    adds the entry `steps` and, at the end of the run, `knn` and `whitened`.
+    When a checkpoint is exported, the entries `name` and `preprocess` become the defaults for the artifact. The
+    training loop adds the entry `steps` and, at the end of the run, `knn` and `whitened`.
 
     Args:
         config: the run's settings.

@@ -1,4 +1,4 @@
-"""The objects of a training run, and the actions of the training loop: log a line, evaluate, save, roll back, release.
+"""The objects of a training run, and the actions of the training loop: log a line, evaluate, save, roll back, finish.
 
 Sentinels are checks that detect a failing run (training/watch/sentinels.py). Every rank must call each action. Only
 rank 0 writes files and asks the sentinels for decisions.
@@ -37,7 +37,7 @@ WHITENING_PHOTOS = 10_000  # enough images for the covariance of the widest mode
 
 
 class RunStopped(RuntimeError):
-    """An error that ends a training run, usually because a sentinel found a failure. The message states why."""
+    """An error that ends a training run, usually because a check found a failure. The message states why."""
 
 
 class Interrupted(RuntimeError):
@@ -153,17 +153,17 @@ def watched(run: Run, terms: dict[str, Tensor]) -> dict[str, Tensor]:
 def find_not_finite(run: Run) -> Verdict | None:
     """Check whether the loss and the gradient norms of all steps since the last call were finite (see `watched`).
 
-    If one was not finite, rank 0 stores its first micro-batch of the first such step for inspection. Gradients that are
-    not finite have not changed the student (training/step.py).
+    If a value was not finite, rank 0 stores its first micro-batch of the first step with such a value for inspection.
+    Gradients that are not finite have not changed the student (training/step.py).
 
     Returns:
-        the sentinels' verdict, or None if all values were finite.
+        the verdict of the sentinels (the checks for a failing run), or None if all values were finite.
     """
     first = int(min_over_ranks(run.world, run.not_finite.step))
     if first == NEVER:
         return None
     noted = run.not_finite.read()
-    figures = noted[1] if noted else {}  # empty if only another rank has a figure that is not finite
+    figures = noted[1] if noted else {}  # empty if only another rank has a metric that is not finite
     batch = run.data.loader.batch(first - 1)
     path = None
     if run.world.is_main:
@@ -177,7 +177,7 @@ def find_not_finite(run: Run) -> Verdict | None:
 
 
 def log_line(run: Run, step: int, terms: dict[str, Tensor], cls_tokens: Tensor) -> Verdict | None:
-    """Write a line to metrics.jsonl, and return the sentinels' verdict on it, or None if they find no collapse."""
+    """Write a line to metrics.jsonl, and check for collapse. Return a verdict, or None if no collapse is found."""
     means = mean_over_ranks(run.world, torch.stack([value.float() for value in terms.values()]))
     figures: dict[str, Any] = dict(zip(terms, means.tolist(), strict=True))
     figures["dino_over_ln_k"] = figures["dino"] / math.log(run.sentinels.limits.n_prototypes)
@@ -194,10 +194,10 @@ def log_line(run: Run, step: int, terms: dict[str, Tensor], cls_tokens: Tensor) 
 
 
 def evaluate(run: Run, step: int) -> Verdict | None:
-    """Compute the k-NN accuracy on the held-out images, and return the sentinels' verdict on it.
+    """Compute the k-NN accuracy on the held-out images, and check whether it has fallen.
 
-    Return None if the sentinels have nothing to report, if k-NN is not possible, or if no evaluations during the run
-    are configured.
+    Return the verdict of this check. Return None if the check has nothing to report, if k-NN is not possible, or if no
+    evaluations during the run are configured.
     """
     if not run.every.evaluate:
         return None
@@ -214,9 +214,10 @@ def evaluate(run: Run, step: int) -> Verdict | None:
 
 
 def decide(run: Run, ask: Callable[[], Verdict | None]) -> Verdict | None:
-    """Call `ask` on rank 0, and return its verdict on all ranks. Copy the state of rank 0's sentinels to all ranks.
+    """Call `ask` on rank 0, and return the verdict on all ranks.
 
-    The metrics differ between ranks, so only rank 0 decides.
+    Also copy the state of rank 0's sentinels (the checks for a failing run) to all ranks. The metrics differ between
+    ranks, so only rank 0 decides.
     """
     verdict = ask() if run.world.is_main else None
     verdict, state = from_main(run.world, (verdict, run.sentinels.state_dict()))
@@ -225,7 +226,7 @@ def decide(run: Run, ask: Callable[[], Verdict | None]) -> Verdict | None:
 
 
 def obey(run: Run, step: int, verdict: Verdict | None) -> Verdict | None:
-    """Report the sentinels' verdict to the user, if there is one.
+    """Report a verdict of the sentinels (the checks for a failing run) to the user, if there is one.
 
     Return the verdict if its action is a rollback, and None otherwise.
 
@@ -241,7 +242,7 @@ def obey(run: Run, step: int, verdict: Verdict | None) -> Verdict | None:
 
 
 def roll_back(run: Run, verdict: Verdict) -> int:
-    """Load the newest complete state that is not later than step `verdict.back_to`, and return the step of this state.
+    """Load the newest complete state from step `verdict.back_to` or earlier, and return the step of this state.
 
     Later states are removed. If the loaded state is later than step 0, the run's checkpoint is overwritten to match it.
 
@@ -256,7 +257,7 @@ def roll_back(run: Run, verdict: Verdict) -> int:
     run.sentinels.forget_after(saved.memory["sentinels"], verdict.kind)
     if run.world.is_main:
         drop_states(run.out, saved.step)
-        remember(saved, memory_of(run))  # store the present state of the sentinels
+        remember(saved, memory_of(run))  # store the current state of the sentinels
     if saved.step:
         save_checkpoint(run, run.out / CHECKPOINT, saved.step)
     run.monitor.rewind(saved.step)
@@ -301,7 +302,8 @@ def save(run: Run, step: int) -> Saved | None:
 def memory_of(run: Run) -> dict[str, Any]:
     """Return the values that a saved state contains in addition to tensors, as JSON types.
 
-    They are the digests of the training images and of the teacher, and the state of the sentinels.
+    They are the digests of the training images and of the teacher, and the state of the sentinels (the checks for a
+    failing run).
     """
     return {"data": run.data.digest, "teacher": run.teacher_digest, "sentinels": run.sentinels.state_dict()}
 
@@ -314,7 +316,10 @@ def save_checkpoint(run: Run, path: Path, step: int) -> None:
 
 
 def draw_sheet(run: Run, step: int) -> None:
-    """Write the image sheet of step N to `sheets/step_N.png`. The features come from the student's moving average."""
+    """Draw an image sheet, and write it to `sheets/step_N.png` for step N.
+
+    The sheet shows a few training images, their crops, and what the student's moving average computes from them.
+    """
     backbone = released_backbone(run.release.vit, run.world, run.setup.parts)
     if run.world.is_main:
         write_sheet(sheet_path(run, step), backbone, run.data, run.crops, run.release, step, run.total)

@@ -47,8 +47,8 @@ def attention_kernel(device: torch.device, dtype: torch.dtype) -> AbstractContex
     """Return a context that selects the attention kernel for training.
 
     For bf16 on a CPU it selects plain matrix products. Otherwise it leaves the choice to torch. With bf16 on a CPU and
-    small crops of 10 to 65 tokens, the backward pass of the fused kernel takes a quarter of a step's time, and that of
-    plain matrix products takes only a third as long. In float32 the fused kernel is faster at every size
+    small crops of 10 to 65 tokens, the backward pass of the fused kernel takes a quarter of a step's time. The backward
+    pass of plain matrix products takes only a third of that time. In float32 the fused kernel is faster at every size
     (docs/decisions/0010-training-on-a-cpu.md).
     """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" and dtype == torch.bfloat16 else nullcontext()
@@ -60,7 +60,7 @@ def initial_weights(init: str, model: str, config: ViTConfig) -> dict[str, Tenso
     Args:
         init: an artifact's folder, a checkpoint (of this project, or in a format that `model.checkpoint` reads), or the
             name of published weights, which are downloaded once.
-        model: the name of the run's network on torch hub. It is used for files that do not name their network.
+        model: the name of the run's network on torch hub. It is used if the file does not name its network.
         config: the configuration of the run's network.
 
     Raises:

@@ -6,9 +6,9 @@ only on (seed, step, sample) (`training/randomness.py`).
 
 The newest states are stored in the folder `states/` inside the run's folder. Each state consists of a file of tensors
 (such as `000001200.pt`) and a small JSON file, which is written last and contains the digest of the tensor file. If the
-JSON file is missing or the digest differs, the state is incomplete, and the previous state is used. Tensors are saved
-in full even if each rank has only a slice of them, so a run can resume with another number of ranks. States are loaded
-with `weights_only`, so a state file cannot run code.
+JSON file is missing or the digest differs, the state is incomplete, and the run uses the previous state. Tensors are
+saved in full even if each rank has only a slice of them, so a run can resume with another number of ranks. States are
+loaded with `weights_only`, so a state file cannot run code.
 
 Only one run at a time may write to a run's folder (`alone_in`), because two runs would delete each other's states.
 """
@@ -74,10 +74,10 @@ def comparable(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Gather tensors on the CPU, and return them by name, or return an empty dictionary if `keep` is False.
+    """Gather tensors that may be sharded, and return them on the CPU, keyed by name.
 
-    Sharded tensors are gathered one at a time to save memory. All ranks must call this function, because each
-    contributes its slices.
+    If `keep` is False, the result is empty. Tensors are gathered one at a time to save memory. All ranks must call this
+    function, because each contributes its slices.
     """
     copies = {}
     for name, tensor in tensors.items():
@@ -126,10 +126,10 @@ def save_state(
         settings: the run's settings. Those that must not change (see `comparable`) are stored in the state.
         memory: values to store in addition to tensors, as JSON types: the digests of the images and of the teacher, and
             the state of the sentinels (checks that detect a failing run).
-        keep: how many of the newest states to keep.
+        keep: the number of newest states to keep.
         world: the rank of this process and the number of ranks.
-        needed: steps that the run may have to roll back to. For each of these steps, the newest state that is not later
-            than the step is kept too.
+        needed: steps that the run may have to roll back to. For each of them, the newest state from that step or
+            earlier is kept too.
 
     Raises:
         OSError: the state cannot be written. Earlier states are unchanged.
@@ -185,8 +185,8 @@ def _drop(note: Path) -> None:
 def _prune(folder: Path, step: int, keep: int, needed: Sequence[int]) -> None:
     """Delete the states that are neither among the newest `keep` states nor needed for a rollback.
 
-    For each step in `needed`, the newest state that is not later than the step is kept. `step` is the step of the state
-    that was just written.
+    For each step in `needed`, the newest state from that step or earlier is kept. `step` is the step of the state that
+    was just written.
     """
     notes = _notes(folder)
     stay = set(notes[:keep])
@@ -220,8 +220,8 @@ def find_state(out: Path, at_most: int | None = None) -> tuple[Saved | None, lis
         at_most: the latest step to consider. By default the states of all steps are considered.
 
     Returns:
-        two values: the state, or None if no state is complete, and a list with a message for each damaged state that is
-        newer.
+        two values: the newest complete state (None if there is none), and a list of messages about newer states,
+        all of which are damaged.
     """
     broken: list[str] = []
     for note in _notes(out / FOLDER):
@@ -332,7 +332,7 @@ def check_same_settings(saved: Saved, settings: dict[str, Any]) -> None:
 def load_state(saved: Saved, parts: Parts) -> None:
     """Load a saved state into the networks, the optimizer and the buffers of `parts`.
 
-    The number of ranks may differ from the number when the state was saved.
+    The number of ranks may differ from the number of ranks that saved the state.
     """
     state = torch.load(saved.path, map_location="cpu", weights_only=True, mmap=True)
     for network, name in ((parts.student, "student"), (parts.ema, "ema")):

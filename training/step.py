@@ -1,7 +1,7 @@
 """Compute one training step: the teacher's targets, the student's losses, and an update of both networks.
 
-`TERMS` lists the losses. To add a loss, write its definition in `losses.py`, an entry in `TERMS` and a setting
-`NAME_weight` in `config.py`.
+`TERMS` lists the losses. To add a loss, add its definition to `losses.py`, an entry to `TERMS` and a setting
+`NAME_weight` to `config.py`.
 
 Legend: B images per step on this rank, b of them in a micro-batch, V local views, N patches of a global crop, K
 prototypes, M masked patches, D width of the student.
@@ -45,7 +45,7 @@ SCALE_GROWS_AFTER = 2000  # finite steps in a row
 class StepSettings:
     """The settings of a training step.
 
-    A loss with weight 0 is not computed, and is reported as 0. DINO's loss is computed even if its weight is 0.
+    A loss with weight 0 is not computed and is reported as 0, except DINO's loss, which is always computed.
     """
 
     seed: int
@@ -69,7 +69,10 @@ class Setup:
 
 @dataclass(frozen=True)
 class Schedules:
-    """The schedules of a run: arrays with one value per step. A part's learning rate is 0 while the part is frozen."""
+    """The schedules of a run: arrays with one value per step.
+
+    `lr` has one schedule for each part of the network (see `Part`). The learning rate of a frozen part is 0.
+    """
 
     lr: dict[Part, Schedule]
     weight_decay: Schedule
@@ -81,9 +84,9 @@ class Schedules:
 class Targets:
     """The teacher's targets for one micro-batch of b images and K prototypes. Each row of targets sums to one.
 
-    `cls` [2, b, K] holds the targets for the class tokens of both global crops. `patches` [M, K] holds the targets for
-    the M patches that iBOT's loss uses. If that loss has weight 0, `patches` holds the teacher's logits instead, which
-    no loss uses.
+    `cls` [2, b, K] contains the targets for the class tokens of both global crops. `patches` [M, K] contains the
+    targets for the M patches that iBOT's loss uses. If that loss has weight 0, `patches` contains the teacher's logits
+    instead, which no loss uses.
     """
 
     cls: Tensor | TeacherTargets
@@ -108,15 +111,15 @@ def train_step(
         settings: the settings of the step.
         setup: the networks, the optimizer and the buffers, which are changed in place.
         schedules: the schedules of the run.
-        micros: the crops of this rank's images, in micro-batches of equal size.
+        micros: the crops of this rank's images, in micro-batches of the same size.
         step: the index into the schedules, from 0.
         lr_factor: a factor on all learning rates. A rollback lowers it.
         measure: whether to compute `teacher_entropy`, the mean entropy of the class tokens' targets. This requires
             another pass over the targets.
 
     Returns:
-        two values: metrics by name, and the student's class tokens [B, D] for the first view of this rank's B images.
-        The metrics are scalars on the device. The unweighted losses of `TERMS`, their weighted sum `loss`, and
+        two values: a dictionary of metrics, and the student's class tokens [B, D] for the first view of this rank's B
+        images. The metrics are scalars on the device. The unweighted losses of `TERMS`, their weighted sum `loss`, and
         `teacher_entropy` are averaged over this rank's micro-batches. The other metrics are the gradient norms before
         clipping and `finite` (1 or 0).
     """
@@ -140,7 +143,7 @@ def train_step(
 
 @torch.no_grad()
 def teacher_targets(settings: StepSettings, setup: Setup, micros: Sequence[Crops], temp: float) -> list[Targets]:
-    """Compute the teacher's targets for every micro-batch. All micro-batches of all ranks are centred as one batch."""
+    """Compute the teacher's targets for every micro-batch. All micro-batches on all ranks are centred as one batch."""
     outputs = [setup.parts.teacher(crops.globals_, None, None, crops.selected) for crops in micros]
     cls_logits = [torch.stack(output.global_logits.chunk(2)) for output in outputs]  # [2, b, K] each
     cls = _center(settings, setup, "dino", cls_logits, temp)
@@ -231,7 +234,7 @@ def koleo_term(micro: MicroBatch) -> Tensor:
 
 
 TERMS: dict[str, Callable[[MicroBatch], Tensor]] = {"dino": dino_term, "ibot": ibot_term, "koleo": koleo_term}
-"""The functions that compute the losses of a micro-batch without weights, by the names in metrics.jsonl."""
+"""The functions that compute the unweighted losses of a micro-batch, keyed by the losses' names in metrics.jsonl."""
 
 ALWAYS_COMPUTED = frozenset({"dino"})  # the value shows a collapse, even if the weight is 0
 
@@ -240,7 +243,7 @@ def losses(settings: StepSettings, setup: Setup, crops: Crops, targets: Targets)
     """Run the student on a micro-batch of b images, and compute the losses.
 
     Returns:
-        two values: the losses by name, and the student's class tokens [b, D] for the first view, without gradient.
+        two values: a dictionary of losses, and the student's class tokens [b, D] for the first view, without gradient.
     """
     output = setup.learner(crops.globals_, crops.locals_, crops.hidden, crops.selected)
     micro = MicroBatch(crops, output, targets, settings, setup.world)
@@ -260,9 +263,9 @@ def accumulate_gradients(
     The backward pass of the last micro-batch averages the gradients over the ranks.
 
     Returns:
-        two values: metrics by name, and the student's class tokens [B, D] for the first view of this rank's B images.
-        The metrics are the losses, their weighted sum `loss` and, if `measure` is True, `teacher_entropy`. Each is
-        averaged over the micro-batches.
+        two values: a dictionary of metrics, and the student's class tokens [B, D] for the first view of this rank's B
+        images. The metrics are the losses, their weighted sum `loss` and, if `measure` is True, `teacher_entropy`. Each
+        is averaged over the micro-batches.
     """
     weights, scale = settings.loss_weights, setup.parts.buffers.get("loss_scale")
     means: dict[str, Tensor] = {}
@@ -286,8 +289,8 @@ def update_student(parts: Parts, clip_grad: float) -> tuple[dict[str, Tensor], T
     """Clip the gradients, and update the student if all gradients are finite.
 
     Returns:
-        two values: the gradient norms before clipping by sub-module name, and a bool scalar tensor that is True if all
-        norms are finite.
+        two values: a dictionary that maps each sub-module's name to the norm of its gradient before clipping, and a
+        bool scalar tensor that is True if all norms are finite.
     """
     scale = parts.buffers.get("loss_scale")
     if scale is not None:

@@ -1,9 +1,10 @@
 """The student, its teacher, and the heads of both.
 
-The teacher is an exponential moving average (EMA) of the student. It computes the targets and gets no gradient, and its
-backbone is released at the end. A head maps a token to logits over K prototypes (arXiv 2104.14294). It consists of
-three linear layers that end in a bottleneck, L2 normalisation, and a last layer with weight normalisation. Its
-parameters have the same names as in Meta's code, `dinov2/layers/dino_head.py`.
+The teacher is an exponential moving average (EMA) of the student. It computes the targets and gets no gradient. At the
+end of a run, its backbone becomes the checkpoint. A head maps a token to logits over K prototypes (arXiv 2104.14294).
+A head has three linear layers, the last of which has a small output (the bottleneck). L2 normalisation and a final
+linear layer with weight normalisation follow. The parameters have the same names as in Meta's code,
+`dinov2/layers/dino_head.py`.
 
 Legend: D width of the backbone, K prototypes, n tokens, b images of a micro-batch, V local crops per image, N patches
 of a global crop, M selected patches, G and L sides of global and local crops.
@@ -103,8 +104,8 @@ class Network(nn.Module):
         Args:
             globals_: two global crops of each image, [2b, 3, G, G].
             locals_: V local crops of each image, [V*b, 3, L, L], or None. The teacher gets no local crops.
-            hidden: which patches are replaced with the mask token, bool [2b, N] for N patches per global crop, or None
-                if no patches are.
+            hidden: bool [2b, N] for N patches per global crop, True for patches that are replaced with the mask token.
+                If it is None, no patch is replaced.
             selected: the positions, among all 2b * N patches, of the M patches to compute logits for, int64 [M].
         """
         features = self.backbone.forward_features(globals_, hidden)

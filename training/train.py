@@ -2,9 +2,9 @@
 
 Each step follows facebookresearch/dinov2, `dinov2/train/ssl_meta_arch.py`. The teacher sees two large crops of each
 image and gives targets. The student sees the same two crops with some patches masked, and several small crops. Three
-losses train the student. DINO compares the student's class token of each crop with the teacher's class tokens of the
-other crops. iBOT compares the student's masked patches with the teacher's tokens of the same patches. KoLeo pushes the
-class tokens of a batch apart. The teacher is then updated as a moving average of the student.
+losses train the student. DINO compares the student's class token for each crop with the teacher's class tokens for the
+other crops. iBOT compares the student's tokens for masked patches with the teacher's tokens for the same patches. KoLeo
+pushes the class tokens in a batch apart. The teacher is then updated as a moving average of the student.
 
 All random choices of a step depend only on (seed, step, sample), so a resumed run continues as if it had not stopped,
 and two ranks see the same crops as a single rank. The host waits for the device only to log, evaluate or save.
@@ -68,9 +68,9 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
         the path of the checkpoint.
 
     Raises:
-        ValueError: there are no usable images, a setting does not match the machine or a file that it names, another
-            process trains in the folder `config.out`, or that folder contains a run that cannot be resumed (because it
-            has other settings, images or another teacher, or all its states are damaged).
+        ValueError: there are no usable images, a setting does not suit the machine or does not match the file that it
+            names, or another process trains in the folder `config.out`. It is also raised if that folder contains a run
+            that cannot be resumed, because its settings, images or teacher differ or all its states are damaged.
         OSError: the images cannot be reached, a file cannot be read, or the run's folder cannot be written.
         model.zoo.DownloadError: published weights cannot be downloaded.
         RunStopped: a check detected that the run is failing, for example a collapse.

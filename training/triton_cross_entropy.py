@@ -7,8 +7,8 @@ that it has read, and the sum s of exp(x - m). The lanes are therefore combined 
 costs only one exponential, e = exp(-|x - m|). If x > m, x is the new maximum, and s becomes s * e + 1. Otherwise s
 becomes s + e. In the backward pass, there is one program for each block of each row.
 
-Programs for all student views of an image have consecutive numbers, so that the targets of the image are read from
-memory once and then from the cache.
+The programs that use the same row of targets, one for each student view, have consecutive numbers. The row is therefore
+read from memory once and then from the cache.
 
 Legend: K prototypes, B rows of targets, T teacher views (their targets are summed), S student views, R = S * B rows of
 the student.
@@ -89,7 +89,7 @@ class _TritonCrossEntropy(torch.autograd.Function):
 def _rows(n_targets, n_students):
     """Return the index of the student row and the index of the target row that this program processes.
 
-    The programs for all student views with the same target row have consecutive numbers.
+    The programs that use the same target row, one for each student view, have consecutive numbers.
     """
     program = tl.program_id(0).to(tl.int64)  # row * k exceeds 2^31
     target_row = program // n_students

@@ -2,8 +2,8 @@
 
 After a short run, a few directions (such as brightness and the colour of the light) account for most of the class
 token's variance and dominate cosine similarity. Whitening corrects this without labels. It centres the class tokens and
-scales all principal directions to equal variance (used for retrieval by Jégou and Chum, ECCV 2012). A whitening matrix
-after the network would be an extra layer that DINOv2 does not have. Two facts make this layer unnecessary:
+scales all principal directions to the same variance (Jégou and Chum, ECCV 2012, use it for retrieval). A whitening
+matrix after the network would be an extra layer that DINOv2 does not have. Two facts make this layer unnecessary:
 
 - Without gain and bias, LayerNorm commutes with each rotation Q that leaves the vector of ones unchanged: LN(Q x) =
   Q LN(x). The whole residual stream can therefore be rotated by multiplying every weight that writes to it or reads
@@ -32,12 +32,12 @@ def whiten(model: DinoVisionTransformer, cls: Tensor, shrinkage: float) -> Tenso
 
     Args:
         model: any backbone. Its patch and register tokens change too, because they pass through the same last norm.
-        cls: the model's class tokens [n, D] for n images like those that it will be used on.
+        cls: the model's class tokens [n, D] for n images that resemble those on which the model will be used.
         shrinkage: the share of the mean variance that is added to the variance of each direction. With 0.01, directions
             with less than a hundredth of the mean variance, which are mostly noise, are not scaled to full variance.
 
     Returns:
-        the rotation Q, float64 [D, D]. The residual stream of the changed model is Q x where it was x before.
+        the rotation Q, float64 [D, D]. Where the residual stream was x, it is Q x in the changed model.
 
     Raises:
         ValueError: `shrinkage` is not above 0, `cls` has fewer than two rows, or a gain of the last norm is 0.
@@ -90,7 +90,7 @@ def rotate_residual_stream(model: DinoVisionTransformer, rotation: Tensor) -> No
 
 
 def _read(norm: nn.LayerNorm, layer: nn.Linear, rotation: Tensor) -> None:
-    """Move the gain and the bias of `norm` into the next layer, `layer`, and make `layer` undo its input's rotation."""
+    """Move the gain and the bias of `norm` into the next layer, `layer`, and adapt `layer` to its rotated input."""
     weight = layer.weight.double()
     layer.bias.copy_(layer.bias.double() + weight @ norm.bias.double())
     layer.weight.copy_((weight * norm.weight.double()) @ rotation.T)
@@ -99,7 +99,7 @@ def _read(norm: nn.LayerNorm, layer: nn.Linear, rotation: Tensor) -> None:
 
 
 def _write(layer: nn.Linear, scale: nn.Module, rotation: Tensor) -> None:
-    """Rotate the output of `layer`. If `scale`, which follows it, is a LayerScale, move its gain into `layer` first."""
+    """Rotate the output of `layer`. If the next module, `scale`, is a LayerScale, move its gain into `layer` first."""
     gain = layer.bias.new_ones(len(layer.bias), dtype=torch.float64)
     if isinstance(scale, LayerScale):
         gain = scale.gamma.double()

@@ -1,7 +1,7 @@
 """Make a run from its configuration.
 
-The other modules of the training loop do not receive the whole configuration, but plain values or small dataclasses of
-settings. The functions in this file make these dataclasses.
+The other modules of the training loop receive plain values or small dataclasses of settings instead of the whole
+configuration. The functions in this file make these dataclasses.
 """
 
 import functools
@@ -154,10 +154,10 @@ def step_settings(config: TrainConfig) -> StepSettings:
 def make_schedules(config: TrainConfig, total: int) -> Schedules:
     """Make the schedules of a run of `total` steps.
 
-    If the backbone is frozen at first, the warm-up of the heads takes at most half of the steps in which it is frozen,
-    so that the heads have learned something before the backbone starts to train. The backbone has its own warm-up,
-    which begins when it starts to train. If the last phase sets `lr_mult`, the schedules of the learning rate and of
-    the teacher's momentum run once more from the beginning in that phase, without a warm-up.
+    If the backbone is frozen at first, the warm-up of the heads lasts for at most half of the steps in which the
+    backbone is frozen, so that the heads have learned something before the backbone starts to train. The backbone has
+    its own warm-up, which begins when it starts to train. If the last phase sets `lr_mult`, the schedules of the
+    learning rate and of the teacher's momentum restart in that phase, without a warm-up.
     """
     peak, warmup = config.lr * math.sqrt(config.batch_size / 1024), int(config.warmup * total)
     frozen = int(config.freeze_backbone * total)
@@ -239,7 +239,7 @@ def make_monitor(
 
 
 def release_settings(config: TrainConfig, world: World, data: Data) -> Release:
-    """Return the settings with which the run evaluates, describes and releases its backbone."""
+    """Return the settings with which the run evaluates its backbone, draws image sheets and writes checkpoints."""
     hardware = f"{world.size} x " * (world.size > 1) + describe_device(world.device)
     return Release(
         vit=config.vit_config,

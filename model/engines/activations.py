@@ -1,4 +1,7 @@
-"""Measures the largest input of each linear layer on given images. Building an fp8 plan requires these values."""
+"""Measures the largest input of each linear layer on given images.
+
+These values are needed to build an fp8 TensorRT plan.
+"""
 
 import tempfile
 from pathlib import Path
@@ -15,12 +18,12 @@ from model.onnx_graph.nodes import FloatArray, Weights
 
 
 def measure_activations(weights: Weights, config: ViTConfig, pixels: FloatArray, *, batch: int = 4) -> dict[str, float]:
-    """Run a model on images, and return the largest absolute input of every linear layer, by layer name.
+    """Run a model on images, and return the largest absolute input of every linear layer, keyed by layer name.
 
     The model runs in float32 on ONNX Runtime's CPU provider.
 
     Args:
-        weights: the model's weights, by Meta's parameter names.
+        weights: the model's weights, keyed by Meta's parameter names.
         config: the model's configuration.
         pixels: normalised images [B, 3, H, W], similar to the images that will be served.
         batch: the number of images per forward pass.

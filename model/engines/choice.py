@@ -1,14 +1,14 @@
 """Chooses the engine that serves an artifact on this host.
 
-The user requests a specific engine, `auto` (the first engine in a fixed list that passes the parity check) or `fastest`
-(the fastest engine on this CPU). No engine serves before its results have been compared with a reference. On a serving
-host, the reference is ONNX Runtime's CPU engine in float32, which passed its own parity check at export. Every other
-engine runs the same few images as the reference when it is loaded, and is discarded if its results differ too much. All
-attempts are logged in order, with the reason, and reported at /v1/models.
+The user requests a specific engine, `auto` (the first engine in a fixed list that can serve) or `fastest` (the fastest
+engine on this CPU). On a serving host, the reference is ONNX Runtime's CPU engine in float32, whose features were
+already checked at export. Every other engine must pass the parity check when it is loaded: it runs the same few images
+as the reference, and is discarded if its features differ too much. All attempts and their outcomes are logged in order,
+and reported at /v1/models.
 
-`auto` never selects int8, because a service must not compute different vectors only because it runs on another host.
-All vectors in a collection have the same precision. On a GPU, `auto` prefers bf16, so a collection that was filled on a
-GPU must be searched on a GPU.
+`auto` never selects int8, so on a CPU it always selects float32. On a GPU, it prefers bf16. All vectors in a collection
+must be computed in the same precision, so with `auto`, a collection that was filled on a GPU must also be searched on a
+GPU.
 """
 
 import ctypes
@@ -60,9 +60,9 @@ INT8_MARGIN: Final = 1.1
 """The speed-up over float32 that an int8 engine must exceed to be chosen by `fastest`."""
 
 PHOTOS_AT_LOAD: Final = 5
-"""The number of generated images with which an engine is compared when it is loaded.
+"""The number of generated images on which an engine is compared with the reference when it is loaded.
 
-A CPU engine runs them in batches of 4 and 1, and a GPU engine in every batch size of `BUCKETS`.
+A CPU engine runs them in batches of 4 and 1. A GPU engine runs them at every batch size in `BUCKETS`.
 """
 
 
@@ -205,9 +205,9 @@ def images_per_s(
 
 
 class _Host:
-    """The artifact and number of threads for loading engines, and the images for comparing them.
+    """Loads an artifact's engines on this host, and compares each engine with the reference engine.
 
-    The features of the reference engine are computed once.
+    The reference engine's features are computed once and kept.
     """
 
     def __init__(self, artifact: Artifact, threads: int, photos: Sequence[npt.NDArray[np.uint8]] | None = None) -> None:
@@ -269,7 +269,8 @@ class _Host:
 def no_gpu() -> str | None:
     """Return the reason why this host has no usable NVIDIA GPU, or None if it has one.
 
-    The function asks the driver. It does not use torch, because loading torch takes seconds and hundreds of megabytes.
+    The function asks the driver. It does not use torch, because importing torch takes seconds and hundreds of megabytes
+    of memory.
     """
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -283,7 +284,7 @@ def no_gpu() -> str | None:
 
 
 def _line(error: Exception) -> str:
-    """Return the message of an error on one line, cut after 300 characters.
+    """Return the message of an error as one line of at most 300 characters.
 
     If the message is empty, return the name of the error's class.
     """

@@ -1,4 +1,4 @@
-"""Allocates CUDA memory and runs streams and graphs through NVIDIA's Python bindings (`cuda-bindings`), without torch.
+"""Manages CUDA memory, streams and graphs through NVIDIA's Python bindings (`cuda-bindings`), without torch.
 
 `Cuda` turns the bindings' error codes into exceptions that describe the failed request. Its constructor takes the
 bindings' runtime module, so the tests can pass a fake that records the calls and computes in ordinary memory.
@@ -59,7 +59,7 @@ class Cuda:
         Args:
             name: the function's name, such as "cudaMalloc".
             arguments: the function's arguments.
-            request: what the call requests, such as "device 0". The error message includes it.
+            request: a description of what the call requests, such as "device 0". It is included in the error message.
 
         Raises:
             CudaError: the function returned an error code.
@@ -138,7 +138,7 @@ class Cuda:
 
 
 def describe_gpu(cuda: Cuda, device: int = 0, *, driver_file: Path = DRIVER_FILE) -> Gpu:
-    """Return the name, compute capability and driver of a GPU.
+    """Return a GPU's name, compute capability and driver version.
 
     Raises:
         ValueError: CUDA has no GPU with this number, or cannot use any GPU. The message includes CUDA's error text.

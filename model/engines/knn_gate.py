@@ -1,4 +1,4 @@
-"""The k-NN gate: checks that k-NN classification is about as accurate with an int8 graph as in float32.
+"""The k-NN gate: checks that k-NN classification is about as accurate with an int8 graph as with the float32 model.
 
 An int8 graph must pass this gate in addition to the parity check. The parity check limits the cosines between int8 and
 float32 features, but cosines say little about which image is nearest. The gate classifies labelled images by their
@@ -43,7 +43,7 @@ class LabelledImages:
 class ClassTokens:
     """The class tokens [n, D] and the class numbers [n] of the readable images in `train/` and in `val/`.
 
-    n is the number of readable images in each folder, and D is the width of the model.
+    n is the number of readable images in the respective folder, and D is the width of the model.
     """
 
     train: FloatArray
@@ -53,7 +53,7 @@ class ClassTokens:
 
 
 def find_labelled(folder: Path, read: Callable[[Path], Image | None]) -> LabelledImages | None:
-    """Return the labelled images in `folder`, or None if one of its folders `train/` and `val/` has no files.
+    """Return the labelled images in `folder`, or None if its subfolder `train/` or `val/` contains no files.
 
     `train/` and `val/` each contain one folder per class.
     """

@@ -1,4 +1,5 @@
-"""A backbone's forward pass in numpy: the reference for the parity check if torch is not installed.
+"""A backbone's forward pass in numpy. If torch is not installed, it is the reference that exported graphs are compared
+with.
 
 The forward pass is computed in float64. It shares no code with the graphs and engines that are checked, except the
 function that computes the matrices for resizing the position embeddings. It reads the weights of one block at a time,
@@ -31,8 +32,8 @@ class NumpyReference:
     """Computes the features of a backbone in float64.
 
     Args:
-        weights: the weights by Meta's parameter names, in any float type. The mapping may read each array from a file
-            when it is accessed.
+        weights: the weights, keyed by Meta's parameter names, in any float type. The mapping may read each array from a
+            file when it is accessed.
         config: the model's configuration.
     """
 
@@ -57,7 +58,7 @@ class NumpyReference:
         return Features(normed[:, 0], normed[:, first_patch:], normed[:, 1:first_patch])
 
     def run_outputs(self, pixels: FloatArray, names: Sequence[str]) -> dict[str, FloatArray]:
-        """Compute the outputs in `names` for normalised pixels [B, 3, H, W], and return float32 arrays by name.
+        """Compute the outputs in `names` for normalised pixels [B, 3, H, W], and return them as float32, keyed by name.
 
         The names are those of the optional outputs of exported graphs: `attention` [B, A, T] and `layer.<i>` [B, T, D],
         which `model/onnx_graph/build.py` defines.

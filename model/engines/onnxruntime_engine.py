@@ -3,16 +3,16 @@
 By default, ONNX Runtime's threads spin while they wait, which takes cores away from decoding the next batch. This
 engine turns spinning off (measurements: docs/decisions/0002-engine-threads.md).
 
-On a CPU, the standard `Attention` operator stores a whole T x T matrix per head. `com.microsoft.MultiHeadAttention`
-computes the matrix in tiles. With many tokens, this is faster and needs a fraction of the memory. With few tokens, it
-is slightly slower (docs/decisions/0017-attention-form.md). When the engine loads a graph with many tokens, it therefore
-replaces the attention nodes in memory. The graph's files do not change.
+On a CPU, the standard `Attention` operator stores the whole T x T attention matrix of each head.
+`com.microsoft.MultiHeadAttention` computes the matrix in tiles. With many tokens, this is faster and needs a fraction
+of the memory. With few tokens, it is slightly slower (docs/decisions/0017-attention-form.md). When the engine loads a
+graph with many tokens, it therefore replaces the attention nodes in memory. The graph's files do not change.
 
-If a requested provider cannot run a graph, the engine raises an error. ONNX Runtime itself would continue on the CPU
-and only log the fact. The GPU providers have never run in this project. docs/engines.md lists the engines that have
+If a requested provider cannot run a graph, the engine raises an error. By default, ONNX Runtime would only log this and
+continue on the CPU. The GPU providers have never run in this project. docs/engines.md lists the engines that have
 been run.
 
-ONNX Runtime's released builds since 1.29 send telemetry to Microsoft (sessions, model hashes, a device id stored in
+ONNX Runtime's official builds since 1.29 send telemetry to Microsoft (sessions, model hashes, a device id stored in
 ~/.cache) unless an environment variable disables it before the module loads. The API call that disables telemetry is
 too late for the first event. A self-hosted service must not report to anyone, so `load_runtime`, the only function that
 imports the module, sets the variable first.
@@ -103,8 +103,8 @@ class OnnxEngine:
         threads: the number of CPU threads per forward pass.
         precision: the precision that the graph was built with.
         provider: the execution provider. "cuda" and "tensorrt" need the package onnxruntime-gpu and a GPU.
-        tiled: whether to use tiled attention. If None, it is used only on a CPU, for graphs with many tokens or a
-            dynamic input size.
+        tiled: whether to replace the attention nodes with tiled attention (`MultiHeadAttention`). If None, they are
+            replaced only on a CPU, in graphs with many tokens or a dynamic input size.
         cache_dir: the folder in which TensorRT stores its engines and timings. If None, the folder of `path` is used.
         spinning: whether waiting threads spin.
         prepack: whether ONNX Runtime repacks the weights for the CPU. This makes forward passes faster, but keeps
@@ -170,7 +170,7 @@ class OnnxEngine:
         return Features(**self.run_outputs(pixels, Features._fields))
 
     def run_outputs(self, pixels: FloatArray, names: Sequence[str]) -> dict[str, FloatArray]:
-        """Run a batch of normalised pixels [B, 3, H, W], and return the outputs in `names` as float32 arrays, by name.
+        """Run a batch of normalised pixels [B, 3, H, W], and return the outputs in `names` as float32, keyed by name.
 
         Raises:
             ValueError: the graph does not accept the shape, or lacks one of the outputs.
@@ -227,8 +227,8 @@ def need_provider(provider: Provider) -> None:
 def graph_of(artifact: Artifact, precision: str) -> GraphRecord | None:
     """Return the record of the artifact's graph with this precision, or None if the artifact has no suitable graph.
 
-    A graph for the artifact's input size is preferred to a graph that accepts any size. Graphs for other sizes are not
-    suitable.
+    A graph is suitable if it accepts the artifact's input size. A graph for exactly this size is preferred to one that
+    accepts any size.
     """
     graphs = [graph for graph in artifact.manifest.graphs if graph.precision == precision]
     usable = [graph for graph in graphs if graph.size in (artifact.manifest.input_size, None)]
@@ -243,7 +243,7 @@ def graph_file(artifact: Artifact, precision: str, *, any_size: bool = True) -> 
     Args:
         artifact: the verified artifact.
         precision: the precision of the graph.
-        any_size: whether the graph may accept any input size. TensorRT needs a fixed size.
+        any_size: whether a graph that accepts any input size may be returned. TensorRT needs one with a fixed size.
 
     Raises:
         ArtifactError: the new graph cannot be written.
@@ -295,7 +295,7 @@ def _options(options: Any, threads: int, spinning: bool, prepack: bool, path: Pa
 
 
 def _settings(provider: str, precision: str, shape: Sequence[int | str], cache_dir: Path) -> dict[str, str]:
-    """Return the options for a provider, by name.
+    """Return a provider's options as a dictionary.
 
     The engines that TensorRT builds are cached in `cache_dir`, because a build takes minutes.
 

@@ -4,9 +4,9 @@ The check computes four metrics: the largest absolute difference in any output, 
 the lowest cosine between patch tokens, and the share of images for which both engines find the same nearest neighbour
 by class token. Search results would visibly change if this share were low.
 
-Graphs for input sizes other than the artifact's are compared on the same images, resized and cropped to that size. Two
-copies of a large model may not fit into memory, so the reference features are plain arrays, and the reference engine
-can be released before the other engine is loaded.
+Graphs for input sizes other than the artifact's are compared on the same images, resized and cropped to the graph's
+size. Two copies of a large model may not fit into memory, so the reference features are plain arrays, and the reference
+engine can be closed before the other engine is loaded.
 
 An int8 graph must also pass the k-NN gate in `knn_gate.py`.
 """
@@ -29,7 +29,7 @@ Image = npt.NDArray[np.uint8]  # RGB [H, W, 3]
 
 @dataclass(frozen=True)
 class ParityLimits:
-    """The limits that every engine of one precision must meet."""
+    """The limits on an engine's metrics. Each precision has its own limits."""
 
     max_abs_error: float
     min_cosine_cls: float
@@ -92,7 +92,7 @@ def compare(reference: Features, candidate: Features) -> tuple[float, float, flo
 def pixels_at(images: Sequence[Image], spec: PreprocessSpec, size: tuple[int, int]) -> FloatArray:
     """Preprocess images for a graph with input size `size` (H, W), and return the pixels [B, 3, H, W].
 
-    The `resize` and `crop` of `spec` are scaled so that each image becomes a square of side max(H, W). If H and W
+    `spec.resize` and `spec.crop` are scaled so that each image becomes a square of side max(H, W). If H and W
     differ, the central H x W pixels of the square are returned.
     """
     assert spec.crop is not None  # an artifact's preprocessing always crops
@@ -155,8 +155,8 @@ def with_extras(
 ) -> ParityRecord:
     """Return a copy of `record` that also takes the optional outputs of both engines into account.
 
-    `reference` and `candidate` contain the optional outputs by name. They update the largest absolute difference and
-    the lowest patch cosine of the record.
+    `reference` and `candidate` contain the optional outputs, keyed by name. The copy's largest absolute difference and
+    lowest patch cosine include these outputs.
     """
     errors = [float(np.abs(candidate[name] - theirs).max()) for name, theirs in reference.items()]
     cosines = [_min_cosine(theirs, candidate[name]) for name, theirs in reference.items()]

@@ -76,7 +76,7 @@ class EngineFile(Protocol):
         """Return the reason why an engine cannot serve this artifact on this host, or None if no reason is known.
 
         The reason is one line. The function loads neither the runtime nor the model. It does not check whether the host
-        has a GPU, because its caller does.
+        has a GPU, because the caller does that.
         """
         ...
 
@@ -91,7 +91,7 @@ class EngineFile(Protocol):
 
 
 class Tried(NamedTuple):
-    """One engine that was tried at startup, with the outcome and its reason."""
+    """One engine that was tried at startup, with the outcome and the reason for this outcome."""
 
     engine: str  # runtime:precision
     outcome: Literal["serves", "passed over"]
@@ -100,7 +100,7 @@ class Tried(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """The engine that serves, and all engines that were tried, in order."""
+    """The chosen engine, and all engines that were tried, in order."""
 
     engine: Engine
     tried: tuple[Tried, ...]

@@ -1,5 +1,7 @@
 """Finds the installed TensorRT library, and runs one build or refit of a plan in a separate process.
 
+A plan is an engine that TensorRT compiled for one GPU. A refit replaces the weights in an existing plan.
+
 A graph that TensorRT's builder cannot handle can kill the process with a signal (this has been observed), so
 `model/engines/tensorrt_export.py` runs this file as a program: `python -P tensorrt_build.py JOB.json`. The file imports
 nothing from the project. The program writes one JSON object per line to standard output: progress events, then the
@@ -9,8 +11,8 @@ Two libraries provide the TensorRT API: `tensorrt` (10.14 or newer, the first ve
 `tensorrt_rtx` (TensorRT for RTX; its wheels install from PyPI, and it can build for a given target without a GPU).
 
 Attention must become one fused kernel per block. By default TensorRT does not decompose an `Attention` operator, so a
-build without a matching kernel fails. TensorRT-RTX 1.7.1, however, decomposed a float32 one when the batch size was
-fixed to 1. Plans of TensorRT-RTX contain the names of their kernels, so `count_fused_attention` can count the fused
+build without a matching kernel fails. TensorRT-RTX 1.7.1, however, decomposed a float32 `Attention` when the batch size
+was fixed to 1. TensorRT-RTX plans contain the names of their kernels, so `count_fused_attention` can count the fused
 kernels as a second check.
 """
 
@@ -70,10 +72,10 @@ def find_library(name: str | None = None) -> Library:
 
 
 def count_fused_attention(plan: bytes) -> int:
-    """Return the number of fused attention kernels that a TensorRT-RTX plan names.
+    """Return the number of fused attention kernels whose names occur in a TensorRT-RTX plan.
 
-    If all attention is fused, a plan names one kernel per block and profile. It is not known whether plans
-    from the full TensorRT library name these kernels.
+    If all attention is fused, a plan contains one such name per transformer block and optimization profile. It is not
+    known whether plans from the full TensorRT library name these kernels.
     """
     return len(_FUSED.findall(plan))
 
@@ -101,7 +103,7 @@ def plain_reason(errors: list[str]) -> str:
 
 @dataclass
 class _Events:
-    """A writer of progress events. It writes each event to `out` as one line of JSON."""
+    """Writes each progress event to `out` as one line of JSON."""
 
     out: TextIO
     last_step: float = 0.0
@@ -238,7 +240,9 @@ def _configure(trt: Any, builder: Any, job: dict[str, Any], events: _Events) -> 
 
 
 def refit(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
-    """Copy the plan file `job["from"]` to the file `job["plan"]`, with the weights of the graph file `job["onnx"]`.
+    """Copy the plan `job["from"]` to `job["plan"]`, and replace its weights with those in the graph `job["onnx"]`.
+
+    All three entries of `job` are file paths.
 
     Returns:
         A dictionary with the duration of the refit in seconds.

@@ -1,15 +1,15 @@
 """The TensorRT engine: runs a plan on one NVIDIA GPU, without torch.
 
-Each batch is padded to one of the sizes 1, 2, 4, ..., 64. Each size has its own CUDA graph. One launch of the graph
-copies the pixels in, runs the plan and copies the features out. Each graph is captured when the engine loads, after a
+Each batch is padded to one of the sizes 1, 2, 4, ..., 64. Each size has its own CUDA graph. Launching the graph copies
+the pixels to the GPU, runs the plan and copies the features back. Each graph is captured when the engine loads, after a
 first pass in which the library allocates memory and compiles kernels. NVIDIA requires one execution context per
 captured graph. The contexts share the weights and one block of memory for activations, because a single stream runs
 them one after the other.
 
 `model/engines/tensorrt_export.py` builds the plans and stores only those that pass the parity check. `open` accepts
-only stored plans. A refitted plan is loaded as a new engine, so its graphs are captured again.
+only stored plans. After a plan's weights have been replaced (a refit), it must be loaded as a new engine.
 
-Status: this module follows the documented API of both libraries and is tested with a recording fake
+Status: this module follows the documented API of TensorRT and TensorRT for RTX, and is tested with a recording fake
 (`tests/model/engines/fake_tensorrt.py`). docs/tensorrt.md lists the parts that have run on a GPU.
 
 Legend: B batch, H x W pixels, N patches, R registers, D width.
@@ -78,8 +78,8 @@ class TensorRTEngine:
         plan: the plan's bytes.
         toolchain: the TensorRT library, the CUDA bindings and the GPU.
         precision: the precision of the graph that the plan was built from.
-        jit_cache: the file that caches the kernels that TensorRT for RTX compiles on this GPU. If None, they are not
-            cached.
+        jit_cache: the file in which TensorRT for RTX caches the kernels that it compiles on this GPU. If None, they are
+            not cached.
 
     Raises:
         ValueError: TensorRT refuses the plan, or the plan was not built by this project.
@@ -219,7 +219,7 @@ class TensorRTEngine:
         """Return the settings for new execution contexts.
 
         The contexts use memory that this engine allocates. With TensorRT for RTX, they also use the kernels
-        cached in the file `jit_cache`.
+        that are cached in the file `jit_cache`.
         """
         trt = self._trt
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -272,7 +272,7 @@ class TensorRTEngine:
         return lambda: self._cuda.launch(graph, self._stream)
 
     def _queue(self, bucket: int) -> None:
-        """Queue the work for `bucket` images: copy the pixels in, run the plan, and copy the features out."""
+        """Queue the work for `bucket` images: copy the pixels to the GPU, run the plan, and copy the features back."""
         self._cuda.to_device(self._addresses[INPUT], self._host_in[:bucket], self._stream)
         if not self._contexts[bucket].execute_async_v3(self._stream):
             raise CudaError(f"{self.name} failed at batch {bucket}: {self._last_errors()}")

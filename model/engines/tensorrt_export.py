@@ -5,8 +5,8 @@ the graph. The plan is built in a separate process (`model/engines/tensorrt_buil
 serving, and compared with a reference engine on images at every serving batch size, because each profile has its own
 kernels. If the results differ too much, only the metrics are stored (see `model/engines/tensorrt_plans.py`).
 
-A refit puts the weights of a retrained model into a plan that was built with `refit=True`. A refit is faster than a
-build. The refitted plan is checked in the same way and stored under its own key.
+A refit puts the weights of a retrained model into a copy of a plan that was built with `refit=True`. A refit is faster
+than a build. The new plan is checked and stored in the same way as a built one.
 """
 
 import datetime
@@ -65,10 +65,11 @@ class BuildOptions:
     """The options for building a plan.
 
     If `refit` is True, the plan's weights can be replaced later. If `refit_from` is the path of a plan that was built
-    with `refit`, the new plan is a copy of it with new weights, and nothing is built. `timing_cache` is the file in
-    which the full TensorRT library stores its kernel measurements. `photos` are the images for the parity check, uint8
-    [H, W, 3]. `activations` contains the largest absolute input of each linear layer, which fp8 requires. The build is
-    stopped after `time_limit_s` seconds. If `rebuild` is True, a plan is built even if a plan with the same key exists.
+    with `refit`, this plan is copied and given the artifact's weights, and nothing is built. `timing_cache` is the file
+    in which the full TensorRT library stores its kernel measurements. `photos` are the images for the parity check,
+    uint8 [H, W, 3]. `activations` contains the largest absolute input of each linear layer, which fp8 requires. The
+    build is stopped after `time_limit_s` seconds. If `rebuild` is True, a plan is built even if a plan with the same
+    key exists.
     """
 
     precision: PlanPrecision = "bf16"
@@ -96,7 +97,7 @@ def build_plan(
     run: JobRunner | None = None,
     make_engine: EngineMaker | None = None,
 ) -> tuple[Path, PlanRecord]:
-    """Build or refit the plan of `artifact` for this host, compare it with `reference`, and store it in `folder`.
+    """Build or refit a plan for `artifact` and this host, compare it with `reference`, and store it in `folder`.
 
     Args:
         artifact: the artifact (exported model) to build the plan from.
@@ -159,7 +160,7 @@ def _check_passed(record: PlanRecord, path: Path) -> None:
         raise parity.ParityError(
             f"the {precision} plan differs too much from {record.reference} and was not stored: {said}; "
             f"at least {limits.min_cosine_cls} and {limits.min_cosine_patches} are required. "
-            f"The figures are in {path.with_suffix('.json')}"
+            f"The metrics are in {path.with_suffix('.json')}"
         )
     logger.info("plan %s (%s): %s", path, precision, said)
 
@@ -179,8 +180,8 @@ def targets_of(toolchain: Toolchain) -> list[str]:
 
     The list is empty for the full TensorRT library, which builds for the GPU of this host. The list is also empty if
     TensorRT for RTX has no name for the GPU's capability, for example SM90. According to its documentation, a plan
-    without a target runs on compute capability 8.0, 8.6, 8.9, 12.0 "and later". The library checks each plan when it
-    loads the plan.
+    without a target runs on compute capability 8.0, 8.6, 8.9, 12.0 "and later". In any case, the library checks a plan
+    when it loads the plan.
     """
     if toolchain.library.name != "tensorrt_rtx":
         return []
@@ -301,13 +302,13 @@ def _signal_name(number: int) -> str:
 
 
 def check_fusion(library: str, fused: int, depth: int) -> None:
-    """Check that a plan of TensorRT for RTX has one fused attention kernel per block and profile.
+    """Check that a TensorRT for RTX plan has one fused attention kernel per transformer block and profile.
 
-    Plans of the full TensorRT library are not checked, because it is not known whether they name their kernels.
+    `fused` is the number of fused attention kernels in the plan, and `depth` is the number of blocks. Plans of the full
+    TensorRT library are not checked, because it is not known whether they name their kernels.
 
     Raises:
-        BuildError: the number of fused kernels, `fused`, is not the number of blocks, `depth`, times the number of
-            profiles.
+        BuildError: `fused` is not `depth` times the number of profiles.
     """
     wanted = depth * len(PROFILES)
     if library == "tensorrt_rtx" and fused != wanted:
@@ -322,7 +323,7 @@ def measure_batches(
 ) -> list[ParityRecord]:
     """Compare `candidate` with `reference` at every batch size in `BUCKETS`, and return one record per size.
 
-    `photos` are the images of the comparison, uint8 [H, W, 3].
+    `photos` are the images for the comparison, uint8 [H, W, 3].
 
     Raises:
         ValueError: `photos` has fewer than two images.

@@ -1,15 +1,15 @@
 """Stores TensorRT plans on disk, each under its own key.
 
 A plan is machine code for one GPU, built by one version of the TensorRT library from one graph. Its key is a sha256
-hash of the GPU, driver, library, graph and options. If one of these changes, the key changes too, so a plan that is
-slow or wrong on this host, or that the library would refuse, is never loaded.
+hash of the GPU, driver, library, graph and options. If one of these changes, the key changes too, so a plan that was
+built for another GPU, driver or library is never loaded.
 
     <data folder>/derived/<artifact>/plans/
       <key>.plan            the plan
-      <key>.json            the plan's record: the content of the key, sha256, build time and parity metrics
+      <key>.json            the plan's record: the key's fields, the plan's sha256, build times and parity metrics
       <key>.jit             kernels that TensorRT for RTX compiled on this GPU, written at the first start
-      <graph>.graph.json    the sha256 of the ONNX graph for an artifact, size and precision, so that a server
-                            can compute the plan's key without writing the graph again
+      <graph>.graph.json    the sha256 of the graph for this artifact and one precision, so that a server can
+                            compute the plan's key without writing the graph again
 
 A record in which `passed` is false contains the metrics of a plan that failed the parity check and was not stored.
 """
@@ -34,7 +34,7 @@ PRECISIONS: tuple[PlanPrecision, ...] = get_args(PlanPrecision)
 
 
 class Profile(NamedTuple):
-    """A range of batch sizes, from `low` to `high`, that one set of kernels supports.
+    """A range of batch sizes, from `low` to `high`, for which a plan has one set of kernels.
 
     The kernels are tuned for batch size `best`.
     """
@@ -78,10 +78,10 @@ def plans_folder(derived_dir: Path) -> Path:
 def graph_spec(artifact: Artifact, precision: PlanPrecision, library: Library) -> GraphSpec:
     """Return the spec of the graph from which an artifact's plan is built.
 
-    In an fp16 graph, the softmax of attention would be computed in fp16. To avoid this, the graph casts queries, keys
-    and values to float32 if the library can fuse attention with these casts. TensorRT for RTX can do so. The full
-    library can do so since version 11.3, according to its release notes. A bf16 graph needs no casts, because its
-    softmax is computed in float32. If the model has no registers, the graph has no output `registers`.
+    Without casts, an fp16 graph would compute attention's softmax in fp16. It therefore casts queries, keys and values
+    to float32 if the library can fuse attention with these casts. TensorRT for RTX can, and so can the full library
+    since version 11.3, according to its release notes. A bf16 graph needs no casts, because its softmax is computed in
+    float32. If the model has no registers, the graph has no output `registers`.
     """
     major, minor = (int(part) for part in library.version.split(".")[:2])
     casts = precision == "fp16" and (library.name == "tensorrt_rtx" or (major, minor) >= (11, 3))
@@ -109,7 +109,7 @@ class PlanMissing(ValueError):
 
 
 class PlanKey(BaseModel):
-    """The key of a plan, which contains everything that the plan depends on."""
+    """The fields of a plan's key, which are everything that the plan depends on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -125,7 +125,7 @@ class PlanKey(BaseModel):
 
     @property
     def digest(self) -> str:
-        """The sha256 of the key (64 hex digits), which is the base name of the plan's files."""
+        """The sha256 of the fields (64 hex digits), which is the base name of the plan's files."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
@@ -174,7 +174,7 @@ def find_plan(
 ) -> tuple[bytes, PlanRecord]:
     """Return the bytes and the record of the stored plan that can serve `artifact` on this host.
 
-    A plan with fixed weights is preferred to a plan with replaceable weights.
+    A plan whose weights cannot be replaced is preferred to one that was built with `refit`.
 
     Raises:
         PlanMissing: no plan can serve. The message gives the reason.
@@ -224,7 +224,7 @@ def read_plan(folder: Path, key: PlanKey) -> tuple[bytes, PlanRecord]:
 def write_plan(folder: Path, plan: bytes | None, record: PlanRecord) -> Path:
     """Store a plan and its record, and return the plan's path. If `plan` is None, only the record is stored.
 
-    The plan is written before its record, so a record with `passed` true always has its plan.
+    The plan is written before its record, so if a record with `passed` true exists, its plan exists too.
 
     Raises:
         OSError: the folder cannot be written.
@@ -242,7 +242,7 @@ def write_plan(folder: Path, plan: bytes | None, record: PlanRecord) -> Path:
 
 
 def remember_graph(folder: Path, identity: str, onnx_sha256: str) -> None:
-    """Store the sha256 of a graph under `identity`, which `graph_identity` returned for the graph."""
+    """Store a graph's sha256 under `identity`, the value that `graph_identity` returned for the graph."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / f"{identity}.graph.json", json.dumps({"onnx_sha256": onnx_sha256}))
 

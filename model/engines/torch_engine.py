@@ -1,11 +1,11 @@
 """The torch engine: the reference for every exported graph. It can also serve an artifact without a graph.
 
 On a CPU, the model runs eagerly, because compilation gains little there and needs a C++ compiler
-(docs/decisions/0002-engine-threads.md). On a GPU, the model is compiled with a dynamic batch size. Each batch of the
-usual image size is padded to the next size in `BUCKETS`. The kernel launches of each size are captured once as a CUDA
-graph and then replayed, because at small batches the launches limit the speed. This module captures the graphs itself:
-graphs that torch.compile captures in its mode "reduce-overhead" are tied to the thread that captured them, but one
-thread loads an engine and another runs it.
+(docs/decisions/0002-engine-threads.md). On a GPU, the model is compiled with a dynamic batch size. If the images have
+the artifact's input size, each batch is padded to the next batch size in `BUCKETS`. For each of these batch sizes, the
+kernel launches are captured once as a CUDA graph and then replayed, because the launches limit the speed of small
+batches. This module captures the graphs itself: graphs that torch.compile captures in its mode "reduce-overhead" are
+tied to the thread that captured them, but one thread loads an engine and another runs it.
 
 In bf16, the engine uses torch's autocast, but casts the weights of linear layers and of the patch embedding once in
 advance instead of in each pass. The results are the same as with autocast alone. The residual stream, LayerNorm and the
@@ -119,11 +119,11 @@ class TorchEngine:
         return parts[0] if len(parts) == 1 else Features(*(np.concatenate(field) for field in zip(*parts, strict=True)))
 
     def run_outputs(self, pixels: FloatArray, names: Sequence[str]) -> dict[str, FloatArray]:
-        """Run a batch of normalised pixels [B, 3, H, W], and return the outputs in `names` as float32 arrays, by name.
+        """Run a batch of normalised pixels [B, 3, H, W], and return the outputs in `names` as float32, keyed by name.
 
         The names are those of the outputs of exported graphs: the fields of `Features`, `attention` [B, A, T], and
-        `layer.<i>` [B, T, D], for A heads, T tokens and width D. `attention` and each layer need a separate, slower
-        pass.
+        `layer.<i>` [B, T, D], for A heads, T tokens and width D. `attention` and every layer each require a separate,
+        slower pass.
 
         Raises:
             ValueError: the model has no output of this name.
@@ -225,8 +225,8 @@ class _Replayed:
     def __call__(self, pixels: "Tensor") -> "tuple[Tensor, ...]":
         """Copy `pixels` into the input buffer, run the pass, and return its outputs.
 
-        The outputs have one row per image of the fixed batch size. Rows beyond the images in `pixels` are left over
-        from earlier calls.
+        The outputs always have as many rows as the fixed batch size. The rows after the first `len(pixels)` belong to
+        images from earlier calls.
         """
         self._pixels[: len(pixels)].copy_(pixels)
         self._graph.replay()
@@ -234,10 +234,7 @@ class _Replayed:
 
 
 def _load(weights: Path, config: ViTConfig, device: str, *, half: bool) -> "DinoVisionTransformer":
-    """Load and return the model in float32.
-
-    If `half` is True, the linear layers and the patch embedding are in bf16.
-    """
+    """Load and return the model in float32. If `half` is True, linear layers and the patch embedding are in bf16."""
     import torch
     from safetensors.torch import load_file
     from torch import nn

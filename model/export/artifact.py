@@ -4,9 +4,9 @@ The export is atomic. All files are written into a temporary folder next to the 
 compared with the reference model, one rename gives the folder its final name, so a failed or killed export leaves no
 folder that looks like an artifact.
 
-Weights are written, hashed and put into graphs tensor by tensor, and `comparison.py` loads one engine at a time. An
-export therefore needs memory for at most two copies of the weights: the caller's and one engine's.
-benchmarks/export_giant.py measures this memory.
+Weights are written, hashed and put into graphs one tensor at a time, and `comparison.py` loads one engine at a time. An
+export therefore needs memory for at most two copies of the weights: the caller's copy and one engine's copy.
+`benchmarks/export_giant.py` measures the memory that an export needs.
 """
 
 import datetime
@@ -61,9 +61,10 @@ def export_artifact(
             ONNX Runtime cannot run on the CPU is not compared.
 
     Raises:
-        ParityError: a graph's results in ONNX Runtime differ too much from the reference's. An int8 graph raises no
-            such error. It is stored with a failed gate instead.
-        ValueError: a size does not fit the model, or `keep_onnx` is False and a graph is too large to be derived.
+        ParityError: a graph's results in ONNX Runtime differ too much from the reference's. For an int8 graph, this
+            error is not raised. Instead, the graph is stored with a failed gate.
+        ValueError: a size is not a multiple of the patch size, or `options.keep_onnx` is False and a graph is too large
+            to be rebuilt from the weights.
         OSError: the folder cannot be written.
     """
     size = input_size(backbone.preprocess)
@@ -135,7 +136,7 @@ def _write_graphs(backbone: Backbone, folder: Path, specs: Mapping[str, GraphSpe
 
 
 def _describe(folder: Path, onnx_files: Sequence[str], specs: Mapping[str, GraphSpec]) -> dict[str, FileRecord]:
-    """Return the records for the manifest of all files in `folder`, by file name."""
+    """Return the manifest's records of all files in `folder`, keyed by file name."""
     files = {WEIGHTS: describe_file(folder / WEIGHTS)}
     files |= {file: describe_file(folder / file, derived=file in specs) for file in onnx_files}
     if (folder / MODEL_CARD).exists():

@@ -1,8 +1,8 @@
-"""Compares every graph of an artifact with a reference, and runs the k-NN gate of int8 graphs.
+"""Compares every graph in an artifact with a reference, and runs the k-NN gate on int8 graphs.
 
 The reference is torch in float32. If torch is not installed, the reference is the numpy forward pass in float64
-(`model/engines/numpy_reference.py`). The reference computes all its results and is released before ONNX Runtime loads
-the first graph, because two engines of a large model do not fit into memory.
+(`model/engines/numpy_reference.py`). The reference engine computes all its results first, and its memory is freed
+before ONNX Runtime loads the first graph, because two engines for a large model may not fit into memory.
 """
 
 import logging
@@ -31,13 +31,13 @@ log = logging.getLogger(__name__)
 class _Reference:
     """The reference's results at one input size.
 
-    `features` and `extras` are computed from the parity images. `tokens` are the class tokens of the labelled images.
-    Only int8 graphs are compared by them.
+    `features` and `extras` are computed from the parity images. `tokens` are the class tokens of the labelled images,
+    which are needed only for the k-NN gate of int8 graphs.
     """
 
     pixels: FloatArray  # [B, 3, H, W]
     features: Features
-    extras: dict[str, FloatArray]  # other outputs of the first `parity.BATCH` images, by name
+    extras: dict[str, FloatArray]  # other outputs for the first `parity.BATCH` images, keyed by name
     tokens: ClassTokens | None = None
 
 
@@ -45,7 +45,7 @@ class _Reference:
 class Comparison:
     """The comparison of an artifact's graphs with the reference.
 
-    torch runs on the CPU, because CUDA's TF32 is not accurate enough for a reference.
+    If the reference is torch, it runs on the CPU, because TF32 on a GPU would not be accurate enough.
     """
 
     folder: Path
@@ -54,19 +54,18 @@ class Comparison:
     images: Sequence[Image]
     labelled: LabelledImages | None
     records: list[ParityRecord] = field(default_factory=list)
-    not_compared: dict[str, str] = field(default_factory=dict)  # by file name: the reason
+    not_compared: dict[str, str] = field(default_factory=dict)  # file name -> reason
     reference: Reference = field(default_factory=lambda: "torch float32" if find_spec("torch") else "numpy float64")
 
     def run(self, specs: Mapping[str, GraphSpec]) -> None:
         """Compare each graph with the reference, and fill `records` and `not_compared`.
 
-        `specs` maps the graphs' file names to their specs.
+        `specs` maps each graph's file name to its spec. An int8 graph that differs too much gets a failed gate. A bf16
+        graph that ONNX Runtime cannot load is entered in `not_compared`, with the reason.
 
         Raises:
-            ParityError: a graph's results differ too much from the reference's. For an int8 graph, its gate fails
-                instead.
-            ValueError: ONNX Runtime cannot load a graph. For a bf16 graph, the reason is entered in `not_compared`
-                instead.
+            ParityError: the results of a graph that is not int8 differ too much from the reference's.
+            ValueError: ONNX Runtime cannot load a graph that is not bf16.
         """
         sizes = {file: self._sizes(spec) for file, spec in specs.items()}
         references = self._references(specs, sizes)

@@ -56,10 +56,10 @@ def _outputs(config: ViTConfig, asked: Sequence[str]) -> tuple[str, ...]:
 
 
 def sensitive_layers(config: ViTConfig) -> tuple[str, ...]:
-    """Return the names of the linear layers that int8 does not quantize by default.
+    """Return names that select the linear layers that int8 does not quantize by default.
 
-    The names select the last layer of each residual branch, and all layers of the last block. Quantization errors in
-    these layers affect the features most directly.
+    They are the last layer of each residual branch, and all layers of the last block. Quantization errors in these
+    layers affect the features most directly.
     """
     return "attn.proj", "mlp.fc2" if config.ffn == "mlp" else "mlp.w3", f"blocks.{config.depth - 1}"
 

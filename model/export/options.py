@@ -23,9 +23,9 @@ class Backbone:
 
     Attributes:
         name: the artifact's name.
-        weights: the state dict as arrays, under Meta's names.
+        weights: the backbone's state dict as arrays, keyed by Meta's names.
         config: the shape of the backbone, including the rule for resizing its position embedding.
-        preprocess: the transform that serving applies. Its crop is the input size of `model.onnx`.
+        preprocess: the transform that serving applies to images. Its crop is the input size of `model.onnx`.
         provenance: the origin of the weights. It is stored as JSON.
         licence: the SPDX identifier of the weights' licence.
     """
@@ -43,13 +43,13 @@ class ExportOptions:
     """The options for writing and comparing an artifact.
 
     Attributes:
-        weights_dtype: the type in which the weights are stored. The comparison of the graphs with the reference uses
-            the stored weights.
-        images: the images for this comparison, uint8 [H, W, 3]. If None, images are generated.
-        labelled: the images for the k-NN gate of int8 graphs. If None, no int8 graph may serve.
+        weights_dtype: the type in which the weights are stored. The graphs and the reference that they are compared
+            with both use the stored weights.
+        images: the images for the comparison, uint8 [H, W, 3]. If None, images are generated.
+        labelled: the images for the k-NN gate of int8 graphs. If None, int8 graphs cannot be used for serving.
         model_card: the Markdown text of the artifact's README.md. If None, no README.md is written.
-        keep_onnx: whether the artifact contains its graphs. If False, `load_artifact` builds byte-identical graphs from
-            the weights.
+        keep_onnx: whether the graphs are stored in the artifact. If False, `load_artifact` builds byte-identical graphs
+            from the weights.
     """
 
     weights_dtype: WeightsDtype = "float32"
@@ -71,9 +71,10 @@ class GraphOptions:
         precisions: names from `model.export.graphs.PRECISIONS`. If empty, fp32 is used.
         outputs: the outputs of each graph. They must include cls, patches and registers, which serving needs, and can
             also include attention and layer.N. If empty, the outputs are cls, patches and registers.
-        int8_weights: the form of the weights of int8 graphs (see `GraphSpec`).
-        float_layers: the layers that int8 does not quantize (see `GraphSpec`). If None, `sensitive_layers` are used,
-            because a trained model with these layers in int8 failed the gate (docs/decisions/0018-int8.md).
+        int8_weights: the form in which int8 graphs store their weights (see `GraphSpec`).
+        float_layers: the layers that int8 does not quantize (see `GraphSpec`). The default, None, means the layers that
+            `sensitive_layers` returns, because a trained model with these layers in int8 failed the k-NN gate
+            (docs/decisions/0018-int8.md).
     """
 
     sizes: Sequence[str] = ()
@@ -92,10 +93,10 @@ class CheckpointOptions:
             checkpoints.
         name: the artifact's name. If None, it is the name in the checkpoint's provenance, else the name of the
             architecture, else the file's name without its extension.
-        resize, crop: the values of these fields of the preprocessing. If None, a field has the value with which the
-            checkpoint was evaluated, or the default (256 and 224) if that value is unknown.
+        resize, crop: the values for these two fields of `PreprocessSpec`. If one is None, the value with which the
+            checkpoint was evaluated is used, or the default (256 for `resize`, 224 for `crop`) if it is unknown.
         licence: the SPDX identifier of the weights' licence. It is ignored for a published model.
-        download: how a published model is downloaded.
+        download: the options for downloading a published model.
         graphs: the graphs to export in addition to `model.onnx`.
     """
 

@@ -1,17 +1,17 @@
 """The ONNX graph of a backbone, written from its weights with numpy only.
 
-`torch.onnx.export` is not used, for three reasons. This module adds one attention operator per block, which ONNX
-Runtime and TensorRT can fuse. Its position embedding is either resized in advance for one input size or computed
-exactly for any size. It needs no torch, so a server can derive `model.onnx` from `weights.safetensors`. The same
-weights and `GraphSpec` always produce the same bytes.
+`torch.onnx.export` is not used, for three reasons. First, this module adds one attention operator per block, which ONNX
+Runtime and TensorRT can fuse. Second, it either resizes the position embedding in advance for one input size, or adds
+nodes that compute it exactly for any size. Third, it needs no torch, so a server can derive `model.onnx` from
+`weights.safetensors`. The same weights and `GraphSpec` always produce the same bytes.
 
 The input is `pixels` [B, 3, H, W], float32 in every precision. The outputs are float32 as well: `cls` [B, D], `patches`
 [B, N, D] and `registers` [B, R, D] (R may be 0), all after the last norm. Two further outputs are optional: `attention`
 [B, A, T], the class token's softmax weights over all tokens in the last block, and `layer.<i>` [B, T, D], the tokens
 after block i with the last norm applied.
 
-If a graph accepts any size, the sides must still be multiples of the patch size. The graph does not check this: it
-ignores the pixels beyond the last whole patch, so an engine must refuse other sizes before it runs the graph.
+Even if a graph accepts any size, H and W must be multiples of the patch size. The graph does not check this: it ignores
+the pixels beyond the last whole patch, so an engine must reject other sizes before it runs the graph.
 
 Legend: B batch, H x W pixels, p patch size, h x w = H/p x W/p patches, N = h*w, R registers, T = 1 + R + N tokens, D
 width, A attention heads.
@@ -52,7 +52,7 @@ class GraphSpec:
 
     `attention` selects the operator. "standard" is ONNX's `Attention` (opset 23). "tiled" is ONNX Runtime's
     `MultiHeadAttention`, which on a CPU needs memory linear in the number of tokens. "upcast" is `Attention` with
-    queries, keys and values cast to float32. If these are float32 already, "upcast" equals "standard".
+    queries, keys and values cast to float32. If they are float32 already, "upcast" is the same as "standard".
 
     `int8_weights` is the form of int8 weights (see `model/onnx_graph/quantize.py`). `float_layers` names linear layers
     that int8 and fp8 do not quantize. Each entry is a full name ("blocks.3.mlp.fc2"), an ending ("mlp.fc2", in all
@@ -83,7 +83,7 @@ def build_onnx(
     """Build a backbone's graph in memory and return it. A graph above 2 GiB (a giant model) needs `write_onnx`.
 
     Args:
-        weights: the arrays by Meta's parameter names, of any float type.
+        weights: arrays of any float type, keyed by Meta's parameter names.
         config: the model's shape.
         spec: the options of the graph.
         activations: the largest absolute input of each linear layer, as returned by
@@ -91,8 +91,8 @@ def build_onnx(
             them.
 
     Raises:
-        ValueError: a side is not a multiple of the patch size, an output or a float layer does not exist, an output is
-            given twice or none is given, or fp8 lacks the activations of a layer.
+        ValueError: a side of the input is not a multiple of the patch size, an output or a float layer does not exist,
+            an output is given twice or none is given, or `activations` lacks a layer that fp8 needs.
     """
     _check(config, spec, activations or {})
     return _build(GraphBuilder(weights), config, spec, activations or {})
@@ -110,7 +110,8 @@ def write_onnx(
 
     The arguments are the same as those of `build_onnx`. The weights of a large graph are written to a second file,
     `<path>.data`. Weights are read, converted and written one at a time, so `weights` may be a mapping that reads from
-    a file. A killed call can leave an incomplete file, so callers write into a temporary folder.
+    a file. If the process is killed during the call, an incomplete file can remain, so callers should write to a
+    temporary folder.
 
     Raises:
         ValueError: see `build_onnx`.
@@ -185,7 +186,7 @@ def _build(
 
 
 def _shapes(config: ViTConfig, spec: GraphSpec) -> dict[str, list[int | str]]:
-    """Return the shapes of the input and of every possible output, by name. A dimension of free size is a string."""
+    """Return the shapes of the input and of every possible output, keyed by name. A string is a dynamic dimension."""
     dim, p, prefix = config.embed_dim, config.patch_size, 1 + config.num_register_tokens
     height: int | str = "height" if spec.size is None else spec.size[0]
     width: int | str = "width" if spec.size is None else spec.size[1]
@@ -214,8 +215,8 @@ def _int64(graph: GraphBuilder, name: str, *values: int) -> str:
 def _part_tokens(graph: GraphBuilder, x: str, config: ViTConfig, spec: GraphSpec) -> None:
     """Split the normalised tokens `x` [B, T, D] into the class token, the registers and the patches of each image.
 
-    The results are the outputs `cls`, `registers` and `patches`. `Gather` is not used, because ONNX Runtime 1.32
-    returns a wrong class token if the graph also has a `Split` of the same tensor.
+    The results are the graph's outputs `cls`, `registers` and `patches`. `Gather` is not used, because ONNX Runtime
+    1.32 returns a wrong class token if the graph also has a `Split` of the same tensor.
     """
     registers = config.num_register_tokens
     if spec.size is not None:
@@ -238,8 +239,9 @@ def _part_tokens(graph: GraphBuilder, x: str, config: ViTConfig, spec: GraphSpec
 def _tokens(graph: GraphBuilder, config: ViTConfig, spec: GraphSpec) -> str:
     """Add the nodes that convert pixels to tokens [B, 1 + R + N, D], and return the name of the result.
 
-    The class token and the N patches of each of B images get positions, but the R registers do not. These nodes are
-    float32 in every precision, because they do 1 % of the work, and ONNX Runtime has no bfloat16 convolution.
+    The class token and the N patches of each of the B images get positions, but the R registers do not. These nodes are
+    float32 in every precision, because they account for only 1 % of the computation, and because ONNX Runtime has no
+    bfloat16 convolution.
     """
     kernel = graph.constant("patch_embed.proj.weight", graph.weight("patch_embed.proj.weight"))
     bias = graph.constant("patch_embed.proj.bias", graph.weight("patch_embed.proj.bias"))

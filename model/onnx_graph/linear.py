@@ -1,13 +1,13 @@
 """Linear layers of a graph in each precision, and the casts around them.
 
-- fp32: a layer is a MatMul and an Add. LayerScale's gain is folded into weight and bias.
+- fp32: a layer is a MatMul and an Add. LayerScale's gain is folded into the weight and the bias.
 - fp16, bf16: linear layers, attention and the feed-forward activation run in half precision. Three parts stay in
-  float32: LayerNormalization (because of its sums), the residual stream (every block adds to it, and trained ViTs have
-  a few channels in the thousands, where bfloat16 has steps of 8 and float16 nears its maximum of 65504), and LayerScale
-  (gains start at 1e-5 and would underflow in float16 weights).
-- int8: each linear layer quantizes its input at run time, with a scale from the range of the input's values, and
-  multiplies integers. Weights have one scale per output channel (`model/onnx_graph/quantize.py`), with LayerScale's
-  gain folded in. ONNX Runtime fuses the five operators into one. Everything else is float32.
+  float32. The first is LayerNormalization, because of its sums. The second is the residual stream: every block adds to
+  it, and in trained ViTs a few channels have values in the thousands, where bfloat16 has steps of 8 and float16 nears
+  its maximum of 65504. The third is LayerScale, whose gains start at 1e-5 and would underflow in float16 weights.
+- int8: each linear layer quantizes its input at run time, with a scale computed from the range of the input's values,
+  and multiplies integers. Weights have one scale per output channel (`model/onnx_graph/quantize.py`), with LayerScale's
+  gain folded in. ONNX Runtime fuses a layer's five operators into one. Everything else is float32.
 - fp8: for TensorRT only. Inputs and weights of linear layers are rounded to E4M3. Everything else is as in bf16.
 
 The layers in `float_layers` are not quantized: with int8 they are float32, and with fp8 they are bfloat16.
@@ -26,7 +26,7 @@ from model.onnx_graph.quantize import FP8_LARGEST, Int8Weights, fp8_per_channel,
 
 
 class Half(NamedTuple):
-    """A half-precision type under its ONNX and numpy names."""
+    """A half-precision type, as ONNX and as numpy represent it."""
 
     onnx: int
     numpy: npt.DTypeLike
@@ -59,8 +59,8 @@ def widen(graph: GraphBuilder, x: str, precision: str) -> str:
 def is_named(layer: str, name: str) -> bool:
     """Return whether `name` selects the linear layer `layer`.
 
-    The layer "blocks.3.mlp.fc2", for example, is selected by its full name, by an ending such as "mlp.fc2", and by a
-    beginning such as "blocks.3".
+    A layer such as "blocks.3.mlp.fc2" is selected by its full name, by an ending of this name such as "mlp.fc2", and by
+    a beginning such as "blocks.3".
     """
     return f".{layer}".endswith(f".{name}") or f"{layer}.".startswith(f"{name}.")
 

@@ -1,8 +1,8 @@
 """Collects the nodes and initializers of a graph. Weights are stored in the graph or in a separate data file.
 
 A protobuf message is limited to 2 GiB, and a giant model's weights take 4.5 GB. A large graph's initializers are
-therefore written to the data file immediately, and only their offsets stay in memory. The caller names every node and
-tensor, so the same calls produce the same bytes.
+therefore written to the data file as soon as they are added, and only their offsets stay in memory. The caller chooses
+the name of every node and tensor, so the same calls produce the same bytes.
 """
 
 from collections.abc import Mapping
@@ -22,10 +22,10 @@ INLINE_BELOW_BYTES = 1024  # shapes and scalars stay in the graph, where shape i
 
 
 class GraphBuilder:
-    """A collector of a graph's nodes and initializers.
+    """Collects a graph's nodes and initializers.
 
     Args:
-        weights: the arrays by Meta's parameter names, of any float type.
+        weights: arrays of any float type, keyed by Meta's parameter names.
         data: an open file for initializers of at least 1 KiB. If None, all initializers stay in the graph.
         location: the data file's name as recorded in the graph.
     """

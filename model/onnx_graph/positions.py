@@ -1,8 +1,8 @@
 """Computes the position embedding inside the graph, for inputs of any size.
 
 `model/pos_embed.py` resizes with one small matrix per axis. The graph computes the same matrices from its input size,
-with basic arithmetic that every runtime supports. ONNX's `Resize` is not used, because runtimes differ in its
-antialiased cubic mode and TensorRT refuses this mode.
+with basic arithmetic that every runtime supports. ONNX's `Resize` is not used, because runtimes implement its
+antialiased cubic mode differently, and TensorRT does not support this mode.
 
 A matrix resizes an axis from M stored positions to n patches. Its element (i, j) is the value of the cubic kernel at
 the distance between output cell i and input cell j. For each rule the distance is a quotient of integers, so the graph
@@ -13,9 +13,9 @@ computes numerator and denominator exactly in float32 and rounds once:
 - antialias: |M (2i+1) - n (2j+1)| / (2 max(n, M)), because the kernel widens when the grid shrinks. Each row is then
   divided by its sum.
 
-The two rules without antialiasing repeat the positions at the border. Their grid of positions is therefore padded on
-every side by two cells, the reach of the kernel. At the native grid (n = M), the rules `size` and `antialias` yield the
-identity. For `offset`, the graph selects the identity explicitly if both axes are native.
+The two rules without antialiasing repeat the positions at the border. For these rules, the grid of positions is
+therefore padded on every side by two cells, the reach of the kernel. If n = M, the matrix is the identity for the rules
+`size` and `antialias`. For `offset`, the graph explicitly selects the identity if n = M on both axes.
 """
 
 import numpy as np
@@ -29,7 +29,7 @@ REACH = 2  # cells on either side of a sampling point that the cubic kernel cove
 def positions_for_any_grid(graph: GraphBuilder, config: ViTConfig, patch_map: str) -> str:
     """Add nodes that compute the position embedding [1, h*w, D] for `patch_map` [B, D, h, w], and return its name.
 
-    The embedding equals the result of `resize_pos_embed` without the class token's position.
+    The embedding is the same as the result of `resize_pos_embed`, but without the class token's position.
     """
     side, dim = config.grid, config.embed_dim
     cells = graph.weight("pos_embed")[0, 1:].reshape(side, side, dim)

@@ -2,11 +2,11 @@
 
 int8 weights are symmetric, with one scale per output channel, in one of two forms:
 
-- "s7": int8 values from -64 to 64. AVX2's u8 x s8 product adds two neighbouring products in 16 bits and saturates, but
-  2 * 255 * 64 still fits. This form is the fastest on AVX2. Its values equal those of
+- "s7": int8 values from -64 to 64. AVX2's u8 x s8 instruction adds two neighbouring products in 16 bits and saturates,
+  but 2 * 255 * 64 still fits into 16 bits. This form is the fastest on AVX2. Its values are the same as those of
   `onnxruntime.quantization.quantize_dynamic(per_channel=True, reduce_range=True)`, as a test checks.
 - "u8": uint8 values from 1 to 255 with zero point 128. ONNX Runtime multiplies u8 x u8 without saturation. The weight
-  error is half that of "s7", but the product is slower on CPUs without VNNI.
+  error is half that of "s7", but the multiplication is slower on CPUs without VNNI.
 
 fp8 is E4M3, whose largest value is 448. Weights are scaled by their largest value per output channel, and inputs by the
 largest value that `model.engines.activations.measure_activations` observed.

@@ -96,7 +96,8 @@ class LiveTail(NamedTuple):
         return Neighbours(*top_of(scores, positions, k))
 
     def among(self, queries: Floats, k: int, allowed: Numbers) -> Neighbours:
-        """Return the k nearest rows of each query [q, D] among the rows that have an item number in `allowed`."""
+        """For each of the queries [q, D], return the k rows nearest to it, among the rows whose item number is in
+        `allowed`."""
         inside = np.isin(self.numbers, allowed, assume_unique=True)
         inside[self.dead] = False
         rows = np.flatnonzero(inside)

@@ -1,4 +1,4 @@
-"""Load a model to evaluate, with its preprocessing: a checkpoint, an artifact (exported model) or a published model."""
+"""Load a model and its preprocessing from a checkpoint, an artifact (exported model) or a published model."""
 
 import tempfile
 from collections.abc import Mapping
@@ -21,7 +21,8 @@ from training.evaluate.settings import DenseSettings, TaskSettings
 class Backbone:
     """A model to evaluate, in eval mode, with its name and its preprocessing (`spec`).
 
-    `fingerprint` is a hash of the model and its preprocessing. An artifact of the same model has the same fingerprint.
+    `fingerprint` is a hash of the model and its preprocessing. A checkpoint and the artifact exported from it have the
+    same fingerprint.
     """
 
     name: str
@@ -49,7 +50,7 @@ def load_backbone(
             has none, the bundled artifact.
         arch: torch hub's name for the architecture; needed only for files that do not contain this name.
         data_dir: folder that is searched for artifacts.
-        device: device of the model.
+        device: device to which the model is moved.
 
     Raises:
         ValueError: no model has the name `source`, the file is damaged, or the file needs `arch`.
@@ -88,7 +89,7 @@ def spec_for(own: PreprocessSpec, settings: TaskSettings) -> PreprocessSpec:
     The whole image is used, without a crop, if `crop` is 0 or the task is segmentation or depth.
 
     Raises:
-        ValueError: the crop does not fit the resized image or the patch size.
+        ValueError: `crop` is set without a `resize`, is larger than `resize`, or is not a multiple of the patch size.
     """
     whole = isinstance(settings, DenseSettings) or settings.crop == 0
     changes: dict[str, Any] = {"crop": None} if whole else {}

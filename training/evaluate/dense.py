@@ -1,11 +1,11 @@
-"""What segmentation and depth share: pairs of an image and its map, patch tokens in memory, and training a small head.
+"""Code for both segmentation and depth: pair images with maps, store patch tokens in memory, and train a small head.
 
 The data is a folder `images/{train,val}/...` and, next to it, a folder of maps with the same names: `masks/` (classes)
 or `depth/` (distances). Each image is used whole, without windows, crops or flips, so its tokens never change. It is
 resized to sides that are multiples of the patch size, with nearly the same aspect ratio. Tokens are stored in memory up
-to a limit. The tokens of images beyond the limit are computed again each time, with the same result.
+to a limit. Tokens that exceed the limit are computed again each time they are needed, with the same result.
 
-Legend: h, w patches of an image, H, W pixels of a map, F features of a patch, L blocks, D width.
+Legend: h x w patches of an image, H x W pixels of a map, F features of a patch, L blocks, D width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ WARMUP_SHARE = 0.0375  # 1,500 of 40,000 iterations
 
 @dataclass(frozen=True)
 class Pair:
-    """An image file and the file of its map, which is a mask of classes or a depth map."""
+    """An image file and the file of its map, which is a segmentation mask or a depth map."""
 
     image: Path
     target: Path
@@ -52,7 +52,8 @@ class HeadTraining:
 def find_pairs(folder: Path, split: str, kind: str, suffixes: Sequence[str]) -> list[Pair]:
     """Return the images below `folder/images/split`, sorted, each with its map (a mask or a depth map).
 
-    The map of an image has the same name and is below `folder/kind/split`. Its suffix is one of `suffixes`.
+    The map of an image has the same relative path below `folder/kind/split`, except that its suffix is one of
+    `suffixes`.
 
     Raises:
         ValueError: the folders do not exist, there are no images, or an image has no map.
@@ -88,24 +89,24 @@ class TokenSettings:
 
 
 class DenseData:
-    """A sequence with one item per readable pair of an image and its map. An item is two tensors: tokens and map.
+    """A sequence with one item for each pair of an image and its map that can be read.
 
-    The tokens are [h, w, F] for h x w patches with F features. The map has the height and width of the network's input.
-    `pairs` lists the readable pairs, and `skipped` lists the files that could not be read. `memory_left` is the unused
-    part of `memory_bytes`.
+    An item consists of two tensors. The tokens are [h, w, F] for h x w patches with F features. The map has the height
+    and width of the network's input. `pairs` lists the readable pairs, and `skipped` lists the files that could not be
+    read. `memory_left` is the unused part of `memory_bytes`.
 
     Args:
         model: a model in eval mode. Tokens are computed and stored on its device.
         pairs: images and maps.
         spec: preprocessing without a crop.
         read_target: function that reads a map [H, W] from a file. It must raise ValueError if the file cannot be read.
-        tokens: how tokens are made.
-        memory_bytes: memory limit for stored tokens and maps. Pairs beyond the limit are read and computed again each
-            time.
+        tokens: the settings for making tokens.
+        memory_bytes: memory limit for stored tokens and maps. Pairs that exceed the limit are read and computed again
+            each time they are needed.
         advance: called with 1 after each pair.
 
     Raises:
-        ValueError: no pair could be read, or the model has too few blocks.
+        ValueError: no pair could be read, or the model has fewer blocks than `tokens` asks for.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ RMSE, AbsRel and delta1 (the share of pixels predicted within a factor of 1.25) 
 over images. Only pixels with a depth above `min_depth` and up to `max_depth` count. Predictions are clamped to the same
 range.
 
-Legend: K bins, h x w patches, H x W pixels of the map, F features of a patch, n known pixels.
+Legend: K bins, h x w patches, H x W pixels of the map, F features of a patch, n pixels with a known depth.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ STRIDES = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class DepthReport:
-    """The scores of a depth prediction, averaged over the val images, and the last training loss.
+    """The scores of a depth head, averaged over the val images, and the last training loss.
 
     `rmse` is in metres, and `photos` is the number of images in the average.
     """
@@ -54,7 +54,7 @@ class DepthReport:
 def read_depth(path: Path, *, units_per_metre: float = 1000.0) -> Tensor:
     """Read a depth map in metres, float32 [H, W], from a 16-bit gray PNG or a .npy file.
 
-    A PNG is in millimetres by default, and a .npy file is in metres. Zero, negative and non-finite values mean
+    A PNG is in millimetres by default, and a .npy file is in metres. Values that are zero, negative or not finite mean
     "unknown" and become zero.
 
     Args:
@@ -122,9 +122,9 @@ def scale_invariant_loss(predicted: Tensor, depth: Tensor) -> Tensor:
 def gradient_loss(predicted: Tensor, depth: Tensor, known: Tensor) -> Tensor:
     """Compute how much the log error of a depth prediction differs between neighbouring pixels, at four strides.
 
-    The log error of a pixel is log predicted - log depth. At each stride, the absolute differences of all pairs of
-    known pixels that are vertical or horizontal neighbours are added up and divided by the number of known pixels. The
-    result is the sum over the strides.
+    The log error of a pixel is log predicted - log depth. At stride s, only every s-th row and column is used. The
+    absolute differences between vertical or horizontal neighbours that are both known are added up and divided by the
+    number of known pixels. The result is the sum over the strides.
 
     Args:
         predicted: predicted depths in metres, [H, W].
@@ -170,7 +170,7 @@ def evaluate_depth(
     gradient_weight: float = GRADIENT_WEIGHT,
     advance: Advance = lambda count: None,
 ) -> DepthReport:
-    """Train a linear depth head on the tokens of `train`, and score it on `val` at the maps' own size.
+    """Train a linear depth head on the tokens of `train`, and score it on `val` at the original size of each map.
 
     Args:
         train: training data, with maps from `read_depth` and with class tokens (`with_cls`).
@@ -183,8 +183,8 @@ def evaluate_depth(
         advance: called with 1 after each iteration.
 
     Raises:
-        ValueError: `min_depth` is not above 0 or not below `max_depth`, or no map of `train` or of `val` has a pixel in
-            this range.
+        ValueError: `min_depth` is not above 0 or not below `max_depth`, or the maps in `train` or in `val` contain no
+            depth in this range.
         FloatingPointError: the head's loss is not finite.
     """
     first = train[0][0]
@@ -198,7 +198,7 @@ def evaluate_depth(
         inside = [in_range(d) for d in maps]
         p = torch.cat([photo[k] for (photo, _), k in zip(pairs, inside, strict=True)])
         d = torch.cat([depth[k] for (_, depth), k in zip(pairs, inside, strict=True)])
-        if not len(d):  # no map of the batch has a known pixel, so there is nothing to learn
+        if not len(d):  # no map in the batch has a known pixel, so there is nothing to learn
             return pairs[0][0].sum() * 0
         gradients = [gradient_loss(photo, depth, k) for (photo, depth), k in zip(pairs, inside, strict=True)]
         return scale_invariant_loss(p, d) + gradient_weight * torch.stack(gradients).mean()

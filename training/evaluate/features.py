@@ -1,11 +1,11 @@
 """Image features from a frozen model, optionally cached on disk. Threads read the images.
 
 Every evaluation except segmentation and depth starts from the class tokens of the last blocks and the mean patch token
-of the last block. These are so few numbers per image that the features of a whole data set fit into memory. One pass
-over the images serves k-NN, logistic regression, the linear probe and retrieval. Unreadable images are skipped and
+of the last block. Each image has so few of these features that the features of a whole data set fit into memory. One
+pass over the images serves k-NN, logistic regression, the linear probe and retrieval. Unreadable images are skipped and
 listed.
 
-Legend: n images, b images of a batch, L blocks, D width, N patches, h x w pixels of the network's input.
+Legend: n images, b images in a batch, L blocks, D width, N patches, h x w pixels of the network's input.
 """
 
 import hashlib
@@ -56,8 +56,8 @@ class ImageFeatures:
     def pooled(self, pooling: Pooling) -> Tensor:
         """Return one vector per image, as a tensor with n rows.
 
-        `pooling` selects the class token, the mean patch token or both. If both are selected, each is scaled to length
-        1, and the two are concatenated.
+        `pooling` selects the class token, the mean patch token or both. If both are selected, the two vectors are
+        L2-normalised and concatenated.
         """
         parts = {"cls": self.cls[:, -1], **self.patch_parts}
         return pool(parts, pooling, unit=partial(F.normalize, dim=-1), join=partial(torch.cat, dim=-1))
@@ -90,8 +90,8 @@ def name_of(photo: Path | Photo) -> str:
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """Yield the result of `work(item)` for each of `items`, in order.
 
-    The results are computed ahead by `workers` threads, up to 4 results per thread. Pillow releases the interpreter's
-    lock while it decodes and resizes, so reading images overlaps with the forward pass.
+    `workers` threads compute the results ahead of time, up to 4 per thread. Pillow releases the interpreter's lock
+    while it decodes and resizes, so reading images overlaps with the forward pass.
     """
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(workers) as pool_of_threads:
@@ -114,9 +114,10 @@ def _batches(
     workers: int,
     skipped: list[Skipped],
 ) -> Iterator[tuple[list[int], npt.NDArray[np.float32]]]:
-    """Yield batches of inputs of the same size: their positions in `photos`, and the inputs [b, 3, h, w].
+    """Yield batches of network inputs that have the same size.
 
-    Unreadable images are added to `skipped`.
+    A batch is two values: the positions of its images in `photos`, and the inputs [b, 3, h, w]. Unreadable images are
+    added to `skipped`.
     """
 
     def read(photo: tuple[Path | Photo, Box | None]) -> npt.NDArray[np.float32] | Skipped:
@@ -185,12 +186,13 @@ def compute_features(
         spec: preprocessing.
         n_blocks: number of blocks, counted from the last, whose class tokens are returned. Each token passes through
             the network's final norm, as in Meta's probes.
-        boxes: the part of each image to use; None: the whole image.
+        boxes: the part of each image to use, or None for the whole image. If `boxes` is None, all images are used
+            whole.
         forward: batch size, threads and precision.
         advance: called with the number of images of each batch.
 
     Raises:
-        ValueError: the model has too few blocks, or no image could be read.
+        ValueError: the model has fewer than `n_blocks` blocks, or no image could be read.
     """
     was_training, device = model.training, model.cls_token.device
     model.eval()
@@ -233,9 +235,9 @@ def cache_key(
 ) -> str:
     """Compute a sha256 (64 hex digits) of everything that determines the features.
 
-    The hash covers the model, the preprocessing, the precision, the boxes, and each image's name or path and size in
-    bytes. The contents of the images are not read, so replacing an image with one of exactly the same size goes
-    unnoticed.
+    The hash covers the model, the preprocessing, the precision, the boxes and, for each image, its size in bytes and
+    its name or path. The contents of the images are not read, so the hash does not change if an image is replaced with
+    one that has exactly the same number of bytes.
     """
     digest = hashlib.sha256(f"{model_digest}\n{json.dumps(spec.model_dump(mode='json'))}\n{precision}\n".encode())
     for path, box in zip(paths, boxes or [None] * len(paths), strict=True):
@@ -272,7 +274,7 @@ def _load(path: Path, n_blocks: int) -> ImageFeatures | None:
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """A folder where the features of one model are cached, and the digest of this model."""
+    """A folder in which the features of one model are cached, and the digest of the model."""
 
     folder: Path
     model_digest: str
@@ -295,7 +297,7 @@ def cached_features(
     `compute_features`.
 
     Raises:
-        ValueError: the model has too few blocks, or no image could be read.
+        ValueError: the model has fewer than `n_blocks` blocks, or no image could be read.
         OSError: the cache cannot be written.
     """
     file = None

@@ -1,4 +1,4 @@
-"""k-NN classification on frozen features, the one evaluation in DINO and DINOv2 that needs no training.
+"""k-NN classification on frozen features. It is the only evaluation in DINO and DINOv2 that needs no training.
 
 The protocol is that of facebookresearch/dinov2 (`dinov2/eval/knn.py`). Features are L2-normalised. For each test image,
 the k most similar training images vote for their classes with weight exp(cosine / 0.07), and the class with the largest
@@ -37,13 +37,13 @@ def nearest(
     Args:
         train: features of the n training images, [n, D]; they need not be normalised.
         test: features of the m test images, [m, D]; they need not be normalised.
-        k: number of neighbours, at most n, or n - 1 with `leave_one_out`.
+        k: number of neighbours, at most n (n - 1 with `leave_one_out`).
         leave_one_out: True if the test images are the training images. No image is then its own neighbour.
         rows: number of test images in one block of similarities; a block takes 4 * rows * columns bytes.
         columns: number of training images in one block.
 
     Returns:
-        the cosine similarities, [m, k] in descending order, and the neighbours' positions in `train`, [m, k].
+        the cosine similarities, [m, k] in descending order, and the positions of the neighbours in `train`, [m, k].
     """
     n, m = len(train), len(test)
     assert k <= n - int(leave_one_out)
@@ -85,7 +85,8 @@ def knn_accuracy(
         train_labels: class numbers of the training images, [n].
         test: features of the m test images, [m, D]; they need not be normalised.
         test_labels: class numbers of the test images, [m].
-        ks: numbers of neighbours. If k is larger than the number of training images, all training images vote.
+        ks: values of k, the number of neighbours. If k is larger than the number of training images, all training
+            images vote.
         leave_one_out: True if the test images are the training images. No image is then its own neighbour.
         rows: number of test images in one block, see `nearest`.
         columns: number of training images in one block, see `nearest`.
@@ -111,8 +112,8 @@ def knn_accuracy(
 def labels_of(photos: Sequence[Path | Photo], classes: dict[str, int] | None = None) -> tuple[Tensor, dict[str, int]]:
     """Return the class number of each image, and a dictionary that maps labels to class numbers.
 
-    The label of a path is the name of the folder that contains the file. `classes` contains the numbers of known
-    labels, and new labels get the next numbers.
+    The label of a path is the name of the folder that contains the file. `classes` contains labels that already have a
+    number. Other labels get the next numbers.
     """
     classes = dict(classes or {})
     numbers = [classes.setdefault(label_of(photo), len(classes)) for photo in photos]
@@ -126,7 +127,7 @@ def evaluate_knn(
     spec: PreprocessSpec,
     ks: Sequence[int] = (1, 10, 20),
 ) -> dict[Pooling, dict[int, float]]:
-    """Classify `test` images by their neighbours among `train` images, and return the accuracy for each pooling and k.
+    """Compute the k-NN accuracy on `test`, with neighbours from `train`, for each pooling and each k.
 
     Unreadable images are left out.
 

@@ -1,11 +1,11 @@
-"""The linear probe: heads for every learning rate and every choice of input, trained together on cached features.
+"""The linear probe: linear heads, one for each combination of learning rate and input, trained on cached features.
 
 The protocol is that of facebookresearch/dinov2 (`dinov2/eval/linear.py`). A head is a linear layer on the concatenated
 class tokens of the last 1 or 4 blocks, with or without the mean patch token of the last block. It is trained with SGD
 with momentum 0.9, no weight decay and cosine decay to zero, for 12,500 iterations with batches of 1,024. The learning
-rate is multiplied by batch / 256. The main result is the val accuracy of the best head, which is slightly optimistic if
-val is small. The accuracy of every head is reported too. Meta's code makes a new random crop and flip of each image in
-each iteration. Here the features of one centre crop are computed once.
+rate is multiplied by batch size / 256. The main result is the val accuracy of the best head. It is slightly optimistic
+if val is small, because the head is chosen on val. The accuracy of every head is reported too. Meta's code makes a new
+random crop and flip of each image in each iteration. Here the features of one centre crop are computed once.
 
 The features of an image are one row, [class token of block -4 | -3 | -2 | -1 | mean patch token]. The input of a head
 is a range of adjacent columns of this row, and the weights of all heads with the same input form one matrix. The losses
@@ -13,7 +13,7 @@ of these heads are summed, and no two heads share a weight, so each head gets th
 alone. This gradient has a closed form, so each step needs only two matrix products per input, without autograd and
 without a loop over heads.
 
-Legend: n images, b images of a batch, L blocks, D width, F features of an input, H learning rates, C classes.
+Legend: n images, b images in a batch, L blocks, D width, F features of an input, H learning rates, C classes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -48,9 +48,9 @@ class Head:
 class ProbeSettings:
     """The settings of the linear probe: which heads are trained, and how.
 
-    There is one head for each combination of a learning rate in `lrs`, a number of blocks in `blocks`, and an entry in
-    `avgpools`, which says whether the mean patch token is used. The learning rates are multiplied by batch_size / 256.
-    If there are fewer images than `batch_size`, a batch repeats some of them.
+    There is one head for each combination of an entry in `lrs` (the learning rate), in `blocks` (the number of blocks)
+    and in `avgpools` (whether the mean patch token is used). The learning rates are multiplied by batch_size / 256. If
+    there are fewer images than `batch_size`, a batch repeats some of them.
     """
 
     lrs: Sequence[float] = CODE_LRS
@@ -65,7 +65,7 @@ class ProbeSettings:
 class LinearReport:
     """The result of the linear probe: the val accuracy of every head, and the best head.
 
-    If several heads are equally good, `best` is the first of them.
+    If several heads share the highest accuracy, `best` is the first of them.
     """
 
     accuracy: dict[Head, float]
@@ -76,8 +76,8 @@ class LinearReport:
 class _Group:
     """All heads with the same input, one for each of H learning rates.
 
-    An input consists of F features: the columns `columns` of the result of `stack_features`. `weight` is [F, H, C] and
-    `bias` [H, C] for C classes.
+    The input consists of F features, which are the columns `columns` in the result of `stack_features`. For C classes,
+    `weight` is [F, H, C] and `bias` is [H, C].
     """
 
     columns: slice
@@ -115,8 +115,8 @@ def _make_group(
 ) -> _Group:
     """Make the heads for one input, one for each learning rate.
 
-    All of them start with the same weights, so that their learning rates can be compared. The input is the class tokens
-    of the last `blocks` of `depth` blocks and, if `avgpool` is true, the mean patch token.
+    All heads start with the same weights, so that the learning rates can be compared. The input is the class tokens of
+    the last `blocks` of `depth` blocks and, if `avgpool` is true, the mean patch token.
     """
     dim = features.shape[1] // (depth + 1)
     columns = slice((depth - blocks) * dim, (depth + int(avgpool)) * dim)
@@ -168,9 +168,10 @@ def train_heads(
     settings: ProbeSettings,
     advance: Callable[[int], object] = lambda count: None,
 ) -> dict[tuple[int, bool], _Group]:
-    """Train all heads, and return them by input: number of blocks, and whether the mean patch token is used.
+    """Train all heads, and return them in groups, one for each input.
 
-    `depth` is the number of blocks with class tokens in `features`. The other arguments are those of `evaluate_linear`.
+    The key of a group is a pair: the number of blocks, and whether the mean patch token is used. `depth` is the number
+    of blocks with class tokens in `features`. The other arguments are those of `evaluate_linear`.
     """
     lrs, seed = settings.lrs, settings.seed
     groups = {
@@ -213,7 +214,7 @@ def evaluate_linear(
         advance: called with 1 after each iteration.
 
     Raises:
-        ValueError: there are no heads or no images, a setting is not above 0, or the features have too few blocks.
+        ValueError: there are no heads or no images, a setting is not above 0, or a head needs more than `depth` blocks.
     """
     settings = settings or ProbeSettings()
     lrs, blocks, iterations, batch_size = settings.lrs, settings.blocks, settings.iterations, settings.batch_size

@@ -1,19 +1,19 @@
-"""Logistic regression on frozen features, an evaluation without a learning rate to choose.
+"""Logistic regression on frozen features. This evaluation does not depend on the choice of a learning rate.
 
 The protocol is that of facebookresearch/dinov2 (`dinov2/eval/log_regression.py`): multinomial regression in float64
 with an L2 penalty. C is the inverse strength of the penalty, as in scikit-learn: the fit minimises C * sum of the log
 losses + 0.5 * sum of the squared weights, and the bias has no penalty. The best of 45 values of C between 1e-6 and 1e5
 is chosen on a tenth of the training images, drawn with a fixed seed. Then a model with this C is fitted to all training
-images. Features are not normalised. Meta's code uses cuML's solver with tolerance 1e-12 and 1,000 iterations, so for a
-large C it stops at the iteration limit. Here L-BFGS runs until the largest entry of the gradient is below `tolerance`,
-and the fit for each C starts from the solution for the next smaller C.
+images. Features are not normalised. Meta's code uses cuML's solver with tolerance 1e-12 and 1,000 iterations, so it
+stops at the iteration limit if C is large. Here L-BFGS runs until the largest entry of the gradient is below
+`tolerance`, and the fit for each C starts from the solution for the next smaller C.
 
 L-BFGS converges fast only if all unknowns have similar curvature, but at C = 1e-6 the penalty makes the curvature of
 the weights a million times that of the biases. The fit therefore uses rescaled unknowns. Features are centred, which
 only shifts the bias, and each weight is scaled so that its curvature at the start equals that of a bias. The solution
 is the same, and the fit takes tens of steps instead of hundreds.
 
-Legend: n images, D features, C classes (in shapes; elsewhere C is the inverse strength of the penalty).
+Legend: n images, D features, K classes.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,13 +29,13 @@ C_GRID: tuple[float, ...] = tuple(10.0**power for power in np.linspace(-6, 5, 45
 
 @dataclass(frozen=True)
 class Logistic:
-    """A fitted logistic regression with D features and C classes: `weight` [C, D] and `bias` [C], float64."""
+    """A fitted logistic regression for D features and K classes: `weight` [K, D] and `bias` [K], float64."""
 
     weight: Tensor
     bias: Tensor
 
     def logits(self, features: Tensor) -> Tensor:
-        """Compute the logits, [n, C], of n images with the features `features` [n, D]."""
+        """Compute the logits of n images for K classes, [n, K], from their features [n, D]."""
         return features.to(self.weight) @ self.weight.T + self.bias
 
 
@@ -69,8 +69,8 @@ def fit_logistic(
         c: inverse strength of the penalty, scikit-learn's C.
         n_classes: number of classes.
         start: model to start from; None: all weights and biases are zero.
-        tolerance: the fit ends when no entry of the gradient of `logistic_loss`, with respect to the rescaled unknowns,
-            is larger than this.
+        tolerance: the fit ends when no entry of the gradient of `logistic_loss` is larger than this. The gradient is
+            with respect to the rescaled weights and biases (see the docstring of this module).
         max_iterations: maximum number of iterations.
 
     Raises:
@@ -124,7 +124,7 @@ def accuracy(model: Logistic, features: Tensor, labels: Tensor, rows: int = 65_5
 
 
 def split_off(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split n images at random into two sets, and return the positions of each, in ascending order.
+    """Split n images at random into two sets, and return the positions of each set's images, in ascending order.
 
     The second set contains the share `share` of the images, but at least one image. The first contains the others. The
     split depends only on the arguments.
@@ -138,8 +138,8 @@ def split_off(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
 class LogisticReport:
     """The result of a logistic regression.
 
-    `c` is the chosen value of C, the inverse strength of the penalty, and `accuracy` is the accuracy on val with it.
-    `sweep` maps each value of C that was tried to the accuracy on the training images that were set aside to choose C.
+    `c` is the chosen value of C, the inverse strength of the penalty. `accuracy` is the val accuracy with this value.
+    `sweep` maps every value of C that was tried to the accuracy on the training images that were held out to choose C.
     """
 
     accuracy: float
@@ -151,8 +151,8 @@ class LogisticReport:
 class FitSettings:
     """The settings of a logistic regression.
 
-    `held_out_share` is the share of the training images on which C, the inverse strength of the penalty, is chosen.
-    `seed` is the seed for drawing these images. For `tolerance` and `max_iterations`, see `fit_logistic`.
+    `held_out_share` is the share of the training images that is held out to choose C, the inverse strength of the
+    penalty. `seed` is the seed for drawing these images. For `tolerance` and `max_iterations`, see `fit_logistic`.
     """
 
     held_out_share: float = 0.1
@@ -171,7 +171,7 @@ def evaluate_logistic(
     fit: FitSettings | None = None,
     advance: Callable[[int], object] = lambda count: None,
 ) -> LogisticReport:
-    """Choose C on a share of the training images, fit a model to all training images, and score it on val.
+    """Choose C on held-out training images, fit a model with this C to all training images, and score it on val.
 
     C is the inverse strength of the penalty.
 
@@ -180,9 +180,9 @@ def evaluate_logistic(
         train_labels: class numbers of the training images, [n].
         val: features of the m val images, [m, D].
         val_labels: class numbers of the val images, [m]. Classes that occur only in val are never predicted.
-        c_grid: values of C to try. If several are equally good, the smallest is chosen.
+        c_grid: values of C to try. If several give the highest accuracy, the smallest is chosen.
         fit: settings of the fit; None: the defaults.
-        advance: called with 1 after each C.
+        advance: called with 1 after each value of C.
 
     Raises:
         ValueError: there are fewer than two training images, `c_grid` is empty, or a value in it is not above 0.

@@ -11,11 +11,11 @@ scored:
     hard     hard           easy, junk
 
 For these data sets, average precision is the area under the curve of precision over recall by the trapezoid rule, as in
-the program published with Oxford Buildings. For each relevant image, the precision just before it and the precision at
-it are averaged. The mean of these values over all relevant images is the average precision. Queries without a relevant
-image do not count.
+the evaluation program published with the Oxford Buildings data set. For each relevant image, the precision just before
+it and the precision at it are averaged. The mean of these values over all relevant images is the average precision.
+Queries without a relevant image do not count.
 
-If the images are in class folders, every image is a query. The other images of its folder are relevant, and the query
+If the images are in class folders, every image is a query. The other images in its folder are relevant, and the query
 image is removed from the ranking. Average precision is then the mean of the precision at each relevant image, as usual
 in metric learning.
 
@@ -51,7 +51,7 @@ SETUPS: Mapping[Setup, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "medium": (("easy", "hard"), ("junk",)),
     "hard": (("hard",), ("easy", "junk")),
 }
-"""The labels of the relevant images and the labels of the removed images, by setup."""
+"""For each setup, the labels of the relevant images and the labels of the removed images."""
 
 
 class Query(BaseModel):
@@ -81,9 +81,9 @@ class GroundTruth(BaseModel):
 
 @dataclass(frozen=True)
 class Scores:
-    """The mean average precision and the recall@k (by k) of a retrieval, and the number of queries.
+    """The mean average precision, the recall@k for each k, and the number of queries that were scored.
 
-    Only queries with a relevant image count.
+    Queries without a relevant image are not scored.
     """
 
     mean_ap: float
@@ -95,8 +95,8 @@ def read_ground_truth(path: Path) -> GroundTruth:
     """Read and validate a ground truth file for retrieval.
 
     Raises:
-        ValueError: the file cannot be read, has another format, names an image twice, or labels an image that is not in
-            the database.
+        ValueError: the file cannot be read, is not in the expected format, lists an image twice, or labels an image
+            that is not in the database.
     """
     try:
         truth = GroundTruth.model_validate_json(path.read_bytes())
@@ -169,7 +169,8 @@ def score(
         ignored: for each query, the positions of the images that are removed from its ranking.
         ks: values of k for recall@k.
         rule: see `average_precision`.
-        block_bytes: maximum memory for similarities, in bytes. Queries are ranked in blocks that need no more.
+        block_bytes: maximum memory for similarities, in bytes. Queries are ranked in blocks that are small enough for
+            this limit.
 
     Raises:
         ValueError: no query has a relevant image.
@@ -206,8 +207,8 @@ def score_setup(
 ) -> Scores | None:
     """Score one setup, or return None if no query has a relevant image in this setup.
 
-    The setup "easy" counts images labelled easy as relevant, "hard" those labelled hard, and "medium" both. `queries`
-    [q, D] and `database` [n, D] are features in the order of `truth`.
+    The relevant images are those labelled easy in the setup "easy", those labelled hard in "hard", and both in
+    "medium". `queries` [q, D] and `database` [n, D] are features in the order of `truth`.
     """
     places = {name: place for place, name in enumerate(truth.database)}
     good, out = SETUPS[setup]
@@ -222,9 +223,9 @@ def score_setup(
 
 
 def score_classes(features: Tensor, labels: Tensor, *, ks: Sequence[int] = KS) -> Scores:
-    """Use every image as a query, rank all other images by similarity to it, and score the rankings.
+    """Use each image as a query, rank all other images by similarity to it, and score the rankings.
 
-    The other images of the query's class are relevant. `features` are [n, D] and `labels` are class numbers [n].
+    The other images in the query's class are relevant. `features` are [n, D] and `labels` are class numbers [n].
     Average precision follows the rule "mean" (see `average_precision`).
 
     Raises:

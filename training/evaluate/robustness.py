@@ -2,17 +2,17 @@
 
 Augmentations in training are random. Here each image gets the same eight changes, so all networks get the same test.
 The changes apply to the network's input (the preprocessed image as uint8 pixels), not to the original image. A blur of
-2 pixels is therefore equally strong for large and small originals.
+2 pixels therefore has the same strength for large and small originals.
 
 Two metrics are computed for each change, from class tokens:
 
-- cosine: the mean cosine similarity between an image and its changed version. A collapsed network, which gives all
-  images the same features, has cosine 1, so the mean cosine between different images is reported as well.
-- recall@1: the share of changed images whose own original is the most similar of all unchanged images. Unlike the
+- cosine: the mean cosine similarity between an image and its changed version. A collapsed network gives all images the
+  same features and has cosine 1. The mean cosine between different images is therefore reported as well.
+- recall@1: the share of changed images for which the most similar unchanged image is their own original. Unlike the
   cosine, it can be compared between networks. It falls as the number of images grows, so the number of images is
   reported too.
 
-Legend: n images, b images of a batch, D width, s side of the network's input.
+Legend: n images, b images in a batch, D width, s side of the network's input.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -53,7 +53,7 @@ JPEG_QUALITY = 20
 def centre_crop(pixels: Tensor) -> Tensor:
     """Cut out the centre of each image, and enlarge it to the full size.
 
-    The sides of the centre are `CROP_SIDE` times those of the image, so its area is about half.
+    The sides of the centre are `CROP_SIDE` times those of the image, so the centre covers about half of the image.
 
     `pixels` are uint8 [b, 3, s, s]. The result is float [b, 3, s, s] in 0..1.
     """
@@ -93,13 +93,13 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "grey": lambda x: grayscale(x / 255).expand(-1, 3, -1, -1),
     f"JPEG quality {JPEG_QUALITY}": jpeg,
 }
-"""The changes by name. Each takes uint8 [b, 3, s, s] on the CPU and returns float [b, 3, s, s] in 0..1."""
+"""The image changes, keyed by name. Each takes uint8 [b, 3, s, s] on the CPU and returns float [b, 3, s, s] in 0..1."""
 
 
 def _squares(
     photos: Sequence[Path | Photo], spec: PreprocessSpec, workers: int, skipped: list[Skipped]
 ) -> Iterator[Tensor]:
-    """Yield the network's input for each image, before normalisation: uint8 [3, s, s] with the side s.
+    """Yield the network's input for each image, before normalisation, as uint8 [3, s, s].
 
     Unreadable images are added to `skipped`.
     """
@@ -131,7 +131,7 @@ def robustness(
     """Measure how much each of the image changes in `CHANGES` affects the class token.
 
     There are two metrics for each change. `cosine` is the mean cosine similarity between an image and its changed
-    version. `recall@1` is the share of changed images whose own original is the most similar of all unchanged images.
+    version. `recall@1` is the share of changed images for which the most similar unchanged image is their own original.
 
     Args:
         model: the network; its mode (train or eval) is restored afterwards.
@@ -143,8 +143,9 @@ def robustness(
 
     Returns:
         a dictionary that can be stored as JSON: `photos` (number of images used), `skipped` (number of unreadable
-        images), `other_photos_cosine` (mean cosine over pairs of different unchanged images), `changes` (`cosine` and
-        `recall@1` by the change's name), and `mean` (the means of `cosine` and `recall@1` over the changes).
+        images), `other_photos_cosine` (mean cosine over pairs of different unchanged images), `changes` (a dictionary
+        that maps each change's name to its `cosine` and `recall@1`), and `mean` (the means of `cosine` and `recall@1`
+        over the changes).
 
     Raises:
         ValueError: `spec` has no crop, or fewer than two images are readable.
@@ -199,7 +200,7 @@ def _figures(clean: Tensor, changed: dict[str, Tensor], n_skipped: int) -> dict[
 
 
 def _kept(clean: Tensor, changed: Tensor) -> dict[str, float]:
-    """Compute `cosine` and `recall@1` of one change from class tokens that have length 1.
+    """Compute `cosine` and `recall@1` for one kind of change from L2-normalised class tokens.
 
     `clean` [n, D] contains the tokens of the unchanged images, and `changed` [n, D] those of the changed images.
     """

@@ -30,8 +30,8 @@ from training.evaluate.tasks import Track
 class Report:
     """The result of one evaluation.
 
-    `columns` and `rows` are a table of the most important results, as text. `figures` contains all results as data,
-    with shares as numbers from 0 to 1.
+    `columns` and `rows` are a table of the most important results, as text. `figures` contains all results as data.
+    Percentages, such as accuracies, are fractions from 0 to 1.
     """
 
     task: Task
@@ -44,7 +44,7 @@ class Report:
     skipped: list[Skipped] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the report as a dictionary that JSON can represent. The table is left out."""
+        """Return the report, without the table, as a dictionary that JSON can represent."""
         return {
             "task": self.task,
             "model": self.model,

@@ -4,12 +4,12 @@ The protocol follows the DINOv2 paper (section 7.4; facebookresearch/dinov2, `di
 batch normalisation and a 1x1 convolution. Its input is the patch tokens of the last block (the paper's "linear") or of
 the last four blocks (the paper's "+ms", but without its larger images and test-time augmentation). It is trained with
 cross-entropy and AdamW, with learning rate 1e-3 and weight decay 1e-3. Logits are enlarged bilinearly to the size of
-the mask. Predictions are scored at the size of the masks, because shrinking the masks would change the scores. The
-paper trains on random crops of 512 pixels and tests with a sliding window. This module uses each image whole and
-unaugmented.
+the mask. Predictions are scored at the original size of the masks, because shrinking the masks would change the scores.
+The paper trains on random crops of 512 pixels and tests with a sliding window. This module uses each image whole,
+without augmentation.
 
-mIoU is computed from one confusion matrix of the whole val set. It is the mean over the classes that occur in the masks
-or are predicted.
+mIoU is computed from one confusion matrix for the whole val set. It is the mean over the classes that occur in the
+masks or are predicted.
 
 Legend: C classes, h x w patches, H x W pixels of a mask, F features of a patch.
 """
@@ -32,7 +32,7 @@ SUFFIXES = (".png",)
 
 @dataclass(frozen=True)
 class SegmentationReport:
-    """The scores of a segmentation on val, and the last training loss.
+    """The scores of a segmentation head on val, and the last training loss.
 
     `iou` contains the intersection over union of each class, or nan for a class that is neither in the masks nor
     predicted.
@@ -46,12 +46,12 @@ class SegmentationReport:
 
 
 def read_mask(path: Path, *, zero_is_ignored: bool = False) -> Tensor:
-    """Read class numbers, uint8 [H, W], from an indexed or gray PNG. The number 255 marks pixels that do not count.
+    """Read class numbers, uint8 [H, W], from an indexed or gray PNG. The number 255 marks pixels to ignore.
 
     Args:
         path: the file.
-        zero_is_ignored: True if 0 also marks pixels that do not count, as in ADE20k's masks. Class 1 then becomes 0,
-            class 2 becomes 1, and so on.
+        zero_is_ignored: True if 0 also marks pixels to ignore, as in ADE20k's masks. Class 1 then becomes 0, class 2
+            becomes 1, and so on.
 
     Raises:
         ValueError: the file cannot be read, or it is not an indexed or 8-bit gray image.
@@ -70,7 +70,7 @@ def count_classes(data: Sequence[DenseData], n_classes: int | None = None) -> in
     """Return the number of classes: `n_classes` or, if it is None, one more than the largest class number in the masks.
 
     Raises:
-        ValueError: the masks have only ignored pixels, or a mask has a class of `n_classes` or more.
+        ValueError: the masks have only ignored pixels, or a mask contains a class number that is not below `n_classes`.
     """
     most = -1
     for part in data:
@@ -145,7 +145,7 @@ def predict(logits: Tensor, size: tuple[int, int], classes_at_once: int = 16) ->
 
 
 def confusion_matrix(predicted: Tensor, mask: Tensor, n_classes: int) -> Tensor:
-    """Count the pixels for each pair of true class (row) and predicted class (column), int64 [n_classes, n_classes].
+    """Count the pixels for each true class (row) and predicted class (column), int64 [n_classes, n_classes].
 
     Pixels that the mask marks as ignored do not count.
     """
@@ -172,7 +172,7 @@ def evaluate_segmentation(
     n_classes: int | None = None,
     advance: Advance = lambda count: None,
 ) -> SegmentationReport:
-    """Train a linear head on the tokens of `train`, and score it on `val` at the masks' own size.
+    """Train a linear head on the tokens of `train`, and score it on `val` at the original size of each mask.
 
     Args:
         train: training data, with masks from `read_mask`.
@@ -182,7 +182,7 @@ def evaluate_segmentation(
         advance: called with 1 after each iteration.
 
     Raises:
-        ValueError: a mask has a class of `n_classes` or more, or the masks have only ignored pixels.
+        ValueError: a mask contains a class number that is not below `n_classes`, or the masks have only ignored pixels.
         FloatingPointError: the head's loss is not finite.
     """
     classes = count_classes([train, val], n_classes)

@@ -1,7 +1,7 @@
 """The settings of each evaluation task.
 
-Every choice that affects a result is a setting, and the report of an evaluation lists all settings. Giving a setting
-that the task does not have is an error.
+Every choice that affects a result is a setting, and the report of an evaluation lists all settings. A setting that the
+task does not have is an error.
 """
 
 from collections.abc import Mapping
@@ -77,7 +77,9 @@ class DenseSettings(TaskSettings):
     iterations: int = Field(default=4000, ge=1, description="number of training iterations")
     batch_size: int = Field(default=16, ge=1, description="number of images in a batch; all images if there are fewer")
     weight_decay: float = Field(default=1e-3, ge=0)
-    memory_gb: float = Field(default=8.0, ge=0, description="limit on stored tokens; others are computed again")
+    memory_gb: float = Field(
+        default=8.0, ge=0, description="memory limit for stored tokens; other tokens are computed again"
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -91,7 +93,9 @@ class SegmentationSettings(DenseSettings):
 
     lr: float = Field(default=1e-3, gt=0)
     classes: int | None = Field(default=None, ge=1, le=255, description="null: the largest class in the masks plus one")
-    zero_is_ignored: bool = Field(default=False, description="classes in masks start at 1; 0: no class (ADE20k)")
+    zero_is_ignored: bool = Field(
+        default=False, description="classes in masks start at 1, and 0 means no class (ADE20k)"
+    )
 
 
 class DepthSettings(DenseSettings):

@@ -37,7 +37,7 @@ Track = Callable[[str, int], Callable[[int], object]]
 
 @dataclass(frozen=True)
 class Context:
-    """What every task needs: the model, the data, the preprocessing, the feature cache and progress bars."""
+    """The inputs of a task: its model, data, preprocessing and feature cache, and a function for progress bars."""
 
     backbone: Backbone
     data: str | Path
@@ -68,7 +68,7 @@ class Context:
 
     @property
     def folder(self) -> Path:
-        """Return the path of the task's data as a folder, for tasks that read files by name."""
+        """Return the task's data as the path of a folder, for tasks that read individual files in it."""
         return Path(self.data)
 
     @property
@@ -78,7 +78,7 @@ class Context:
 
 @dataclass(frozen=True)
 class TaskTable:
-    """A task's results as a table and as data (`figures`), and the parts of its protocol that are not settings."""
+    """A task's results, as a table and as data (`figures`), and the part of its protocol that is not a setting."""
 
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
@@ -88,7 +88,10 @@ class TaskTable:
 
 @dataclass(frozen=True)
 class Labelled:
-    """The features and class numbers of train and val. Classes that occur only in val have the highest numbers."""
+    """The features and class numbers of the train and val images.
+
+    Classes that occur only in val have the highest numbers.
+    """
 
     train: ImageFeatures
     train_labels: Tensor
@@ -110,7 +113,7 @@ def percent(share: float) -> str:
 
 
 def _read(features: ImageFeatures, paths: Sequence[Photo]) -> list[Photo]:
-    """Return the images of `paths` that could be read."""
+    """Return the images in `paths` that could be read."""
     return [paths[index] for index in features.kept.tolist()]
 
 
@@ -122,7 +125,8 @@ def _check_classes(classes: dict[str, int], where: str | Path) -> None:
 def _labelled(context: Context, source: Source, n_blocks: int, held_out: float, seed: int) -> Labelled:
     """Compute the features and class numbers of the train and val images.
 
-    If the source has no split into train and val, the share `held_out` of the images, drawn with `seed`, is val.
+    If the source is not divided into train and val, the share `held_out` of its images is drawn with `seed` and used as
+    val.
     """
     train_images, val_images = (photos_of(part) for part in split_source(source, held_out, seed))
     if not val_images:
@@ -144,7 +148,10 @@ def _labelled(context: Context, source: Source, n_blocks: int, held_out: float, 
 
 
 def run_knn(context: Context, settings: KnnSettings) -> Result:
-    """Classify each val image by its neighbours in train or, if there is no split, each image by all other images."""
+    """Classify each val image with k-NN among the train images.
+
+    If the data is not divided into train and val, classify each image with k-NN among all other images.
+    """
     device = context.device
     source = context.source
     if source.parts:
@@ -166,7 +173,7 @@ def run_knn(context: Context, settings: KnnSettings) -> Result:
 
 
 def run_logistic(context: Context, settings: LogisticSettings) -> Result:
-    """Choose the penalty on a share of train, fit logistic regression to all of train, and score it on val."""
+    """Choose the penalty on a part of the train images, fit logistic regression to all of them, and score it on val."""
     labelled, device = _labelled(context, context.source, 1, settings.held_out, settings.seed), context.device
     report = evaluate_logistic(
         labelled.train.pooled(settings.pooling).to(device),
@@ -185,7 +192,8 @@ def run_logistic(context: Context, settings: LogisticSettings) -> Result:
 def run_linear(context: Context, settings: LinearSettings) -> Result:
     """Train all heads of the linear probe, and score them on val.
 
-    The table shows the best learning rate for each input, and `figures` contains the accuracy of every head.
+    The table shows the best learning rate for each input. The data (`TaskTable.figures`) contains the accuracy of every
+    head.
     """
     depth_wanted = max(settings.blocks)
     labelled = _labelled(context, context.source, depth_wanted, settings.held_out, settings.seed)
@@ -260,7 +268,7 @@ DENSE_PROTOCOL = {
 
 
 def run_segmentation(context: Context, settings: SegmentationSettings) -> Result:
-    """Train batch normalisation and a 1x1 convolution on patch tokens, and compute mIoU at the masks' own size."""
+    """Train a linear segmentation head on patch tokens, and compute mIoU at the original size of each mask."""
     read = partial(segmentation.read_mask, zero_is_ignored=settings.zero_is_ignored)
     train, val = _dense(context, settings, "masks", segmentation.SUFFIXES, read)
     report = segmentation.evaluate_segmentation(
@@ -290,7 +298,7 @@ def run_segmentation(context: Context, settings: SegmentationSettings) -> Result
 
 
 def run_depth(context: Context, settings: DepthSettings) -> Result:
-    """Train a linear depth head, and compute RMSE, AbsRel and delta1 at the maps' own size."""
+    """Train a linear depth head, and compute RMSE, AbsRel and delta1 at the original size of each map."""
     read = partial(depth.read_depth, units_per_metre=settings.units_per_metre)
     train, val = _dense(context, settings, "depth", depth.SUFFIXES, read)
     report = depth.evaluate_depth(
@@ -336,8 +344,8 @@ def _retrieval_table(scores: dict[str, Scores], protocol: dict[str, Any]) -> Tas
 def run_retrieval(context: Context, settings: RetrievalSettings) -> Result:
     """Rank images by similarity, and score the rankings.
 
-    With a ground truth file, the setups easy, medium and hard are scored. Without one, every image is a query, the
-    other images are the database, and the images with the same label are relevant.
+    With a ground truth file, the setups easy, medium and hard are scored. Without one, every image is a query, all
+    other images are its database, and those with the query's label are relevant.
     """
     device = context.device
     if settings.ground_truth is None:

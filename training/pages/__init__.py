@@ -1,1 +1,1 @@
-"""HTML pages and image sheets that describe training runs."""
+"""HTML pages about training runs, and image sheets (grids of images, crops and features)."""

@@ -76,7 +76,7 @@ def _thinned(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, 
 
 def _bounds(values: list[float], mark: float | None, floor: float | None) -> tuple[float, float]:
     """Return the lower and the upper end of the y axis. The axis includes all values, and also `mark` and `floor` if
-    they are not None. It extends slightly beyond these numbers, but not below `floor` if `floor` is the lowest."""
+    they are not None. It extends slightly beyond these numbers, but not below `floor` if that is the lowest of them."""
     low, high = min(values), max(values)
     if mark is not None:
         low, high = min(low, mark), max(high, mark)

@@ -52,10 +52,10 @@ RUN_FIGURES: tuple[tuple[str, str, tuple[str, ...], Show], ...] = (
 
 
 def rows(results: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
-    """Return the rows of the comparison table. Each row contains a metric's group, its name, and a list with its value
-    for each network, as text.
+    """Return the rows of the comparison table.
 
-    A metric is left out if no network has a value for it.
+    Each row has three entries: the group of a metric, the name of the metric, and a list with its value for each
+    network, as text. A metric is left out if no network has a value for it.
     """
     networks = results["networks"]
     first = networks["untrained"]

@@ -4,8 +4,9 @@ The report can be written at the end of a run or at any other time, because it i
 folder: config.json, metrics.jsonl, evaluations.jsonl, events.jsonl, knn.json, skipped.txt, sheets/*.png and the
 provenance in checkpoint.safetensors. If a file is missing, its section is left out.
 
-The page contains its style sheet, the curves (`training/pages/charts.py`) and the last image sheet, so it can be
-emailed and archived as one file. It has no script, and all text from the files is escaped.
+The page contains its style sheet, the curves (`training/pages/charts.py`) and the last image sheet
+(`training/pages/sheets.py`), so it can be emailed and archived as one file. It has no script, and all text from the
+files is escaped.
 """
 
 import base64
@@ -31,7 +32,7 @@ from training.watch.monitor import EVALUATIONS, EVENTS, METRICS, read_lines
 
 REPORT = "report.html"
 SHEETS = "sheets"
-SHEET_WIDTH = 1400  # pixels; large enough to see patches, small enough to mail
+SHEET_WIDTH = 1400  # pixels; large enough to see patches, small enough to email
 EVENTS_SHOWN = 20
 SKIPPED_SHOWN = 10
 
@@ -299,8 +300,9 @@ def _knn_table(knn: Mapping[str, Any]) -> str:
 
 
 def _data(config: Mapping[str, Any], facts: Mapping[str, Any], skipped: Path) -> str:
-    """Return the training data's folder, number of images and digest as an HTML table. If images could not be read, a
-    list of the first ones follows."""
+    """Return the training data's folder, number of images and digest as an HTML table. If images could not be read, the
+    first of them are listed below the table.
+    """
     rows = [[words, str(facts[key])] for key, words in (("photos", "training images"), ("data_sha256", "digest"))
             if key in facts]  # fmt: skip
     if "data" in config:

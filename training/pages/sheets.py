@@ -3,7 +3,7 @@ them.
 
 The gallery is a sample of the training images. On a sheet, each image has one row, with these columns:
 
-    image          the image after the preprocessing of the evaluation
+    image          the image after the evaluation's preprocessing
     global 1, 2    the two large crops of a training step; masked patches, which the student must predict, are darkened
     locals         up to nine of the small crops
     attention      the attention of the class token to each patch in the last block, averaged over the heads
@@ -50,8 +50,7 @@ HEAT = np.array(
 
 
 def shrunk(photo: Photo, spec: PreprocessSpec) -> Photo:
-    """Resize an image to the size that `preprocess` uses before it crops, so that the gallery of a sheet needs less
-    memory.
+    """Resize an image to the size to which `preprocess` resizes it before cropping. The smaller image saves memory.
 
     `preprocess` returns the same pixels for the resized image as for the original.
     """
@@ -105,9 +104,9 @@ def class_attention(backbone: DinoVisionTransformer, pixels: Tensor) -> Tensor:
 def pca_colours(patches: Tensor) -> Tensor:
     """Map patch tokens [n, N, D] to colours [n, N, 3] from 0 to 1 by their first three principal components.
 
-    The components are computed over the patches of all images. Each is scaled by its standard deviation and clipped to
-    the range 0 to 1. The sign of a principal component is arbitrary, so its entry with the largest magnitude is made
-    positive. A network therefore always yields the same colours for the same images.
+    The components are computed over the patches of all images. Each component is scaled by its standard deviation and
+    clipped to the range 0 to 1. The sign of a principal component is arbitrary, so its entry with the largest magnitude
+    is made positive. A network therefore always yields the same colours for the same images.
     """
     flat = patches.flatten(0, 1).double().cpu().nan_to_num(0.0, 0.0, 0.0)  # a diverged network gives NaN
     flat = flat - flat.mean(dim=0)
@@ -294,8 +293,9 @@ def _fitted(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont |
 
 
 def _page(rows: Sequence[tuple[list[Image.Image], dict[int, str]]], headings: Sequence[str], title: str) -> Image.Image:
-    """Arrange rows of cells on one page, below the title and the column headings, and return the page. Each row
-    consists of its cells and a dict of captions by column number."""
+    """Arrange rows of cells on one page, below the title and the column headings, and return the page. A row consists
+    of its cells and a dict that maps column numbers to captions.
+    """
     columns = max(len(cells) for cells, _ in rows)
     top = MARGIN + (HEADER + 6 if title else 0) + HEADER
     width = 2 * MARGIN + columns * (CELL + GAP) - GAP

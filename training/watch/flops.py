@@ -3,7 +3,7 @@
 MFU, model FLOPs utilisation (arXiv 2204.02311, appendix B), is the useful work per second divided by the device's peak.
 The useful work is the work that the algorithm needs: the matrix products of the networks, where each multiply-add
 counts as two operations. Recomputation to save memory, losses, optimizer, augmentation and elementwise operations are
-not counted, so more work of these kinds cannot raise the MFU.
+not counted, so additional work of these kinds cannot raise the MFU.
 
 For each image of N patches, with T = 1 + R + N tokens, width D, feed-forward width F and patch side p, and for each
 layer:

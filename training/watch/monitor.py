@@ -4,7 +4,7 @@
     evaluations.jsonl  one JSON line per evaluation during the run: k-NN and other measurements
     events.jsonl       warnings, rollbacks and other messages; no line is ever removed
 
-A resumed run repeats the steps after its checkpoint. The old lines of these steps are removed from metrics.jsonl and
+A resumed run repeats the steps after its checkpoint. The old lines for these steps are removed from metrics.jsonl and
 evaluations.jsonl. TensorBoard and Weights & Biases get the same metrics (`training/watch/sinks.py`). A write error is
 reported once and never stops the run.
 
@@ -59,8 +59,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_lines(path: Path, last_step: int) -> None:
-    """Remove the lines of steps after `last_step` from a log file, because a resumed run writes them again. Also remove
-    incomplete lines.
+    """Remove the lines for steps after `last_step` from a log file, because a resumed run writes them again. Also
+    remove incomplete lines.
 
     The new file is written under another name and then renamed, so a complete file exists at all times.
     """
@@ -72,7 +72,7 @@ def cut_lines(path: Path, last_step: int) -> None:
 
 
 def to_numbers(figures: Mapping[str, Figure]) -> dict[str, float | str | None]:
-    """Return metrics as plain Python values, in the same order.
+    """Convert metrics to plain Python values, and return them in the same order.
 
     Tensors must be scalars on the same device, and are copied to the CPU in one transfer. A value that is not finite
     becomes None, because JSON cannot represent it.
@@ -114,10 +114,10 @@ class Monitor:
 
     Args:
         path: `metrics.jsonl` in the run's folder. The other files are in the same folder.
-        size: the size of the run. Lines of steps after `size.first_step` are removed from the files.
+        size: the size of the run. Lines for steps after `size.first_step` are removed from the files.
         console: where messages are printed.
-        active: True in one process of the run and False in the others. A monitor that is not active prints, writes and
-            transfers nothing.
+        active: True in one process of the run and False in the others. A monitor that is not active prints and writes
+            nothing, and copies nothing from the device.
         device: the device whose memory is reported.
         sinks: further receivers of the metrics, such as TensorBoard.
         peak_flops: the total peak speed of all devices in operations per second (`training/watch/flops.py`). If it is
@@ -173,8 +173,9 @@ class Monitor:
             self._guarded(sink.name, sink.close)
 
     def rewind(self, step: int) -> None:
-        """Remove the log lines of steps after `step`, and set the progress bar to `step`. The constructor does this for
-        `size.first_step`. Call this method after a rollback."""
+        """Remove the log lines for steps after `step`, and set the progress bar to `step`. The constructor does this
+        for `size.first_step`. Call this method after a rollback.
+        """
         self._start_line()
         if not self._active:
             return

@@ -1,6 +1,6 @@
 """Detect a failing run, report the failure, and decide whether the run continues, rolls back or stops.
 
-These checks are called sentinels. They detect three kinds of failure, each with its own configured action:
+The checks that do this are called sentinels. They detect three kinds of failure, each with its own configured action:
 
 - collapse: the network no longer tells images apart. After the first third of the run, one of these signs appears in
   several consecutive lines of metrics.jsonl:
@@ -11,7 +11,7 @@ These checks are called sentinels. They detect three kinds of failure, each with
     maximum. A random network reaches about 0.1 of the maximum, and a trained network 0.5 or more.
 - not finite: a loss or a gradient is NaN or infinite. The batch is stored so that it can be inspected and repeated.
 - k-NN: the accuracy on held-out images is below the run's best accuracy by more than a configured margin. Continued
-  training of released weights can lose accuracy (facebookresearch/dinov2#204: from 80 to 10 %).
+  training of published weights can lose accuracy (facebookresearch/dinov2#204: from 80 to 10 %).
 
 The action is `stop`, `warn` (one report each time the failure begins) or `rollback`. A rollback loads the newest
 checkpoint from step `Verdict.back_to` or earlier, and deletes later checkpoints. The sentinels forget what they
@@ -48,7 +48,10 @@ NEVER = torch.iinfo(torch.int64).max
 
 @dataclass(frozen=True)
 class Limits:
-    """The sentinels' thresholds, and the action for each kind of failure. `knn_margin` is in percentage points."""
+    """The thresholds of the sentinels (the checks for a failing run), and the action for each kind of failure.
+
+    `knn_margin` is in percentage points.
+    """
 
     total_steps: int
     n_prototypes: int
@@ -78,7 +81,7 @@ class Verdict:
 
 @dataclass
 class State:
-    """What the sentinels remember between steps, in JSON types."""
+    """What the sentinels (the checks for a failing run) remember between steps, as JSON types."""
 
     bad_lines: dict[str, int] = field(default_factory=dict)  # sign of collapse -> consecutive log lines with it
     good_step: int = 0  # step of the last log line without any sign of collapse
@@ -116,7 +119,7 @@ class FirstNotFinite:
     so the CPU need not wait for the device in each step.
 
     `step` is an int64 scalar tensor. It is `NEVER` as long as all metrics are finite. If a run has several processes,
-    the minimum of their `step` is the first such step of the run.
+    the first such step of the run is the minimum of `step` over the processes.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -149,7 +152,7 @@ class FirstNotFinite:
 
 
 class Sentinels:
-    """The sentinels of a run, which decide whether the run continues, warns, rolls back or stops.
+    """The checks for a failing run. They decide whether the run continues, warns, rolls back or stops.
 
     The training loop calls a check after each log line, after each evaluation, and when a metric is not finite. All
     processes of a run must act on the same verdict.
@@ -159,7 +162,7 @@ class Sentinels:
         self.limits, self.state = limits, State()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the sentinels in JSON types, for storing in a checkpoint."""
+        """Return the state of the sentinels as JSON types, so that it can be stored in a checkpoint."""
         return asdict(self.state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -265,8 +268,8 @@ class Sentinels:
         return self._decide("not_finite", self.limits.on_not_finite, step, step - 1, begin, advice)
 
     def check_knn(self, step: int, accuracy: float) -> Verdict | None:
-        """Compare the k-NN accuracy after `step` steps, from 0 to 1, with the best accuracy so far. Return a verdict,
-        or None if there is nothing to report.
+        """Compare the k-NN accuracy (0 to 1) after `step` steps with the best accuracy so far. Return a verdict, or
+        None if there is nothing to report.
 
         The first call is made before training, with step 0.
         """
@@ -311,8 +314,9 @@ class Sentinels:
 
 @dataclass(frozen=True)
 class Replay:
-    """A batch that was stored because of a failure: the step, the names of the images, the crops by name, and the
-    metrics of the step (`terms`)."""
+    """A batch that was stored because of a failure: the step, the names of the images, the crops keyed by name, and the
+    metrics of the step (`terms`).
+    """
 
     step: int
     names: list[str]
@@ -339,7 +343,7 @@ def save_replay(
         folder: the folder to which the files are written. It is created if it is missing.
         step: the step of the batch, counted from 1.
         names: the names of the images, in the order of the batch.
-        crops: the crops as tensors by name, such as the fields of `training.data.crops.Crops`.
+        crops: the crops as tensors, keyed by name, such as the fields of `training.data.crops.Crops`.
         terms: the metrics of the step, which may be NaN.
         facts: further values of JSON types, such as indices, the seed and learning rates.
         keep: the number of batches to keep in the folder. Batches of earlier steps are deleted.

@@ -1,6 +1,6 @@
 """Send the metrics of a training run to TensorBoard and Weights & Biases.
 
-A sink is a receiver of metrics. For each log line, it gets the step and the metrics by name. If a sink fails,
+A sink is a receiver of metrics. For each log line, it gets the step and a dictionary of metrics. If a sink fails,
 `training/watch/monitor.py` reports the failure once and continues without the sink. TensorBoard is used whenever it is
 installed, because it only writes into the run's folder. Weights & Biases sends metrics to another machine, so it is
 used only if a project is named.
@@ -19,8 +19,9 @@ WANDB_ID = "wandb_id.txt"
 
 @dataclass(frozen=True)
 class Sink:
-    """A receiver of metrics. `write(step, numbers)` receives the metrics of one log line by name, and `close()` closes
-    the receiver."""
+    """A receiver of metrics. `write(step, numbers)` receives the metrics of one log line as a dictionary, and `close()`
+    closes the receiver.
+    """
 
     name: str
     write: Callable[[int, Mapping[str, float]], None]
