@@ -169,6 +169,7 @@ async def _framework_error(request: Request, error: Exception) -> Response:
     """Return the answer to an error that FastAPI or Starlette raised, for instance because no route has the requested
     path. The answer has the same format as the answers to the service's own errors."""
     translated = _translated(request, error)
+    request.state.error = translated  # for the access log
     content_type, body = error_body(translated, request.url.path, request.state.request_id)
     return Response(
         body, status_code=translated.status, headers=translated.headers, media_type=content_type.decode("ascii")
