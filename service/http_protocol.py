@@ -55,7 +55,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._pending_bytes = 0  # bytes since the last complete head, body piece or message; includes trailers
         self._in_head = True
         self._head_timer: TimerHandle | None = None
-        self._linger_timer: TimerHandle | None = None
+        self._linger_timer: TimerHandle | None = None  # runs after the sending side was closed
+        self._discard_timer: TimerHandle | None = (
+            None  # runs while the rest of a body is discarded before the next head
+        )
         self._refused = False
         self._staged: _StagedTransport
 
@@ -68,8 +71,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
-        if self._linger_timer is not None:
-            self._linger_timer.cancel()
+        for timer in (self._linger_timer, self._discard_timer):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
 
     def close_in_steps(self) -> None:
@@ -155,6 +159,18 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             return
         self._pending_bytes, self._in_head = 0, True
         super().on_message_complete()
+        if self._discard_timer is not None:
+            self._discard_timer.cancel()
+            self._discard_timer = None
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.more_body and self.cycle.response_complete and self._linger_timer is None:
+            self._discard_timer = self.loop.call_later(LINGER_S, self.transport.close)
 
     # Refused requests
 

@@ -118,7 +118,7 @@ class Settings(BaseSettings):
     gzip_min_bytes: int = Field(
         1024,
         ge=0,
-        description="size from which JSON answers are compressed, if the client accepts gzip; 0: never compress",
+        description="size from which JSON and text are compressed if the client accepts gzip; 0: never",
     )
     cors_origins: str | None = Field(
         None,
@@ -128,8 +128,8 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=16,
-        description="number of proxies in front of the service; the log takes the client's address from the entry of "
-        "X-Forwarded-For that the first of them adds; 0: the header is ignored",
+        description="number of trusted proxies in front of the service, needed to log the client's address from "
+        "X-Forwarded-For; 0: the header is ignored",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="lowest level of messages that are logged"

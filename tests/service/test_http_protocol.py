@@ -27,8 +27,8 @@ class Quick(BoundedHttpProtocol):
 
 async def app(scope, receive, send):
     """Read the body and answer with its size. For /slow, answer after more time than a request head may take. For
-    /early, answer before the body. Answer a refused request with its error."""
-    size, more = 0, scope["path"] != "/early"
+    /early and /kept, answer before the body; only /early closes. Answer a refused request with its error."""
+    size, more = 0, scope["path"] not in ("/early", "/kept")
     while more and "refusal" not in scope:
         message = await receive()
         if message["type"] == "http.disconnect":
@@ -335,6 +335,33 @@ async def test_discarding_a_body_has_a_time_limit(monkeypatch):
                 await writer.drain()
                 await asyncio.sleep(0.02)
         assert 0.1 < time.monotonic() - started < 2
+
+
+async def test_a_kept_connection_goes_on_behind_a_discarded_body_and_does_not_stay_open_forever():
+    async with connected() as (reader, writer):
+        writer.write(b"POST /kept HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\na")
+        await reader.readuntil(b"\r\n\r\n0")
+        for byte in (b"b", b"c"):
+            await asyncio.sleep(2 * HEAD_S)
+            writer.write(byte)
+        writer.write(b"POST /kept HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n0")
+        started = time.monotonic()
+        writer.write(b"a")
+        assert await rest(reader) == b""
+        assert time.monotonic() - started < KEEP_ALIVE_S + 0.5
+
+
+async def test_a_body_that_trickles_in_after_its_answer_ends_the_connection(monkeypatch):
+    monkeypatch.setattr("service.http_protocol.LINGER_S", 0.3)
+    async with connected() as (reader, writer):
+        writer.write(b"POST /kept HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n0")
+        started = time.monotonic()
+        while not reader.at_eof() and time.monotonic() - started < 3:
+            writer.write(b"a")
+            await asyncio.sleep(0.05)
+        assert 0.2 < time.monotonic() - started < 1
 
 
 async def test_no_request_behind_a_discarded_body_is_run():
