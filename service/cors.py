@@ -1,8 +1,8 @@
 """Cross-origin resource sharing (CORS): let web pages of other origins call the service.
 
-A browser sends a page's request to another origin, but hides the answer from the page unless a header of the answer
-names the page's origin. Before most requests, the browser asks for permission with a *preflight*, an OPTIONS request.
-The service has no cookies, so no answer allows credentials.
+A page may read the answer to a request to another origin only if a header of the answer names the page's origin. Before
+most such requests, the browser asks for permission with a *preflight*, which is an OPTIONS request. The service has no
+cookies, so it never allows credentials.
 """
 
 import re
@@ -37,14 +37,14 @@ def parse_origins(text: str) -> frozenset[str]:
 
 
 class Cors:
-    """Makes the CORS headers of answers."""
+    """Makes the CORS headers of answers for a set of allowed origins."""
 
     def __init__(self, origins: frozenset[str]) -> None:
         self._origins = frozenset(origin.encode() for origin in origins)
         self._any = "*" in origins
 
     def headers(self, request: Mapping[bytes, bytes]) -> Headers:
-        """Return the headers for the answer to a request with these headers."""
+        """Return the CORS headers for the answer to a request. `request` contains the headers of the request."""
         if self._any:
             return [(b"access-control-allow-origin", b"*"), (b"access-control-expose-headers", EXPOSED)]
         origin = request.get(b"origin", b"").lower()
@@ -54,8 +54,9 @@ class Cors:
         return [(b"access-control-allow-origin", origin), (b"access-control-expose-headers", EXPOSED), vary]
 
     def preflight(self, request: Mapping[bytes, bytes]) -> Headers | None:
-        """Return additional headers for the answer to an OPTIONS request with these headers. Return None if the request
-        is not a preflight, or its origin is not allowed."""
+        """Return the headers for the answer to a preflight, in addition to those that the method `headers` returns.
+        `request` contains the headers of an OPTIONS request. Return None if this request is not a preflight, or if its
+        origin is not allowed."""
         origin = request.get(b"origin")
         if origin is None or b"access-control-request-method" not in request:
             return None

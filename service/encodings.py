@@ -1,7 +1,7 @@
 """Content encodings: decode the compressed bodies of requests, and compress answers.
 
-A few kilobytes of gzip can decode to gigabytes. So a body is decoded in pieces of limited size, and the caller stops
-when the body is larger than its limit.
+One megabyte of gzip can decode to a gigabyte. So a body is decoded in pieces of limited size, and the caller can stop
+as soon as the decoded body exceeds a limit.
 """
 
 import zlib
@@ -27,7 +27,7 @@ class BodyDecoder:
     """
 
     def __init__(self, name: str) -> None:
-        """`name` is `gzip` or `deflate`."""
+        """Create a decoder for the encoding `name`: `gzip` or `deflate`."""
         self._name = name
         self._received = b""  # not decoded yet
         self._stream: zlib._Decompress | None = None
@@ -42,7 +42,7 @@ class BodyDecoder:
         """Return the next decoded bytes, at most `PIECE_BYTES` of them. Return no bytes if further input is needed.
 
         Raises:
-            BadRequest: the body is not in its encoding.
+            BadRequest: the received bytes are not valid data in this encoding.
         """
         while self._received or self._more:
             if self._stream is None or self._stream.eof:
@@ -61,7 +61,7 @@ class BodyDecoder:
         """Check that the body is complete.
 
         Raises:
-            BadRequest: the body ends within its encoding.
+            BadRequest: the end of the compressed data is missing.
         """
         if self._stream is not None and not self._stream.eof:
             raise BadRequest(f"the {self._name} body ends too early")
@@ -80,7 +80,8 @@ class BodyDecoder:
 
 
 def body_decoder(encoding: str) -> BodyDecoder | None:
-    """Return a decoder for a body with this `Content-Encoding`, or None if the body is not compressed.
+    """Return a decoder for a request body with this `Content-Encoding`. Return None for the encoding `identity`, which
+    means that the body is not compressed.
 
     Raises:
         UnsupportedMediaType: the encoding is not supported. The answer lists the supported encodings in the header
@@ -110,7 +111,7 @@ def accepts_gzip(accept_encoding: bytes) -> bool:
 
 
 def _is_wanted(parameters: bytes) -> bool:
-    """Return False if the parameters of an encoding contain the weight 0, which means that it must not be used."""
+    """Return whether an encoding with these parameters may be used. The weight 0 (`q=0`) forbids it."""
     weight = parameters.replace(b" ", b"").removeprefix(b"q=")
     return not weight or weight.strip(b"0.") != b""
 

@@ -1,19 +1,20 @@
-"""An HTTP protocol for uvicorn that ignores upgrades, limits request heads, and answers malformed requests like others.
+"""An HTTP protocol for uvicorn that limits the heads of requests, ignores upgrades, and lets the application answer
+malformed requests.
 
-The head of a request consists of the request line and the headers. uvicorn parses it with httptools, which has four
-weaknesses that the class in this module makes up for:
+The head of a request consists of the request line and the headers. uvicorn parses requests with httptools. The class in
+this module changes four things:
 
-- httptools does not limit the size of a head, and joins the pieces of a head in quadratic time. A request line of 50 MB
-  blocks the event loop for minutes, and a connection that never completes its head stays open forever. uvicorn's other
-  parser, h11, has a size limit, but it is slower and has no time limit. So this class counts the bytes that are not
-  part of a body, and limits the time for each head.
-- httptools drops the body of a request that asks for another protocol. Java's HttpClient and `curl --http2` ask for
-  HTTP/2 in every first request. RFC 9110 (7.8) lets a server ignore such a wish, and this class does.
-- uvicorn answers a malformed request itself, in plain text. This class passes the request on to the application
-  instead, with the error in `scope["refusal"]`. So the answer, the log line and the metrics are like those of other
-  requests.
-- uvicorn closes a connection at once when a request is answered before its body is read completely. The operating
-  system then sends a reset, which deletes the answer on the client's side. This class closes in two steps.
+- **Heads.** httptools does not limit the size of a head, and joins the pieces of a head in quadratic time. A request
+  line of 50 MB blocks the event loop for minutes, and a connection that never completes its head stays open forever.
+  uvicorn's other parser, h11, has a size limit, but it is slower and has no time limit. So the class counts the bytes
+  that are not part of a body, and limits the time for each head.
+- **Upgrades.** Java's HttpClient and `curl --http2` ask for an upgrade to HTTP/2 in the first request of each
+  connection. httptools then drops the body of this request. RFC 9110 (7.8) allows a server to ignore an upgrade, and
+  the class does so.
+- **Malformed requests.** uvicorn answers them itself, in plain text. The class passes them on to the application, with
+  the error in `scope["refusal"]`. The application answers, logs and counts them like all others.
+- **Early answers.** If a request is answered before its body was read, uvicorn closes the connection immediately. The
+  operating system then sends a reset, and the client may lose the answer. The class first closes only the sending side.
 """
 
 import asyncio
@@ -35,14 +36,13 @@ _UPGRADE_HEADERS: Final = frozenset({b"upgrade", b"http2-settings"})
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """A protocol that refuses malformed requests, and heads that are larger than `MAX_HEAD_BYTES`. It closes a
-    connection if a head is not complete after `header_timeout_s` seconds.
+    """A protocol that refuses malformed requests, and requests whose head is larger than `MAX_HEAD_BYTES`. To refuse a
+    request means that the application answers it with an error, and that the connection is then closed. A connection is
+    closed without an answer if a head is not complete after `header_timeout_s` seconds.
 
     The size is checked after each read from the socket, so a larger head is accepted if it arrives in a single read. An
     idle keep-alive connection is closed by uvicorn's own timeout. The time for a body is limited by the request's
     deadline.
-
-    A request is refused by an answer with an error, after which the connection is closed.
     """
 
     header_timeout_s: float
@@ -77,9 +77,12 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def close_in_steps(self) -> None:
-        """Close the connection after an answer. If the client is still sending the request, only the sending side is
-        closed at first, and received bytes are discarded for up to `LINGER_S` seconds. This gives the client time to
-        read the answer. A refused head that goes on for `MAX_DISCARDED_HEAD_BYTES` ends this time."""
+        """Close the connection after an answer.
+
+        If the client is still sending the request, close only the sending side at first, and discard received bytes.
+        This gives the client time to read the answer. The connection is closed after `LINGER_S` seconds, or when a
+        refused head has grown to `MAX_DISCARDED_HEAD_BYTES`.
+        """
         if self.transport.is_closing() or self._linger_timer is not None:
             return
         if self.cycle.more_body and not self.pipeline and self.transport.can_write_eof():
@@ -110,8 +113,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._start_timer()
 
     def _feed(self, data: bytes) -> None:
-        """Parse received bytes. If a head asks for an upgrade, parse the same head without the headers that ask for it,
-        and then the bytes after the head."""
+        """Parse received bytes. A head that asks for an upgrade is parsed a second time, without the headers that ask
+        for the upgrade."""
         while True:
             try:
                 self.parser.feed_data(data)
@@ -175,7 +178,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     # Refused requests
 
     def _refuse(self, error: ServiceError) -> None:
-        """Answer the request that is being received with an error, and read nothing more from the connection."""
+        """Refuse the request that is being received, and parse nothing more from this connection."""
         self._refused = True
         self._stop_timer()
         if self._in_head:
@@ -187,13 +190,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.cycle.message_event.set()  # the application may be waiting for the body
 
     def _refuse_current(self, error: ServiceError) -> None:
-        """Make the application answer the current request with an error."""
+        """Refuse the request that was started last."""
         self.cycle.keep_alive = False
         self.cycle.scope["refusal"] = error  # type: ignore[typeddict-unknown-key]
 
     def _start_refused(self, error: ServiceError) -> None:
-        """Pass a request with an incomplete or malformed head on to the application, which answers it with an error. If
-        an earlier request is still being answered, this happens after its answer."""
+        """Start a request whose head is malformed or too large, and refuse it. If an earlier request is still being
+        answered, the refused request starts after that answer."""
         previous = self.cycle
         if self.scope is None or (previous is not None and previous.scope is self.scope):
             self.on_message_begin()  # the head failed at its first byte
@@ -238,7 +241,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
 
 class _StagedTransport:
-    """The connection as uvicorn uses it to answer a request. Its `close` is that of `BoundedHttpProtocol`."""
+    """The transport that uvicorn uses to answer a request. Its `close` calls `close_in_steps` of the protocol."""
 
     def __init__(self, protocol: BoundedHttpProtocol) -> None:
         self.write = protocol.transport.write
@@ -247,7 +250,8 @@ class _StagedTransport:
 
 
 def _host_fault(headers: list[tuple[bytes, bytes]], version: str) -> str | None:
-    """Return what is wrong with the `Host` header of a request, or None. HTTP/1.1 requires exactly one valid `Host`."""
+    """Return an error message if a request does not have exactly one valid `Host` header, as HTTP/1.1 requires.
+    Otherwise return None. A request of HTTP/1.0 may have no `Host`."""
     hosts = [value for name, value in headers if name == b"host"]
     if len(hosts) != 1:
         return (
@@ -258,6 +262,6 @@ def _host_fault(headers: list[tuple[bytes, bytes]], version: str) -> str | None:
 
 def _reason(error: httptools.HttpParserError) -> str:
     """Return why a request cannot be parsed."""
-    if isinstance(error, httptools.HttpParserCallbackError):  # the only callback that fails is the one for the head
+    if isinstance(error, httptools.HttpParserCallbackError):  # only `on_headers_complete` fails, at the target
         return "the request target is not a path"
     return str(error)

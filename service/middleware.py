@@ -172,7 +172,7 @@ class _Exchange:
         return {"fields": {"request_id": self.request_id}}
 
     async def _answer_preflight(self, cors: Cors) -> bool:
-        """Answer the request if it is a preflight for CORS. Return whether it is one."""
+        """Answer the request if it is a preflight (service/cors.py) from an allowed origin. Return whether it is."""
         headers = cors.preflight(self._headers) if self._scope["method"] == "OPTIONS" else None
         if headers is None:
             return False
@@ -218,7 +218,7 @@ class _Exchange:
         return message
 
     async def _receive_decoded(self) -> Message:
-        """Return a message with the next piece of a decoded body."""
+        """Return a message with the next piece of a compressed body, decoded."""
         if self._decoder is None:
             self._decoder = body_decoder(_joined(self._scope["headers"], b"content-encoding").decode("latin-1"))
             if self._decoder is None:  # the encoding "identity"
@@ -320,7 +320,7 @@ class _Exchange:
             log_request(method, route, self._status, seconds, self.request_id, **self._facts(route))
 
     def _facts(self, route: str) -> dict[str, str | int]:
-        """Return what the access log says about the request, in addition to its outcome."""
+        """Return the fields of the access log that are not parameters of `log_request`."""
         scope, headers = self._scope, self._headers
         proxies = self._settings.trusted_proxies
         forwarded = _joined(scope["headers"], b"x-forwarded-for") if proxies else b""
@@ -339,7 +339,7 @@ class _Exchange:
 
 
 async def _compressed(start: Message, body: Message) -> tuple[Message, Message]:
-    """Compress the body of an answer. Return its two messages."""
+    """Compress the body of an answer. Return its start and its body as new messages."""
     plain = body.get("body", b"")
     content = await off_loop(len(plain), lambda: gzipped(plain))
     headers = [(name, value) for name, value in start["headers"] if name != b"content-length"]
@@ -349,7 +349,7 @@ async def _compressed(start: Message, body: Message) -> tuple[Message, Message]:
 
 
 def _joined(headers: list[tuple[bytes, bytes]], name: bytes) -> bytes:
-    """Return the values of all headers with this name as one value, as RFC 9110 (5.3) allows."""
+    """Join the values of all headers with this name, as RFC 9110 (5.3) allows."""
     return b", ".join(value for other, value in headers if other == name)
 
 

@@ -127,9 +127,9 @@ def client_address(peer: str, forwarded_for: bytes, proxies: int) -> str:
 
     Args:
         peer: the address of the other end of the connection.
-        forwarded_for: the value of the header X-Forwarded-For. Each proxy appends the address that it got the request
-            from. A client can send any value, so only the last `proxies` entries can be trusted.
-        proxies: the number of trusted proxies. If the header has fewer entries, it is ignored.
+        forwarded_for: the value of the header X-Forwarded-For. Each proxy appends the address from which it received
+            the request. A client can send any value, so only the last `proxies` entries can be trusted.
+        proxies: the number of trusted proxies in front of the service. If the header has fewer entries, it is ignored.
     """
     entries = forwarded_for.split(b",") if forwarded_for else []
     if not 0 < proxies <= len(entries):
@@ -138,12 +138,12 @@ def client_address(peer: str, forwarded_for: bytes, proxies: int) -> str:
 
 
 def shortened(text: str) -> str:
-    """Return a text for the access log, cut to `MAX_LOGGED_CHARS`."""
+    """Return a text, cut to `MAX_LOGGED_CHARS` characters."""
     return text if len(text) <= MAX_LOGGED_CHARS else f"{text[:MAX_LOGGED_CHARS]}..."
 
 
 def log_request(method: str, route: str, status: int, seconds: float, request_id: str, **fields: str | int) -> None:
-    """Log a finished request in one line. The line contains no part of the query string, and nothing from the body
-    except for what an error message quotes."""
+    """Log a finished request in one line. The line contains no part of the query string. An error message may quote a
+    short part of the body."""
     line = {"request_id": request_id, "method": method, "route": route, "status": status, **fields}
     access_log.info("request", extra={"fields": {**line, "ms": round(seconds * 1e3, 2)}})

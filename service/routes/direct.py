@@ -4,8 +4,8 @@ FastAPI's own routes resolve dependencies, open exit stacks and validate argumen
 than a search. The route functions of this service parse the request themselves. `DirectRoute` is still a FastAPI route,
 so the OpenAPI document lists it. `service/middleware.py` turns the errors that a route function raises into answers.
 
-The other functions of this module make all routes alike: each accepts a trailing slash, and each GET route also answers
-HEAD.
+The other functions of this module make routes behave alike: each route accepts a trailing slash, and each GET route has
+a HEAD route.
 """
 
 import re
@@ -43,8 +43,8 @@ class DirectRoute(APIRoute):
 
 
 def accept_trailing_slash(route: BaseRoute) -> None:
-    """Make a route accept its path with a trailing slash too. The slash is not a part of a path parameter, unless the
-    parameter is the id of an item: the id may end in a slash."""
+    """Make a route also accept its path with a slash at the end. A route whose path ends in the id of an item stays as
+    it is, because the slash is part of the id."""
     assert isinstance(route, Route)
     pattern = route.path_regex.pattern.removesuffix("$")
     if not pattern.endswith(_ITEM_ID):
@@ -59,15 +59,16 @@ def answers_get(route: BaseRoute) -> bool:
 
 
 def head_route(route: BaseRoute) -> DirectRoute:
-    """Return a route that answers the HEAD requests for a GET route. It runs the same function, and the server leaves
-    out the body. It is a separate route because FastAPI's OpenAPI document would list a second method of the GET route
-    as an operation of its own."""
+    """Return a route that answers HEAD requests with the function of a GET route. The server leaves out the body.
+
+    FastAPI would list HEAD in the OpenAPI document if it were a second method of the GET route.
+    """
     assert isinstance(route, DirectRoute)
     return DirectRoute(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
 
 
 def allowed_methods(request: Request) -> list[str]:
-    """Return the methods of all routes that have the path of a request."""
+    """Return the methods of all routes that match the path of a request, in alphabetical order."""
     methods: set[str] = set()
     for route in request.app.routes:
         if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:

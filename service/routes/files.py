@@ -1,4 +1,4 @@
-"""Send files. Clients may ask for a part of a file with the header `Range`."""
+"""Send files. With the header `Range`, clients can ask for a part of a file."""
 
 from fastapi.responses import FileResponse
 from starlette.types import Message, Receive, Scope, Send
@@ -7,8 +7,8 @@ from service.errors import BadRequest, RangeNotSatisfiable
 
 
 class RangedFile(FileResponse):
-    """An answer with a file or a part of it. An invalid range causes an error in the format of the service, while
-    Starlette's own answer would be plain text or empty."""
+    """An answer with a file or a part of it. For an invalid `Range`, Starlette would answer in plain text or without a
+    body. This class raises one of the service's errors instead."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer.

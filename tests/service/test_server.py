@@ -228,6 +228,24 @@ def test_a_body_above_the_limit_is_refused_by_an_answer_and_not_by_a_reset(tmp_p
         assert server.stop() == 0
 
 
+def test_a_body_without_room_in_memory_is_refused_by_an_answer_and_not_by_a_reset(tmp_path):
+    limits = {"DINOV2_MAX_BODY_BYTES": "9000000", "DINOV2_MAX_BUFFERED_BYTES": "9000000", "DINOV2_MAX_IMAGE_BYTES": "9"}
+    server = Server(tmp_path / "data", **limits)
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 8000000\r\n\r\n"
+    try:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as first:
+            first.sendall(head + bytes(7_000_000))
+            time.sleep(0.3)
+            for _ in range(5):
+                with socket.create_connection(("127.0.0.1", server.port), timeout=10) as second:
+                    second.sendall(head + bytes(8_000_000))
+                    answer = second.recv(65536)
+                assert answer.startswith(b"HTTP/1.1 503 ")
+                assert b"retry-after: 1" in answer
+    finally:
+        assert server.stop() == 0
+
+
 def test_an_upgrade_loses_no_body_and_no_settings(server):
     upgrade = (
         b"Host: x\r\nConnection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAA\r\n"
