@@ -31,7 +31,7 @@ MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_DISCARDED_HEAD_BYTES: Final = 16 * MAX_HEAD_BYTES
 LINGER_S: Final = 10.0
 """The time limit in seconds for discarding the rest of a body after an early answer."""
-_HOST: Final = re.compile(rb"([A-Za-z0-9._~%!$&'()*+,;=-]*|\[[0-9A-Za-z.:_~!$&'()*+,;=-]+\])(:[0-9]*)?")
+_HOST: Final = re.compile(rb"([A-Za-z0-9._~%!$&'()*+,;=-]*|\[[0-9A-Za-z.:_~%!$&'()*+,;=-]+\])(:[0-9]*)?")
 _UPGRADE_HEADERS: Final = frozenset({b"upgrade", b"http2-settings"})
 
 
@@ -149,7 +149,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._pending_bytes, self._in_head = 0, False
         self._stop_timer()
         self.cycle.transport = self._staged  # type: ignore[assignment]
-        fault = _host_fault(self.headers, self.parser.get_http_version())
+        fault = _head_fault(self.headers, self.parser.get_http_version())
         if fault is not None:
             self._refuse_current(BadRequest(fault))
 
@@ -249,15 +249,24 @@ class _StagedTransport:
         self.close = protocol.close_in_steps
 
 
-def _host_fault(headers: list[tuple[bytes, bytes]], version: str) -> str | None:
-    """Return an error message if a request does not have exactly one valid `Host` header, as HTTP/1.1 requires.
-    Otherwise return None. A request of HTTP/1.0 may have no `Host`."""
-    hosts = [value for name, value in headers if name == b"host"]
+def _head_fault(headers: list[tuple[bytes, bytes]], version: str) -> str | None:
+    """Return an error message if a request does not have exactly one valid `Host` header, as HTTP/1.1 requires, or if
+    its body has a transfer encoding other than `chunked`. Otherwise return None. In HTTP/1.0, `Host` may be missing."""
+    hosts = []
+    for name, value in headers:
+        if name == b"host":
+            hosts.append(value)
+        elif name == b"transfer-encoding" and value.strip().lower() != b"chunked":
+            return f"transfer encoding {_shown(value)} is not accepted: send chunked"
+    if not hosts and version == "1.0":
+        return None
     if len(hosts) != 1:
-        return (
-            None if not hosts and version == "1.0" else f"the request has {len(hosts)} Host headers; send exactly one"
-        )
-    return None if _HOST.fullmatch(hosts[0]) else f"{hosts[0][:80].decode('latin-1')!r} is not a valid Host header"
+        return f"the request has {len(hosts)} Host headers: send exactly one"
+    return None if _HOST.fullmatch(hosts[0]) else f"Host: {_shown(hosts[0])} is not valid: send HOST or HOST:PORT"
+
+
+def _shown(value: bytes) -> str:
+    return repr(value[:80].decode("latin-1"))
 
 
 def _reason(error: httptools.HttpParserError) -> str:

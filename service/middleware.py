@@ -122,10 +122,10 @@ class _Exchange:
         try:
             if "refusal" in self._scope:
                 raise self._scope["refusal"]
-            if counted and self._lifecycle.draining:
-                raise ShuttingDown("the service is shutting down", retry_after_s=1)
             if self._cors is not None and await self._answer_preflight(self._cors):
                 return
+            if counted and self._lifecycle.draining:
+                raise ShuttingDown("the service is shutting down", retry_after_s=1)
             self._check_length()
             async with asyncio.timeout(self._settings.request_deadline_s) as deadline:
                 self._scope["state"]["deadline"] = deadline

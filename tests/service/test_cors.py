@@ -80,6 +80,15 @@ async def test_a_page_learns_that_the_service_is_starting(tmp_path):
     assert dict(sent[0]["headers"])[b"access-control-allow-origin"] == PAGE.encode()
 
 
+async def test_a_page_learns_that_the_service_is_stopping(tmp_path):
+    async with running(tmp_path, cors_origins="*") as run:
+        run.service.lifecycle.draining = True
+        preflight = await run.client.options(EMBED, headers=PREFLIGHT)
+        answer = await run.client.post(EMBED, json={"input": ""}, headers={"Origin": PAGE})
+    assert (preflight.status_code, answer.status_code) == (204, 503)
+    assert answer.headers["Access-Control-Allow-Origin"] == "*"
+
+
 def test_origins_are_read_from_a_list():
     assert parse_origins("*") == {"*"}
     assert parse_origins(" https://A.example:8443 ,http://[::1]:3000,, null") == {

@@ -288,6 +288,7 @@ MALFORMED = {
     "two lengths": b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
     "chunk": b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     "upgraded chunk": b"POST / HTTP/1.1\r\nHost: x\r\n" + H2C + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+    "gzip transfer": b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
     "no host": b"GET / HTTP/1.1\r\n\r\n",
     "two hosts": b"GET / HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n",
     "bad host": b"GET / HTTP/1.1\r\nHost: x/y\r\n\r\n",
@@ -304,7 +305,8 @@ async def test_a_malformed_request_is_refused_by_the_application_and_ends_the_co
 
 
 @pytest.mark.parametrize(
-    "host", [b"x", b"x:80", b"", b"127.0.0.1:8000", b"[::1]:8000", b"a_b.example", b"%C3%A9.example"]
+    "host",
+    [b"x", b"x:80", b"", b"127.0.0.1:8000", b"[::1]:8000", b"[fe80::1%25eth0]", b"a_b.example", b"%C3%A9.example"],
 )
 async def test_every_valid_host_is_accepted(host):
     assert statuses(await answer_to(LAST.replace(b"Host: x", b"Host: " + host))) == [200]
