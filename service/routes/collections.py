@@ -18,6 +18,7 @@ from service.options import check_fields, parse_options
 from service.routes.answers import json_response
 from service.routes.bodies import read_json, read_optional_json
 from service.routes.direct import DirectRoute, service_of
+from service.routes.files import RangedFile
 from service.schemas import CollectionIn, RestoreIn, SnapshotIn, json_body
 from service.search.checks import check_name
 from service.search.specs import check_spec
@@ -113,7 +114,7 @@ async def list_snapshots(request: Request, name: str) -> Response:
 async def download_snapshot(request: Request, name: str, snapshot: str) -> Response:
     """Download the file of a snapshot. The `Range` header is supported, so an interrupted download can be resumed."""
     path = await _snapshots(service_of(request), name).snapshot_path(name, snapshot)
-    return FileResponse(path, media_type="application/octet-stream", filename=path.name)
+    return RangedFile(path, media_type="application/octet-stream", filename=path.name)
 
 
 @router.delete("/{name}/snapshots/{snapshot}", summary="Delete a snapshot")
