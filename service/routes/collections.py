@@ -74,8 +74,9 @@ async def delete_collection(request: Request, name: str) -> Response:
     """Delete a collection with all its items. Its snapshots and stored images are not deleted. The status is 409 if an
     alias points to the collection."""
     service = service_of(request)
-    await service.store.drop(check_name(name))
-    return json_response({"name": name, "deleted": True, **service.identity()})
+    info = await service.store.info(check_name(name))
+    await service.store.drop(name)
+    return json_response({"name": name, "deleted": True, **service.identity(info.tag)})
 
 
 @router.get("/{name}/stats", summary="Get index statistics")
@@ -85,8 +86,9 @@ async def get_stats(request: Request, name: str) -> Response:
     service = service_of(request)
     check_name(name)
     _check_capability(service, "stats")
-    stats = await cast(StatsStore, service.store).stats(name)
-    return json_response({"collection": name, "stats": stats, **service.identity()})
+    info = await service.store.info(name)
+    stats = await cast(StatsStore, service.store).stats(info.name)
+    return json_response({"collection": name, "stats": stats, **service.identity(info.tag)})
 
 
 @router.post("/{name}/snapshots", summary="Take a snapshot", openapi_extra=json_body(SnapshotIn))
@@ -98,15 +100,19 @@ async def take_snapshot(request: Request, name: str) -> Response:
     parse_options(SnapshotIn, await read_optional_json(request))
     request.state.deadline.reschedule(None)  # a large collection takes longer than the request deadline
     taken = await store.snapshot(name)
-    return json_response({**asdict(taken), **service.identity()}, status=201)
+    return json_response(asdict(taken) | _identity(service, taken.tag), status=201)
 
 
 @router.get("/{name}/snapshots", summary="List snapshots")
 async def list_snapshots(request: Request, name: str) -> Response:
-    """List the snapshots of a collection, oldest first. Snapshots of a deleted collection are listed, too."""
+    """List the snapshots of a collection, oldest first. Snapshots of a deleted collection are listed, too. The `tag` of
+    a snapshot describes how its vectors were computed."""
     service = service_of(request)
     snapshots = await _snapshots(service, name).snapshots(name)
-    return json_response({"object": "list", "data": [asdict(info) for info in snapshots], **service.identity()})
+    collection = await _existing(service, name)
+    tag = collection.tag if collection is not None else snapshots[-1].tag if snapshots else None
+    answer = {"object": "list", "data": [asdict(info) for info in snapshots]}
+    return json_response(answer | _identity(service, tag))
 
 
 @router.get("/{name}/snapshots/{snapshot}", summary="Download a snapshot", response_class=FileResponse)
@@ -120,8 +126,10 @@ async def download_snapshot(request: Request, name: str, snapshot: str) -> Respo
 async def delete_snapshot(request: Request, name: str, snapshot: str) -> Response:
     """Delete a snapshot of a collection. The collection itself is not deleted."""
     service = service_of(request)
-    await _snapshots(service, name).drop_snapshot(name, snapshot)
-    return json_response({"collection": name, "snapshot": snapshot, "deleted": True, **service.identity()})
+    store = _snapshots(service, name)
+    tag = next((info.tag for info in await store.snapshots(name) if info.name == snapshot), None)
+    await store.drop_snapshot(name, snapshot)
+    return json_response({"collection": name, "snapshot": snapshot, "deleted": True, **_identity(service, tag)})
 
 
 @router.post("/{name}/restore", summary="Restore a snapshot", openapi_extra=json_body(RestoreIn))
@@ -173,6 +181,12 @@ async def _existing(service: Service, name: str) -> CollectionInfo | None:
         return await service.store.info(name)
     except CollectionNotFound:
         return None
+
+
+def _identity(service: Service, tag: str | None) -> dict[str, Any]:
+    """Return the fields `model` and `fingerprint` for an answer about a snapshot with this tag. If the tag is unknown,
+    for example because the snapshot is damaged, both fields are None."""
+    return service.identity(tag) if tag is not None else {"model": None, "fingerprint": None}
 
 
 def _described(info: CollectionInfo, aliases: dict[str, str]) -> dict[str, Any]:

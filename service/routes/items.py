@@ -74,17 +74,20 @@ async def patch_item(request: Request, name: str, item_id: str) -> Response:
     check_name(name), check_id(item_id)
     metadata = parse_options(PatchIn, await read_json(request)).metadata
     metadata_text(metadata)  # raises an error if the metadata is nested too deeply
-    item = await service.store.patch(name, item_id, metadata)
-    return json_response({"collection": name, **_shown(item, [], "float"), **service.identity()})
+    info = await service.store.info(name)
+    item = await service.store.patch(info.name, item_id, metadata)
+    return json_response({"collection": name, **_shown(item, [], "float"), **service.identity(info.tag)})
 
 
 @router.delete("/{name}/items/{item_id:path}", summary="Delete an item")
 async def delete_item(request: Request, name: str, item_id: str) -> Response:
     """Delete an item. Its stored image is not deleted. The status is 404 if the item does not exist."""
     service = service_of(request)
-    if not await service.store.delete(check_name(name), [check_id(item_id)]):
+    check_name(name), check_id(item_id)
+    info = await service.store.info(name)
+    if not await service.store.delete(info.name, [item_id]):
         raise _no_item(name, item_id)
-    return json_response({"collection": name, "id": item_id, "deleted": True, **service.identity()})
+    return json_response({"collection": name, "id": item_id, "deleted": True, **service.identity(info.tag)})
 
 
 @router.post("/{name}/items/delete", summary="Delete items", openapi_extra=json_body(DeleteIn))
@@ -97,13 +100,14 @@ async def delete_items(request: Request, name: str) -> Response:
     service = service_of(request)
     check_name(name)
     body, where = await _read_query(request, DeleteIn)
-    if body.ids is not None and where is None:
-        deleted = await service.store.delete(name, body.ids)
-    elif body.ids is None and where is not None:
-        deleted = await service.store.delete_where(name, where)
-    else:
+    if (body.ids is None) == (where is None):
         raise InvalidRequest("exactly one of ids and filter is required")
-    return json_response({"collection": name, "deleted": deleted, **service.identity()})
+    info = await service.store.info(name)
+    if where is not None:
+        deleted = await service.store.delete_where(info.name, where)
+    else:
+        deleted = await service.store.delete(info.name, body.ids or [])
+    return json_response({"collection": name, "deleted": deleted, **service.identity(info.tag)})
 
 
 @router.post("/{name}/items/scroll", summary="List items", openapi_extra=json_body(ScrollIn))
@@ -138,7 +142,9 @@ async def count_items(request: Request, name: str) -> Response:
     service = service_of(request)
     check_name(name)
     _, where = await _read_query(request, CountIn)
-    return json_response({"collection": name, "count": await service.store.count(name, where), **service.identity()})
+    info = await service.store.info(name)
+    count = info.count if where is None else await service.store.count(info.name, where)
+    return json_response({"collection": name, "count": count, **service.identity(info.tag)})
 
 
 async def _read_query(request: Request, model: type[Body]) -> tuple[Body, Filter | None]:

@@ -117,13 +117,15 @@ class Page:
 @dataclass(frozen=True)
 class SnapshotInfo:
     """The description of a snapshot. `created` is the time in ISO 8601 format, in UTC, and `bytes` is the size of the
-    file. `count` is the number of items, or None if the snapshot is damaged."""
+    file. `count` is the number of items, and `tag` is the collection's tag. Both are None if the snapshot is
+    damaged."""
 
     name: str
     collection: str
     created: str
     bytes: int
     count: int | None
+    tag: str | None = None
 
 
 class VectorStore(Protocol):

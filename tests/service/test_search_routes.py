@@ -27,7 +27,7 @@ from service.search.store import CollectionSpec, Item, SearchParams
 from service.vision import region
 from service.vision.mask import coco_rle_encode
 from tests.dict_store import DictStore
-from tests.fakes import DIMS, SPEC, fake_artifact, most_s, photo, running, until
+from tests.fakes import DIMS, SPEC, FakeEngine, fake_artifact, most_s, photo, running, until
 
 SEARCH = "/v1/collections/shop/search"
 JSON = {"Content-Type": "application/json"}
@@ -870,3 +870,26 @@ async def test_reranking_finds_photos_whose_source_is_elsewhere(tmp_path):
     assert found.status_code == 200, found.text
     assert [hit["id"] for hit in found.json()["data"] if "rerank_score" in hit] != []
     assert all("rerank_score" in hit for hit in found.json()["data"])
+
+
+async def test_reranking_a_collection_of_another_model_is_refused(tmp_path):
+    """The patches would be those of the served model, and the vectors those of another one."""
+    async with running(tmp_path, artifact=fake_artifact(digit="b")) as run:
+        await run.client.put("/v1/collections/shop", json={"originals": True})
+        items = [{"id": f"p{i}", "image": text_of(photo(i))} for i in range(3)]
+        assert (await run.client.post("/v1/collections/shop/items", json={"items": items})).status_code == 200
+        same = await run.client.post("/v1/collections/shop/search", json={"id": "p1", "rerank": "patches"})
+    engine = FakeEngine()
+    async with running(tmp_path, artifact=fake_artifact(digit="c"), engine=engine) as run:
+        plain_search = await run.client.post("/v1/collections/shop/search", json={"id": "p1"})
+        reranked = await run.client.post("/v1/collections/shop/search", json={"id": "p1", "rerank": "patches"})
+    assert (same.status_code, same.json()["fingerprint"]) == (200, "b" * 64)
+    assert (plain_search.status_code, plain_search.json()["fingerprint"]) == (200, "b" * 64)
+    assert (reranked.status_code, reranked.json()["code"], reranked.json()["param"]) == (
+        409,
+        "model_mismatch",
+        "rerank",
+    )
+    assert "b" * 64 in reranked.json()["detail"]
+    assert "c" * 64 in reranked.json()["detail"]
+    assert engine.images == 0
