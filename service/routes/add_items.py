@@ -14,7 +14,7 @@ from service.off_loop import off_loop
 from service.options import parse_options
 from service.outcomes import Outcome, attempt, successes
 from service.routes.answers import json_response
-from service.routes.bodies import media_type, read_json, read_upload
+from service.routes.bodies import media_type, read_exact_json, read_upload
 from service.routes.direct import DirectRoute, service_of
 from service.schemas import ItemsIn, UploadOptions, json_schema
 from service.search.checks import check_name
@@ -98,7 +98,7 @@ async def _read(request: Request, settings: Settings) -> tuple[list[Outcome[NewI
     """Parse a request. Return two things: one outcome for each item, in order (the parsed item or an error), and the
     options of the request. Checks that need the store or the neural network are made later."""
     if media_type(request) == "application/json":
-        body = parse_options(ItemsIn, await read_json(request))
+        body = parse_options(ItemsIn, await read_exact_json(request, _metadata))
         _check_counts(body.items, settings)
         limit = settings.max_image_bytes
 
@@ -111,6 +111,12 @@ async def _read(request: Request, settings: Settings) -> tuple[list[Outcome[NewI
     files = list(zip(upload.images, upload.names or [""] * len(upload.images), strict=True))
     size = sum(map(len, successes(upload.images)))
     return await off_loop(size, lambda: [image.then(item_from_file, name) for image, name in files]), options
+
+
+def _metadata(fields: dict[str, Any]) -> list[Any]:
+    """Return the metadata of each item in the body of a request. The body has not been checked."""
+    items = fields.get("items")
+    return [raw.get("metadata") for raw in items if isinstance(raw, dict)] if isinstance(items, list) else []
 
 
 def _check_counts(items: list[Any], settings: Settings) -> None:

@@ -4,7 +4,7 @@
 because the container's root file system is read-only and clients' images should not be on the disk.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from service.data_urls import check_count, decode_texts
 from service.errors import BadRequest, InvalidRequest, UnsupportedMediaType
 from service.off_loop import off_loop
 from service.outcomes import Outcome, numbered
+from service.search.checks import loads_exactly, may_have_lost_digits
 from service.settings import Settings
 
 MAX_FORM_FIELDS: Final = 32
@@ -100,6 +101,24 @@ async def json_of(request: Request) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidRequest(f"the body must be a JSON object, not {type(value).__name__}")
     return value
+
+
+async def read_exact_json(request: Request, metadata_in: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    """Parse the body of a request and return its JSON object, like `read_json`. orjson converts an integer beyond 64
+    bits to a float without an error. If this may have happened in the part of the body that `metadata_in` returns, the
+    body is parsed again, and such integers stay integers, which stores refuse.
+
+    Raises:
+        ServiceError: the same errors as those of `read_json`.
+    """
+    fields = await read_json(request)
+    body = await request.body()
+
+    def exact() -> dict[str, Any]:
+        whole: dict[str, Any] = loads_exactly(body) if may_have_lost_digits(metadata_in(fields)) else fields
+        return whole
+
+    return await off_loop(len(body), exact)
 
 
 async def read_optional_json(request: Request) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from service.off_loop import off_loop
 from service.options import check_fields, parse_options
 from service.originals import photo_digest
 from service.routes.answers import encode_vector, json_response
-from service.routes.bodies import query_fields, read_json
+from service.routes.bodies import query_fields, read_exact_json, read_json
 from service.routes.direct import DirectRoute, service_of
 from service.schemas import CountIn, DeleteIn, Encoding, ItemQuery, PatchIn, ScrollIn, json_body
 from service.search.checks import check_id, check_name, metadata_text
@@ -72,7 +72,7 @@ async def patch_item(request: Request, name: str, item_id: str) -> Response:
     merged into the existing object, and any other value replaces the existing value. Return the updated item."""
     service = service_of(request)
     check_name(name), check_id(item_id)
-    metadata = parse_options(PatchIn, await read_json(request)).metadata
+    metadata = parse_options(PatchIn, await read_exact_json(request, lambda fields: fields.get("metadata"))).metadata
     metadata_text(metadata)  # raises an error if the metadata is nested too deeply
     info = await service.store.info(name)
     item = await service.store.patch(info.name, item_id, metadata)
