@@ -142,7 +142,7 @@ class DictStore:
     async def delete_where(self, collection: str, where: Filter) -> int:
         stored = self._resolve(collection)[1]
         return await self.delete(
-            collection, [item.id for item in stored.items.values() if matches(where, item.metadata)]
+            collection, [item.id for item in stored.items.values() if matches(where, item.metadata, item.id)]
         )
 
     async def count(self, collection: str, where: Filter | None = None) -> int:
@@ -191,4 +191,4 @@ class DictStore:
         return own_name, self._collections[own_name]
 
     def _passing(self, stored: _Collection, where: Filter | None) -> list[Item]:
-        return [item for item in stored.items.values() if where is None or matches(where, item.metadata)]
+        return [item for item in stored.items.values() if where is None or matches(where, item.metadata, item.id)]

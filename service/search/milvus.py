@@ -432,7 +432,7 @@ class MilvusStore:
                 iterator="True",
                 reduce_stop_for_best="True",
             )
-            yield [row for row in rows if where is None or matches(where, metadata_of(row))]
+            yield [row for row in rows if where is None or matches(where, metadata_of(row), row["id"])]
             if len(rows) < size:
                 return
             after = rows[-1]["id"]

@@ -80,7 +80,7 @@ def plain(items, vector, k=10, offset=0, exclude=(), where=None, threshold=-2.0)
     scored = [
         (item.id, float(item.vector @ vector))
         for item in items
-        if item.id not in exclude and (condition is None or matches(condition, item.metadata))
+        if item.id not in exclude and (condition is None or matches(condition, item.metadata, item.id))
     ]
     scored = [pair for pair in scored if pair[1] >= threshold]
     return sorted(scored, key=lambda pair: (-pair[1], pair[0]))[offset : offset + k]

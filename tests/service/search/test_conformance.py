@@ -817,6 +817,7 @@ VALUES: Final[list[Any]] = [
     "e\u0301", "日本", "🍎", "\uffff", "1", "1.0", "0", "true", "null", "{}", '{"a":1}', "[]", "[1]", "a'b", 'a"b',
     "a\\b", "a\\", "\\n", "\n", "2024-01-31", "2024-02-01", "' OR '1'='1", '" or 1 == 1 or "', "x' --", "%", "{{x}}",
     [], [1], ["a"], [True], {}, {"a": 1}, {"b": "a"}, {"b": None}, {"b": {"c": 1}}, {"b": [1]},
+    ["a", 1, True, None], [["a"], {"b": 1}], [0.1, 2**64 - 1], ["[", "{}", "日本語"], [False, 0],
 ]  # fmt: skip
 KEYS: Final = ["a", "b", "a.b", "a.b.c", "日本", "with space", "it-s", "$", "id", "text", "metadata", "B"]
 
@@ -883,6 +884,25 @@ FILTERS: Final[list[dict[str, Any]]] = [
     {"key": "a", "gte": "\uffff"},
     {"key": "a", "gte": "'"},
     {"key": "a", "gte": 0, "lt": "z"},
+    {"key": "a", "ne": "a"},
+    {"key": "a", "ne": 1},
+    {"key": "a", "contains": "a"},
+    {"key": "a", "contains": "日"},
+    {"key": "a", "prefix": "a"},
+    {"key": "a", "prefix": "["},
+    {"key": "a", "prefix": "{"},
+    {"key": "a", "prefix": "2024-01"},
+    {"key": "a\\.b", "exists": True},
+    {"key": "a\\.b", "eq": 1},
+    {"not": {"key": "a", "contains": "a"}},
+    {"field": "id", "eq": "i7"},
+    {"field": "id", "in": ["i7", "i9", "nobody"]},
+    {"field": "id", "prefix": "i1"},
+    {"field": "id", "contains": "7"},
+    {"field": "id", "gte": "i10", "lt": "i12"},
+    {"not": {"field": "id", "prefix": "i1"}},
+    {"not": {"field": "id", "contains": "7"}},
+    {"and": [{"field": "id", "ne": "i7"}, {"key": "a", "exists": True}]},
     {"not": {"key": "a", "eq": 1}},
     {"not": {"key": "a", "eq": True}},
     {"not": {"key": "a", "in": ["a", 2]}},
@@ -906,7 +926,7 @@ async def test_every_kind_of_filter(store: VectorStore, is_slow: bool, is_indexe
     await store.upsert("c", written, tag=TAG)
     for number, body in enumerate(FILTERS[:: 3 if is_slow and is_indexed else 1]):
         where = parse_filter(body)
-        expected = sorted(item.id for item in written if matches(where, item.metadata))
+        expected = sorted(item.id for item in written if matches(where, item.metadata, item.id))
         [hits] = await store.search("c", vectors(1), 1000, tag=TAG, where=where)
         assert sorted(hit.id for hit in hits) == expected, body
         if not is_slow or number % 4 == 0:
@@ -1123,7 +1143,7 @@ async def check_filter(
     varied = [Item(f"varied{n}", np.ones(D), metadata) for n, metadata in enumerate(changed)]
     await store.upsert("c", varied, tag=TAG)
     where = parse_filter(body)
-    expected = sorted(item.id for item in [*written, *varied] if matches(where, item.metadata))
+    expected = sorted(item.id for item in [*written, *varied] if matches(where, item.metadata, item.id))
     assert sorted(await all_ids(store, where=where)) == expected
     assert await store.count("c", where) == len(expected)
     [hits] = await store.search("c", np.ones((1, D)), 1000, tag=TAG, where=where)
