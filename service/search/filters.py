@@ -222,7 +222,7 @@ class _Parser:
                 parts = tuple(self.parse(part, depth + 1) for part in inside)
                 return And(parts) if name == "and" else Or(parts)
         raise _wrong(
-            f"{_quoted(body)} is not a condition: it needs a key (or field) and one of {', '.join(_OPERATORS)}, or it is "
+            f"{_quoted(body)} is not a condition: it needs a key and one of {', '.join(_OPERATORS)}, or it is "
             "one of and, or, not"
         )
 

@@ -4,7 +4,6 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-
 _text_operators = st.sampled_from(["contains", "prefix"])
 
 
