@@ -195,14 +195,19 @@ def merged(metadata: Metadata, patch: Metadata) -> dict[str, Any]:
     return result
 
 
+def check_source_text(source: str | None) -> None:
+    """Raise `InvalidRequest` if an item's source (the location of its image) is not allowed. None is allowed."""
+    if source is not None and not (1 <= len(source) <= MAX_SOURCE_CHARACTERS and is_allowed(source)):
+        raise InvalidRequest(
+            f"source {source[:80]!r} is not allowed: 1 to {MAX_SOURCE_CHARACTERS} characters, {ALLOWED}",
+            param="source",
+        )
+
+
 def check_source(item: Item) -> Item:
     """Return the item if its source (the location of the image) and its digest (the image's sha256) are allowed.
     Otherwise, raise `InvalidRequest`."""
-    if item.source is not None and not (1 <= len(item.source) <= MAX_SOURCE_CHARACTERS and is_allowed(item.source)):
-        raise InvalidRequest(
-            f"source {item.source[:80]!r} is not allowed: 1 to {MAX_SOURCE_CHARACTERS} characters, {ALLOWED}",
-            param="source",
-        )
+    check_source_text(item.source)
     if item.digest is not None and not re.fullmatch("[0-9a-f]{64}", item.digest):
         raise InvalidRequest(f"digest {item.digest[:80]!r} is not allowed: the sha256 in 64 hex digits", param="digest")
     return item
