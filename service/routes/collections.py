@@ -18,7 +18,7 @@ from service.options import check_fields, parse_options
 from service.routes.answers import json_response
 from service.routes.bodies import read_json, read_optional_json
 from service.routes.direct import DirectRoute, service_of
-from service.schemas import CollectionIn, RestoreIn, SnapshotIn, json_body
+from service.schemas import CollectionIn, CollectionPatchIn, RestoreIn, SnapshotIn, json_body
 from service.search.checks import check_name
 from service.search.specs import check_spec
 from service.search.store import CollectionInfo, CollectionSpec, IndexSpec, SnapshotStore, StatsStore
@@ -39,9 +39,9 @@ async def list_collections(request: Request) -> Response:
 
 @router.put("/{name}", summary="Create a collection", openapi_extra=json_body(CollectionIn))
 async def put_collection(request: Request, name: str) -> Response:
-    """Create an empty collection. Its settings cannot be changed later. The status is 201 if the collection was
-    created, and 200 if it already exists with the same settings. The status is 409 if the collection exists with other
-    settings, or if the name is already used for an alias."""
+    """Create an empty collection. Only its setting `indexed` can be changed later. The status is 201 if the collection
+    was created, and 200 if it already exists with the same settings. The status is 409 if the collection exists with
+    other settings, or if the name is already used for an alias."""
     service = service_of(request)
     check_name(name)
     fields = await read_optional_json(request)
@@ -66,6 +66,20 @@ async def get_collection(request: Request, name: str) -> Response:
     """Return the settings of a collection, the number of its items, and the aliases that point to it."""
     service = service_of(request)
     info = await service.store.info(check_name(name))
+    return json_response(_described(info, await service.store.aliases()) | service.identity(info.tag))
+
+
+@router.patch("/{name}", summary="Change a collection's settings", openapi_extra=json_body(CollectionPatchIn))
+async def patch_collection(request: Request, name: str) -> Response:
+    """Replace the list of the metadata keys that have an index (`indexed`). The other settings cannot be changed. The
+    answer is sent when the indexes are built. Until then, searches run as before, and other writes wait. The status is
+    422 if the vector store has no such indexes."""
+    service = service_of(request)
+    check_name(name)
+    body = parse_options(CollectionPatchIn, await read_json(request))
+    _check_capability(service, "indexed")
+    request.state.deadline.reschedule(None)  # building an index reads the metadata of every item
+    info = await service.store.set_indexed(name, sorted(set(body.indexed)))
     return json_response(_described(info, await service.store.aliases()) | service.identity(info.tag))
 
 

@@ -269,6 +269,33 @@ async def test_many_at_once_make_one_collection(tmp_path):
     assert {answer.status_code for answer in others} == {409}
 
 
+async def test_indexed_keys_can_be_changed(tmp_path):
+    async with running(tmp_path) as run:
+        missing = await run.client.patch(SHOP, json={"indexed": ["brand"]})
+        await run.client.put(SHOP, json={"indexed": ["price"], "dtype": "float16"})
+        changed = await run.client.patch(SHOP, json={"indexed": ["brand", "a\\.b", "brand"]})
+        described = await run.client.get(SHOP)
+        same = await run.client.put(SHOP, json={"indexed": ["a\\.b", "brand"], "dtype": "float16"})
+        bad = [
+            await run.client.patch(SHOP, json=body)
+            for body in ({}, {"indexed": None}, {"indexed": ["a..b"]}, {"indexed": ["a"] * 17}, {"dtype": "float32"})
+        ]
+    assert missing.status_code == 404
+    assert (changed.status_code, changed.json()["indexed"]) == (200, ["a\\.b", "brand"])
+    assert changed.json() == described.json()
+    assert same.status_code == 200
+    assert [answer.status_code for answer in bad] == [422] * 5
+
+
+async def test_a_store_without_indexes_on_keys_says_so(tmp_path):
+    store = DictStore()
+    store.capabilities = frozenset()  # type: ignore[misc]
+    async with running(tmp_path, store=store) as run:
+        await run.client.put(SHOP)
+        answer = await run.client.patch(SHOP, json={"indexed": ["brand"]})
+    assert (answer.status_code, "does not support indexed" in answer.json()["detail"]) == (422, True)
+
+
 async def test_delete(tmp_path):
     async with running(tmp_path, store=DictStore()) as run:
         missing = await run.client.delete(SHOP)
