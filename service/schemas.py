@@ -152,7 +152,7 @@ class PatchIn(Body):
         None, description="JSON merge patch (RFC 7396) for the metadata: null removes a key"
     )
     source: str | None = Field(
-        None, max_length=MAX_SOURCE_CHARACTERS, description="new source of the item; null removes the source"
+        None, max_length=MAX_SOURCE_CHARACTERS, description="new source of the item; an empty string removes it"
     )
 
 

@@ -73,17 +73,17 @@ async def get_item(request: Request, name: str, item_id: str) -> Response:
 async def patch_item(request: Request, name: str, item_id: str) -> Response:
     """Apply a JSON merge patch (RFC 7396) to the metadata of an item. In the patch, null removes a key, an object is
     merged into the existing object, and any other value replaces the existing value. The field `source` replaces the
-    source of the item, and null removes it. Return the updated item."""
+    source of the item, and an empty string removes it. Return the updated item."""
     service = service_of(request)
     check_name(name), check_id(item_id)
     body = parse_options(PatchIn, await read_exact_json(request, lambda fields: fields.get("metadata")))
-    keep_source = "source" not in body.model_fields_set
+    keep_source = body.source is None  # null means "not set": some clients send every field
     if body.metadata is None and keep_source:
         raise InvalidRequest("metadata or source is required", param="metadata")
     metadata = body.metadata or {}
     metadata_text(metadata)  # raises an error if the metadata is nested too deeply
     info = await service.store.info(name)
-    item = await service.store.patch(info.name, item_id, metadata, source=body.source, keep_source=keep_source)
+    item = await service.store.patch(info.name, item_id, metadata, source=body.source or None, keep_source=keep_source)
     return json_response({"collection": name, **_shown(item, [], "float"), **service.identity(info.tag)})
 
 

@@ -571,14 +571,14 @@ async def test_a_patch_may_change_the_source(tmp_path):
     async with running(tmp_path) as run:
         await add(run, {"id": "a", "vector": axis(0), "source": "old", "metadata": {"n": 1}})
         changed = await run.client.patch(f"{ITEMS}/a", json={"source": "new"})
-        kept = await run.client.patch(f"{ITEMS}/a", json={"metadata": {"n": 2}})
-        removed = await run.client.patch(f"{ITEMS}/a", json={"source": None, "metadata": {"m": 3}})
+        kept = await run.client.patch(f"{ITEMS}/a", json={"metadata": {"n": 2}, "source": None})
+        removed = await run.client.patch(f"{ITEMS}/a", json={"source": "", "metadata": {"m": 3}})
         nothing = await run.client.patch(f"{ITEMS}/a", json={})
-        bad = [await run.client.patch(f"{ITEMS}/a", json={"source": source}) for source in ("", "a\nb", 7, "x" * 2049)]
+        bad = [await run.client.patch(f"{ITEMS}/a", json={"source": source}) for source in ("a\nb", 7, "x" * 2049)]
     assert [answer.json()["source"] for answer in (changed, kept, removed)] == ["new", "new", None]
     assert (changed.json()["metadata"], removed.json()["metadata"]) == ({"n": 1}, {"n": 2, "m": 3})
     assert nothing.status_code == 422
-    assert [answer.status_code for answer in bad] == [422] * 4
+    assert [answer.status_code for answer in bad] == [422] * 3
 
 
 async def test_composed_and_decomposed_ids_are_two_items(tmp_path):
@@ -597,7 +597,7 @@ async def test_composed_and_decomposed_ids_are_two_items(tmp_path):
 async def test_ids_that_are_not_allowed(tmp_path, path):
     async with running(tmp_path, store=DictStore()) as run:
         await filled(run)
-        for method in ("GET", "PATCH", "DELETE"):
+        for method in ("GET", "PATCH", "DELETE", "PUT"):
             answer = await run.client.request(method, f"{ITEMS}/{path}", json={"metadata": {}})
             assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
             assert len(answer.json()["detail"]) < 400
