@@ -730,14 +730,32 @@ async def test_facets_and_order(tmp_path, make_store):
         rest = {"order_by": order, "limit": 3, "cursor": first["cursor"]}
         second = (await run.client.post(f"{ITEMS}/scroll", json=rest)).json()
         down = (await run.client.post(f"{ITEMS}/scroll", json={"order_by": order | {"direction": "desc"}})).json()
+        grouped = {"id": "v0", "group_by": "p\\.q", "k": 9}
+        groups = (await run.client.post(f"{SHOP}/search", json=grouped)).json()["groups"]
         missing = await run.client.post("/v1/collections/nobody/items/facets", json={"key": "tags"})
     assert facets["data"] == [{"value": "red", "count": 3}, {"value": "blue", "count": 2}]
     assert (facets["key"], facets["distinct"], facets["fingerprint"]) == ("tags", 2, "a" * 64)
     assert (filtered["data"], filtered["distinct"]) == ([{"value": "blue", "count": 2}], 2)
     assert [item["id"] for item in first["data"] + second["data"]] == ["v4", "v3", "v2", "v1", "v0"]
     assert second["cursor"] is None
+    assert sorted(group["value"] for group in groups) == [5, 6, 7, 8]
     assert [item["id"] for item in down["data"]] == ["v0", "v1", "v2", "v3", "v4"]
     assert missing.status_code == 404
+
+
+async def test_the_longest_values_have_cursors_too(tmp_path):
+    names = ["\U0001f600" * 250 + str(n) for n in range(3)]
+    values = ["🍎" * 15_000 + '"' * 2_000 + str(n) for n in range(3)]
+    async with running(tmp_path) as run:
+        items = zip(names, values, strict=True)
+        await add(run, *({"id": name, "vector": axis(0), "metadata": {"v": value}} for name, value in items))
+        seen, cursor = [], None
+        for _ in range(3):
+            body = {"order_by": {"key": "v"}, "limit": 1, "cursor": cursor}
+            page = (await run.client.post(f"{ITEMS}/scroll", json=body)).json()
+            seen += [item["id"] for item in page["data"]]
+            cursor = page["cursor"]
+    assert (seen, cursor) == (names, None)
 
 
 async def test_delete_by_ids_or_filter(tmp_path):
