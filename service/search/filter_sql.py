@@ -5,11 +5,12 @@ a key as indexed, the key's index has exactly the same expression, so SQLite can
 numbers and strings as different types, which SQLite never treats as equal. However, it returns true and false as 1 and
 0, and objects and lists as text. If a value could be confused in this way, the condition also checks `json_type`. All
 other conditions omit this check, because SQLite cannot use an index for it. For a missing key, `json_extract` returns
-NULL, which is neither true nor false. Therefore, `coalesce` converts NULL to 0 before an expression is negated.
+NULL, which is neither true nor false. Therefore, an expression is negated with CASE, which treats NULL like false.
+Unlike NOT, CASE also stops at the first operand of an AND or OR that decides the result.
 
 A condition on a key is an OR of two parts: the first compares the value itself, and the second the elements of a list.
 The text of a list begins with `[`, so the second part begins with a comparison that excludes all other values. SQLite
-uses the index on the key for both parts, and reads only those items in full whose value is a list.
+uses the index on the key for both parts, and reads the metadata only of items whose value is a list.
 """
 
 from typing import Final
@@ -39,7 +40,7 @@ def _sql(condition: Filter, parameters: list[Scalar]) -> str:
     if isinstance(condition, Or):
         return "(" + " OR ".join(_sql(part, parameters) for part in condition.parts) + ")"
     if isinstance(condition, Not):
-        return f"NOT coalesce({_sql(condition.part, parameters)}, 0)"
+        return f"CASE WHEN {_sql(condition.part, parameters)} THEN 0 ELSE 1 END"
     if isinstance(condition, Exists):
         return f"{extract(condition.path)} IS NOT NULL"
     if condition.path == ITEM_ID:

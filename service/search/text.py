@@ -3,7 +3,7 @@
 People copy ids from file names, and file names contain all kinds of characters: macOS writes U+202F (a narrow no-break
 space) into the names of screenshots, Persian and Hindi need U+200C and U+200D, and Japanese uses U+3000 as a space.
 Python's `str.isprintable` refuses all of these. Only control characters, which break logs and headers, and lone
-surrogates, which are no valid Unicode, are refused here.
+surrogates, which are not valid Unicode, are refused here.
 
 Texts are compared by code point and never normalised. So `é` as one character (NFC) and as `e` with a combining accent
 (NFD) are different texts.
