@@ -118,7 +118,7 @@ async def differences(store: EmbeddedStore, state: State, rng: np.random.Generat
         if found[name][1] != metadata or not np.allclose(found[name][0], vector, atol=1e-6):
             return f"item {name} is {found[name][1]}, should be {metadata}"
     for where in (None, WHERE):
-        passing = sorted(name for name in state if where is None or matches(where, state[name][1]))
+        passing = sorted(name for name in state if where is None or matches(where, state[name][1], name))
         for exact in (True, False):
             query = rng.normal(size=D)
             [hits] = await store.search("c", [query], 10, tag=TAG, where=where, params=SearchParams(exact=exact))

@@ -17,7 +17,7 @@ import pytest
 
 from model.files import lock_file
 from service.errors import CollectionNotFound, Conflict, StorageFailed
-from service.search import building, database, embedded, maintenance, reading, snapshots, sqlite_file
+from service.search import building, database, maintenance, reading, snapshots, sqlite_file
 from service.search.embedded import EmbeddedStore
 from service.search.filters import parse_filter
 from service.search.store import CollectionSpec, IndexSpec, Item, SearchParams
@@ -454,12 +454,14 @@ async def test_a_page_is_of_one_moment(store: EmbeddedStore, monkeypatch: pytest
     await store.upsert("c", items(3), tag=TAG)
     db = store._connect()
 
+    read = reading.items_of
+
     def items_of(reader: sqlite3.Connection, row: Any, rows: Any) -> Any:
         with sqlite_file.transaction(db):
             database.remove(db, 1, [2])
-        return reading.items_of(reader, row, rows)
+        return read(reader, row, rows)
 
-    monkeypatch.setattr(embedded, "items_of", items_of)
+    monkeypatch.setattr(reading, "items_of", items_of)
     assert [item.id for item in (await store.scroll("c")).items] == ["i0", "i1", "i2"]
     assert [item.id for item in (await store.scroll("c")).items] == ["i0", "i2"]
 

@@ -333,7 +333,7 @@ async def test_an_item_that_is_changed_while_it_is_searched_for_is_not_given_out
         if not changed:
             changed.append(1)
             with sqlite_file.transaction(db):
-                database.edit(db, 1, 1, '{"n": 0, "even": false}')
+                database.edit(db, 1, 1, '{"n": 0, "even": false}', None)
             store.stamp.bump()
             store._maintenance._current(db, "c")
         return answer
