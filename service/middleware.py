@@ -27,6 +27,7 @@ from typing import Any
 import orjson
 
 from service.errors import (
+    OPENAI_PATHS,
     ClientGone,
     DeadlineExceeded,
     InvalidItems,
@@ -47,7 +48,6 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPENAI_PATHS = frozenset({"/v1/embeddings"})
 _PROCESS = uuid.uuid4().hex[:20]
 _numbers = itertools.count(1)  # cheaper than a random id, which costs a system call
 _NO_FAULTS = frozenset({503, 504})  # caused by load or shutdown, and too frequent to log a traceback for each

@@ -4,19 +4,21 @@ import re
 import time
 from typing import Any, Final
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Request
 
+from service.answer_schemas import AddedItems
 from service.data_urls import check_count
-from service.errors import InvalidRequest
+from service.errors import Conflict, InvalidRequest, ModelMismatch, ModelNotFound, StorageFailed
 from service.ingest.items import NewItem, item_from_file, item_from_json
 from service.ingest.items import add_items as add_to_collection
 from service.off_loop import off_loop
 from service.options import parse_options
 from service.outcomes import Outcome, attempt, successes
-from service.routes.answers import json_response
+from service.routes.answers import JsonAnswer, json_response
 from service.routes.bodies import media_type, read_json, read_upload
+from service.routes.describe import IMAGES, Operation, Upload, describe
 from service.routes.direct import DirectRoute, service_of
-from service.schemas import ItemsIn, UploadOptions, json_schema
+from service.schemas import ItemsIn, UploadOptions
 from service.search.checks import check_name
 from service.settings import Settings
 from service.state import Service
@@ -31,24 +33,15 @@ KEY_HEADER: Final = "Idempotency-Key"
 _KEY: Final = re.compile(r"[\x20-\x7e]{1,128}")
 
 
-@router.post(
-    "/{name}/items",
-    summary="Add or replace items",
-    openapi_extra={
-        "requestBody": {
-            "content": {
-                "application/json": {"schema": json_schema(ItemsIn)},
-                "multipart/form-data": {
-                    "schema": {
-                        "type": "object",
-                        "properties": {"file": {"type": "array", "items": {"type": "string", "format": "binary"}}},
-                    }
-                },
-            }
-        }
-    },
+@router.post("/{name}/items", summary="Add or replace items")
+@describe(
+    Operation(
+        errors=(*IMAGES, ModelNotFound, ModelMismatch, Conflict, StorageFailed),
+        upload=Upload(ItemsIn, UploadOptions, many=True),
+        headers=(KEY_HEADER,),
+    )
 )
-async def add_items(request: Request, name: str) -> Response:
+async def add_items(request: Request, name: str) -> JsonAnswer[AddedItems]:
     """Add images or vectors to a collection. An item replaces an existing item with the same id. If the collection does
     not exist, it is created.
 

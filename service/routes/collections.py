@@ -13,15 +13,27 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 
 from model.pooling import width
-from service.errors import CollectionNotFound, Conflict, InvalidRequest
+from service.answer_schemas import (
+    Collection,
+    CollectionAnswer,
+    CollectionsAnswer,
+    DroppedCollection,
+    DroppedSnapshot,
+    Snapshot,
+    SnapshotAnswer,
+    SnapshotsAnswer,
+    StatsAnswer,
+)
+from service.errors import CollectionNotFound, Conflict, InvalidRequest, ModelNotFound, NotFound, StorageFailed
 from service.options import check_fields, parse_options
-from service.routes.answers import json_response
+from service.routes.answers import JsonAnswer, json_response
 from service.routes.bodies import read_json, read_optional_json
+from service.routes.describe import BODY, COLLECTION, Operation, describe
 from service.routes.direct import DirectRoute, service_of
-from service.schemas import CollectionIn, RestoreIn, SnapshotIn, json_body
+from service.schemas import CollectionIn, RestoreIn, SnapshotIn
 from service.search.checks import check_name
 from service.search.specs import check_spec
-from service.search.store import CollectionInfo, CollectionSpec, IndexSpec, SnapshotStore, StatsStore
+from service.search.store import CollectionInfo, CollectionSpec, IndexSpec, SnapshotInfo, SnapshotStore, StatsStore
 from service.state import Service
 from service.tags import tag_parts
 
@@ -29,7 +41,8 @@ router = APIRouter(prefix="/v1/collections", tags=["collections"], route_class=D
 
 
 @router.get("", summary="List collections")
-async def list_collections(request: Request) -> Response:
+@describe(Operation(errors=(StorageFailed,)))
+async def list_collections(request: Request) -> JsonAnswer[CollectionsAnswer]:
     """List all collections, each with its settings, the number of its items, and its aliases."""
     service = service_of(request)
     collections, aliases = await service.store.collections(), await service.store.aliases()
@@ -37,8 +50,16 @@ async def list_collections(request: Request) -> Response:
     return json_response({"object": "list", "data": data, **service.identity()})
 
 
-@router.put("/{name}", summary="Create a collection", openapi_extra=json_body(CollectionIn))
-async def put_collection(request: Request, name: str) -> Response:
+@router.put("/{name}", summary="Create a collection")
+@describe(
+    Operation(
+        errors=(*BODY, ModelNotFound, Conflict, StorageFailed),
+        body=CollectionIn,
+        body_required=False,
+        statuses=(200, 201),
+    )
+)
+async def put_collection(request: Request, name: str) -> JsonAnswer[CollectionAnswer]:
     """Create an empty collection. Its settings cannot be changed later. The status is 201 if the collection was
     created, and 200 if it already exists with the same settings. The status is 409 if the collection exists with other
     settings, or if the name is already used for an alias."""
@@ -57,20 +78,22 @@ async def put_collection(request: Request, name: str) -> Response:
         if before is None or before.name != name or before.spec == spec:
             raise
         raise Conflict(f"collection {name!r} exists with {_differences(before.spec, spec)}") from error
-    answer = _described(info, await service.store.aliases()) | service.identity(info.tag)
+    answer: CollectionAnswer = {**_described(info, await service.store.aliases()), **service.identity(info.tag)}
     return json_response(answer, status=201 if before is None else 200)
 
 
 @router.get("/{name}", summary="Describe a collection")
-async def get_collection(request: Request, name: str) -> Response:
+@describe(Operation(errors=COLLECTION))
+async def get_collection(request: Request, name: str) -> JsonAnswer[CollectionAnswer]:
     """Return the settings of a collection, the number of its items, and the aliases that point to it."""
     service = service_of(request)
     info = await service.store.info(check_name(name))
-    return json_response(_described(info, await service.store.aliases()) | service.identity(info.tag))
+    return json_response({**_described(info, await service.store.aliases()), **service.identity(info.tag)})
 
 
 @router.delete("/{name}", summary="Delete a collection")
-async def delete_collection(request: Request, name: str) -> Response:
+@describe(Operation(errors=(*COLLECTION, Conflict)))
+async def delete_collection(request: Request, name: str) -> JsonAnswer[DroppedCollection]:
     """Delete a collection with all its items. Its snapshots and stored images are not deleted. The status is 409 if an
     alias points to the collection."""
     service = service_of(request)
@@ -79,7 +102,8 @@ async def delete_collection(request: Request, name: str) -> Response:
 
 
 @router.get("/{name}/stats", summary="Get index statistics")
-async def get_stats(request: Request, name: str) -> Response:
+@describe(Operation(errors=COLLECTION))
+async def get_stats(request: Request, name: str) -> JsonAnswer[StatsAnswer]:
     """Return statistics about the index of a collection. Which statistics there are depends on the vector store. The
     status is 422 if the store provides none."""
     service = service_of(request)
@@ -89,8 +113,9 @@ async def get_stats(request: Request, name: str) -> Response:
     return json_response({"collection": name, "stats": stats, **service.identity()})
 
 
-@router.post("/{name}/snapshots", summary="Take a snapshot", openapi_extra=json_body(SnapshotIn))
-async def take_snapshot(request: Request, name: str) -> Response:
+@router.post("/{name}/snapshots", summary="Take a snapshot")
+@describe(Operation(errors=(*BODY, *COLLECTION), body=SnapshotIn, body_required=False, statuses=(201,)))
+async def take_snapshot(request: Request, name: str) -> JsonAnswer[SnapshotAnswer]:
     """Save the current state of a collection in a snapshot, which is one file on the server. The snapshot is not
     deleted when the collection is deleted. The status is 422 if the vector store does not support snapshots."""
     service = service_of(request)
@@ -98,18 +123,28 @@ async def take_snapshot(request: Request, name: str) -> Response:
     parse_options(SnapshotIn, await read_optional_json(request))
     request.state.deadline.reschedule(None)  # a large collection takes longer than the request deadline
     taken = await store.snapshot(name)
-    return json_response({**asdict(taken), **service.identity()}, status=201)
+    answer: SnapshotAnswer = {**_snapshot(taken), **service.identity()}
+    return json_response(answer, status=201)
 
 
 @router.get("/{name}/snapshots", summary="List snapshots")
-async def list_snapshots(request: Request, name: str) -> Response:
+@describe(Operation(errors=(InvalidRequest, StorageFailed)))
+async def list_snapshots(request: Request, name: str) -> JsonAnswer[SnapshotsAnswer]:
     """List the snapshots of a collection, oldest first. Snapshots of a deleted collection are listed, too."""
     service = service_of(request)
     snapshots = await _snapshots(service, name).snapshots(name)
-    return json_response({"object": "list", "data": [asdict(info) for info in snapshots], **service.identity()})
+    return json_response({"object": "list", "data": [_snapshot(info) for info in snapshots], **service.identity()})
 
 
 @router.get("/{name}/snapshots/{snapshot}", summary="Download a snapshot", response_class=FileResponse)
+@describe(
+    Operation(
+        errors=(InvalidRequest, NotFound, StorageFailed),
+        headers=("Range",),
+        statuses=(200, 206),
+        media_types=("application/octet-stream",),
+    )
+)
 async def download_snapshot(request: Request, name: str, snapshot: str) -> Response:
     """Download the file of a snapshot. The `Range` header is supported, so an interrupted download can be resumed."""
     path = await _snapshots(service_of(request), name).snapshot_path(name, snapshot)
@@ -117,15 +152,17 @@ async def download_snapshot(request: Request, name: str, snapshot: str) -> Respo
 
 
 @router.delete("/{name}/snapshots/{snapshot}", summary="Delete a snapshot")
-async def delete_snapshot(request: Request, name: str, snapshot: str) -> Response:
+@describe(Operation(errors=(InvalidRequest, NotFound, StorageFailed)))
+async def delete_snapshot(request: Request, name: str, snapshot: str) -> JsonAnswer[DroppedSnapshot]:
     """Delete a snapshot of a collection. The collection itself is not deleted."""
     service = service_of(request)
     await _snapshots(service, name).drop_snapshot(name, snapshot)
     return json_response({"collection": name, "snapshot": snapshot, "deleted": True, **service.identity()})
 
 
-@router.post("/{name}/restore", summary="Restore a snapshot", openapi_extra=json_body(RestoreIn))
-async def restore_snapshot(request: Request, name: str) -> Response:
+@router.post("/{name}/restore", summary="Restore a snapshot")
+@describe(Operation(errors=(*BODY, NotFound, Conflict, StorageFailed), body=RestoreIn, statuses=(201,)))
+async def restore_snapshot(request: Request, name: str) -> JsonAnswer[CollectionAnswer]:
     """Create a collection from a snapshot. The new collection gets the name in the path. The field `from` is the name
     of the collection from which the snapshot was taken. By default, this is the name in the path. The status is 409 if
     a collection or alias with the name in the path already exists."""
@@ -135,7 +172,8 @@ async def restore_snapshot(request: Request, name: str) -> Response:
     source = name if body.source is None else check_name(body.source)
     request.state.deadline.reschedule(None)
     info = await store.restore(name, source, body.snapshot)
-    return json_response(_described(info, await service.store.aliases()) | service.identity(info.tag), status=201)
+    answer: CollectionAnswer = {**_described(info, await service.store.aliases()), **service.identity(info.tag)}
+    return json_response(answer, status=201)
 
 
 def _spec(service: Service, body: CollectionIn) -> CollectionSpec:
@@ -175,7 +213,17 @@ async def _existing(service: Service, name: str) -> CollectionInfo | None:
         return None
 
 
-def _described(info: CollectionInfo, aliases: dict[str, str]) -> dict[str, Any]:
+def _snapshot(info: SnapshotInfo) -> Snapshot:
+    return {
+        "name": info.name,
+        "collection": info.collection,
+        "created": info.created,
+        "bytes": info.bytes,
+        "count": info.count,
+    }
+
+
+def _described(info: CollectionInfo, aliases: dict[str, str]) -> Collection:
     """Return the fields of an answer that describe a collection."""
     spec = info.spec
     return {
