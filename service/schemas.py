@@ -7,10 +7,12 @@ from pydantic_core import PydanticCustomError
 
 from model.pooling import DEFAULT_POOLING, POOLING_DESCRIPTION, Pooling
 from service.schema_base import FROM_FLOAT, DocumentedAs, OptionalWhole, Schema, Whole
+from service.search.checks import NAME_PATTERN
 from service.search.kinds import Kind, kinds_with
 from service.search.specs import EF_CONSTRUCTION, MAX_DIMENSION, MAX_INDEXED, N_LISTS, TARGET_RECALL, M
 from service.search.store import MAX_ID_CHARACTERS, MAX_SOURCE_CHARACTERS, DType
 
+CollectionName = Annotated[str, Field(json_schema_extra={"pattern": f"^{NAME_PATTERN}$"})]
 Encoding = Literal["float", "base64"]
 ItemId = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARACTERS)]
 Vector = Annotated[
@@ -254,7 +256,7 @@ class CollectionIn(Options):
 class AliasIn(Body):
     """The body of `PUT /v1/aliases/{alias}`."""
 
-    collection: str = Field(description="collection that the alias will point to")
+    collection: CollectionName = Field(description="collection that the alias will point to")
 
 
 class SnapshotIn(Body):
@@ -264,8 +266,8 @@ class SnapshotIn(Body):
 class RestoreIn(Body):
     """The body of `POST /v1/collections/{name}/restore`."""
 
-    snapshot: str = Field(max_length=128)
-    source: str | None = Field(
+    snapshot: str = Field(max_length=128, description="name of a snapshot, such as 20260131T235959.123Z")
+    source: CollectionName | None = Field(
         None, alias="from", description="collection from which the snapshot was taken; default: the name in the path"
     )
 

@@ -6,13 +6,13 @@ returns, and could not declare bodies that are either JSON, a form or an image.
 """
 
 import inspect
+import json
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, Final, get_args, get_origin
 
 from pydantic import TypeAdapter
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaValue
-from pydantic_core import core_schema
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode
 from starlette.routing import BaseRoute
 
 from service.errors import ERRORS, OPENAI_PATHS, OpenAIError, Problem, ServiceError
@@ -32,7 +32,7 @@ _PATH_PARAMETERS: Final[dict[str, Json]] = {
     "name": _NAME | {"description": "name of a collection or alias"},
     "alias": _NAME | {"description": "name of an alias"},
     "item_id": {"type": "string", "minLength": 1, "maxLength": MAX_ID_CHARACTERS, "description": "id of an item"},
-    "snapshot": {"type": "string", "description": "name of a snapshot"},
+    "snapshot": {"type": "string", "description": "name of a snapshot, such as 20260131T235959.123Z"},
     "model": {"type": "string", "description": "one of the model's names"},
 }
 _REQUEST_HEADERS: Final[dict[str, str]] = {
@@ -52,17 +52,10 @@ _ANSWER_HEADERS: Final[dict[str, str]] = {
 
 
 class _Generator(GenerateJsonSchema):
-    """A generator of JSON schemas without the titles that repeat the names of fields, and without null as a default
-    value, which says nothing."""
+    """A generator of JSON schemas without the titles that repeat the names of fields."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
-
-    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
-        answer = super().default_schema(schema)
-        if "default" in answer and answer["default"] is None:
-            del answer["default"]
-        return answer
 
 
 def document(routes: Iterable[BaseRoute], *, title: str, version: str, description: str) -> Json:
@@ -73,6 +66,7 @@ def document(routes: Iterable[BaseRoute], *, title: str, version: str, descripti
     for route in direct:
         for method in sorted(set(route.methods or ()) - {"HEAD", "OPTIONS"}):
             paths.setdefault(route.path_format, {})[method.lower()] = _operation(route, schemas)
+    schemas.drop_unused(paths)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -106,11 +100,20 @@ class _Schemas:
             schema_generator=_Generator,
         )
         self.components: dict[str, Json] = definitions["$defs"]
+        for component in self.components.values():
+            for field in component.get("properties", {}).values():
+                _describe_default(field)
         self._of = {type_: schema for (type_, _), schema in found.items()}
 
     def of(self, type_: Any) -> Json:
         """Return a reference to the schema of a request or answer."""
         return self._of[type_]
+
+    def drop_unused(self, paths: Json) -> None:
+        """Delete the schemas to which nothing refers. Options that are only form fields or query parameters are not
+        sent as objects, so nothing refers to their schemas."""
+        for name in set(self.components) - _referenced(paths, self.components):
+            del self.components[name]
 
     def texts(self, model: type[Schema]) -> dict[str, Json]:
         """Return the schema of each field of a request, as a form or query string contains it. An object is a text that
@@ -129,6 +132,30 @@ class _Schemas:
             return rest
         about = f"{rest.get('description', 'options')}, as JSON"
         return {"type": "string", "contentMediaType": "application/json", "description": about}
+
+
+def _describe_default(field: Json) -> None:
+    """Move the default value of a field into its description. With the keyword `default`, openapi-typescript makes the
+    field mandatory, and openapi-python-client sends the value in every request."""
+    default = field.pop("default", None)
+    about = field.get("description", "")
+    if default not in (None, [], {}) and "default" not in about:
+        field["description"] = f"{about}{'; ' if about else ''}default: {json.dumps(default)}"
+
+
+def _referenced(value: Any, components: dict[str, Json]) -> set[str]:
+    """Return the names of the schemas to which `value` refers, directly or through other schemas."""
+    names: set[str] = set()
+    todo = [value]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, dict):
+            name = part["$ref"].removeprefix(_REF) if isinstance(part.get("$ref"), str) else None
+            if name is not None and name not in names:
+                names.add(name)
+                todo.append(components[name])
+        todo += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    return names
 
 
 def answer_type(endpoint: Any) -> Any:

@@ -231,7 +231,7 @@ async def test_what_the_document_says_of_uploads_names_and_headers(tmp_path):
     search = document["paths"]["/v1/collections/{name}/search"]["post"]
     parameters = {parameter["name"]: parameter["schema"] for parameter in search["parameters"]}
     assert parameters["filter"]["contentMediaType"] == "application/json"
-    assert parameters["k"] == {"type": "integer", "minimum": 1, "maximum": 1000, "default": 10}
+    assert parameters["k"] == {"type": "integer", "minimum": 1, "maximum": 1000}
     assert {"image", "vector", "queries"} <= document["components"]["schemas"]["SearchIn"]["properties"].keys()
     assert document["components"]["schemas"]["SearchIn"]["properties"]["k"]["anyOf"][-1] == {"type": "null"}
     embeddings = document["paths"]["/v1/embeddings"]["post"]["responses"]
