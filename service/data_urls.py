@@ -64,11 +64,13 @@ def image_text(value: Any, nested: int = 0) -> str:
     """
     if isinstance(value, str):
         return value
-    if isinstance(value, dict) and nested < _MAX_NESTED:
+    if isinstance(value, dict):
+        if nested == _MAX_NESTED:
+            raise InvalidRequest(f"an image is nested more than {_MAX_NESTED} levels deep in objects: {_FORMS}")
         return _text_in(value, nested)
     if isinstance(value, int | list) and not isinstance(value, bool):
         raise InvalidRequest(
-            f"{reprlib.repr(value)} is not an image. Numbers may be the token ids of a text, but this service embeds "
+            f"{_quoted(value)} is not an image. Numbers may be the token ids of a text, but this service embeds "
             f"images, not text: {_FORMS}"
         )
     raise InvalidRequest(f"an image must be text or an object, not {type(value).__name__}: {_FORMS}")
@@ -81,7 +83,7 @@ def _text_in(fields: dict[str, Any], nested: int) -> str:
             raise InvalidRequest(f"content has {len(content)} parts: send each image in an object of its own")
         return image_text(content[0], nested + 1)
     if fields.get("text") is not None:
-        raise _no_text(str(fields["text"]))
+        raise _no_text(fields["text"])
     present = [name for name in IMAGE_FIELDS if fields.get(name) is not None]
     if len(present) != 1:
         raise InvalidRequest(
@@ -135,8 +137,15 @@ def _is_prose(text: str) -> bool:
     return (_SPACE.search(start) or _WORD.fullmatch(text)) is not None
 
 
-def _no_text(text: str) -> InvalidRequest:
-    return InvalidRequest(f"{reprlib.repr(text)} is not an image. This service embeds images, not text: {_FORMS}")
+def _quoted(value: Any) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        return "a number with thousands of digits"
+
+
+def _no_text(text: Any) -> InvalidRequest:
+    return InvalidRequest(f"{_quoted(text)} is not an image. This service embeds images, not text: {_FORMS}")
 
 
 def check_count(count: int, settings: Settings, param: str) -> None:

@@ -6,6 +6,7 @@ from pydantic import AfterValidator, ConfigDict, FailFast, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from model.pooling import DEFAULT_POOLING, POOLING_DESCRIPTION, Pooling
+from service.documented_schemas import FilterIn, Image, ImageObject, Where
 from service.schema_base import FROM_FLOAT, DocumentedAs, OptionalWhole, Schema, Whole
 from service.search.checks import NAME_PATTERN
 from service.search.kinds import Kind, kinds_with
@@ -22,54 +23,6 @@ Vector = Annotated[
 ]
 Fingerprint = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:@+-]{1,64}$")]
 Include = Annotated[list[Literal["vector"]], FailFast(), Field(max_length=1)]
-
-
-class FilterIn(Schema):
-    """A condition on the metadata of items: a key with one operator, or one of `and`, `or` and `not`."""
-
-    # `service/search/filters.py` parses filters. This class describes them in the OpenAPI document.
-    key: str | None = Field(
-        None, description="metadata key; dots separate nested keys; required with eq, in, gt, gte, lt, lte and exists"
-    )
-    eq: str | float | bool | None = Field(None, description="the value equals this string, number or boolean")
-    in_: list[str | float | bool] | None = Field(None, alias="in", description="the value equals one of these")
-    gt: str | float | None = Field(None, description="the value is greater than this number or string")
-    gte: str | float | None = Field(None, description="the value is greater than this number or string, or equal")
-    lt: str | float | None = Field(None, description="the value is less than this number or string")
-    lte: str | float | None = Field(None, description="the value is less than this number or string, or equal")
-    exists: bool | None = Field(None, description="true: the value is present and not null; false: the opposite")
-    and_: list["FilterIn"] | None = Field(None, alias="and", description="all of these conditions are true")
-    or_: list["FilterIn"] | None = Field(None, alias="or", description="at least one of these conditions is true")
-    not_: "FilterIn | None" = Field(None, alias="not", description="this condition is false")
-
-
-Where = Annotated[dict[str, Any], DocumentedAs(FilterIn)]
-
-
-class ImageUrl(Schema):
-    """The object in the field `image_url` of an image."""
-
-    model_config = ConfigDict(extra="allow")
-
-    url: str = Field(description="data URL; a link is an error")
-
-
-class ImageObject(Schema):
-    """An image as an object, in the forms that clients of other services send. It has exactly one of these fields."""
-
-    # `service/data_urls.py` reads these objects. This class describes them in the OpenAPI document.
-    model_config = ConfigDict(extra="allow")
-
-    type: str | None = Field(None, description="ignored")
-    image: str | None = Field(None, description="data URL or base64")
-    image_url: str | ImageUrl | None = Field(None, description="data URL")
-    image_base64: str | None = Field(None, description="data URL or base64")
-    base64: str | None = Field(None, description="data URL or base64")
-    source: dict[str, Any] | None = Field(None, description="object with the base64 text in `data`")
-    content: list[dict[str, Any]] | None = Field(None, description="list of one such object")
-
-
-Image = Annotated[Any, DocumentedAs(str | ImageObject)]
 
 
 class Options(Schema):

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from service import schemas
 from service.data_urls import image_from_text
+from service.documented_schemas import ImageObject
 from service.errors import BrokenImage, InvalidRequest
 from service.options import parse_options
 from service.schema_base import Schema
@@ -170,6 +170,9 @@ async def test_images_in_objects_of_other_services(tmp_path, form):
     assert mask.headers["Content-Type"] == "image/png"
 
 
+NEST: Any = []
+for _ in range(500):
+    NEST = [NEST]
 LINK = "https://example.com/a.jpg"
 
 
@@ -191,7 +194,9 @@ LINK = "https://example.com/a.jpg"
         ({"image": URL, "url": URL}, "exactly one of image, image_url"),
         ({}, "exactly one of image, image_url"),
         ({"video": URL}, "not ['video']"),
-        ({"image": {"image": {"image": {"image": {"image": URL}}}}}, "must be text or an object"),
+        ({"image": {"image": {"image": {"image": {"image": URL}}}}}, "nested more than 4 levels deep"),
+        ({"text": NEST}, "not text"),
+        ([NEST], "Numbers may be"),
         ([1, 2, 3], "[1, 2, 3] is not an image. Numbers may be the token ids of a text"),
         (7, "7 is not an image"),
         (True, "must be text or an object, not bool"),
@@ -204,12 +209,7 @@ async def test_what_is_not_an_image_is_refused_with_a_reason(tmp_path, sent, wor
     [error] = answer.json()["errors"]
     assert (error["index"], error["code"], error["status"]) == (0, "invalid_request", 422)
     assert words in error["detail"]
-    assert (
-        "data:image/jpeg;base64" in error["detail"]
-        or "content has" in words
-        or "exactly one" in words
-        or words[0] == "n"
-    )
+    assert len(error["detail"]) < 500
 
 
 @pytest.mark.parametrize(
@@ -283,4 +283,4 @@ async def test_the_time_of_an_export_in_other_forms(tmp_path, written, seconds):
 
 def test_the_schemas_that_are_only_documented_accept_what_is_parsed():
     for form in FORMS.values():
-        schemas.ImageObject.model_validate(form)
+        ImageObject.model_validate(form)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from service.documented_schemas import FilterIn
 from service.routes.direct import DirectRoute
-from service.schemas import FilterIn
 from service.search import filters
 from tests.dict_store import DictStore
 from tests.fakes import DIMS, Running, photo, running
