@@ -123,10 +123,12 @@ def make_server(settings: Settings) -> "DrainingServer":
     class HttpProtocol(BoundedHttpProtocol):
         header_timeout_s = settings.header_timeout_s
 
-    starting = Starting()
+    starting = Starting(settings)
     config = uvicorn.Config(
         starting,
         http=HttpProtocol,
+        ws="none",
+        proxy_headers=False,  # uvicorn would believe the X-Forwarded-For of every local client
         host=settings.host,
         port=settings.port,
         log_config=None,

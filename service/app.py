@@ -39,6 +39,7 @@ from service.routes import (
     search,
     segment,
 )
+from service.routes.direct import accept_trailing_slash, allowed_methods, answers_get, head_route
 from service.search import opening
 from service.search.store import VectorStore
 from service.settings import Settings
@@ -91,8 +92,11 @@ def create_app(
     app.state.lifecycle = start.lifecycle
     app.state.cache_status = "ok"  # the status that /readyz logged last
     resources = (search, embeddings, models, collections, aliases, add_items, items, duplicates, segment, health)
+    routes = [route for resource in resources for route in resource.router.routes]
+    for route in app.routes:  # the framework's own, for instance /docs
+        accept_trailing_slash(route)
     # Put the routes before the framework's own, without the wrappers that `include_router` would add.
-    app.router.routes[:0] = [route for resource in resources for route in resource.router.routes]
+    app.router.routes[:0] = [*routes, *(head_route(route) for route in routes if answers_get(route))]
     app.add_exception_handler(HTTPException, _framework_error)
     return app
 
@@ -178,6 +182,7 @@ async def _framework_error(request: Request, error: Exception) -> Response:
     """Return the answer to an error that FastAPI or Starlette raised, for instance because no route has the requested
     path. The answer has the same format as the answers to the service's own errors."""
     translated = _translated(request, error)
+    request.state.error = translated  # for the access log
     content_type, body = error_body(translated, request.url.path, request.state.request_id)
     return Response(
         body, status_code=translated.status, headers=translated.headers, media_type=content_type.decode("ascii")
@@ -189,9 +194,9 @@ def _translated(request: Request, error: Exception) -> ServiceError:
     if error.status_code == NotFound("").status:
         return NotFound(f"there is no route {request.url.path[:200]!r}: see /docs for all routes")
     if error.status_code == MethodNotAllowed("").status:
-        allowed = (error.headers or {}).get("Allow", "")
+        allowed = ", ".join(allowed_methods(request))
         return MethodNotAllowed(
-            f"{request.method} is not allowed here; allowed methods: {allowed}", headers=error.headers
+            f"{request.method} is not allowed here; allowed methods: {allowed}", headers={"Allow": allowed}
         )
     return BadRequest(str(error.detail)) if error.status_code < 500 else ServiceError("an internal error")
 

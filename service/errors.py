@@ -14,9 +14,11 @@
     │   └── ImageTooLarge               413 image_too_large
     ├── UnsupportedMediaType            415 unsupported_media_type
     │   └── UnsupportedImage            415 unsupported_image
+    ├── RangeNotSatisfiable             416 range_not_satisfiable
     ├── InvalidRequest                  422 invalid_request
     │   ├── BrokenImage                 422 broken_image
     │   └── InvalidItems                422 invalid_items (or the status and code of an item)
+    ├── HeadTooLarge                    431 head_too_large
     ├── ClientGone                      499 client_closed_request (only logged)
     ├── EngineFailed                    500 engine_failed
     ├── StorageFailed                   500 storage_failed
@@ -125,6 +127,9 @@ class UnsupportedMediaType(ServiceError): ...
 class UnsupportedImage(UnsupportedMediaType): ...
 
 
+class RangeNotSatisfiable(ServiceError): ...
+
+
 class InvalidRequest(ServiceError): ...
 
 
@@ -195,6 +200,9 @@ def invalid_items_detail(items: list[ItemError], total: int) -> str:
     return f"{len(items)} of {total} items cannot be used: {reasons}"
 
 
+class HeadTooLarge(ServiceError): ...
+
+
 class ClientGone(ServiceError): ...
 
 
@@ -240,9 +248,11 @@ ERRORS: dict[type[ServiceError], ErrorKind] = {
     ImageTooLarge: ErrorKind(413, "image_too_large", "Image too large"),
     UnsupportedMediaType: ErrorKind(415, "unsupported_media_type", "Unsupported media type"),
     UnsupportedImage: ErrorKind(415, "unsupported_image", "Unsupported image format"),
+    RangeNotSatisfiable: ErrorKind(416, "range_not_satisfiable", "Range not satisfiable"),
     InvalidRequest: ErrorKind(422, "invalid_request", "Invalid request"),
     BrokenImage: ErrorKind(422, "broken_image", "Broken image"),
     InvalidItems: ErrorKind(422, "invalid_items", "Invalid items"),
+    HeadTooLarge: ErrorKind(431, "head_too_large", "Head too large"),
     ClientGone: ErrorKind(499, "client_closed_request", "Client closed request"),
     EngineFailed: ErrorKind(500, "engine_failed", "Engine failed"),
     StorageFailed: ErrorKind(500, "storage_failed", "Storage failed"),

@@ -1,24 +1,44 @@
-"""An HTTP protocol for uvicorn that limits the size of a request's head (the request line and the headers) and the time
-for receiving it.
+"""An HTTP protocol for uvicorn that limits the heads of requests, ignores upgrades, and lets the application answer
+malformed requests.
 
-uvicorn parses requests with httptools, which does not limit the size of a head and joins the pieces of a head in
-quadratic time. A request line of 50 MB blocks the event loop for minutes, and a connection that never completes its
-head stays open forever. uvicorn's other parser, h11, has a size limit, but it is slower and has no time limit. So the
-class in this module counts the bytes that are not part of a body, and limits the time for each head.
+The head of a request consists of the request line and the headers. uvicorn parses requests with httptools. The class in
+this module changes four things:
+
+- **Heads.** httptools does not limit the size of a head, and joins the pieces of a head in quadratic time. A request
+  line of 50 MB blocks the event loop for minutes, and a connection that never completes its head stays open forever.
+  uvicorn's other parser, h11, has a size limit, but it is slower and has no time limit. So the class counts the bytes
+  that are not part of a body, and limits the time for each head.
+- **Upgrades.** Java's HttpClient and `curl --http2` ask for an upgrade to HTTP/2 in the first request of each
+  connection. httptools then drops the body of this request. RFC 9110 (7.8) allows a server to ignore an upgrade, and
+  the class does so.
+- **Malformed requests.** uvicorn answers them itself, in plain text. The class passes them on to the application, with
+  the error in `scope["refusal"]`. The application answers, logs and counts them like all others.
+- **Early answers.** If a request is answered before its body was read, uvicorn closes the connection immediately. The
+  operating system then sends a reset, and the client may lose the answer. The class first closes only the sending side.
 """
 
+import asyncio
+import re
 from asyncio import TimerHandle, Transport
 from typing import Any, Final
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from service.errors import BadRequest, HeadTooLarge, ServiceError
 
 MAX_HEAD_BYTES: Final = 64 * 1024
-_TOO_LARGE: Final = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+MAX_DISCARDED_HEAD_BYTES: Final = 16 * MAX_HEAD_BYTES
+LINGER_S: Final = 10.0
+"""The time limit in seconds for discarding the rest of a body after an early answer."""
+_HOST: Final = re.compile(rb"([A-Za-z0-9._~%!$&'()*+,;=-]*|\[[0-9A-Za-z.:_~%!$&'()*+,;=-]+\])(:[0-9]*)?")
+_UPGRADE_HEADERS: Final = frozenset({b"upgrade", b"http2-settings"})
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """A protocol that closes a connection if the head of a request (the request line and the headers) is larger than
-    `MAX_HEAD_BYTES` or is not complete after `header_timeout_s` seconds.
+    """A protocol that refuses malformed requests, and requests whose head is larger than `MAX_HEAD_BYTES`. To refuse a
+    request means that the application answers it with an error, and that the connection is then closed. A connection is
+    closed without an answer if a head is not complete after `header_timeout_s` seconds.
 
     The size is checked after each read from the socket, so a larger head is accepted if it arrives in a single read. An
     idle keep-alive connection is closed by uvicorn's own timeout. The time for a body is limited by the request's
@@ -31,42 +51,179 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.ws_protocol_class = None  # no route is a WebSocket, so every upgrade is ignored
         self._pending_bytes = 0  # bytes since the last complete head, body piece or message; includes trailers
         self._in_head = True
         self._head_timer: TimerHandle | None = None
+        self._linger_timer: TimerHandle | None = None  # runs after the sending side was closed
+        self._discard_timer: TimerHandle | None = (
+            None  # runs while the rest of a body is discarded before the next head
+        )
+        self._refused = False
+        self._staged: _StagedTransport
+
+    # Connections
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]  # uvicorn's signature
         super().connection_made(transport)
+        self._staged = _StagedTransport(self)
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        for timer in (self._linger_timer, self._discard_timer):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
 
+    def close_in_steps(self) -> None:
+        """Close the connection after an answer.
+
+        If the client is still sending the request, close only the sending side at first, and discard received bytes.
+        This gives the client time to read the answer. The connection is closed after `LINGER_S` seconds, or when a
+        refused head has grown to `MAX_DISCARDED_HEAD_BYTES`.
+        """
+        if self.transport.is_closing() or self._linger_timer is not None:
+            return
+        if self.cycle.more_body and not self.pipeline and self.transport.can_write_eof():
+            self._linger_timer = self.loop.call_later(LINGER_S, self.transport.close)
+            self.transport.write_eof()
+        else:
+            self.transport.close()
+
+    # Received bytes
+
     def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
         self._pending_bytes += len(data)
-        super().data_received(data)  # calls the methods below
+        if self._refused or self._linger_timer is not None:  # the rest of a request that is already answered
+            if self._in_head and self._pending_bytes > MAX_DISCARDED_HEAD_BYTES:
+                self.transport.close()
+            return
+        try:
+            self._feed(data)
+        except httptools.HttpParserError as error:
+            self._refuse(BadRequest(f"the request is not valid HTTP/1.1: {_reason(error)}"))
+            return
         if self.transport.is_closing() or not self._pending_bytes:
             return
         if self._pending_bytes > MAX_HEAD_BYTES:
-            if self.cycle is None or self.cycle.response_complete:  # never write into another answer
-                self.transport.write(_TOO_LARGE)
-            self.transport.close()
+            self._refuse(HeadTooLarge(f"the request line and the headers are larger than {MAX_HEAD_BYTES} bytes"))
         elif self._in_head and self._head_timer is None:
             self._start_timer()
 
+    def _feed(self, data: bytes) -> None:
+        """Parse received bytes. A head that asks for an upgrade is parsed a second time, without the headers that ask
+        for the upgrade."""
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:  # the head is complete, and the parser has stopped
+                if self.parser.get_method() == b"CONNECT":
+                    raise httptools.HttpParserError("the method CONNECT is for proxies") from upgrade
+                data = data[upgrade.args[0] :]
+                head = self._head_without_upgrade()
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+                self.parser.feed_data(head)
+
+    def _head_without_upgrade(self) -> bytes:
+        """Return the current head without the headers that ask for an upgrade."""
+        version = self.parser.get_http_version().encode()
+        lines = [self.parser.get_method() + b" " + self.url + b" HTTP/" + version]
+        for name, value in self.headers:
+            if name == b"connection":
+                tokens = (token.strip() for token in value.split(b","))
+                value = b", ".join(token for token in tokens if token.lower() not in _UPGRADE_HEADERS)
+            if name not in _UPGRADE_HEADERS:
+                lines.append(name + b": " + value)
+        return b"\r\n".join([*lines, b"", b""])
+
+    # Parsed requests
+
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():  # the same head follows without the upgrade
+            return
+        super().on_headers_complete()
         self._pending_bytes, self._in_head = 0, False
         self._stop_timer()
-        super().on_headers_complete()
+        self.cycle.transport = self._staged  # type: ignore[assignment]
+        fault = _head_fault(self.headers, self.parser.get_http_version())
+        if fault is not None:
+            self._refuse_current(BadRequest(fault))
 
     def on_body(self, body: bytes) -> None:
         self._pending_bytes = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._pending_bytes, self._in_head = 0, True
         super().on_message_complete()
+        if self._discard_timer is not None:
+            self._discard_timer.cancel()
+            self._discard_timer = None
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.more_body and self.cycle.response_complete and self._linger_timer is None:
+            self._discard_timer = self.loop.call_later(LINGER_S, self.transport.close)
+
+    # Refused requests
+
+    def _refuse(self, error: ServiceError) -> None:
+        """Refuse the request that is being received, and parse nothing more from this connection."""
+        self._refused = True
+        self._stop_timer()
+        if self._in_head:
+            self._start_refused(error)
+        elif self.cycle.response_complete:
+            self.transport.close()
+        else:
+            self._refuse_current(error)
+            self.cycle.message_event.set()  # the application may be waiting for the body
+
+    def _refuse_current(self, error: ServiceError) -> None:
+        """Refuse the request that was started last."""
+        self.cycle.keep_alive = False
+        self.cycle.scope["refusal"] = error  # type: ignore[typeddict-unknown-key]
+
+    def _start_refused(self, error: ServiceError) -> None:
+        """Start a request whose head is malformed or too large, and refuse it. If an earlier request is still being
+        answered, the refused request starts after that answer."""
+        previous = self.cycle
+        if self.scope is None or (previous is not None and previous.scope is self.scope):
+            self.on_message_begin()  # the head failed at its first byte
+        path = self.url.partition(b"?")[0][:200]
+        self.scope.update({"method": self.scope.get("method", ""), "path": path.decode("latin-1")})
+        self.scope.update({"raw_path": path, "query_string": b""})
+        self.cycle = RequestResponseCycle(
+            scope=self.scope,
+            transport=self._staged,  # type: ignore[arg-type]
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=False,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=False,
+            keep_alive=False,
+            on_response=self.on_response_complete,
+        )
+        self._refuse_current(error)
+        if previous is None or previous.response_complete:
+            self._start_asgi_task(self.cycle, self.app)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((self.cycle, self.app))
+
+    # Time limit of a head
 
     def _start_timer(self) -> None:
         self._head_timer = self.loop.call_later(self.header_timeout_s, self._head_is_late)
@@ -81,3 +238,39 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
         else:  # an earlier request is still being answered: do not cut it off
             self._start_timer()
+
+
+class _StagedTransport:
+    """The transport that uvicorn uses to answer a request. Its `close` calls `close_in_steps` of the protocol."""
+
+    def __init__(self, protocol: BoundedHttpProtocol) -> None:
+        self.write = protocol.transport.write
+        self.is_closing = protocol.transport.is_closing
+        self.close = protocol.close_in_steps
+
+
+def _head_fault(headers: list[tuple[bytes, bytes]], version: str) -> str | None:
+    """Return an error message if a request does not have exactly one valid `Host` header, as HTTP/1.1 requires, or if
+    its body has a transfer encoding other than `chunked`. Otherwise return None. In HTTP/1.0, `Host` may be missing."""
+    hosts = []
+    for name, value in headers:
+        if name == b"host":
+            hosts.append(value)
+        elif name == b"transfer-encoding" and value.strip().lower() != b"chunked":
+            return f"transfer encoding {_shown(value)} is not accepted: send chunked"
+    if not hosts and version == "1.0":
+        return None
+    if len(hosts) != 1:
+        return f"the request has {len(hosts)} Host headers: send exactly one"
+    return None if _HOST.fullmatch(hosts[0]) else f"Host: {_shown(hosts[0])} is not valid: send HOST or HOST:PORT"
+
+
+def _shown(value: bytes) -> str:
+    return repr(value[:80].decode("latin-1"))
+
+
+def _reason(error: httptools.HttpParserError) -> str:
+    """Return why a request cannot be parsed."""
+    if isinstance(error, httptools.HttpParserCallbackError):  # only `on_headers_complete` fails, at the target
+        return "the request target is not a path"
+    return str(error)

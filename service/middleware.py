@@ -1,12 +1,12 @@
-"""The middleware that handles every request: request ids, size limits, deadlines, disconnects, errors, metrics and the
-access log.
+"""The middleware that handles every request: request ids, size limits, compression, deadlines, disconnects, errors,
+CORS, metrics and the access log.
 
 The class `Border` is this middleware. `Border` answers every request exactly once, unless the client has disconnected.
 Every answer has a request id. Every request is counted once in the metrics and logged in one line. `Border` is a plain
 ASGI application, because Starlette's BaseHTTPMiddleware copies streams and hides disconnects.
 
 - The bytes of the body are counted as they arrive, because Content-Length may be missing or wrong. Reading stops at the
-  limit.
+  limit. A compressed body is decoded as it arrives, and its decoded bytes are counted too.
 - If a request is not answered within `_WATCH_AFTER_S` seconds after its body is complete, a task starts that waits for
   the client to disconnect. If this happens, the task cancels the request, and the pipeline drops those images of the
   request that are still queued.
@@ -21,11 +21,13 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 import orjson
 
+from service.cors import Cors, parse_origins
+from service.encodings import BodyDecoder, accepts_gzip, body_decoder, gzipped
 from service.errors import (
     OPENAI_PATHS,
     ClientGone,
@@ -38,9 +40,10 @@ from service.errors import (
     openai_body,
     problem_body,
 )
+from service.off_loop import off_loop
 from service.settings import Settings
 from service.state import Lifecycle
-from service.telemetry import Metrics, log_request
+from service.telemetry import Metrics, access_log, client_address, log_request, shortened, trace_id
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -52,19 +55,22 @@ _PROCESS = uuid.uuid4().hex[:20]
 _numbers = itertools.count(1)  # cheaper than a random id, which costs a system call
 _NO_FAULTS = frozenset({503, 504})  # caused by load or shutdown, and too frequent to log a traceback for each
 _WATCH_AFTER_S = 0.02  # seconds; starting and cancelling a task for every request costs more than a search
+_COMPRESSIBLE = frozenset({b"application/json", b"application/problem+json", b"text/plain", b"text/html"})
+_COLLECTION_ROUTES = "/v1/collections/{name}"
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:+/=@-]{1,128}")
 log = logging.getLogger(__name__)
 
 
 class Border:
-    """The ASGI middleware around the application. It handles request ids, size limits, deadlines, disconnects, errors,
-    metrics and the access log."""
+    """The ASGI middleware around the application. It handles request ids, size limits, compression, deadlines,
+    disconnects, errors, CORS, metrics and the access log."""
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, lifecycle: Lifecycle) -> None:
         self.app = app
         self.settings = settings
         self.metrics = metrics
         self.lifecycle = lifecycle
+        self.cors = Cors(parse_origins(settings.cors_origins)) if settings.cors_origins else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -79,11 +85,18 @@ class _Exchange:
     def __init__(self, border: Border, scope: Scope, receive: Receive, send: Send) -> None:
         self._app, self._scope, self._receive, self._send = border.app, scope, receive, send
         self._settings, self._metrics, self._lifecycle = border.settings, border.metrics, border.lifecycle
-        self.request_id = request_id(scope["headers"])
+        self._cors = border.cors
+        self._headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.request_id = request_id(self._headers)
         scope.setdefault("state", {})["request_id"] = self.request_id
         self._status = 0
-        self._body_bytes = 0
+        self._error: ServiceError | None = None
+        self._body_bytes = 0  # in memory, so decoded
+        self._received_bytes = 0
         self._body_ended = False
+        self._decoder: BodyDecoder | None = None
+        self._decoding_ends = False  # all bytes are received, and some may not be decoded yet
+        self._held: Message | None = None  # the start of an answer whose body will be compressed
         self._gone = asyncio.Event()
         self._watch_soon: asyncio.TimerHandle | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -107,6 +120,10 @@ class _Exchange:
 
     async def _answer(self, counted: bool) -> None:
         try:
+            if "refusal" in self._scope:
+                raise self._scope["refusal"]
+            if self._cors is not None and await self._answer_preflight(self._cors):
+                return
             if counted and self._lifecycle.draining:
                 raise ShuttingDown("the service is shutting down", retry_after_s=1)
             self._check_length()
@@ -135,28 +152,41 @@ class _Exchange:
             task = asyncio.current_task()
             assert task is not None
             task.uncancel()
-            self._status = ClientGone("the client disconnected").status
+            self._set_gone()
         except Exception:  # noqa: BLE001  no exception may reach uvicorn
             await self._unhandled()
 
     async def _unhandled(self) -> None:
         if self._gone.is_set():  # the client disconnected while it was sending the body
-            self._status = ClientGone("the client disconnected").status
+            self._set_gone()
             return
         log.exception("unhandled", extra=self._log_fields)
         await self._send_error(ServiceError("internal error; the log has the details under this request id"))
+
+    def _set_gone(self) -> None:
+        self._error = ClientGone("the client disconnected")
+        self._status = self._error.status
 
     @property
     def _log_fields(self) -> dict[str, Any]:
         return {"fields": {"request_id": self.request_id}}
 
+    async def _answer_preflight(self, cors: Cors) -> bool:
+        """Answer the request if it is a preflight (service/cors.py) from an allowed origin. Return whether it is."""
+        headers = cors.preflight(self._headers) if self._scope["method"] == "OPTIONS" else None
+        if headers is None:
+            return False
+        await self._send_tagged({"type": "http.response.start", "status": 204, "headers": headers})
+        await self._send({"type": "http.response.body", "body": b""})
+        return True
+
     # From the client to the application
 
     def _check_length(self) -> None:
         """Raise PayloadTooLarge if the request's Content-Length exceeds the limit, before the body is read."""
-        for name, value in self._scope["headers"]:
-            if name == b"content-length" and value.isdigit() and int(value) > self._settings.max_body_bytes:
-                raise self._too_large()
+        length = self._headers.get(b"content-length", b"")
+        if length.isdigit() and int(length) > self._settings.max_body_bytes:
+            raise self._too_large()
 
     def _too_large(self) -> PayloadTooLarge:
         limit = self._settings.max_body_bytes
@@ -166,9 +196,9 @@ class _Exchange:
         if self._body_ended:
             await self._gone.wait()
             return {"type": "http.disconnect"}
-        message = await self._receive()
+        compressed = b"content-encoding" in self._headers
+        message = await (self._receive_decoded() if compressed else self._receive_checked())
         if message["type"] == "http.disconnect":
-            self._gone.set()
             return message
         self._count(len(message.get("body", b"")))
         if not message.get("more_body", False):
@@ -176,6 +206,37 @@ class _Exchange:
             loop = asyncio.get_running_loop()
             self._watch_soon = loop.call_later(_WATCH_AFTER_S, self._start_watching, asyncio.current_task())
         return message
+
+    async def _receive_checked(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self._gone.set()
+        elif "refusal" in self._scope:  # the body is malformed
+            raise self._scope["refusal"]
+        else:
+            self._received_bytes += len(message.get("body", b""))
+        return message
+
+    async def _receive_decoded(self) -> Message:
+        """Return a message with the next piece of a compressed body, decoded."""
+        if self._decoder is None:
+            self._decoder = body_decoder(_joined(self._scope["headers"], b"content-encoding").decode("latin-1"))
+            if self._decoder is None:  # the encoding "identity"
+                del self._headers[b"content-encoding"]
+                return await self._receive_checked()
+        while not (piece := self._decoder.decode()):
+            if self._decoding_ends:
+                self._decoder.finish()
+                return {"type": "http.request", "body": b"", "more_body": False}
+            message = await self._receive_checked()
+            if message["type"] == "http.disconnect":
+                return message
+            if self._received_bytes > self._settings.max_body_bytes:  # the decoded bytes may be few
+                raise self._too_large()
+            self._decoder.feed(message.get("body", b""))
+            self._decoding_ends = not message.get("more_body", False)
+        await asyncio.sleep(0)  # decoding all pieces of a body at once would delay other requests
+        return {"type": "http.request", "body": piece, "more_body": True}
 
     def _count(self, size: int) -> None:
         self._body_bytes += size
@@ -206,27 +267,90 @@ class _Exchange:
         if message["type"] == "http.response.start":
             self._status = message["status"]
             headers = [(name, value) for name, value in message.get("headers", []) if name != b"x-request-id"]
-            message = {**message, "headers": [*headers, (b"x-request-id", self.request_id.encode())]}
+            headers.append((b"x-request-id", self.request_id.encode()))
+            if self._cors is not None:
+                headers += self._cors.headers(self._headers)
+            message = {**message, "headers": headers}
+            if b"accept-encoding" in self._headers and self._is_compressible(headers):
+                self._held = message
+                return
+        elif self._held is not None:
+            start, self._held = self._held, None
+            if not message.get("more_body", False):
+                start, message = await _compressed(start, message)
+            await self._send(start)
         await self._send(message)
 
+    def _is_compressible(self, headers: list[tuple[bytes, bytes]]) -> bool:
+        """Return whether an answer with these headers should be compressed."""
+        smallest, names = self._settings.gzip_min_bytes, dict(headers)
+        length = names.get(b"content-length", b"")
+        return (
+            smallest > 0
+            and length.isdigit()
+            and int(length) >= smallest
+            and names.get(b"content-type", b"").partition(b";")[0] in _COMPRESSIBLE
+            and b"content-encoding" not in names
+            and accepts_gzip(_joined(self._scope["headers"], b"accept-encoding"))
+        )
+
     async def _send_error(self, error: ServiceError) -> None:
-        if self._gone.is_set() or self._status:  # the client has disconnected, or an answer has begun
-            self._status = self._status or 499
+        if self._held is not None:  # nothing of the answer has been sent yet
+            self._held, self._status = None, 0
+        if self._status:  # an answer has begun
             return
+        if self._gone.is_set():
+            self._set_gone()
+            return
+        self._error = error
         content_type, body = error_body(error, self._scope["path"], self.request_id)
         headers = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
         headers += [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in error.headers.items()]
         if not self._body_ended and self._scope["method"] in ("POST", "PUT", "PATCH"):
             headers = [h for h in headers if h[0] != b"connection"] + [(b"connection", b"close")]  # body not read
         await self._send_tagged({"type": "http.response.start", "status": error.status, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body})
+        await self._send_tagged({"type": "http.response.body", "body": body})
 
     def _account(self, seconds: float) -> None:
         route = getattr(self._scope.get("route"), "path", "unmatched")
         method = self._scope["method"] if self._scope["method"] in _METHODS else "other"
         self._metrics.requests.labels(method, route, str(self._status)).inc()
         self._metrics.request_seconds.labels(route).observe(seconds)
-        log_request(method, route, self._status, seconds, self.request_id, bytes=self._body_bytes)
+        if access_log.isEnabledFor(logging.INFO):
+            log_request(method, route, self._status, seconds, self.request_id, **self._facts(route))
+
+    def _facts(self, route: str) -> dict[str, str | int]:
+        """Return the fields of the access log that are not parameters of `log_request`."""
+        scope, headers = self._scope, self._headers
+        proxies = self._settings.trusted_proxies
+        forwarded = _joined(scope["headers"], b"x-forwarded-for") if proxies else b""
+        facts: dict[str, str | int | None] = {
+            "path": shortened(scope["path"]),
+            "bytes": self._received_bytes,
+            "client": client_address((scope.get("client") or ("",))[0], forwarded, proxies) or None,
+            "trace_id": trace_id(headers[b"traceparent"]) if b"traceparent" in headers else None,
+        }
+        if route.startswith(_COLLECTION_ROUTES):
+            facts["collection"] = shortened(scope["path_params"]["name"])
+        error = self._error or scope["state"].get("error")
+        if error is not None:
+            facts |= {"code": error.code, "detail": shortened(error.detail)}
+        return {name: value for name, value in facts.items() if value is not None}
+
+
+async def _compressed(start: Message, body: Message) -> tuple[Message, Message]:
+    """Compress the body of an answer. Return its start and its body as new messages."""
+    plain = body.get("body", b"")
+    content = await off_loop(len(plain), lambda: gzipped(plain))
+    headers = [(name, value) for name, value in start["headers"] if name != b"content-length"]
+    headers += [(b"content-length", str(len(content)).encode()), (b"content-encoding", b"gzip")]
+    headers.append((b"vary", b"Accept-Encoding"))
+    return {**start, "headers": headers}, {**body, "body": content}
+
+
+def _joined(headers: list[tuple[bytes, bytes]], name: bytes) -> bytes:
+    """Join the values of all headers with this name, as RFC 9110 (5.3) allows."""
+    return b", ".join(value for other, value in headers if other == name)
 
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -243,7 +367,7 @@ def _origin(error: ServiceError) -> ServiceError:
 def error_body(error: ServiceError, path: str, request_id: str) -> tuple[bytes, bytes]:
     """Return the content type and the body of the answer to an error. If `path` is in OPENAI_PATHS, the body has
     OpenAI's format. Otherwise it has the format of RFC 9457."""
-    if path in OPENAI_PATHS:
+    if path.removesuffix("/") in OPENAI_PATHS:
         return b"application/json", _json(openai_body(error, request_id=request_id))
     return b"application/problem+json", _json(problem_body(error, instance=path, request_id=request_id))
 
@@ -257,10 +381,10 @@ def _json(body: dict[str, Any]) -> bytes:
         return json.dumps(body).encode()
 
 
-def request_id(headers: list[tuple[bytes, bytes]]) -> str:
+def request_id(headers: Mapping[bytes, bytes]) -> str:
     """Return the client's X-Request-ID if it has 1 to 128 of the characters that `_SANE_ID` allows. Otherwise return a
     new id."""
-    for name, value in headers:
-        if name == b"x-request-id" and _SANE_ID.fullmatch(value):
-            return value.decode("ascii")
+    value = headers.get(b"x-request-id")
+    if value is not None and _SANE_ID.fullmatch(value):
+        return value.decode("ascii")
     return f"{_PROCESS}{next(_numbers):012x}"

@@ -20,6 +20,7 @@ from model.cpus import available_cpus
 from model.engines.runtimes import parse_engine
 from model.zoo import HUGGING_FACE_URL, META_URL
 from service.addresses import masked_milvus_url, masked_url, milvus_parts, redis_parts
+from service.cors import parse_origins
 
 PREFIX = "DINOV2_"
 READ_BY_COMPOSE = frozenset({"DINOV2_PUBLISH", "DINOV2_MEMORY"})
@@ -114,6 +115,22 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="time limit of a forward pass, after which /livez fails",
     )
+    gzip_min_bytes: int = Field(
+        1024,
+        ge=0,
+        description="size from which JSON and text are compressed if the client accepts gzip; 0: never",
+    )
+    cors_origins: str | None = Field(
+        None,
+        description="origins of web pages that may call the service: comma-separated, or * for all; unset: none",
+    )
+    trusted_proxies: int = Field(
+        0,
+        ge=0,
+        le=16,
+        description="number of trusted proxies in front of the service, needed to log the client's address from "
+        "X-Forwarded-For; 0: the header is ignored",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="lowest level of messages that are logged"
     )
@@ -144,6 +161,13 @@ class Settings(BaseSettings):
     def _vector_store_is_known(cls, value: str) -> str:
         if value != "embedded":
             milvus_parts(value)
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _cors_origins_are_origins(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_origins(value)
         return value
 
     @model_validator(mode="after")

@@ -5,15 +5,15 @@ Meanwhile `Starting` answers: /livez with 200, /readyz with 503 and the current 
 soon as the real application is ready, `Starting` passes every request on to it.
 """
 
-import logging
 from typing import Any
 
 import orjson
 
-from service.errors import ServiceError, Unavailable
-from service.middleware import ASGIApp, Receive, Scope, Send, error_body, request_id
-
-log = logging.getLogger(__name__)
+from service.errors import Unavailable
+from service.middleware import ASGIApp, Border, Receive, Scope, Send
+from service.settings import Settings
+from service.state import Lifecycle
+from service.telemetry import Metrics
 
 RETRY_AFTER_S = 5
 
@@ -21,35 +21,32 @@ RETRY_AFTER_S = 5
 class Starting:
     """An ASGI application that passes requests on to `app`, and answers them itself as long as `app` is None."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.app: ASGIApp | None = None
         self._step = "loading the model"
+        # The counts of these metrics are lost when the application is ready and shows its own.
+        self._border = Border(self._answer, settings, Metrics(), Lifecycle())
 
     def report(self, step: str) -> None:
         """Set the step of the start that /readyz shows. Any thread may call this."""
         self._step = step
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.app is not None:
-            await self.app(scope, receive, send)
-        elif scope["type"] == "http":
-            await self._answer(scope, send)
+        await (self.app or self._border)(scope, receive, send)
 
-    async def _answer(self, scope: Scope, send: Send) -> None:
-        identifier = request_id(scope["headers"])
-        headers = [(b"x-request-id", identifier.encode()), (b"cache-control", b"no-store")]
-        kind, status = b"application/json", 503
-        if scope["path"] == "/livez":
-            status, body = 200, orjson.dumps({"status": "alive"})
-        elif scope["path"] == "/readyz":
-            reasons: dict[str, Any] = {"start": self._step}
-            body = orjson.dumps({"status": "unready", "reasons": reasons})
+    async def _answer(self, scope: Scope, _receive: Receive, send: Send) -> None:
+        path = scope["path"].rstrip("/")
+        if path == "/livez":
+            await _send_json(send, 200, {"status": "alive"})
+        elif path == "/readyz":
+            await _send_json(send, 503, {"status": "unready", "reasons": {"start": self._step}})
         else:
-            error: ServiceError = Unavailable(f"the service is starting: {self._step}", retry_after_s=RETRY_AFTER_S)
-            headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
-            kind, body = error_body(error, scope["path"], identifier)
-        if scope["method"] not in ("GET", "HEAD"):
-            headers.append((b"connection", b"close"))  # the body of the request is not read
-        headers += [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+            raise Unavailable(f"the service is starting: {self._step}", retry_after_s=RETRY_AFTER_S)
+
+
+async def _send_json(send: Send, status: int, body: dict[str, Any]) -> None:
+    content = orjson.dumps(body)
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    headers.append((b"cache-control", b"no-store"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})

@@ -8,6 +8,7 @@ clients could send any number of different paths.
 
 import json
 import logging
+import re
 import time
 from typing import Any, Final
 
@@ -17,6 +18,10 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 STAGES: Final = ("decode", "preprocess", "queue", "infer", "post")
 SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 BATCH: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+MAX_LOGGED_CHARS: Final = 500
+"""The highest number of characters of a path or an error message in the access log."""
+_TRACEPARENT: Final = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
 access_log = logging.getLogger("service.access")
 
@@ -111,9 +116,34 @@ def configure_logging(level: str) -> None:
     logging.getLogger("py.warnings").setLevel(logging.ERROR)  # Pillow warns about every unusual image
 
 
+def trace_id(traceparent: bytes) -> str | None:
+    """Return the trace id in a `traceparent` header (W3C Trace Context), or None if the header is not valid."""
+    match = _TRACEPARENT.fullmatch(traceparent)
+    return match[1].decode() if match else None
+
+
+def client_address(peer: str, forwarded_for: bytes, proxies: int) -> str:
+    """Return the address of the client that sent a request.
+
+    Args:
+        peer: the address of the other end of the connection.
+        forwarded_for: the value of the header X-Forwarded-For. Each proxy appends the address from which it received
+            the request. A client can send any value, so only the last `proxies` entries can be trusted.
+        proxies: the number of trusted proxies in front of the service. If the header has fewer entries, it is ignored.
+    """
+    entries = forwarded_for.split(b",") if forwarded_for else []
+    if not 0 < proxies <= len(entries):
+        return peer
+    return entries[-proxies].strip()[:64].decode("latin-1")
+
+
+def shortened(text: str) -> str:
+    """Return a text, cut to `MAX_LOGGED_CHARS` characters."""
+    return text if len(text) <= MAX_LOGGED_CHARS else f"{text[:MAX_LOGGED_CHARS]}..."
+
+
 def log_request(method: str, route: str, status: int, seconds: float, request_id: str, **fields: str | int) -> None:
-    """Log a finished request in one line. The line contains no part of the body or the query string."""
-    if not access_log.isEnabledFor(logging.INFO):
-        return
+    """Log a finished request in one line. The line contains no part of the query string. An error message may quote a
+    short part of the body."""
     line = {"request_id": request_id, "method": method, "route": route, "status": status, **fields}
     access_log.info("request", extra={"fields": {**line, "ms": round(seconds * 1e3, 2)}})

@@ -4,6 +4,7 @@
 because the container's root file system is read-only and clients' images should not be on the disk.
 """
 
+from codecs import BOM_UTF8
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -84,7 +85,8 @@ async def read_json(request: Request) -> dict[str, Any]:
 
 
 async def json_of(request: Request) -> dict[str, Any]:
-    """Parse the body of a request and return its JSON object. The content type is not checked.
+    """Parse the body of a request and return its JSON object. The content type is not checked. A byte order mark at the
+    start is ignored, as RFC 8259 allows.
 
     Raises:
         BadRequest: the body is not JSON.
@@ -94,7 +96,7 @@ async def json_of(request: Request) -> dict[str, Any]:
     if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_JSON_VALUES:
         raise InvalidRequest(f"the body has more than {MAX_JSON_VALUES:,} JSON values")
     try:
-        value = await off_loop(len(body), lambda: orjson.loads(body))
+        value = await off_loop(len(body), lambda: orjson.loads(body.removeprefix(BOM_UTF8)))
     except orjson.JSONDecodeError as error:
         raise BadRequest(f"the body is not JSON: {error}") from error
     if not isinstance(value, dict):

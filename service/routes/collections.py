@@ -24,12 +24,22 @@ from service.answer_schemas import (
     SnapshotsAnswer,
     StatsAnswer,
 )
-from service.errors import CollectionNotFound, Conflict, InvalidRequest, ModelNotFound, NotFound, StorageFailed
+from service.errors import (
+    BadRequest,
+    CollectionNotFound,
+    Conflict,
+    InvalidRequest,
+    ModelNotFound,
+    NotFound,
+    RangeNotSatisfiable,
+    StorageFailed,
+)
 from service.options import check_fields, parse_options
 from service.routes.answers import JsonAnswer, json_response
 from service.routes.bodies import read_json, read_optional_json
 from service.routes.describe import BODY, COLLECTION, Operation, describe
 from service.routes.direct import DirectRoute, service_of
+from service.routes.files import RangedFile
 from service.schemas import CollectionIn, RestoreIn, SnapshotIn
 from service.search.checks import check_name
 from service.search.specs import check_spec
@@ -139,7 +149,7 @@ async def list_snapshots(request: Request, name: str) -> JsonAnswer[SnapshotsAns
 @router.get("/{name}/snapshots/{snapshot}", summary="Download a snapshot", response_class=FileResponse)
 @describe(
     Operation(
-        errors=(InvalidRequest, NotFound, StorageFailed),
+        errors=(BadRequest, InvalidRequest, NotFound, RangeNotSatisfiable, StorageFailed),
         headers=("Range",),
         statuses=(200, 206),
         media_types=("application/octet-stream",),
@@ -148,7 +158,7 @@ async def list_snapshots(request: Request, name: str) -> JsonAnswer[SnapshotsAns
 async def download_snapshot(request: Request, name: str, snapshot: str) -> Response:
     """Download the file of a snapshot. The `Range` header is supported, so an interrupted download can be resumed."""
     path = await _snapshots(service_of(request), name).snapshot_path(name, snapshot)
-    return FileResponse(path, media_type="application/octet-stream", filename=path.name)
+    return RangedFile(path, media_type="application/octet-stream", filename=path.name)
 
 
 @router.delete("/{name}/snapshots/{snapshot}", summary="Delete a snapshot")

@@ -3,15 +3,22 @@
 FastAPI's own routes resolve dependencies, open exit stacks and validate arguments on every call. This work takes longer
 than a search. The route functions of this service parse the request themselves. `openapi.py` makes the OpenAPI document
 from these routes. `service/middleware.py` turns the errors that a route function raises into answers.
+
+The other functions of this module make routes behave alike: each route accepts a trailing slash, and each GET route has
+a HEAD route.
 """
 
-from typing import Any
+import re
+from typing import Any, Final
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from starlette.routing import BaseRoute, Match, Route
 from starlette.types import Receive, Scope, Send
 
 from service.state import Service
+
+_ITEM_ID: Final = "(?P<item_id>.*)"
 
 
 def service_of(request: Request) -> Service:
@@ -32,3 +39,38 @@ class DirectRoute(APIRoute):
             await answer(scope, receive, send)
 
         self.app = call
+        accept_trailing_slash(self)
+
+
+def accept_trailing_slash(route: BaseRoute) -> None:
+    """Make a route also accept its path with a slash at the end. A route whose path ends in the id of an item stays as
+    it is, because the slash is part of the id."""
+    assert isinstance(route, Route)
+    pattern = route.path_regex.pattern.removesuffix("$")
+    if not pattern.endswith(_ITEM_ID):
+        pattern = re.sub(r"\.\*\)$", ".+?)", pattern) + "/?"
+    # The $ of Starlette's pattern would match before a line break at the end of the path, and lose this line break.
+    route.path_regex = re.compile(pattern + r"\Z", re.DOTALL)
+
+
+def answers_get(route: BaseRoute) -> bool:
+    """Return whether a route answers GET requests."""
+    return isinstance(route, DirectRoute) and "GET" in (route.methods or ())
+
+
+def head_route(route: BaseRoute) -> DirectRoute:
+    """Return a route that answers HEAD requests with the function of a GET route. The server leaves out the body.
+
+    FastAPI would list HEAD in the OpenAPI document if it were a second method of the GET route.
+    """
+    assert isinstance(route, DirectRoute)
+    return DirectRoute(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
+
+
+def allowed_methods(request: Request) -> list[str]:
+    """Return the methods of all routes that match the path of a request, in alphabetical order."""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
+    return sorted(methods)

@@ -47,10 +47,9 @@ Body = TypeVar("Body", CountIn, DeleteIn, ScrollIn)
 async def get_image(request: Request, name: str, item_id: str) -> Response:
     """Return the image of an item, exactly as the client sent it. This requires that the collection was created with
     `originals: true`. The status is 404 if the item does not exist or its image is not stored."""
-    if not request.scope.get("raw_path", b"/image").endswith(
-        b"/image"
-    ):  # the slash was sent as %2F, so it is part of the id
-        return await get_item(request, name, f"{item_id}/image")
+    if not request.scope.get("raw_path", b"/image").removesuffix(b"/").endswith(b"/image"):
+        # The slash was sent as %2F, so it is part of the id.
+        return await get_item(request, name, request.scope["path"].partition("/items/")[2])
     service = service_of(request)
     info = await service.store.info(check_name(name))
     item = await _item(service, info.name, item_id)

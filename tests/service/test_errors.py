@@ -16,6 +16,7 @@ from service.errors import (
     ERRORS,
     BrokenImage,
     EngineFailed,
+    HeadTooLarge,
     InvalidItems,
     ItemError,
     QueueFull,
@@ -128,6 +129,26 @@ async def _mismatch(tmp_path: Path) -> httpx.Response:
         other = run.service.tag("b" * 64)
         await run.service.store.create("shop", CollectionSpec(other, 8))
         return await run.client.post("/v1/collections/shop/items", files={"file": photo()})
+
+
+@provokes("range_not_satisfiable")
+async def _range(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        await run.client.put("/v1/collections/shop")
+        name = (await run.client.post("/v1/collections/shop/snapshots")).json()["name"]
+        path = f"/v1/collections/shop/snapshots/{name}"
+        return await run.client.get(path, headers={"Range": "bytes=99999999-"})
+
+
+@provokes("head_too_large")
+async def _head(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+
+        async def app(scope, receive, send):  # the HTTP protocol does this
+            await run.app({**scope, "refusal": HeadTooLarge("the head is larger than 65536 bytes")}, receive, send)
+
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
+            return await client.get("/v1/models")
 
 
 @provokes("payload_too_large")

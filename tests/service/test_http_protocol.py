@@ -1,6 +1,10 @@
-"""Tests of the limits on the size and the time of request heads, and that they do not affect other requests."""
+"""Tests of the HTTP protocol: limits on request heads, ignored upgrades, malformed requests, and early answers."""
 
 import asyncio
+import contextlib
+import re
+import shutil
+import subprocess
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,6 +14,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from service.http_protocol import MAX_HEAD_BYTES, BoundedHttpProtocol
+from tests.fakes import until
 
 HEAD_S, KEEP_ALIVE_S = 0.3, 0.9
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -21,17 +26,20 @@ class Quick(BoundedHttpProtocol):
 
 
 async def app(scope, receive, send):
-    """Read the body and answer with its size. For /slow, answer after more time than a request head may take."""
-    size, more = 0, True
-    while more:
+    """Read the body and answer with its size. For /slow, answer after more time than a request head may take. For
+    /early and /kept, answer before the body; only /early closes. Answer a refused request with its error."""
+    size, more = 0, scope["path"] not in ("/early", "/kept")
+    while more and "refusal" not in scope:
         message = await receive()
         if message["type"] == "http.disconnect":
             return
         size, more = size + len(message.get("body", b"")), message.get("more_body", False)
     if scope["path"] == "/slow":
         await asyncio.sleep(2 * HEAD_S)
-    body = b"%d" % size
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+    error = scope.get("refusal")
+    status, body = (200, b"%d" % size) if error is None else (error.status, error.detail.encode())
+    headers = [(b"content-length", b"%d" % len(body))] + [(b"connection", b"close")] * (scope["path"] == "/early")
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
@@ -49,6 +57,7 @@ async def connected() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.Strea
     finally:
         writer.close()
         server.close()
+        await until(lambda: not state.connections)
 
 
 async def rest(reader: asyncio.StreamReader) -> bytes:
@@ -63,7 +72,18 @@ async def rest(reader: asyncio.StreamReader) -> bytes:
     return answer
 
 
-@pytest.mark.parametrize(
+def statuses(answers: bytes) -> list[int]:
+    return [int(status) for status in re.findall(rb"HTTP/1.1 (\d{3}) ", answers)]
+
+
+async def answer_to(request: bytes) -> bytes:
+    """Send a request and return everything that the server sends until it closes the connection."""
+    async with connected() as (reader, writer):
+        writer.write(request)
+        return await rest(reader)
+
+
+ENDLESS = pytest.mark.parametrize(
     ("start", "piece"),
     [
         (b"GET /", BIG),
@@ -75,12 +95,15 @@ async def rest(reader: asyncio.StreamReader) -> bytes:
     ],
     ids=["request line", "one header", "many headers", "blank lines", "trailer", "second head"],
 )
+
+
+@ENDLESS
 async def test_a_head_without_end_is_closed_at_its_limit(start, piece):
     async with connected() as (reader, writer):
         writer.write(start)
         await asyncio.sleep(0.05)
-        sent = 0
-        while sent < 50 * 2**20 and not reader.at_eof():
+        answer, sent = asyncio.create_task(rest(reader)), 0
+        while sent < 50 * 2**20 and not answer.done():
             writer.write(piece)
             sent += len(piece)
             try:
@@ -89,12 +112,16 @@ async def test_a_head_without_end_is_closed_at_its_limit(start, piece):
                 break
             await asyncio.sleep(0)
         assert sent < 8 * 2**20  # what the sockets' buffers take comes on top
+        await answer
 
 
-async def test_a_head_that_is_too_large_is_told_so():
+@ENDLESS
+async def test_a_head_that_is_too_large_is_told_so(start, piece):
     async with connected() as (reader, writer):
-        writer.write(b"GET /" + b"a" * MAX_HEAD_BYTES)
-        assert (await rest(reader)).startswith(b"HTTP/1.1 431 ")
+        writer.write(start)
+        await asyncio.sleep(0.05)
+        writer.write(piece[:500] * (MAX_HEAD_BYTES // min(500, len(piece)) + 2))
+        assert statuses(await rest(reader)) == [200] * start.startswith(GET) + [431]
 
 
 async def test_a_large_head_within_the_limit_and_a_large_body_are_answered():
@@ -158,12 +185,12 @@ async def test_a_chunk_that_is_slow_to_come_is_not_cut_off(monkeypatch):
         assert b"200" in await reader.readuntil(b"\r\n\r\n1")
 
 
-async def test_a_head_that_is_too_large_is_not_told_within_another_answer():
+async def test_a_head_that_is_too_large_is_told_so_after_the_answer_to_an_earlier_request():
     async with connected() as (reader, writer):
         writer.write(GET.replace(b"/ ", b"/slow "))
         await asyncio.sleep(0.01)
         writer.write(b"GET /" + BIG)
-        assert b"431" not in await rest(reader)
+        assert statuses(await rest(reader)) == [200, 431]
 
 
 async def test_half_a_head_behind_a_request_does_not_cut_off_its_answer():
@@ -173,3 +200,173 @@ async def test_half_a_head_behind_a_request_does_not_cut_off_its_answer():
         writer.write(b"GET")
         assert b"200" in await reader.readuntil(b"\r\n\r\n0")
         assert await rest(reader) == b""
+
+
+H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAA\r\n"  # Java's, curl's
+LAST = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+CHUNKS = b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize("upgrade", [H2C, b"Connection: upgrade\r\nUpgrade: websocket\r\n", b"Upgrade: x/1\r\n"])
+@pytest.mark.parametrize("body", [b"Content-Length: 5\r\n\r\nabcde", CHUNKS], ids=["length", "chunks"])
+@pytest.mark.parametrize("piece", [1, 7, 100_000])
+async def test_an_upgrade_is_ignored_and_the_body_is_read(upgrade, body, piece):
+    async with connected() as (reader, writer):
+        request = b"POST /x?q=1 HTTP/1.1\r\nHost: x\r\n" + upgrade + body
+        whole = 2 * request + LAST
+        for start in range(0, len(whole), piece):
+            writer.write(whole[start : start + piece])
+            await asyncio.sleep(0 if piece > 1 else 0.0001)
+        answers = await rest(reader)
+    assert statuses(answers) == [200, 200, 200]
+    assert re.findall(rb"\r\n\r\n(\d+)", answers) == [b"5", b"5", b"0"]
+
+
+async def test_a_connection_that_shall_close_closes_though_it_asks_for_an_upgrade():
+    request = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, close\r\nUpgrade: h2c\r\n\r\n"
+    assert statuses(await answer_to(request + GET)) == [200]
+
+
+@asynccontextmanager
+async def serving() -> AsyncIterator[str]:
+    """Yield the URL of a server with the protocol."""
+    config = uvicorn.Config(app, http=Quick, lifespan="off", log_config=None)  # type: ignore[arg-type]
+    state, loop = ServerState(), asyncio.get_running_loop()
+    config.load()
+    server = await loop.create_server(
+        lambda: Quick(config=config, server_state=state, app_state={}, _loop=loop), "127.0.0.1", 0
+    )
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+
+
+async def output(*command: str) -> str:
+    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return (await asyncio.wait_for(process.communicate(), 60))[0].decode()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+async def test_curl_with_http2_sends_its_body():
+    async with serving() as url:
+        told = await output("curl", "-sS", "--http2", "--data-binary", "12345678", f"{url}/", f"{url}/")
+        early = await output("curl", "-sS", "--http2", "-T", shutil.which("curl") or "", f"{url}/early")
+    assert (told, early) == ("88", "0")
+
+
+JAVA = """
+import java.net.URI;
+import java.net.http.*;
+public class Send {
+    public static void main(String[] args) throws Exception {
+        HttpClient client = HttpClient.newHttpClient();
+        for (int i = 0; i < 2; i++) {
+            HttpRequest request = HttpRequest.newBuilder(URI.create(args[0]))
+                .POST(HttpRequest.BodyPublishers.ofString("12345678")).build();
+            System.out.print(client.send(request, HttpResponse.BodyHandlers.ofString()).body());
+        }
+    }
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("javac") is None, reason="no JDK is installed")
+async def test_java_with_its_default_settings_sends_its_body(tmp_path):
+    (tmp_path / "Send.java").write_text(JAVA)
+    async with serving() as url:
+        assert await output("java", "-Xmx64m", str(tmp_path / "Send.java"), url) == "88"
+
+
+MALFORMED = {
+    "method": b"\x16\x03\x01\x02\x00\x01\x00",
+    "target": b"GET x HTTP/1.1\r\nHost: x\r\n\r\n",
+    "version": b"GET / HTTP/x\r\n\r\n",
+    "http2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "connect": b"CONNECT example.com:443 HTTP/1.1\r\nHost: x\r\n\r\n",
+    "header": b"GET / HTTP/1.1\r\nHost: x\r\nA B: c\r\n\r\n",
+    "two lengths": b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+    "chunk": b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    "upgraded chunk": b"POST / HTTP/1.1\r\nHost: x\r\n" + H2C + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+    "gzip transfer": b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    "no host": b"GET / HTTP/1.1\r\n\r\n",
+    "two hosts": b"GET / HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n",
+    "bad host": b"GET / HTTP/1.1\r\nHost: x/y\r\n\r\n",
+    "no host, body": b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\nabc",
+}
+
+
+@pytest.mark.parametrize("request_bytes", MALFORMED.values(), ids=MALFORMED.keys())
+@pytest.mark.parametrize("earlier", [b"", GET, GET.replace(b"/ ", b"/slow ")], ids=["first", "second", "queued"])
+async def test_a_malformed_request_is_refused_by_the_application_and_ends_the_connection(request_bytes, earlier):
+    answers = await answer_to(earlier + request_bytes + GET)
+    assert statuses(answers) == [200] * bool(earlier) + [400]
+    assert b"connection: close" in answers
+
+
+@pytest.mark.parametrize(
+    "host",
+    [b"x", b"x:80", b"", b"127.0.0.1:8000", b"[::1]:8000", b"[fe80::1%25eth0]", b"a_b.example", b"%C3%A9.example"],
+)
+async def test_every_valid_host_is_accepted(host):
+    assert statuses(await answer_to(LAST.replace(b"Host: x", b"Host: " + host))) == [200]
+
+
+async def test_http_1_0_needs_no_host():
+    assert statuses(await answer_to(b"GET / HTTP/1.0\r\n\r\n")) == [200]
+
+
+async def test_an_early_answer_arrives_though_the_client_sends_on():
+    async with connected() as (reader, writer):
+        writer.write(b"POST /early HTTP/1.1\r\nHost: x\r\nContent-Length: 50000000\r\n\r\n")
+        for _ in range(50):  # as clients do that read the answer only when all is sent
+            writer.write(bytes(1_000_000))
+            await writer.drain()
+        assert statuses(await rest(reader)) == [200]
+
+
+async def test_discarding_a_body_has_a_time_limit(monkeypatch):
+    monkeypatch.setattr("service.http_protocol.LINGER_S", 0.3)
+    async with connected() as (reader, writer):
+        writer.write(b"POST /early HTTP/1.1\r\nHost: x\r\nContent-Length: 50000000\r\n\r\n")
+        assert statuses(await rest(reader)) == [200]  # the server has closed its sending side
+        started = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - started < 5:
+                writer.write(b"a")
+                await writer.drain()
+                await asyncio.sleep(0.02)
+        assert 0.1 < time.monotonic() - started < 2
+
+
+async def test_a_kept_connection_goes_on_behind_a_discarded_body_and_does_not_stay_open_forever():
+    async with connected() as (reader, writer):
+        writer.write(b"POST /kept HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\na")
+        await reader.readuntil(b"\r\n\r\n0")
+        for byte in (b"b", b"c"):
+            await asyncio.sleep(2 * HEAD_S)
+            writer.write(byte)
+        writer.write(b"POST /kept HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n0")
+        started = time.monotonic()
+        writer.write(b"a")
+        assert await rest(reader) == b""
+        assert time.monotonic() - started < KEEP_ALIVE_S + 0.5
+
+
+async def test_a_body_that_trickles_in_after_its_answer_ends_the_connection(monkeypatch):
+    monkeypatch.setattr("service.http_protocol.LINGER_S", 0.3)
+    async with connected() as (reader, writer):
+        writer.write(b"POST /kept HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n0")
+        started = time.monotonic()
+        while not reader.at_eof() and time.monotonic() - started < 3:
+            writer.write(b"a")
+            await asyncio.sleep(0.05)
+        assert 0.2 < time.monotonic() - started < 1
+
+
+async def test_no_request_behind_a_discarded_body_is_run():
+    body = b"Content-Length: 200000\r\n\r\n" + bytes(200_000)
+    answers = await answer_to(b"POST /early HTTP/1.1\r\nHost: x\r\n" + body + GET)
+    assert statuses(answers) == [200]

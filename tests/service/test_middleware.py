@@ -11,7 +11,7 @@ import pytest
 
 from service.errors import ServiceError
 from service.middleware import Border
-from service.telemetry import JsonLines
+from service.telemetry import MAX_LOGGED_CHARS, JsonLines, trace_id
 from tests.dict_store import DictStore
 from tests.fakes import FakeEngine, photo, plain_photo, running
 
@@ -121,6 +121,122 @@ async def test_the_log_line_has_size_and_milliseconds(tmp_path, caplog):
     [record] = [record for record in caplog.records if record.name == "service.access"]
     assert record.fields["bytes"] == len(photo())
     assert 30 <= record.fields["ms"] < 10_000
+
+
+async def log_lines(caplog, run, send) -> list[dict[str, Any]]:
+    """Return the lines of the access log for the requests that `send` sends."""
+    caplog.set_level(logging.INFO, "service.access")
+    caplog.clear()
+    await send(run.client)
+    return [record.fields for record in caplog.records if record.name == "service.access"]
+
+
+async def test_the_log_says_what_failed_where_and_for_whom(tmp_path, caplog):
+    trace = {"traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", "X-Request-ID": "mine"}
+
+    async def send(client):
+        await client.post("/v1/collections/shop/search?secret=1", json={"vector": [1.0]}, headers=trace)
+        await client.post(EMBED, json={"input": ["%", "x" * 5000]})
+        await client.delete("/v1/models")
+        await client.get(f"/v1/{'n' * 5000}")
+        await client.get("/livez", headers={"traceparent": "00-" + "0" * 32 + "-00f067aa0ba902b7-01"})
+
+    async with running(tmp_path) as run:
+        search, embed, method, lost, live = await log_lines(caplog, run, send)
+    assert (
+        search.items()
+        >= {
+            "request_id": "mine",
+            "method": "POST",
+            "route": "/v1/collections/{name}/search",
+            "path": "/v1/collections/shop/search",
+            "collection": "shop",
+            "status": 404,
+            "code": "collection_not_found",
+            "client": "127.0.0.1",
+            "trace_id": "4bf92f3577b34da6a3ce929d0e0e4736",
+        }.items()
+    )
+    assert "shop" in search["detail"]
+    assert "secret" not in str(search)
+    assert (embed["code"], embed["status"]) == ("invalid_items", 422)
+    assert "[0] not base64" in embed["detail"]
+    assert (method["code"], method["status"]) == ("method_not_allowed", 405)
+    assert (lost["code"], len(lost["path"]), len(lost["detail"])) == ("not_found", 503, pytest.approx(250, abs=60))
+    assert live.keys() == {"request_id", "method", "route", "path", "status", "bytes", "client", "ms"}
+
+
+async def test_a_long_error_is_cut_in_the_log(tmp_path, caplog):
+    async with running(tmp_path) as run:
+        [line] = await log_lines(caplog, run, lambda client: client.post(EMBED, json={"input": ["%"] * 60}))
+    assert len(line["detail"]) == MAX_LOGGED_CHARS + 3
+    assert line["detail"].endswith("...")
+
+
+async def test_the_log_names_faults_and_clients_that_left(tmp_path, caplog):
+    leave = asyncio.Event()
+
+    async def send(client):
+        run.service.pipeline.embed = broken
+        await client.post(EMBED, content=photo(), headers=PNG)
+        run.service.pipeline.embed = endless
+        asyncio.get_running_loop().call_later(0.05, leave.set)
+        await exchange(run.app, photo(), leave)
+
+    async def broken(images):
+        raise KeyError("secret-internals")
+
+    async def endless(images):
+        await asyncio.sleep(60)
+
+    async with running(tmp_path) as run:
+        fault, left = await log_lines(caplog, run, send)
+    assert (fault["status"], fault["code"]) == (500, "internal_error")
+    assert (left["status"], left["code"]) == (499, "client_closed_request")
+    assert "client" not in left  # a server on a Unix socket knows no address
+
+
+@pytest.mark.parametrize(
+    ("proxies", "forwarded", "client"),
+    [
+        (0, ["1.1.1.1"], "127.0.0.1"),
+        (1, ["6.6.6.6, 1.1.1.1"], "1.1.1.1"),
+        (2, ["6.6.6.6, 1.1.1.1", "2.2.2.2"], "1.1.1.1"),
+        (2, ["2001:db8::1,2.2.2.2"], "2001:db8::1"),
+        (2, ["6.6.6.6"], "127.0.0.1"),  # the request did not come through both proxies
+        (1, [], "127.0.0.1"),
+        (1, ["x" * 500], "x" * 64),
+    ],
+)
+async def test_the_client_behind_trusted_proxies(tmp_path, caplog, proxies, forwarded, client):
+    headers = [("X-Forwarded-For", value) for value in forwarded]
+    async with running(tmp_path, trusted_proxies=proxies) as run:
+        [line] = await log_lines(caplog, run, lambda http: http.get("/livez", headers=headers))
+    assert line["client"] == client
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["", "x", "00-" + "A" * 32 + "-00f067aa0ba902b7-01", "ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"],
+)
+def test_a_traceparent_that_is_not_valid_is_ignored(value):
+    assert trace_id(value.encode()) is None
+
+
+async def test_an_error_before_a_held_answer_is_sent_replaces_it(tmp_path):
+    async def inner(scope, receive, send):
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"5000")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        raise ServiceError("late")
+
+    async with running(tmp_path) as run:
+        app = border(inner, run.service)
+
+        async def accepting(scope, receive, send):
+            await app({**scope, "headers": [(b"accept-encoding", b"gzip")]}, receive, send)
+
+        sent = await exchange(accepting, b"", asyncio.Event())
+    assert [message.get("status") for message in sent] == [500, None]
 
 
 async def test_a_time_out_of_something_else_is_no_deadline(tmp_path):

@@ -155,6 +155,115 @@ def test_a_request_line_without_end_is_refused(server):
     assert httpx.get(f"{server.url}/livez").elapsed.total_seconds() < 2
 
 
+def log_line(server: Server, request_id: str) -> dict:
+    """Return the line of the access log with this request id."""
+    for _ in range(100):
+        for line in server.log.read_text().splitlines():
+            if request_id in line and '"service.access"' in line:
+                return json.loads(line)
+        time.sleep(0.02)
+    raise AssertionError(f"no line has the request id {request_id}")
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status", "code", "method", "path"),
+    [
+        (b"\x16\x03\x01\x02\x00", 400, "bad_request", "other", ""),
+        (b"GET /v1/models HTTP/1.1\r\n\r\n", 400, "bad_request", "GET", "/v1/models"),
+        (b"GET /v1/models HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400, "bad_request", "GET", "/v1/models"),
+        (b"GET /v1/models?q=1 HTTP/1.1\r\nHost: x\r\nA B: c\r\n\r\n", 400, "bad_request", "other", "/v1/models"),
+        (b"GET /livez HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 70_000, 431, "head_too_large", "other", "/livez"),
+        (
+            b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+            400,
+            "bad_request",
+            "POST",
+            "/v1/embeddings",
+        ),
+    ],
+    ids=["not http", "no host", "two hosts", "header", "large head", "chunk"],
+)
+def test_a_malformed_request_is_answered_logged_and_counted(server, request_bytes, status, code, method, path):
+    answer = talk(server.port, request_bytes)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert b"connection: close" in head
+    [request_id] = re.findall(rb"x-request-id: (\w+)", head)
+    problem = json.loads(body)
+    if path == "/v1/embeddings":
+        assert problem["error"]["code"] == code
+    else:
+        assert b"application/problem+json" in head
+        assert (problem["code"], problem["status"], problem["instance"]) == (code, status, path)
+        assert problem["request_id"] == request_id.decode()
+    line = log_line(server, request_id.decode())
+    assert (line["status"], line["code"], line["method"], line["path"]) == (status, code, method, path)
+    assert line["client"] == "127.0.0.1"
+    assert line["detail"]
+    counted = f'dinov2_requests_total{{method="{method}",route="unmatched",status="{status}"}}'
+    assert counted in httpx.get(f"{server.url}/metrics").text
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["content-length", "chunked"])
+def test_a_body_above_the_limit_is_refused_by_an_answer_and_not_by_a_reset(tmp_path_factory, told):
+    server = Server(
+        tmp_path_factory.mktemp("small") / "data", DINOV2_MAX_BODY_BYTES="1000000", DINOV2_MAX_IMAGE_BYTES="9"
+    )
+    piece = bytes(1_000_000)
+    try:
+        for _ in range(10):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+                head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+                head += b"Content-Length: 30000000\r\n\r\n" if told else b"Transfer-Encoding: chunked\r\n\r\n"
+                connection.sendall(head)
+                for _ in range(30):  # all of it, before the answer is read
+                    connection.sendall(piece if told else b"f4240\r\n" + piece + b"\r\n")
+                answer = b""
+                while chunk := connection.recv(65536):
+                    answer += chunk
+            assert answer.startswith(b"HTTP/1.1 413 ")
+            assert b"payload_too_large" in answer
+    finally:
+        assert server.stop() == 0
+
+
+def test_a_body_without_room_in_memory_is_refused_by_an_answer_and_not_by_a_reset(tmp_path):
+    limits = {"DINOV2_MAX_BODY_BYTES": "9000000", "DINOV2_MAX_BUFFERED_BYTES": "9000000", "DINOV2_MAX_IMAGE_BYTES": "9"}
+    server = Server(tmp_path / "data", **limits)
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 8000000\r\n\r\n"
+    try:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as first:
+            first.sendall(head + bytes(7_000_000))
+            time.sleep(0.3)
+            for _ in range(5):
+                with socket.create_connection(("127.0.0.1", server.port), timeout=10) as second:
+                    second.sendall(head + bytes(8_000_000))
+                    answer = second.recv(65536)
+                assert answer.startswith(b"HTTP/1.1 503 ")
+                assert b"retry-after: 1" in answer
+    finally:
+        assert server.stop() == 0
+
+
+def test_an_upgrade_loses_no_body_and_no_settings(server):
+    upgrade = (
+        b"Host: x\r\nConnection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAA\r\n"
+    )
+    image, settings = photo(), b'{"dtype": "float16"}'
+    head = b"POST /v1/embeddings HTTP/1.1\r\n" + upgrade + b"Content-Type: image/png\r\nContent-Length: %d\r\n\r\n"
+    assert b'"object":"embedding"' in talk(server.port, head % len(image) + image)
+    head = b"PUT /v1/collections/upgraded HTTP/1.1\r\n" + upgrade + b"Content-Type: application/json\r\n"
+    answer = talk(server.port, head + b"Content-Length: %d\r\n\r\n" % len(settings) + settings)
+    assert answer.startswith(b"HTTP/1.1 201")
+    assert b'"dtype":"float16"' in answer
+
+
+def test_forwarded_addresses_are_believed_only_if_a_proxy_is_trusted(server):
+    httpx.get(f"{server.url}/livez", headers={"X-Forwarded-For": "6.6.6.6", "X-Request-ID": "forwarded-once"})
+    assert log_line(server, "forwarded-once")["client"] == "127.0.0.1"
+
+
 def test_a_connection_without_headers_is_closed(tmp_path):
     server = Server(tmp_path / "data", DINOV2_HEADER_TIMEOUT_S="0.5")
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:

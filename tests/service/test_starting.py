@@ -15,6 +15,7 @@ import pytest
 
 from model.config import CONFIGS
 from model.convert import backbone_shapes
+from service.settings import Settings
 from service.starting import Starting
 from tests.fakes import photo
 from tests.model.torch_files import torch_file
@@ -28,7 +29,7 @@ WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from service.__main__ 
 
 @pytest.fixture
 def client() -> tuple[Starting, httpx.AsyncClient]:
-    starting = Starting()
+    starting = Starting(Settings())
     return starting, httpx.AsyncClient(transport=httpx.ASGITransport(starting), base_url="http://x")
 
 
@@ -50,6 +51,9 @@ async def test_the_step_is_shown_and_nothing_else_is_answered(client: tuple[Star
     assert openai.status_code == 503
     assert openai.json()["error"]["code"] == "unavailable"
     assert openai.headers["connection"] == "close"
+    assert openai.headers["x-request-id"]
+    slash = await http.get("/readyz/")
+    assert slash.json() == ready.json()
     head = await http.head("/readyz")
     assert (head.status_code, head.content) == (503, b"")
 
