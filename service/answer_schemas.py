@@ -34,6 +34,13 @@ class Identity(TypedDict):
     fingerprint: Annotated[str, Field(description="hash of the model's weights, architecture and preprocessing")]
 
 
+class SnapshotIdentity(TypedDict):
+    """The model whose vectors a snapshot contains. Both fields are null if the snapshot is damaged."""
+
+    model: str | None
+    fingerprint: str | None
+
+
 # Models and embeddings
 
 
@@ -179,20 +186,21 @@ class Snapshot(TypedDict):
     created: str
     bytes: int
     count: Annotated[int | None, Field(description="number of items; null if the snapshot is damaged")]
+    tag: Annotated[str | None, Field(description="tag of the vectors; null if the snapshot is damaged")]
 
 
-class SnapshotAnswer(Snapshot, Identity):
+class SnapshotAnswer(Snapshot, SnapshotIdentity):
     """The description of a new snapshot."""
 
 
-class SnapshotsAnswer(Identity):
+class SnapshotsAnswer(SnapshotIdentity):
     """The answer of `GET /v1/collections/{name}/snapshots`."""
 
     object: ListObject
     data: list[Snapshot]
 
 
-class DroppedSnapshot(Identity):
+class DroppedSnapshot(SnapshotIdentity):
     """The answer to the deletion of a snapshot."""
 
     collection: str
@@ -268,6 +276,34 @@ class AddedItems(Identity):
     items: list[WrittenItem]
     errors: list[ItemErrorBody]
     timings: Timings
+
+
+class PutItem(Identity):
+    """The answer of `PUT /v1/collections/{name}/items/{id}`."""
+
+    collection: str
+    id: str
+    created: Annotated[bool, Field(description="whether the item is new")]
+    count: int
+    timings: Timings
+
+
+class FacetValue(TypedDict):
+    """A value of a metadata key, and the number of items that have it."""
+
+    value: str | int | float | bool
+    count: int
+
+
+class FacetsAnswer(Identity):
+    """The answer of `POST /v1/collections/{name}/items/facets`."""
+
+    object: ListObject
+    collection: str
+    tag: str
+    key: str
+    data: list[FacetValue]
+    distinct: Annotated[int, Field(description="number of all values, including those beyond the limit")]
 
 
 class ItemsAnswer(Identity):

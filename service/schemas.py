@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, FailFast, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, FailFast, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from model.pooling import DEFAULT_POOLING, POOLING_DESCRIPTION, Pooling
@@ -114,11 +114,37 @@ class ItemsIn(Options):
     on_error: Literal["fail", "partial"] = "fail"
 
 
+PerImage = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+"""A form field or query parameter that has one value for each image, in the order of the images. The parser of forms
+returns a string if the field occurs once."""
+
+
 class UploadOptions(Options):
     """The options for uploading image files to a collection. They are form fields, or query parameters if the body is
-    an image."""
+    an image. `id`, `metadata` and `source` may occur once for each image, in the order of the images."""
 
     on_error: Literal["fail", "partial"] = "fail"
+    id: PerImage = Field(
+        default_factory=list, description="id of each image; default, and for an empty id: the sha256 of its bytes"
+    )
+    metadata: PerImage = Field(default_factory=list, description="metadata of each image, as the text of a JSON object")
+    source: PerImage = Field(default_factory=list, description="source of each image")
+
+
+class ItemPutIn(ItemIn):
+    """The JSON body of `PUT /v1/collections/{name}/items/{id}`. If it has an `id`, this must be the id in the path."""
+
+    model: str = Field(
+        "auto", max_length=256, description="name of the served model; auto and an empty value also mean this model"
+    )
+
+
+class ItemPutOptions(Options):
+    """The options of `PUT /v1/collections/{name}/items/{id}` with an image. They are query parameters, or form fields
+    if the body is a form."""
+
+    metadata: str | None = Field(None, description="metadata of the item, as the text of a JSON object")
+    source: str | None = Field(None, description="source of the item")
 
 
 class ItemQuery(Schema):
@@ -129,17 +155,30 @@ class ItemQuery(Schema):
 
 
 class PatchIn(Body):
-    """The body of `PATCH /v1/collections/{name}/items/{id}`."""
+    """The body of `PATCH /v1/collections/{name}/items/{id}`. It has `metadata`, `source` or both."""
 
-    metadata: dict[str, Any] = Field(description="JSON merge patch (RFC 7396) for the metadata: null removes a key")
+    metadata: dict[str, Any] | None = Field(
+        None, description="JSON merge patch (RFC 7396) for the metadata: null removes a key"
+    )
+    source: str | None = Field(
+        None, max_length=MAX_SOURCE_CHARACTERS, description="new source of the item; an empty string removes it"
+    )
+
+
+class OrderIn(Body):
+    """The order of listed items: by the value of a metadata key."""
+
+    key: str = Field(description="metadata key, as in a filter")
+    direction: Literal["asc", "desc"] = Field("asc", description="asc: smallest value first; desc: largest value first")
 
 
 class ScrollIn(Body):
     """The body of `POST /v1/collections/{name}/items/scroll`."""
 
     filter: Where | None = Field(None, description="condition on the metadata")
+    order_by: OrderIn | None = Field(None, description="order of the items; unset: the store's own order")
     cursor: str | None = Field(
-        None, max_length=2048, description="cursor from the answer with the previous page; unset: first page"
+        None, max_length=100_000, description="cursor from the answer with the previous page; unset: first page"
     )
     limit: Whole = Field(100, ge=1, le=1000)
     include: Include = Field(default_factory=list)
@@ -150,6 +189,16 @@ class CountIn(Body):
     """The body of `POST /v1/collections/{name}/items/count`."""
 
     filter: Where | None = Field(None, description="condition on the metadata")
+
+
+class FacetsIn(Body):
+    """The body of `POST /v1/collections/{name}/items/facets`."""
+
+    key: str = Field(description="metadata key whose values are counted")
+    filter: Where | None = Field(None, description="condition on the metadata")
+    limit: Whole = Field(
+        100, ge=1, le=1000, description="highest number of values in the answer; the most frequent first"
+    )
 
 
 class DeleteIn(Body):
@@ -203,6 +252,14 @@ class CollectionIn(Options):
         ge=1,
         le=MAX_DIMENSION,
         description="dimension of the vectors; required with the fingerprint of another model",
+    )
+
+
+class CollectionPatchIn(Body):
+    """The body of `PATCH /v1/collections/{name}`."""
+
+    indexed: Annotated[list[str], FailFast()] = Field(
+        max_length=MAX_INDEXED, description="metadata keys with an index; replaces the present list"
     )
 
 

@@ -3,8 +3,10 @@
 Tests compare the real stores with it, and tests of the HTTP routes use it as their store.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +23,20 @@ from service.search.checks import (
     normalised,
     normalised_rows,
 )
-from service.search.filters import Filter, matches
+from service.search.facets import ValueCounts
+from service.search.filters import Filter, Path, matches, plain_number, value_at
 from service.search.specs import check_spec
-from service.search.store import CollectionInfo, CollectionSpec, Hit, Item, Metadata, Page, SearchParams
+from service.search.store import (
+    CollectionInfo,
+    CollectionSpec,
+    Facets,
+    Hit,
+    Item,
+    Metadata,
+    Order,
+    Page,
+    SearchParams,
+)
 
 
 @dataclass
@@ -36,7 +49,7 @@ class _Collection:
 class DictStore:
     """A `VectorStore` that stores items in dictionaries and searches by scanning all of them."""
 
-    capabilities = frozenset({"atomic_upsert", "idempotency"})
+    capabilities = frozenset({"atomic_upsert", "idempotency", "indexed", "order"})
 
     def __init__(self) -> None:
         self._content: dict[str, _Collection] = {}
@@ -67,6 +80,11 @@ class DictStore:
     async def info(self, collection: str) -> CollectionInfo:
         name, stored = self._resolve(collection)
         return CollectionInfo(name, stored.spec, len(stored.items))
+
+    async def set_indexed(self, collection: str, indexed: Sequence[str]) -> CollectionInfo:
+        name, stored = self._resolve(collection)
+        stored.spec = check_spec(replace(stored.spec, indexed=tuple(indexed)))
+        return await self.info(name)
 
     async def drop(self, collection: str) -> None:
         self._resolve(collection)
@@ -123,14 +141,16 @@ class DictStore:
         stored = self._resolve(collection)[1]
         return [stored.items.get(check_id(item_id)) for item_id in ids]
 
-    async def patch(self, collection: str, item_id: str, metadata: Metadata) -> Item:
+    async def patch(
+        self, collection: str, item_id: str, metadata: Metadata, *, source: str | None = None, keep_source: bool = True
+    ) -> Item:
         stored = self._resolve(collection)[1]
         metadata_text(metadata)
         if check_id(item_id) not in stored.items:
             raise ItemNotFound(f"collection {collection!r} holds no item {item_id!r}")
         old = stored.items[item_id]
-        new = replace(old, metadata=merged(old.metadata, metadata))
-        metadata_text(new.metadata)
+        new = replace(old, metadata=merged(old.metadata, metadata), source=old.source if keep_source else source)
+        metadata_text(check_source(new).metadata)
         stored.items[item_id] = new
         return new
 
@@ -142,16 +162,30 @@ class DictStore:
     async def delete_where(self, collection: str, where: Filter) -> int:
         stored = self._resolve(collection)[1]
         return await self.delete(
-            collection, [item.id for item in stored.items.values() if matches(where, item.metadata)]
+            collection, [item.id for item in stored.items.values() if matches(where, item.metadata, item.id)]
         )
 
     async def count(self, collection: str, where: Filter | None = None) -> int:
         return len(self._passing(self._resolve(collection)[1], where))
 
+    async def facets(self, collection: str, path: Path, *, where: Filter | None = None, limit: int = 100) -> Facets:
+        counts = ValueCounts(path)
+        for item in self._passing(self._resolve(collection)[1], where):
+            counts.add(item.metadata)
+        return counts.most_frequent(limit)
+
     async def scroll(
-        self, collection: str, *, where: Filter | None = None, cursor: str | None = None, limit: int = 100
+        self,
+        collection: str,
+        *,
+        where: Filter | None = None,
+        cursor: str | None = None,
+        limit: int = 100,
+        order: Order | None = None,
     ) -> Page:
         items = sorted(self._passing(self._resolve(collection)[1], where), key=lambda item: item.id)
+        if order is not None:
+            return _ordered_page(items, order, cursor, limit)
         if cursor is not None and not cursor.startswith("after:"):
             raise InvalidRequest(f"cursor {cursor[:80]!r} is not from this store", param="cursor")
         rest = [item for item in items if cursor is None or item.id > cursor.removeprefix("after:")]
@@ -191,4 +225,25 @@ class DictStore:
         return own_name, self._collections[own_name]
 
     def _passing(self, stored: _Collection, where: Filter | None) -> list[Item]:
-        return [item for item in stored.items.values() if where is None or matches(where, item.metadata)]
+        return [item for item in stored.items.values() if where is None or matches(where, item.metadata, item.id)]
+
+
+def _ordered_page(items: list[Item], order: Order, cursor: str | None, limit: int) -> Page:
+    """Return a page of the items, which are sorted by id. The cursor is the id of the last item of its page, so this
+    item must still exist and be unchanged."""
+
+    def value(item: Item) -> Any:
+        return plain_number(value_at(item.metadata, order.path))
+
+    having = [item for item in items if isinstance(value(item), str | int | float)]
+    having.sort(key=lambda item: (isinstance(value(item), str), value(item)), reverse=order.descending)
+    if order.descending:  # a reversed sort keeps the order of equal values, so they are still sorted by id
+        assert all(a.id < b.id for a, b in itertools.pairwise(having) if value(a) == value(b))
+    ids_having = {item.id for item in having}
+    ordered = having + [item for item in items if item.id not in ids_having]
+    ids = [item.id for item in ordered]
+    if cursor is not None and cursor.removeprefix("o:") not in ids:
+        raise InvalidRequest(f"cursor {cursor[:80]!r} is not from a page with this order_by", param="cursor")
+    start = 0 if cursor is None else ids.index(cursor.removeprefix("o:")) + 1
+    page = ordered[start : start + limit]
+    return Page(page, f"o:{page[-1].id}" if len(ordered) > start + limit else None)

@@ -7,6 +7,7 @@ call. If `on_error` is "partial", an item with an error does not affect the othe
 
 import asyncio
 import hashlib
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -21,7 +22,7 @@ from service.options import check_fields, parse_options
 from service.originals import source_of
 from service.outcomes import OnError, Outcome, indexed, split_items, successes
 from service.schemas import ItemIn
-from service.search.checks import check_id, check_match, check_source, metadata_text, normalised
+from service.search.checks import check_id, check_match, check_source, loads_exactly, metadata_text, normalised
 from service.search.store import CollectionInfo, CollectionSpec, Item
 from service.state import Service
 from service.tags import tag_parts
@@ -87,7 +88,11 @@ def item_from_json(index: int, raw: Any, max_image_bytes: int) -> NewItem:
     if not isinstance(raw, dict):
         raise InvalidRequest(f"items.{index}: an item must be an object, not {type(raw).__name__}")
     check_fields(raw, f"items.{index}")
-    sent = parse_options(ItemIn, raw)
+    return item_from_fields(parse_options(ItemIn, raw), max_image_bytes)
+
+
+def item_from_fields(sent: ItemIn, max_image_bytes: int) -> NewItem:
+    """Make an item from the fields of a JSON object in a request. Raises ServiceError if the item is invalid."""
     if (sent.image is None) == (sent.vector is None):
         raise InvalidRequest("an item must have either an image or a vector")
     if sent.image is not None:
@@ -100,14 +105,29 @@ def item_from_json(index: int, raw: Any, max_image_bytes: int) -> NewItem:
     return NewItem(_checked(item), fingerprint=sent.fingerprint)
 
 
-def item_from_file(image: bytes, filename: str) -> NewItem:
-    """Make an item from the bytes and the name of an uploaded image file. The item's id is the sha256 of the bytes, in
-    hex.
+def item_from_file(image: bytes, filename: str, item_id: str = "", metadata: str = "", source: str = "") -> NewItem:
+    """Make an item from the bytes of an uploaded image file. An empty argument means that the client did not send it.
+
+    Args:
+        filename: the name of the file. It is stored in the metadata as `filename`, unless `metadata` has this key.
+        item_id: the id. If it is empty, the id is the sha256 of the bytes, in hex.
+        metadata: the text of a JSON object.
 
     Raises:
-        InvalidRequest: the file name cannot be stored.
+        InvalidRequest: the metadata is not the text of a JSON object, or an argument cannot be stored.
     """
-    return _image_item(image, None, {"filename": filename} if filename else {}, None)
+    fields = {"filename": filename} if filename else {}
+    return _image_item(image, item_id or None, fields | _object(metadata), source or None)
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = loads_exactly(text) if text else {}
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"metadata must be the text of a JSON object: {error}", param="metadata") from error
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"metadata must be a JSON object, not {reprlib.repr(value)}", param="metadata")
+    return value
 
 
 def _image_item(image: bytes, item_id: str | None, metadata: dict[str, Any], source: str | None) -> NewItem:

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from service.search.filters import Scalar
+from service.search.filters import Path, Scalar, value_at
 from service.search.store import MAX_DEPTH, Hit
 
 Search = Callable[[int], Awaitable[Sequence[Hit]]]
@@ -40,7 +40,7 @@ class Groups:
 
 async def grouped(
     search: Search,
-    path: tuple[str, ...],
+    path: Path,
     *,
     k: int,
     size: int,
@@ -70,7 +70,7 @@ async def grouped(
         depth = min(MAX_DEPTH, 2 * depth)
 
 
-def split(hits: Iterable[Hit], path: tuple[str, ...], size: int) -> list[Group]:
+def split(hits: Iterable[Hit], path: Path, size: int) -> list[Group]:
     """Group ranked hits by their value at `path` in the metadata. The groups are in the order in which their values
     first occur, and each group has its first `size` hits. Hits without a string, number or boolean at `path` are left
     out."""
@@ -85,10 +85,6 @@ def split(hits: Iterable[Hit], path: tuple[str, ...], size: int) -> list[Group]:
     return list(groups.values())
 
 
-def _value(metadata: Mapping[str, Any], path: tuple[str, ...]) -> Scalar | None:
-    value: Any = metadata
-    for key in path:
-        if not isinstance(value, Mapping) or key not in value:
-            return None
-        value = value[key]
+def _value(metadata: Mapping[str, Any], path: Path) -> Scalar | None:
+    value = value_at(metadata, path)
     return value if isinstance(value, str | int | float) else None

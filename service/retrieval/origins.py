@@ -21,7 +21,7 @@ import numpy as np
 
 from model.pooling import DEFAULT_POOLING, Pooling
 from model.preprocess import crop_box
-from service.errors import InvalidItems, InvalidRequest, ItemError, ItemNotFound, ServiceError
+from service.errors import InvalidItems, InvalidRequest, ItemError, ItemNotFound, ModelMismatch, ServiceError
 from service.features.patches import Patches
 from service.features.pipeline import Analysed, Embedded
 from service.outcomes import Outcome, attempt_await, failures, successes
@@ -116,11 +116,18 @@ def _checked(query: Query, service: Service, target: Target) -> Query:
     any image is decoded.
 
     Raises:
-        ModelMismatch: the query and the collection have vectors from different models.
+        ModelMismatch: the query and the collection have vectors from different models, or the query requests re-ranking
+            and the collection has vectors of another model than the served one.
         Conflict: the query and the collection have vectors with different dimensions.
         InvalidRequest: the query has the form `region`, but the pooling of the collection is not "mean".
     """
     info = target.info
+    if query.ranking.rerank is not None and tag_parts(info.tag).fingerprint != service.artifact.fingerprint:
+        raise ModelMismatch(
+            f"rerank compares patch features of the served model {service.artifact.fingerprint!r}, but collection "
+            f"{info.name!r} holds vectors of {info.tag!r}: the two rankings cannot be mixed; search without rerank",
+            param="rerank",
+        )
     if query.needs_model:
         check_match(info, tag=service.tag(pooling=target.pooling), dimension=info.dimension)
     for part in query.parts:

@@ -1,4 +1,4 @@
-"""Add images and vectors to a collection: `POST /v1/collections/{name}/items`."""
+"""Add images and vectors to a collection: `POST /v1/collections/{name}/items`, and `PUT` for a single item."""
 
 import re
 import time
@@ -6,20 +6,28 @@ from typing import Any, Final
 
 from fastapi import APIRouter, Request
 
-from service.answer_schemas import AddedItems
+from service.answer_schemas import AddedItems, PutItem
 from service.data_urls import check_count
-from service.errors import Conflict, InvalidRequest, ModelMismatch, ModelNotFound, StorageFailed
-from service.ingest.items import NewItem, item_from_file, item_from_json
+from service.errors import (
+    CollectionNotFound,
+    Conflict,
+    InvalidItems,
+    InvalidRequest,
+    ModelMismatch,
+    ModelNotFound,
+    StorageFailed,
+)
+from service.ingest.items import NewItem, item_from_fields, item_from_file, item_from_json
 from service.ingest.items import add_items as add_to_collection
 from service.off_loop import off_loop
 from service.options import parse_options
 from service.outcomes import Outcome, attempt, successes
 from service.routes.answers import JsonAnswer, json_response
-from service.routes.bodies import media_type, read_json, read_upload
+from service.routes.bodies import media_type, read_exact_json, read_upload
 from service.routes.describe import IMAGES, Operation, Upload, describe
 from service.routes.direct import DirectRoute, service_of
-from service.schemas import ItemsIn, UploadOptions
-from service.search.checks import check_name
+from service.schemas import ItemPutIn, ItemPutOptions, ItemsIn, UploadOptions
+from service.search.checks import check_id, check_name
 from service.settings import Settings
 from service.state import Service
 from service.timings import ms_since
@@ -29,6 +37,7 @@ router = APIRouter(prefix="/v1/collections", tags=["items"], route_class=DirectR
 MAX_VECTORS: Final = 1000
 """The highest number of items with vectors in one request. The number of items with images is limited by the settings
 `max_batch_items` and `queue_max_images`."""
+_PER_IMAGE: Final = ("id", "metadata", "source")
 KEY_HEADER: Final = "Idempotency-Key"
 _KEY: Final = re.compile(r"[\x20-\x7e]{1,128}")
 
@@ -46,8 +55,10 @@ async def add_items(request: Request, name: str) -> JsonAnswer[AddedItems]:
     not exist, it is created.
 
     Send JSON with a list `items`, a form with image files, or one image as the raw body. In JSON, each item has an
-    image or a vector, and may have an id, a source (for instance the URL of the image) and metadata. For a file, the id
-    is the sha256 of the file. If a form gives the name of a file, the name is stored in the metadata as `filename`.
+    image or a vector, and may have an id, a source (for instance the URL of the image) and metadata. In a form, the
+    fields `id`, `source` and `metadata` (JSON text) may occur once for each file, in the order of the files. With a raw
+    image, they are query parameters. Without an id, the id is the sha256 of the file. If a form gives the name of a
+    file, the name is stored in the metadata as `filename`.
 
     If two requests within a day have the same `Idempotency-Key` header and the same items, the second request changes
     nothing.
@@ -71,6 +82,73 @@ async def add_items(request: Request, name: str) -> JsonAnswer[AddedItems]:
     )
 
 
+@router.put("/{name}/items/{item_id:path}", summary="Create or replace an item")
+@describe(
+    Operation(
+        errors=(*IMAGES, ModelNotFound, ModelMismatch, Conflict, StorageFailed),
+        upload=Upload(ItemPutIn, ItemPutOptions, many=False),
+        statuses=(200, 201),
+    )
+)
+async def put_item(request: Request, name: str, item_id: str) -> JsonAnswer[PutItem]:
+    """Create the item with the id in the path, or replace the existing item as a whole. Send one image as the raw body
+    or as a file of a form, or JSON with an image or a vector. With a raw image, `metadata` (JSON text) and `source` are
+    query parameters. The status is 201 if the item is new, and 200 if it was replaced. If the collection does not
+    exist, it is created."""
+    started = time.perf_counter()
+    service = service_of(request)
+    check_name(name), check_id(item_id)
+    if request.scope.get("raw_path", b"").endswith(b"/image"):
+        raise InvalidRequest(
+            "the path ends in /image, which is the image of an item: to replace it, PUT the item; if the id ends in "
+            "/image, send its last slash as %2F",
+            param="id",
+        )
+    item, model = await _read_one(request, item_id, service.settings)
+    service.check_model(model)
+    is_new = not await _exists(service, name, item_id)
+    try:
+        added = await add_to_collection(service, name, [attempt(0, lambda: item)], "fail")
+    except InvalidItems as error:
+        raise error.items[0].error from error  # there is only one item, so its index means nothing
+    answer: PutItem = {
+        "collection": name,
+        "id": item_id,
+        "created": is_new,
+        "count": added.collection.count,
+        **service.identity(added.collection.tag),
+        "timings": added.timings | {"total": ms_since(started)},
+    }
+    return json_response(answer, status=201 if is_new else 200)
+
+
+async def _exists(service: Service, name: str, item_id: str) -> bool:
+    try:
+        return (await service.store.get(name, [item_id]))[0] is not None
+    except CollectionNotFound:
+        return False
+
+
+async def _read_one(request: Request, item_id: str, settings: Settings) -> tuple[NewItem, str]:
+    """Parse a request that creates or replaces one item. Return the item and the name of the model in the request."""
+    if media_type(request) == "application/json":
+        fields = await read_exact_json(request, lambda fields: fields.get("metadata"))
+        body = parse_options(ItemPutIn, {"id": item_id, **fields})
+        if body.id is not None and body.id != item_id:
+            raise InvalidRequest(
+                f"id {str(body.id)[:80]!r} differs from the id in the path, {item_id[:80]!r}", param="id"
+            )
+        sent = body.model_copy(update={"id": item_id})
+        size = len(await request.body())
+        return await off_loop(size, lambda: item_from_fields(sent, settings.max_image_bytes)), body.model
+    upload = await read_upload(request, settings, key="image")
+    check_count(len(upload.images), settings.model_copy(update={"max_batch_items": 1}), "file")
+    options = parse_options(ItemPutOptions, upload.fields)
+    image, filename = upload.images[0].result(), (upload.names or [""])[0]
+    metadata, source = options.metadata or "", options.source or ""
+    return await off_loop(len(image), lambda: item_from_file(image, filename, item_id, metadata, source)), options.model
+
+
 def _request_key(request: Request, service: Service) -> str | None:
     """Return the value of the header `Idempotency-Key`, or None if the request has no such header.
 
@@ -91,7 +169,7 @@ async def _read(request: Request, settings: Settings) -> tuple[list[Outcome[NewI
     """Parse a request. Return two things: one outcome for each item, in order (the parsed item or an error), and the
     options of the request. Checks that need the store or the neural network are made later."""
     if media_type(request) == "application/json":
-        body = parse_options(ItemsIn, await read_json(request))
+        body = parse_options(ItemsIn, await read_exact_json(request, _metadata))
         _check_counts(body.items, settings)
         limit = settings.max_image_bytes
 
@@ -99,11 +177,38 @@ async def _read(request: Request, settings: Settings) -> tuple[list[Outcome[NewI
             return [attempt(i, item_from_json, i, raw, limit) for i, raw in enumerate(body.items)]
 
         return await off_loop(len(await request.body()), from_json), body
-    upload = await read_upload(request, settings, key="items")
+    upload = await read_upload(request, settings, key="items", fields_per_image=len(_PER_IMAGE))
     options = parse_options(UploadOptions, upload.fields)
-    files = list(zip(upload.images, upload.names or [""] * len(upload.images), strict=True))
+    columns = [upload.names or [""] * len(upload.images), *_per_image(options, len(upload.images))]
+    files = list(zip(upload.images, zip(*columns, strict=True), strict=True))
     size = sum(map(len, successes(upload.images)))
-    return await off_loop(size, lambda: [image.then(item_from_file, name) for image, name in files]), options
+    return await off_loop(size, lambda: [image.then(item_from_file, *fields) for image, fields in files]), options
+
+
+def _per_image(options: UploadOptions, count: int) -> list[list[str]]:
+    """Return a list for each field in `_PER_IMAGE`. It contains the value of the field for each of the `count` images,
+    or empty strings if the request does not have the field.
+
+    Raises:
+        InvalidRequest: the number of values differs from the number of images.
+    """
+    columns = []
+    for name in _PER_IMAGE:
+        values: list[str] = getattr(options, name)
+        if values and len(values) != count:
+            raise InvalidRequest(
+                f"{len(values)} {name} fields for {count} images: send one {name} for each image, in the order of the "
+                "images, or none",
+                param=name,
+            )
+        columns.append(values or [""] * count)
+    return columns
+
+
+def _metadata(fields: dict[str, Any]) -> list[Any]:
+    """Return the metadata of each item in the body of a request. The body has not been checked."""
+    items = fields.get("items")
+    return [raw.get("metadata") for raw in items if isinstance(raw, dict)] if isinstance(items, list) else []
 
 
 def _check_counts(items: list[Any], settings: Settings) -> None:

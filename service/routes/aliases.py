@@ -40,9 +40,9 @@ async def put_alias(request: Request, alias: str) -> JsonAnswer[MovedAlias]:
     service = service_of(request)
     check_name(alias)
     body = parse_options(AliasIn, await read_json(request))
-    collection = (await service.store.info(check_name(body.collection))).name  # resolves an alias
-    before = await service.store.set_alias(alias, collection)
-    answer: MovedAlias = {"alias": alias, "collection": collection, "before": before, **service.identity()}
+    info = await service.store.info(check_name(body.collection))  # resolves an alias
+    before = await service.store.set_alias(alias, info.name)
+    answer: MovedAlias = {"alias": alias, "collection": info.name, "before": before, **service.identity(info.tag)}
     return json_response(answer, status=201 if before is None else 200)
 
 

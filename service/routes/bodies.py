@@ -4,10 +4,12 @@
 because the container's root file system is read-only and clients' images should not be on the disk.
 """
 
+import re
 from codecs import BOM_UTF8
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
+from urllib.parse import unquote_to_bytes
 
 import orjson
 from fastapi import Request
@@ -19,6 +21,7 @@ from service.data_urls import check_count, decode_texts
 from service.errors import BadRequest, InvalidRequest, UnsupportedMediaType
 from service.off_loop import off_loop
 from service.outcomes import Outcome, numbered
+from service.search.checks import loads_exactly, may_have_lost_digits
 from service.settings import Settings
 
 MAX_FORM_FIELDS: Final = 32
@@ -27,6 +30,8 @@ MAX_JSON_VALUES: Final = 1_000_000
 """The highest number of JSON values in one body. Each value becomes a Python object of at least 60 bytes. Without a
 limit, a body that consists mostly of commas would take more than 20 times its size in memory."""
 _FORM_CHARSETS: Final = frozenset({"utf-8", "utf8", "us-ascii", "iso-8859-1", "latin-1"})
+_FILES: Final = ("file", "files", "file[]", "files[]")
+_EXTENDED_FILENAME: Final = re.compile(rb";\s*filename\*\s*=\s*\"?([\w.-]*)'[^']*'([^;\"\s]*)", re.IGNORECASE)
 _FORMS: Final = "application/json, multipart/form-data, or the image itself as image/*"
 
 
@@ -45,9 +50,9 @@ def media_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-async def read_upload(request: Request, settings: Settings, *, key: str) -> Upload:
+async def read_upload(request: Request, settings: Settings, *, key: str, fields_per_image: int = 0) -> Upload:
     """Read a request body with images and return its parts. In a JSON body, the field `key` contains the images, as one
-    string or a list of strings.
+    string or a list of strings. `fields_per_image` is the number of form fields that may occur once for each image.
 
     Raises:
         BadRequest, InvalidRequest, UnsupportedMediaType, PayloadTooLarge: the body is not accepted.
@@ -62,7 +67,8 @@ async def read_upload(request: Request, settings: Settings, *, key: str) -> Uplo
         check_count(len(texts), settings, key)
         return Upload(await decode_texts(texts, settings), fields)
     if kind == "multipart/form-data":
-        upload = await _read_form(request, settings)
+        max_fields = MAX_FORM_FIELDS + fields_per_image * settings.items_per_request
+        upload = await _read_form(request, settings, max_fields)
         check_count(len(upload.images), settings, "file")
         return upload
     if kind.startswith("image/") or kind == "application/octet-stream":
@@ -104,6 +110,24 @@ async def json_of(request: Request) -> dict[str, Any]:
     return value
 
 
+async def read_exact_json(request: Request, metadata_in: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    """Parse the body of a request and return its JSON object, like `read_json`. orjson converts an integer beyond 64
+    bits to a float without an error. If this may have happened in the part of the body that `metadata_in` returns, the
+    body is parsed again, and such integers stay integers, which stores refuse.
+
+    Raises:
+        ServiceError: the same errors as those of `read_json`.
+    """
+    fields = await read_json(request)
+    body = await request.body()
+
+    def exact() -> dict[str, Any]:
+        whole: dict[str, Any] = loads_exactly(body) if may_have_lost_digits(metadata_in(fields)) else fields
+        return whole
+
+    return await off_loop(len(body), exact)
+
+
 async def read_optional_json(request: Request) -> dict[str, Any]:
     """Parse the body of a request and return its JSON object. Return an empty dictionary if the request has no body."""
     return await read_json(request) if await request.body() else {}
@@ -115,20 +139,46 @@ def query_fields(request: Request) -> dict[str, Any]:
 
 
 class _MemoryParser(MultiPartParser):
-    """A form parser that differs from Starlette's in two ways. First, it keeps files in memory and never writes them to
-    disk. The size limit for the body also limits this memory. Second, it records in `ended` whether the form is
-    complete, because Starlette's parser silently drops an incomplete last part."""
+    """A form parser that differs from Starlette's in three ways. First, it keeps files in memory and never writes them
+    to disk. The size limit for the body also limits this memory. Second, it records in `ended` whether the form is
+    complete, because Starlette's parser silently drops an incomplete last part. Third, a part without the parameter
+    `filename` may be a file: if it has the parameter `filename*`, which older clients send for names that are not
+    ASCII, or if its content type is that of an image."""
 
     spool_max_size = 2**62
     ended = False
+
+    def on_headers_finished(self) -> None:
+        part = self._current_part
+        disposition = part.content_disposition or b""
+        filename = None
+        if b"filename" not in (options := parse_options_header(disposition)[1]):
+            filename = _extended_filename(disposition)
+            kind = dict(part.item_headers).get(b"content-type", b"").partition(b";")[0].strip().lower()
+            is_binary = kind == b"application/octet-stream" and options.get(b"name", b"").decode("latin-1") in _FILES
+            if filename is not None or is_binary or kind.startswith(b"image/"):
+                part.content_disposition = disposition + b'; filename=""'
+        super().on_headers_finished()
+        if filename is not None and part.file is not None:
+            part.file.filename = filename
 
     def on_end(self) -> None:
         self.ended = True
         super().on_end()
 
 
-async def _read_form(request: Request, settings: Settings) -> Upload:
-    """Read a form with image files and text fields, and return its parts."""
+def _extended_filename(disposition: bytes) -> str | None:
+    """Return the value of the parameter `filename*` (RFC 5987) of the header Content-Disposition, or None if there is
+    no such parameter. Bytes that cannot be decoded become U+FFFD."""
+    match = _EXTENDED_FILENAME.search(disposition)
+    if match is None:
+        return None
+    encoding = "latin-1" if match[1].lower() == b"iso-8859-1" else "utf-8"
+    return unquote_to_bytes(match[2]).decode(encoding, errors="replace")
+
+
+async def _read_form(request: Request, settings: Settings, max_fields: int) -> Upload:
+    """Read a form with image files and at most `max_fields` text fields, and return its parts."""
     charset = parse_options_header(request.headers["content-type"])[1].get(b"charset", b"utf-8").decode("latin-1")
     if (
         charset.lower() not in _FORM_CHARSETS
@@ -145,7 +195,7 @@ async def _read_form(request: Request, settings: Settings) -> Upload:
         request.headers,
         whole_form(),
         max_files=settings.items_per_request + 1,  # one more, so that one file too many gets the same error as in JSON
-        max_fields=MAX_FORM_FIELDS,
+        max_fields=max_fields,
         max_part_size=MAX_FIELD_BYTES,
     )
     try:
@@ -157,8 +207,13 @@ async def _read_form(request: Request, settings: Settings) -> Upload:
         names, texts = [], []
         for name, value in form.multi_items():
             if not isinstance(value, UploadFile):
+                if name in _FILES:
+                    raise InvalidRequest(
+                        f"form field {name!r} is text: a file needs a file name, or a content type such as image/jpeg",
+                        param=name,
+                    )
                 texts.append((name, value))
-            elif name in ("file", "files", "file[]", "files[]"):
+            elif name in _FILES:
                 files.append(await value.read())
                 names.append(value.filename or "")
             else:

@@ -21,6 +21,7 @@ from service.answer_schemas import (
     DroppedSnapshot,
     Snapshot,
     SnapshotAnswer,
+    SnapshotIdentity,
     SnapshotsAnswer,
     StatsAnswer,
 )
@@ -40,7 +41,7 @@ from service.routes.bodies import read_json, read_optional_json
 from service.routes.describe import BODY, COLLECTION, Operation, describe
 from service.routes.direct import DirectRoute, service_of
 from service.routes.files import RangedFile
-from service.schemas import CollectionIn, RestoreIn, SnapshotIn
+from service.schemas import CollectionIn, CollectionPatchIn, RestoreIn, SnapshotIn
 from service.search.checks import check_name
 from service.search.specs import check_spec
 from service.search.store import CollectionInfo, CollectionSpec, IndexSpec, SnapshotInfo, SnapshotStore, StatsStore
@@ -70,9 +71,9 @@ async def list_collections(request: Request) -> JsonAnswer[CollectionsAnswer]:
     )
 )
 async def put_collection(request: Request, name: str) -> JsonAnswer[CollectionAnswer]:
-    """Create an empty collection. Its settings cannot be changed later. The status is 201 if the collection was
-    created, and 200 if it already exists with the same settings. The status is 409 if the collection exists with other
-    settings, or if the name is already used for an alias."""
+    """Create an empty collection. Only its setting `indexed` can be changed later. The status is 201 if the collection
+    was created, and 200 if it already exists with the same settings. The status is 409 if the collection exists with
+    other settings, or if the name is already used for an alias."""
     service = service_of(request)
     check_name(name)
     fields = await read_optional_json(request)
@@ -101,14 +102,30 @@ async def get_collection(request: Request, name: str) -> JsonAnswer[CollectionAn
     return json_response({**_described(info, await service.store.aliases()), **service.identity(info.tag)})
 
 
+@router.patch("/{name}", summary="Change a collection's settings")
+@describe(Operation(errors=(*BODY, *COLLECTION), body=CollectionPatchIn))
+async def patch_collection(request: Request, name: str) -> JsonAnswer[CollectionAnswer]:
+    """Replace the list of the metadata keys that have an index (`indexed`). The other settings cannot be changed. The
+    answer is sent when the indexes are built. Until then, searches run as before, and other writes wait. The status is
+    422 if the vector store has no such indexes."""
+    service = service_of(request)
+    check_name(name)
+    body = parse_options(CollectionPatchIn, await read_json(request))
+    _check_capability(service, "indexed")
+    request.state.deadline.reschedule(None)  # building an index reads the metadata of every item
+    info = await service.store.set_indexed(name, sorted(set(body.indexed)))
+    return json_response({**_described(info, await service.store.aliases()), **service.identity(info.tag)})
+
+
 @router.delete("/{name}", summary="Delete a collection")
 @describe(Operation(errors=(*COLLECTION, Conflict)))
 async def delete_collection(request: Request, name: str) -> JsonAnswer[DroppedCollection]:
     """Delete a collection with all its items. Its snapshots and stored images are not deleted. The status is 409 if an
     alias points to the collection."""
     service = service_of(request)
-    await service.store.drop(check_name(name))
-    return json_response({"name": name, "deleted": True, **service.identity()})
+    info = await service.store.info(check_name(name))
+    await service.store.drop(name)
+    return json_response({"name": name, "deleted": True, **service.identity(info.tag)})
 
 
 @router.get("/{name}/stats", summary="Get index statistics")
@@ -119,8 +136,9 @@ async def get_stats(request: Request, name: str) -> JsonAnswer[StatsAnswer]:
     service = service_of(request)
     check_name(name)
     _check_capability(service, "stats")
-    stats = await cast(StatsStore, service.store).stats(name)
-    return json_response({"collection": name, "stats": stats, **service.identity()})
+    info = await service.store.info(name)
+    stats = await cast(StatsStore, service.store).stats(info.name)
+    return json_response({"collection": name, "stats": stats, **service.identity(info.tag)})
 
 
 @router.post("/{name}/snapshots", summary="Take a snapshot")
@@ -133,17 +151,20 @@ async def take_snapshot(request: Request, name: str) -> JsonAnswer[SnapshotAnswe
     parse_options(SnapshotIn, await read_optional_json(request))
     request.state.deadline.reschedule(None)  # a large collection takes longer than the request deadline
     taken = await store.snapshot(name)
-    answer: SnapshotAnswer = {**_snapshot(taken), **service.identity()}
+    answer: SnapshotAnswer = {**_snapshot(taken), **_identity(service, taken.tag)}
     return json_response(answer, status=201)
 
 
 @router.get("/{name}/snapshots", summary="List snapshots")
 @describe(Operation(errors=(InvalidRequest, StorageFailed)))
 async def list_snapshots(request: Request, name: str) -> JsonAnswer[SnapshotsAnswer]:
-    """List the snapshots of a collection, oldest first. Snapshots of a deleted collection are listed, too."""
+    """List the snapshots of a collection, oldest first. Snapshots of a deleted collection are listed, too. The `tag` of
+    a snapshot describes how its vectors were computed."""
     service = service_of(request)
     snapshots = await _snapshots(service, name).snapshots(name)
-    return json_response({"object": "list", "data": [_snapshot(info) for info in snapshots], **service.identity()})
+    collection = await _existing(service, name)
+    tag = collection.tag if collection is not None else snapshots[-1].tag if snapshots else None
+    return json_response({"object": "list", "data": [_snapshot(info) for info in snapshots], **_identity(service, tag)})
 
 
 @router.get("/{name}/snapshots/{snapshot}", summary="Download a snapshot", response_class=FileResponse)
@@ -166,8 +187,10 @@ async def download_snapshot(request: Request, name: str, snapshot: str) -> Respo
 async def delete_snapshot(request: Request, name: str, snapshot: str) -> JsonAnswer[DroppedSnapshot]:
     """Delete a snapshot of a collection. The collection itself is not deleted."""
     service = service_of(request)
-    await _snapshots(service, name).drop_snapshot(name, snapshot)
-    return json_response({"collection": name, "snapshot": snapshot, "deleted": True, **service.identity()})
+    store = _snapshots(service, name)
+    tag = next((info.tag for info in await store.snapshots(name) if info.name == snapshot), None)
+    await store.drop_snapshot(name, snapshot)
+    return json_response({"collection": name, "snapshot": snapshot, "deleted": True, **_identity(service, tag)})
 
 
 @router.post("/{name}/restore", summary="Restore a snapshot")
@@ -230,7 +253,17 @@ def _snapshot(info: SnapshotInfo) -> Snapshot:
         "created": info.created,
         "bytes": info.bytes,
         "count": info.count,
+        "tag": info.tag,
     }
+
+
+def _identity(service: Service, tag: str | None) -> SnapshotIdentity:
+    """Return the fields `model` and `fingerprint` for an answer about a snapshot with this tag. If the tag is unknown,
+    for example because the snapshot is damaged, both fields are None."""
+    if tag is None:
+        return {"model": None, "fingerprint": None}
+    identity = service.identity(tag)
+    return {"model": identity["model"], "fingerprint": identity["fingerprint"]}
 
 
 def _described(info: CollectionInfo, aliases: dict[str, str]) -> Collection:

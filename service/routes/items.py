@@ -1,5 +1,5 @@
-"""Read, edit, list, count and delete items: `/v1/collections/{name}/items`. The module `add_items` has the route that
-adds items.
+"""Read, edit, list, count and delete items, and count the values of their metadata: `/v1/collections/{name}/items`. The
+module `add_items` has the routes that add and replace items.
 
 An id may contain slashes, so everything after `items/` is the id: `items/a/b` is the item `a/b`. There is one
 exception: `items/a/image` is the image of item `a`. If an id itself ends in `/image`, its last slash must be sent as
@@ -16,6 +16,8 @@ from service.answer_schemas import (
     CountAnswer,
     DeletedItem,
     DeletedItems,
+    FacetsAnswer,
+    FacetValue,
     ItemAnswer,
     ItemFields,
     ItemsAnswer,
@@ -26,20 +28,20 @@ from service.off_loop import off_loop
 from service.options import check_fields, parse_options
 from service.originals import photo_digest
 from service.routes.answers import JsonAnswer, encode_vector, json_response
-from service.routes.bodies import query_fields, read_json
+from service.routes.bodies import query_fields, read_exact_json, read_json
 from service.routes.describe import BODY, COLLECTION, Operation, describe
 from service.routes.direct import DirectRoute, service_of
-from service.schemas import CountIn, DeleteIn, Encoding, ItemQuery, PatchIn, ScrollIn
+from service.schemas import CountIn, DeleteIn, Encoding, FacetsIn, ItemQuery, PatchIn, ScrollIn
 from service.search.checks import check_id, check_name, metadata_text
-from service.search.filters import Filter, parse_filter
-from service.search.store import Item
+from service.search.filters import Filter, parse_filter, parse_path
+from service.search.store import Item, Order
 from service.state import Service
 
 router = APIRouter(prefix="/v1/collections", tags=["items"], route_class=DirectRoute)
 
 _MEDIA_TYPES: Final = {name: f"image/{name.lower()}" for name in FORMATS}
 IMAGE_MEDIA_TYPES: Final = (*_MEDIA_TYPES.values(), "application/octet-stream")
-Body = TypeVar("Body", CountIn, DeleteIn, ScrollIn)
+Body = TypeVar("Body", CountIn, DeleteIn, FacetsIn, ScrollIn)
 
 
 @router.get("/{name}/items/{item_id:path}/image", summary="Get the image of an item", response_class=Response)
@@ -83,17 +85,23 @@ async def get_item(request: Request, name: str, item_id: str) -> JsonAnswer[Item
     )
 
 
-@router.patch("/{name}/items/{item_id:path}", summary="Edit an item's metadata")
+@router.patch("/{name}/items/{item_id:path}", summary="Edit an item's metadata or source")
 @describe(Operation(errors=(*BODY, *COLLECTION, ItemNotFound), body=PatchIn))
 async def patch_item(request: Request, name: str, item_id: str) -> JsonAnswer[PatchedItem]:
     """Apply a JSON merge patch (RFC 7396) to the metadata of an item. In the patch, null removes a key, an object is
-    merged into the existing object, and any other value replaces the existing value. Return the updated item."""
+    merged into the existing object, and any other value replaces the existing value. The field `source` replaces the
+    source of the item, and an empty string removes it. Return the updated item."""
     service = service_of(request)
     check_name(name), check_id(item_id)
-    metadata = parse_options(PatchIn, await read_json(request)).metadata
+    body = parse_options(PatchIn, await read_exact_json(request, lambda fields: fields.get("metadata")))
+    keep_source = body.source is None  # null means "not set": some clients send every field
+    if body.metadata is None and keep_source:
+        raise InvalidRequest("metadata or source is required", param="metadata")
+    metadata = body.metadata or {}
     metadata_text(metadata)  # raises an error if the metadata is nested too deeply
-    item = await service.store.patch(name, item_id, metadata)
-    return json_response({"collection": name, **_shown(item, [], "float"), **service.identity()})
+    info = await service.store.info(name)
+    item = await service.store.patch(info.name, item_id, metadata, source=body.source or None, keep_source=keep_source)
+    return json_response({"collection": name, **_shown(item, [], "float"), **service.identity(info.tag)})
 
 
 @router.delete("/{name}/items/{item_id:path}", summary="Delete an item")
@@ -101,9 +109,11 @@ async def patch_item(request: Request, name: str, item_id: str) -> JsonAnswer[Pa
 async def delete_item(request: Request, name: str, item_id: str) -> JsonAnswer[DeletedItem]:
     """Delete an item. Its stored image is not deleted. The status is 404 if the item does not exist."""
     service = service_of(request)
-    if not await service.store.delete(check_name(name), [check_id(item_id)]):
+    check_name(name), check_id(item_id)
+    info = await service.store.info(name)
+    if not await service.store.delete(info.name, [item_id]):
         raise _no_item(name, item_id)
-    return json_response({"collection": name, "id": item_id, "deleted": True, **service.identity()})
+    return json_response({"collection": name, "id": item_id, "deleted": True, **service.identity(info.tag)})
 
 
 @router.post("/{name}/items/delete", summary="Delete items")
@@ -117,26 +127,30 @@ async def delete_items(request: Request, name: str) -> JsonAnswer[DeletedItems]:
     service = service_of(request)
     check_name(name)
     body, where = await _read_query(request, DeleteIn)
-    if body.ids is not None and where is None:
-        deleted = await service.store.delete(name, body.ids)
-    elif body.ids is None and where is not None:
-        deleted = await service.store.delete_where(name, where)
-    else:
+    if (body.ids is None) == (where is None):
         raise InvalidRequest("exactly one of ids and filter is required")
-    return json_response({"collection": name, "deleted": deleted, **service.identity()})
+    info = await service.store.info(name)
+    if where is not None:
+        deleted = await service.store.delete_where(info.name, where)
+    else:
+        deleted = await service.store.delete(info.name, body.ids or [])
+    return json_response({"collection": name, "deleted": deleted, **service.identity(info.tag)})
 
 
 @router.post("/{name}/items/scroll", summary="List items")
 @describe(Operation(errors=(*BODY, *COLLECTION), body=ScrollIn))
 async def scroll_items(request: Request, name: str) -> JsonAnswer[ItemsAnswer]:
-    """Return one page of items, in an order that the vector store defines. With a `filter`, return only the matching
-    items. To get the next page, send another request with the `cursor` from this answer. On the last page, `cursor` is
-    null."""
+    """Return one page of items, in the order of a metadata key (`order_by`) or in an order that the vector store
+    defines. With a `filter`, return only the matching items. To get the next page, send the same request again with the
+    `cursor` from this answer. On the last page, `cursor` is null."""
     service = service_of(request)
     check_name(name)
     body, where = await _read_query(request, ScrollIn)
+    order = None
+    if body.order_by is not None:
+        order = Order(parse_path(body.order_by.key, "order_by"), body.order_by.direction == "desc")
     info = await service.store.info(name)
-    page = await service.store.scroll(info.name, where=where, cursor=body.cursor, limit=body.limit)
+    page = await service.store.scroll(info.name, where=where, cursor=body.cursor, limit=body.limit, order=order)
 
     def answer() -> JsonAnswer[ItemsAnswer]:
         data = [_shown(item, body.include, body.encoding_format) for item in page.items]
@@ -161,13 +175,44 @@ async def count_items(request: Request, name: str) -> JsonAnswer[CountAnswer]:
     service = service_of(request)
     check_name(name)
     _, where = await _read_query(request, CountIn)
-    return json_response({"collection": name, "count": await service.store.count(name, where), **service.identity()})
+    info = await service.store.info(name)
+    count = info.count if where is None else await service.store.count(info.name, where)
+    return json_response({"collection": name, "count": count, **service.identity(info.tag)})
+
+
+@router.post("/{name}/items/facets", summary="Count the values of a key")
+@describe(Operation(errors=(*BODY, *COLLECTION), body=FacetsIn))
+async def count_values(request: Request, name: str) -> JsonAnswer[FacetsAnswer]:
+    """Return the distinct values of a metadata key, each with the number of items that have it, most frequent first.
+    With a `filter`, count only the matching items. If the value is a list, each of its elements counts. `distinct` is
+    the number of all values, including those beyond `limit`."""
+    service = service_of(request)
+    check_name(name)
+    body, where = await _read_query(request, FacetsIn)
+    path = parse_path(body.key, "key")
+    info = await service.store.info(name)
+    facets = await service.store.facets(info.name, path, where=where, limit=body.limit)
+    data: list[FacetValue] = [{"value": facet.value, "count": facet.count} for facet in facets.values]
+    return json_response(
+        {
+            "object": "list",
+            "collection": name,
+            "tag": info.tag,
+            "key": body.key,
+            "data": data,
+            "distinct": facets.distinct,
+            **service.identity(info.tag),
+        }
+    )
 
 
 async def _read_query(request: Request, model: type[Body]) -> tuple[Body, Filter | None]:
     """Parse the JSON body of a request. Return the body and its parsed `filter`. If the body has no filter, the second
     value is None."""
-    body = parse_options(model, await read_json(request))
+    fields = await read_json(request)
+    if isinstance(fields.get("order_by"), dict):
+        check_fields(fields["order_by"], "order_by")
+    body = parse_options(model, fields)
     where = body.filter
     if where is None:
         return body, None

@@ -7,7 +7,8 @@ allowed.
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -25,7 +26,9 @@ from service.search.store import (
     Item,
     Metadata,
 )
+from service.search.text import ALLOWED, is_allowed
 
+MAX_NESTING: Final = 256
 NAME_PATTERN: Final = "[a-z0-9][a-z0-9_-]{0,63}"
 _NAME: Final = re.compile(NAME_PATTERN)
 _ZERO: Final = re.compile(r"(?<!\\)(\\\\)*\\u0000")  # U+0000 as JSON; not a literal backslash and "u0000"
@@ -44,9 +47,9 @@ def check_name(name: str) -> str:
 def check_id(item_id: str, where: str = "id") -> str:
     """Return the id of an item if it is allowed, or raise InvalidRequest. `where` is the name of the request field, for
     the error message."""
-    if not 1 <= len(item_id) <= MAX_ID_CHARACTERS or not item_id.isprintable():
+    if not 1 <= len(item_id) <= MAX_ID_CHARACTERS or not is_allowed(item_id):
         raise InvalidRequest(
-            f"{where} {item_id[:80]!r} is not allowed: 1 to {MAX_ID_CHARACTERS} printable characters", param=where
+            f"{where} {item_id[:80]!r} is not allowed: 1 to {MAX_ID_CHARACTERS} characters, {ALLOWED}", param=where
         )
     return item_id
 
@@ -99,9 +102,9 @@ def metadata_text(metadata: Metadata) -> str:
     """Convert metadata to the JSON text that a store keeps.
 
     Raises:
-        InvalidRequest: the metadata is not a JSON object, is too long, contains the character U+0000, or is nested so
-            deeply that a response with it could not be encoded. U+0000 is not allowed because SQLite before version
-            3.45 ends a string at that character, so filters would give wrong results.
+        InvalidRequest: the metadata is not a JSON object, is too long, contains the character U+0000 or an integer
+            beyond 64 bits, or is nested so deeply that a response with it could not be encoded. U+0000 is not allowed
+            because SQLite before version 3.45 ends a string at that character, so filters would give wrong results.
     """
     try:
         text = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
@@ -109,7 +112,9 @@ def metadata_text(metadata: Metadata) -> str:
         # would also refuse every response with this item.
         orjson.dumps([[[[[[[dict(metadata)]]]]]]])
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidRequest(f"metadata must be a JSON object: {error}", param="metadata") from error
+        large = _large_integer(metadata, MAX_NESTING)
+        why = f"metadata must be a JSON object: {error}" if large is None else f"metadata: {large}"
+        raise InvalidRequest(why, param="metadata") from error
     if _ZERO.search(text):
         raise InvalidRequest("metadata must not hold the character U+0000", param="metadata")
     size = len(text.encode())
@@ -118,6 +123,41 @@ def metadata_text(metadata: Metadata) -> str:
             f"metadata has {size:,} bytes as JSON; at most {MAX_METADATA_BYTES:,} are accepted", param="metadata"
         )
     return text
+
+
+def may_have_lost_digits(value: Any) -> bool:
+    """Return whether a JSON value that orjson parsed may contain an integer beyond 64 bits. orjson silently converts
+    such an integer to a float. The result is also true for other large floats and for some strings."""
+    try:
+        return "e+" in json.dumps(value)
+    except (ValueError, RecursionError):
+        return False  # `metadata_text` refuses the value
+
+
+def loads_exactly(text: str | bytes) -> Any:
+    """Parse JSON. Integers of any size stay integers, so `metadata_text` can refuse those beyond 64 bits. An integer
+    with more than 300 digits is cut to 300 digits, because Python takes quadratic time to parse it.
+
+    Raises:
+        ValueError: the text is not JSON.
+    """
+    return json.loads(text, parse_int=lambda digits: int(digits[:300]))
+
+
+def _large_integer(value: Any, levels: int, where: str = "") -> str | None:
+    """Return a text that describes the first integer beyond 64 bits in a JSON value, or None if there is none.
+    `levels` limits the depth of the search, and `where` is the path of the value."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        return f"{where[:80]} is {reprlib.repr(value)}, an integer beyond 64 bits; send it as a string"
+    inside: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        inside = value.items()
+    elif isinstance(value, list | tuple):
+        inside = enumerate(value)
+    if not levels:
+        return None
+    texts = (_large_integer(part, levels - 1, f"{where}.{key}" if where else str(key)) for key, part in inside)
+    return next((text for text in texts if text is not None), None)
 
 
 def normalised_rows(vectors: npt.ArrayLike) -> Floats:
@@ -156,14 +196,19 @@ def merged(metadata: Metadata, patch: Metadata) -> dict[str, Any]:
     return result
 
 
+def check_source_text(source: str | None) -> None:
+    """Raise `InvalidRequest` if an item's source (the location of its image) is not allowed. None is allowed."""
+    if source is not None and not (1 <= len(source) <= MAX_SOURCE_CHARACTERS and is_allowed(source)):
+        raise InvalidRequest(
+            f"source {source[:80]!r} is not allowed: 1 to {MAX_SOURCE_CHARACTERS} characters, {ALLOWED}",
+            param="source",
+        )
+
+
 def check_source(item: Item) -> Item:
     """Return the item if its source (the location of the image) and its digest (the image's sha256) are allowed.
     Otherwise, raise `InvalidRequest`."""
-    if item.source is not None and not (1 <= len(item.source) <= MAX_SOURCE_CHARACTERS and item.source.isprintable()):
-        raise InvalidRequest(
-            f"source {item.source[:80]!r} is not allowed: 1 to {MAX_SOURCE_CHARACTERS} printable characters",
-            param="source",
-        )
+    check_source_text(item.source)
     if item.digest is not None and not re.fullmatch("[0-9a-f]{64}", item.digest):
         raise InvalidRequest(f"digest {item.digest[:80]!r} is not allowed: the sha256 in 64 hex digits", param="digest")
     return item

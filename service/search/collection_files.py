@@ -30,6 +30,7 @@ import orjson
 
 from service.errors import InvalidRequest
 from service.parquet import need_parquet
+from service.search.checks import loads_exactly, may_have_lost_digits
 from service.search.specs import check_spec
 from service.search.store import CollectionInfo, CollectionSpec, Floats, IndexSpec, Item
 
@@ -364,9 +365,12 @@ def _json(value: Any) -> bytes:
 def _object(line: bytes | str, where: str) -> dict[str, Any]:
     try:
         value = orjson.loads(line)
+        fields = value.items() if isinstance(value, dict) else ()
+        if may_have_lost_digits([part for name, part in fields if name != "vector"]):
+            value = loads_exactly(line)
     except ValueError:
         try:
-            value = json.loads(line)  # orjson rejects integers beyond 64 bits
+            value = loads_exactly(line)  # accepts NaN, and so the error names the field
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON: {error}") from error
     if not isinstance(value, dict):

@@ -16,6 +16,7 @@ reads all metadata does not read the vectors, and the numbers of a collection ha
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import sqlite3
 import zlib
@@ -161,9 +162,33 @@ def make(db: sqlite3.Connection, name: str, spec: CollectionSpec) -> Row:
     text = json.dumps(dataclasses.asdict(spec))
     (key,) = db.execute("INSERT INTO collections (name, spec) VALUES (?, ?) RETURNING id", (name, text)).fetchone()
     run_script(db, _TABLES.format(key))
-    for position, declared in enumerate(spec.indexed):
-        db.execute(f"CREATE INDEX metadata_{key}_{position} ON items_{key} ({extract(parse_path(declared))})")
+    _index(db, key, spec.indexed)
     return Row(key, name, spec, 0, 0, 0, 0)
+
+
+def set_indexed(db: sqlite3.Connection, row: Row, indexed: tuple[str, ...]) -> None:
+    """Replace the list of the metadata keys that have an index. Drop the indexes that are no longer needed, and build
+    those that are missing."""
+    _index(db, row.key, indexed)
+    text = json.dumps(dataclasses.asdict(dataclasses.replace(row.spec, indexed=indexed)))
+    db.execute("UPDATE collections SET spec = ?, version = version + 1 WHERE id = ?", (text, row.key))
+
+
+def _index(db: sqlite3.Connection, key: int, indexed: Sequence[str]) -> None:
+    """Drop the indexes on metadata keys that are not in `indexed`, and build those that are missing."""
+    query = "SELECT name, sql FROM sqlite_master WHERE type = 'index' AND tbl_name = ? AND sql IS NOT NULL"
+    existing = dict(db.execute(query, (f"items_{key}",)).fetchall())
+    wanted = {f" ON items_{key} ({extract(parse_path(declared))})" for declared in indexed}
+    for name, sql in existing.items():
+        expression = sql.removeprefix(f"CREATE INDEX {name}")
+        if expression in wanted:
+            wanted.remove(expression)
+        else:
+            db.execute(f"DROP INDEX {name}")
+    names = (f"metadata_{key}_{number}" for number in itertools.count())
+    free = (name for name in names if name not in existing)
+    for expression in sorted(wanted):
+        db.execute(f"CREATE INDEX {next(free)}{expression}")
 
 
 def drop(db: sqlite3.Connection, key: int) -> None:
@@ -213,8 +238,8 @@ def last_number(db: sqlite3.Connection, row: Row) -> int:
     return int(last)
 
 
-def edit(db: sqlite3.Connection, key: int, number: int, metadata: str) -> None:
-    db.execute(f"UPDATE items_{key} SET metadata = ? WHERE number = ?", (metadata, number))
+def edit(db: sqlite3.Connection, key: int, number: int, metadata: str, source: str | None) -> None:
+    db.execute(f"UPDATE items_{key} SET metadata = ?, source = ? WHERE number = ?", (metadata, source, number))
     db.execute(f"INSERT INTO edited_{key} (number) VALUES (?)", (number,))
     db.execute("UPDATE collections SET edits = edits + 1, version = version + 1 WHERE id = ?", (key,))
 

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,11 +31,21 @@ import numpy.typing as npt
 from model.cpus import available_cpus
 from service.errors import CollectionNotFound, Conflict, ItemNotFound, StorageFailed
 from service.search import database, snapshots, sqlite_file
-from service.search.checks import check_id, check_match, check_name, checked_items, merged, metadata_text
+from service.search.checks import (
+    check_id,
+    check_match,
+    check_name,
+    check_source_text,
+    checked_items,
+    merged,
+    metadata_text,
+)
 from service.search.database import Row
 from service.search.filters import Filter
+from service.search.filters import Path as MetadataPath
 from service.search.maintenance import Maintenance
-from service.search.reading import ITEM, condition_of, delete_some, items_of, metadata_of, number_after
+from service.search.reading import ITEM, delete_some, items_of, metadata_of, number_after, page_by_number, value_counts
+from service.search.scrolling import page_in_order, position_in
 from service.search.searcher import Searcher
 from service.search.selection import passing
 from service.search.specs import check_spec
@@ -43,9 +54,11 @@ from service.search.stamp import Stamp
 from service.search.store import (
     CollectionInfo,
     CollectionSpec,
+    Facets,
     Hit,
     Item,
     Metadata,
+    Order,
     Page,
     SearchParams,
     SnapshotInfo,
@@ -78,7 +91,7 @@ async def open_embedded(data_dir: Path, *, threads: int | None = None, **mainten
 class EmbeddedStore:
     """A `VectorStore` in a folder. Several processes on one host may use the same folder at the same time."""
 
-    capabilities = frozenset({"atomic_upsert", "idempotency", "index_kinds", "snapshots", "stats"})
+    capabilities = frozenset({"atomic_upsert", "idempotency", "index_kinds", "indexed", "order", "snapshots", "stats"})
 
     def __init__(self, data_dir: Path, *, threads: int, **maintenance: Any) -> None:
         self.path = data_dir / "search.sqlite3"
@@ -120,6 +133,17 @@ class EmbeddedStore:
     async def info(self, collection: str) -> CollectionInfo:
         check_name(collection)
         return await self._read(lambda db: database.find(db, collection).info)
+
+    async def set_indexed(self, collection: str, indexed: Sequence[str]) -> CollectionInfo:
+        check_name(collection)
+
+        def work(db: sqlite3.Connection) -> CollectionInfo:
+            row = database.find(db, collection)
+            check_spec(replace(row.spec, indexed=tuple(indexed)))
+            database.set_indexed(db, row, tuple(indexed))
+            return database.find(db, collection).info
+
+        return await self._write(work)
 
     async def drop(self, collection: str) -> None:
         check_name(collection)
@@ -206,8 +230,11 @@ class EmbeddedStore:
 
         return await self._read(work)
 
-    async def patch(self, collection: str, item_id: str, metadata: Metadata) -> Item:
+    async def patch(
+        self, collection: str, item_id: str, metadata: Metadata, *, source: str | None = None, keep_source: bool = True
+    ) -> Item:
         check_name(collection), check_id(item_id), metadata_text(metadata)
+        check_source_text(source)
 
         def work(db: sqlite3.Connection) -> Item:
             row = database.find(db, collection)
@@ -216,8 +243,9 @@ class EmbeddedStore:
             if columns is None:
                 raise ItemNotFound(f"collection {collection!r} holds no item {item_id[:80]!r}", param="id")
             text = metadata_text(merged(metadata_of(item_id, columns[2]), metadata))
-            database.edit(db, row.key, columns[0], text)
-            return items_of(db, row, [(*columns[:2], text, *columns[3:])])[0]
+            kept = columns[3] if keep_source else source
+            database.edit(db, row.key, columns[0], text, kept)
+            return items_of(db, row, [(*columns[:2], text, kept, columns[4])])[0]
 
         return await self._write(work)
 
@@ -251,20 +279,31 @@ class EmbeddedStore:
         check_name(collection)
         return len(await self._read(lambda db: passing(db, database.find(db, collection), where)))
 
-    async def scroll(
-        self, collection: str, *, where: Filter | None = None, cursor: str | None = None, limit: int = 100
-    ) -> Page:
-        """Return a page of items in the order in which they were written."""
+    async def facets(
+        self, collection: str, path: MetadataPath, *, where: Filter | None = None, limit: int = 100
+    ) -> Facets:
         check_name(collection)
-        after = number_after(cursor)
+        return await self._read(lambda db: value_counts(db, database.find(db, collection), path, where, limit))
+
+    async def scroll(
+        self,
+        collection: str,
+        *,
+        where: Filter | None = None,
+        cursor: str | None = None,
+        limit: int = 100,
+        order: Order | None = None,
+    ) -> Page:
+        """Return a page of items. If `order` is None, the items are in the order in which they were written."""
+        check_name(collection)
+        after = number_after(cursor) if order is None else 0
+        position = None if order is None else position_in(order, cursor)
 
         def work(db: sqlite3.Connection) -> Page:
             row = database.find(db, collection)
-            condition, parameters = condition_of(where)
-            query = f"SELECT {ITEM} FROM items_{row.key} i WHERE number > ? AND {condition} ORDER BY number LIMIT ?"
-            rows = db.execute(query, (after, *parameters, limit + 1)).fetchall()
-            more = len(rows) > limit
-            return Page(items_of(db, row, rows[:limit]), f"n{rows[limit - 1][0]}" if more else None)
+            if order is None:
+                return page_by_number(db, row, where, after, limit)
+            return page_in_order(db, row, where, order, position, limit)
 
         return await self._read(work)
 

@@ -5,12 +5,16 @@ unknown, and does not support `in` on a JSON path. Milvus compares large integer
 either matches exactly the same items as the filter on both servers, or it may match more. If it may match more, the
 store checks the results with `filters.matches`.
 
-The only negated condition that is sent to the server is a negated `exists`. A comparison with a value of another type
-is false in Milvus up to 2.6.18, but unknown in later versions (milvus-io/milvus#50699, #50702). If the comparison is
-unknown, its negation is unknown too, and a search would miss items. Therefore, every other negated condition, and every
-condition on a key with unusual characters, is translated to an expression that matches all items.
+The only negated conditions that are sent to the server are a negated `exists` and negated conditions on the id. A
+comparison with a value of another type is false in Milvus up to 2.6.18, but unknown in later versions
+(milvus-io/milvus#50699, #50702). If the comparison is unknown, its negation is unknown too, and a search would miss
+items. Therefore, every other negated condition, and every condition on a key with unusual characters, is translated to
+an expression that matches all items.
 
 An `in` condition becomes a balanced tree of `==` comparisons, because servers limit how deeply expressions are nested.
+
+A condition on a key also matches the elements of a list. The JSON field contains 0 in place of a list, so every
+comparison with a key is joined with `== 0` and may match more than the filter. Conditions on the id are exact.
 """
 
 import math
@@ -18,7 +22,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
-from service.search.filters import And, Between, Exists, Filter, Not, Or, Scalar
+from service.search.filters import ITEM_ID, And, Between, Exists, Filter, In, Not, Or, Scalar, Text
+from service.search.text import texts_with_prefix
 
 FIELD: Final = "metadata"
 _EXACT_INTEGERS: Final = 2**53
@@ -57,8 +62,8 @@ def filterable(metadata: dict[str, Any]) -> dict[str, Any]:
 
     The result must not be longer than the metadata, because the metadata may already be as long as the field allows.
     Versions of Milvus disagree on whether `exists` matches null and empty objects. Therefore, null is omitted and an
-    empty object becomes 0. A comparison that matches 0 is never treated as exact. A list also becomes 0, because no
-    filter looks inside lists.
+    empty object becomes 0. A list also becomes 0, because the servers' functions for lists differ. A comparison that
+    may match 0 is never treated as exact.
     """
     filled: dict[str, Any] = {}
     for key, value in metadata.items():
@@ -82,6 +87,8 @@ def _translate(where: Filter, *, wide: bool) -> Expression:
             _joined([part.text for part in parts], "and" if isinstance(where, And) else "or"),
             all(part.is_exact for part in parts),
         )
+    if not isinstance(where, Exists) and where.path == ITEM_ID:
+        return _on_id(where, wide=wide)
     path = FIELD + "".join(f"[{quoted(key)}]" for key in where.path)
     if not all(_PLAIN_KEY.fullmatch(key) for key in where.path):
         return Expression(wide, False)
@@ -92,9 +99,25 @@ def _translate(where: Filter, *, wide: bool) -> Expression:
     if not wide:
         return Expression(False, False)
     if isinstance(where, Between):
-        return _between(path, where)
-    values = [_equal(path, value) for _, value in dict.fromkeys((type(value), value) for value in where.values)]
-    return Expression(_joined([value.text for value in values], "or"), all(value.is_exact for value in values))
+        texts = [_between(path, where)]
+    elif isinstance(where, Text):
+        texts = [_text(path, where)]
+    else:
+        values = dict.fromkeys((type(value), value) for value in where.values)
+        texts = [_equal(path, value) for _, value in values]
+    return Expression(_joined([*texts, f"{path} == 0"], "or"), False)  # 0 stands for a list
+
+
+def _on_id(where: In | Between | Text, *, wide: bool) -> Expression:
+    """Translate a condition on the id. Every item has an id, so these expressions can be negated."""
+    if isinstance(where, In):
+        return Expression(_joined([f"id == {quoted(str(value))}" for value in dict.fromkeys(where.values)], "or"), True)
+    if isinstance(where, Between):
+        return Expression(_joined([f"id {_SIGNS[op]} {quoted(str(bound))}" for op, bound in where.bounds], "and"), True)
+    if where.op == "prefix":
+        parts = [f"id {sign} {quoted(bound)}" for sign, bound in texts_with_prefix(where.text)]
+        return Expression(_joined(parts, "and"), True)
+    return Expression(wide, False)
 
 
 def _joined(texts: Sequence[str | bool], word: str) -> str | bool:
@@ -112,23 +135,26 @@ def _joined(texts: Sequence[str | bool], word: str) -> str | bool:
     return level[0]
 
 
-def _equal(path: str, value: Scalar) -> Expression:
+def _equal(path: str, value: Scalar) -> str | bool:
     if isinstance(value, str):
-        return Expression(f"{path} == {quoted(value)}", True)
+        return f"{path} == {quoted(value)}"
     if isinstance(value, bool):
-        return Expression(f"{path} == {str(value).lower()}", False)  # Lite treats true and 1 as equal
+        return f"{path} == {str(value).lower()}"
     if abs(value) < _EXACT_INTEGERS:
-        return Expression(f"{path} == {_number(value)}", value not in (0, 1))
-    return Expression(_within(path, [("gte", value), ("lte", value)]), False)
+        return f"{path} == {_number(value)}"
+    return _within(path, [("gte", value), ("lte", value)])
 
 
-def _between(path: str, where: Between) -> Expression:
+def _between(path: str, where: Between) -> str | bool:
     if isinstance(where.bounds[0][1], str):
-        parts: list[str | bool] = [f"{path} {_SIGNS[op]} {quoted(str(bound))}" for op, bound in where.bounds]
-        return Expression(_joined(parts, "and"), True)
-    bounds = [(op, bound) for op, bound in where.bounds if not isinstance(bound, str)]
-    are_exact = all(abs(bound) < _EXACT_INTEGERS for _, bound in bounds)
-    return Expression(_within(path, bounds), are_exact and not any(_holds(number, bounds) for number in (0, 1)))
+        return _joined([f"{path} {_SIGNS[op]} {quoted(str(bound))}" for op, bound in where.bounds], "and")
+    return _within(path, [(op, bound) for op, bound in where.bounds if not isinstance(bound, str)])
+
+
+def _text(path: str, where: Text) -> str | bool:
+    if where.op == "contains":
+        return f"exists {path}"
+    return _joined([f"{path} {sign} {quoted(bound)}" for sign, bound in texts_with_prefix(where.text)], "and")
 
 
 def _within(path: str, bounds: Sequence[tuple[str, int | float]]) -> str | bool:
@@ -145,13 +171,6 @@ def _within(path: str, bounds: Sequence[tuple[str, int | float]]) -> str | bool:
     if not parts:  # the bounds are at the limits of float64, so any number passes
         return f"exists {path}"
     return _joined(parts, "and")
-
-
-def _holds(number: int, bounds: Sequence[tuple[str, int | float]]) -> bool:
-    return all(
-        {"gt": number > bound, "gte": number >= bound, "lt": number < bound, "lte": number <= bound}[op]
-        for op, bound in bounds
-    )
 
 
 def _number(value: int | float) -> str:

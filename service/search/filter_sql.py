@@ -1,4 +1,4 @@
-"""Translates a filter to an SQL condition on the column `metadata`, which contains JSON text.
+"""Translates a filter to an SQL condition on the columns `id` and `metadata`. The metadata is JSON text.
 
 The value of a key is read with the expression `json_extract(metadata, '$."key"')`. If the collection's settings declare
 a key as indexed, the key's index has exactly the same expression, so SQLite can use this index. `json_extract` returns
@@ -6,17 +6,24 @@ numbers and strings as different types, which SQLite never treats as equal. Howe
 0, and objects and lists as text. If a value could be confused in this way, the condition also checks `json_type`. All
 other conditions omit this check, because SQLite cannot use an index for it. For a missing key, `json_extract` returns
 NULL, which is neither true nor false. Therefore, `coalesce` converts NULL to 0 before an expression is negated.
+
+A condition on a key is an OR of two parts: the first compares the value itself, and the second the elements of a list.
+The text of a list begins with `[`, so the second part begins with a comparison that excludes all other values. SQLite
+uses the index on the key for both parts, and reads only those items in full whose value is a list.
 """
 
-from service.search.filters import And, Between, Exists, Filter, In, Not, Or, Scalar, holds
+from typing import Final
 
-_SQL = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
+from service.search.filters import ITEM_ID, And, Between, Exists, Filter, In, Not, Or, Path, Scalar, Text, holds
+from service.search.text import texts_with_prefix
+
+_SQL: Final = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
 
 
-def extract(path: tuple[str, ...]) -> str:
+def extract(path: Path) -> str:
     """Return the SQL expression for the metadata value at `path`. The path needs no escaping, because `parse_path`
     rejects keys with quotes or backslashes."""
-    return f"json_extract(metadata, {_json_path(path)})"
+    return f"json_extract(metadata, {json_path(path)})"
 
 
 def to_sql(condition: Filter) -> tuple[str, list[Scalar]]:
@@ -35,11 +42,29 @@ def _sql(condition: Filter, parameters: list[Scalar]) -> str:
         return f"NOT coalesce({_sql(condition.part, parameters)}, 0)"
     if isinstance(condition, Exists):
         return f"{extract(condition.path)} IS NOT NULL"
-    return _in(condition, parameters) if isinstance(condition, In) else _between(condition, parameters)
+    if condition.path == ITEM_ID:
+        return _compared(condition, "id", "'text'", parameters)
+    path, value = json_path(condition.path), extract(condition.path)
+    itself = _compared(condition, value, f"json_type(metadata, {path})", parameters)
+    element = _compared(condition, "atom", "type", parameters)
+    # json_each reads the elements of a list; `atom` is NULL for lists and objects within the list.
+    return (
+        f"({itself} OR ({value} >= '[' AND {value} < '\\' AND json_type(metadata, {path}) = 'array' "
+        f"AND EXISTS (SELECT 1 FROM json_each(metadata, {path}) WHERE {element})))"
+    )
 
 
-def _in(condition: In, parameters: list[Scalar]) -> str:
-    value, kind = extract(condition.path), f"json_type(metadata, {_json_path(condition.path)})"
+def _compared(condition: In | Between | Text, value: str, kind: str, parameters: list[Scalar]) -> str:
+    """Return the SQL for a condition on one value. `value` and `kind` are SQL expressions for the value and for its
+    JSON type."""
+    if isinstance(condition, In):
+        return _in(condition, value, kind, parameters)
+    if isinstance(condition, Text):
+        return _text(condition, value, kind, parameters)
+    return _between(condition, value, kind, parameters)
+
+
+def _in(condition: In, value: str, kind: str, parameters: list[Scalar]) -> str:
     groups: dict[str, list[Scalar]] = {}  # one list per type check: SQLite limits the depth of OR chains
     for wanted in condition.values:
         groups.setdefault(_kinds(wanted), []).append(wanted)
@@ -51,8 +76,7 @@ def _in(condition: In, parameters: list[Scalar]) -> str:
     return "(" + " OR ".join(parts) + ")"
 
 
-def _between(condition: Between, parameters: list[Scalar]) -> str:
-    value, kind = extract(condition.path), f"json_type(metadata, {_json_path(condition.path)})"
+def _between(condition: Between, value: str, kind: str, parameters: list[Scalar]) -> str:
     if len({isinstance(bound, str) for _, bound in condition.bounds}) > 1:
         return "0"  # no value is both a number and a string
     parts = []
@@ -68,6 +92,18 @@ def _between(condition: Between, parameters: list[Scalar]) -> str:
     return "(" + " AND ".join(parts) + ")"
 
 
+def _text(condition: Text, value: str, kind: str, parameters: list[Scalar]) -> str:
+    parts = [f"{kind} = 'text'"]
+    if condition.op == "contains":
+        parameters.append(condition.text)
+        parts.append(f"instr({value}, ?) > 0")
+    else:
+        for op, bound in texts_with_prefix(condition.text):
+            parameters.append(bound)
+            parts.append(f"{value} {op} ?")
+    return "(" + " AND ".join(parts) + ")"
+
+
 def _kinds(wanted: Scalar) -> str:
     """Return an SQL list of the JSON types that a value equal to `wanted` may have. If the result of `json_extract` is
     unambiguous for this value, no type check is needed, and an empty string is returned."""
@@ -78,5 +114,6 @@ def _kinds(wanted: Scalar) -> str:
     return "'integer', 'real'" if wanted in (0, 1) else ""
 
 
-def _json_path(path: tuple[str, ...]) -> str:
+def json_path(path: Path) -> str:
+    """Return `path` as a string literal with a path in the syntax of SQLite's JSON functions."""
     return "'$" + "".join(f'."{key}"' for key in path) + "'"

@@ -28,6 +28,7 @@ from pymilvus import DataType, MilvusClient
 from service.errors import (
     CollectionNotFound,
     Conflict,
+    InvalidRequest,
     ItemNotFound,
     StorageFailed,
 )
@@ -36,13 +37,15 @@ from service.search.checks import (
     check_k,
     check_match,
     check_name,
+    check_source_text,
     checked_items,
     merged,
     metadata_text,
     normalised_rows,
 )
+from service.search.facets import ValueCounts
 from service.search.filter_milvus import FIELD, Expression, quoted, translate
-from service.search.filters import Filter, matches
+from service.search.filters import Filter, Path, matches
 from service.search.milvus_client import Server, decoded, encoded, index
 from service.search.milvus_rows import (
     Row,
@@ -63,10 +66,12 @@ from service.search.specs import check_spec
 from service.search.store import (
     CollectionInfo,
     CollectionSpec,
+    Facets,
     Floats,
     Hit,
     Item,
     Metadata,
+    Order,
     Page,
     SearchParams,
     VectorStore,
@@ -138,6 +143,12 @@ class MilvusStore:
     async def info(self, collection: str) -> CollectionInfo:
         return await self._info(*await self._resolve(collection))
 
+    async def set_indexed(self, collection: str, indexed: Sequence[str]) -> CollectionInfo:
+        raise InvalidRequest(
+            "Milvus has no indexes on metadata keys, so indexed cannot be changed; filters do not need it",
+            param="indexed",
+        )
+
     async def drop(self, collection: str) -> None:
         async with self._names:
             name, _ = await self._resolve(collection)
@@ -205,8 +216,11 @@ class MilvusStore:
         rows = {row["id"]: row for row in await self._by_id(name, wanted, _ITEM)}
         return [item_of(rows[item_id]) if item_id in rows else None for item_id in wanted]
 
-    async def patch(self, collection: str, item_id: str, metadata: Metadata) -> Item:
+    async def patch(
+        self, collection: str, item_id: str, metadata: Metadata, *, source: str | None = None, keep_source: bool = True
+    ) -> Item:
         check_id(item_id), metadata_text(metadata)
+        check_source_text(source)
         name, _ = await self._resolve(collection)
         async with self._writes[name]:
             rows = await self._by_id(name, [item_id], _ITEM)
@@ -215,7 +229,7 @@ class MilvusStore:
             old = item_of(rows[0])
             new = merged(old.metadata, metadata)
             text = metadata_text(new)
-            item = Item(old.id, old.vector, new, old.source, old.digest)
+            item = Item(old.id, old.vector, new, old.source if keep_source else source, old.digest)
             await self._server.call("upsert", collection_name=encoded(name), data=[row_of(item, old.vector, text)])
         return item
 
@@ -249,10 +263,27 @@ class MilvusStore:
             return await self._count(name, expression.text)
         return sum([len(rows) async for rows in self._pages(name, where, fields=["id", "text"])])
 
+    async def facets(self, collection: str, path: Path, *, where: Filter | None = None, limit: int = 100) -> Facets:
+        """Count the distinct values of a metadata key. The metadata of all matching items is fetched."""
+        name, _ = await self._resolve(collection)
+        counts = ValueCounts(path)
+        async for rows in self._pages(name, where, fields=["id", "text"]):
+            for row in rows:
+                counts.add(metadata_of(row))
+        return counts.most_frequent(limit)
+
     async def scroll(
-        self, collection: str, *, where: Filter | None = None, cursor: str | None = None, limit: int = 100
+        self,
+        collection: str,
+        *,
+        where: Filter | None = None,
+        cursor: str | None = None,
+        limit: int = 100,
+        order: Order | None = None,
     ) -> Page:
         """Return a page of items in order of id."""
+        if order is not None:
+            raise InvalidRequest("order_by is not supported by Milvus, which lists items by id", param="order_by")
         after = id_after(cursor)
         name, _ = await self._resolve(collection)
         page: list[Row] = []
@@ -432,7 +463,7 @@ class MilvusStore:
                 iterator="True",
                 reduce_stop_for_best="True",
             )
-            yield [row for row in rows if where is None or matches(where, metadata_of(row))]
+            yield [row for row in rows if where is None or matches(where, metadata_of(row), row["id"])]
             if len(rows) < size:
                 return
             after = rows[-1]["id"]

@@ -100,7 +100,7 @@ def best_hits(rows: list[Row], k: int, where: Filter | None, *, is_all: bool, is
     rows for one search.
     """
     hits = sorted((hit_of(row, row["score"]) for row in rows), key=lambda hit: (-hit.score, hit.id))
-    hits = [hit for hit in hits if where is None or matches(where, hit.metadata)]
+    hits = [hit for hit in hits if where is None or matches(where, hit.metadata, hit.id)]
     is_known = is_all or (len(hits) >= k and min(row["score"] for row in rows) < hits[k - 1].score)
     if is_known or (is_last and len(hits) >= k):
         return hits[:k]

@@ -1,4 +1,5 @@
-"""Reads items from the embedded store's database, and deletes items that pass a filter, one page at a time."""
+"""Reads items from the embedded store's database page by page, counts the values of a metadata key, and deletes items
+that pass a filter, one page at a time."""
 
 import sqlite3
 from collections.abc import Sequence
@@ -9,9 +10,10 @@ import orjson
 from service.errors import InvalidRequest, StorageFailed
 from service.search import database
 from service.search.database import Row
-from service.search.filter_sql import to_sql
+from service.search.filter_sql import json_path, to_sql
 from service.search.filters import Filter
-from service.search.store import Item
+from service.search.filters import Path as MetadataPath
+from service.search.store import Facet, Facets, Item, Page
 
 _PAGE: Final = 1000
 """The highest number of items that `delete_some` deletes in one transaction. Other writes can run between two
@@ -57,6 +59,31 @@ def metadata_of(item_id: str, text: Any) -> dict[str, Any]:
 
 def condition_of(where: Filter | None) -> tuple[str, list[Any]]:
     return ("1", []) if where is None else to_sql(where)
+
+
+def page_by_number(db: sqlite3.Connection, row: Row, where: Filter | None, after: int, limit: int) -> Page:
+    """Return the page of up to `limit` items with the lowest numbers above `after`."""
+    condition, parameters = condition_of(where)
+    query = f"SELECT {ITEM} FROM items_{row.key} i WHERE number > ? AND {condition} ORDER BY number LIMIT ?"
+    rows = db.execute(query, (after, *parameters, limit + 1)).fetchall()
+    return Page(items_of(db, row, rows[:limit]), f"n{rows[limit - 1][0]}" if len(rows) > limit else None)
+
+
+def value_counts(db: sqlite3.Connection, row: Row, path: MetadataPath, where: Filter | None, limit: int) -> Facets:
+    """Count the values of a metadata key. Return the `limit` most frequent values and the number of all values.
+    `service/search/facets.py` defines what counts as a value."""
+    condition, parameters = condition_of(where)
+    at = json_path(path)
+    query = f"""WITH found AS (
+            SELECT DISTINCT number, atom, type IN ('true', 'false') AS is_bool
+            FROM (SELECT number, metadata FROM items_{row.key}
+                  WHERE {condition} AND json_type(metadata, {at}) != 'object') i, json_each(i.metadata, {at})
+            WHERE type IN ('text', 'integer', 'real', 'true', 'false'))
+        SELECT atom, is_bool, count(*) AS times, count(*) OVER () FROM found
+        GROUP BY is_bool, atom ORDER BY times DESC, is_bool, atom LIMIT ?"""
+    rows = db.execute(query, (*parameters, limit)).fetchall()
+    facets = [Facet(bool(value) if is_bool else value, count) for value, is_bool, count, _ in rows]
+    return Facets(facets, rows[0][3] if rows else 0)
 
 
 def delete_some(db: sqlite3.Connection, row: Row, where: Filter, after: int, to: int) -> tuple[int, int]:

@@ -182,10 +182,12 @@ class Searcher:
             if query.where is None and not query.params.exact:
                 seconds = (time.perf_counter() - started) / len(vectors)
                 self._seconds[query.collection] = 0.8 * self._seconds.get(query.collection, seconds) + 0.2 * seconds
-            elif query.where and not all(matches(query.where, hit.metadata) for hits in answers for hit in hits):
+            elif query.where and not all(
+                matches(query.where, hit.metadata, hit.id) for hits in answers for hit in hits
+            ):
                 if attempts < ATTEMPTS:
                     continue  # an item changed after the filter was evaluated
-                answers = [[hit for hit in hits if matches(query.where, hit.metadata)] for hits in answers]
+                answers = [[hit for hit in hits if matches(query.where, hit.metadata, hit.id)] for hits in answers]
             return answers
 
     def _in_view(

@@ -88,7 +88,7 @@ def _write(source: Path, collection: str, target: Path) -> None:
 def listed(root: Path, collection: str) -> list[SnapshotInfo]:
     """Return the snapshots of a collection, oldest first. The collection need not exist any more.
 
-    If a snapshot is damaged, its `count` is None.
+    If a snapshot is damaged, its `count` and `tag` are None.
     """
     folder = root / collection
     names = sorted(path.stem for path in folder.glob("*.sqlite3")) if folder.is_dir() else []
@@ -99,7 +99,7 @@ def listed(root: Path, collection: str) -> list[SnapshotInfo]:
                 infos.append(describe(root, collection, name))
             except StorageFailed as error:
                 log.error("%s", error)
-                infos.append(_info(root, collection, name, None))
+                infos.append(_info(root, collection, name, None, None))
             except NotFound:
                 continue  # the snapshot was just deleted
     return infos
@@ -114,13 +114,13 @@ def describe(root: Path, collection: str, name: str) -> SnapshotInfo:
     """
     path = path_of(root, collection, name)
     with translated(f"snapshot {name}"), closing(_opened(path)) as db:
-        (count,) = db.execute("SELECT count FROM collections").fetchone()
-    return _info(root, collection, name, count)
+        count, tag = db.execute("SELECT count, json_extract(spec, '$.tag') FROM collections").fetchone()
+    return _info(root, collection, name, count, tag)
 
 
-def _info(root: Path, collection: str, name: str, count: int | None) -> SnapshotInfo:
+def _info(root: Path, collection: str, name: str, count: int | None, tag: str | None) -> SnapshotInfo:
     created = f"{name[:4]}-{name[4:6]}-{name[6:11]}:{name[11:13]}:{name[13:]}"
-    return SnapshotInfo(name, collection, created, (root / collection / f"{name}.sqlite3").stat().st_size, count)
+    return SnapshotInfo(name, collection, created, (root / collection / f"{name}.sqlite3").stat().st_size, count, tag)
 
 
 def path_of(root: Path, collection: str, name: str) -> Path:

@@ -16,7 +16,8 @@ from typing import Any, Final, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from service.search.filters import Filter
+from service.search.filters import Filter, Scalar
+from service.search.filters import Path as MetadataPath
 from service.search.kinds import Kind
 
 Floats = npt.NDArray[np.float32]
@@ -69,8 +70,8 @@ class IndexSpec:
 
 @dataclass(frozen=True)
 class CollectionSpec:
-    """The settings of a collection. They cannot be changed after the collection is created. `service/search/specs.py`
-    defines the allowed values."""
+    """The settings of a collection. Only `indexed` can be changed after the collection is created.
+    `service/search/specs.py` defines the allowed values."""
 
     tag: str  # identifies what made the vectors; only vectors with equal tags can be compared
     dimension: int
@@ -106,6 +107,35 @@ class SearchParams:
 
 
 @dataclass(frozen=True)
+class Order:
+    """The order of a list of items: by the value at `path` in their metadata.
+
+    Numbers come before strings, and strings are compared by code point. Booleans are ordered as the numbers 0 and 1.
+    `descending` reverses this order. Items with equal values are sorted by id. Items without a number, string or
+    boolean at `path` come last and are sorted by id. `descending` does not change these two rules.
+    """
+
+    path: MetadataPath
+    descending: bool = False
+
+
+@dataclass(frozen=True)
+class Facet:
+    """A value of a metadata key, and the number of items that have it."""
+
+    value: Scalar
+    count: int
+
+
+@dataclass(frozen=True)
+class Facets:
+    """The most frequent values of a metadata key, most frequent first. `distinct` is the number of all its values."""
+
+    values: list[Facet]
+    distinct: int
+
+
+@dataclass(frozen=True)
 class Page:
     """A page of items in the store's order. To get the next page, pass `cursor` to `scroll`. On the last page, `cursor`
     is None."""
@@ -117,13 +147,15 @@ class Page:
 @dataclass(frozen=True)
 class SnapshotInfo:
     """The description of a snapshot. `created` is the time in ISO 8601 format, in UTC, and `bytes` is the size of the
-    file. `count` is the number of items, or None if the snapshot is damaged."""
+    file. `count` is the number of items, and `tag` is the collection's tag. Both are None if the snapshot is
+    damaged."""
 
     name: str
     collection: str
     created: str
     bytes: int
     count: int | None
+    tag: str | None = None
 
 
 class VectorStore(Protocol):
@@ -140,8 +172,8 @@ class VectorStore(Protocol):
 
     capabilities: frozenset[str]
     """The optional features of this store: `atomic_upsert` (a call of `upsert` writes all items or none), `idempotency`
-    (see `upsert`), `snapshots` (see `SnapshotStore`), `index_kinds` (the settings in `IndexSpec` take effect) and
-    `stats` (see `StatsStore`)."""
+    (see `upsert`), `snapshots` (see `SnapshotStore`), `index_kinds` (the settings in `IndexSpec` take effect),
+    `indexed` (see `set_indexed`), `order` (see `scroll`) and `stats` (see `StatsStore`)."""
 
     async def create(self, collection: str, spec: CollectionSpec) -> CollectionInfo:
         """Create a collection and return its description. If the collection already exists with the same settings,
@@ -155,6 +187,14 @@ class VectorStore(Protocol):
         """Return the descriptions of all collections, sorted by name."""
 
     async def info(self, collection: str) -> CollectionInfo: ...
+
+    async def set_indexed(self, collection: str, indexed: Sequence[str]) -> CollectionInfo:
+        """Replace the setting `indexed` of a collection (the metadata keys with a database index), build the indexes
+        that are missing, and return the description of the collection. While an index is built, other writes wait.
+
+        Raises:
+            InvalidRequest: the store does not have the capability `indexed`.
+        """
 
     async def drop(self, collection: str) -> None:
         """Delete a collection and all its items.
@@ -193,9 +233,11 @@ class VectorStore(Protocol):
     async def get(self, collection: str, ids: Sequence[str]) -> list[Item | None]:
         """Return the items with these ids, in the same order. The entry for an id that does not exist is None."""
 
-    async def patch(self, collection: str, item_id: str, metadata: Metadata) -> Item:
+    async def patch(
+        self, collection: str, item_id: str, metadata: Metadata, *, source: str | None = None, keep_source: bool = True
+    ) -> Item:
         """Apply a JSON merge patch (RFC 7396) to the metadata of an item, and return the updated item. A key that is
-        None in the patch is removed from the metadata.
+        None in the patch is removed from the metadata. If `keep_source` is false, `source` replaces the item's source.
 
         Raises:
             ItemNotFound: no item has this id.
@@ -209,16 +251,30 @@ class VectorStore(Protocol):
 
     async def count(self, collection: str, where: Filter | None = None) -> int: ...
 
+    async def facets(
+        self, collection: str, path: MetadataPath, *, where: Filter | None = None, limit: int = 100
+    ) -> Facets:
+        """Count the distinct values at `path` in the metadata of all items, or of the items that match a filter. Return
+        the `limit` most frequent values. `service/search/facets.py` defines what counts as a value."""
+
     async def scroll(
-        self, collection: str, *, where: Filter | None = None, cursor: str | None = None, limit: int = 100
+        self,
+        collection: str,
+        *,
+        where: Filter | None = None,
+        cursor: str | None = None,
+        limit: int = 100,
+        order: Order | None = None,
     ) -> Page:
-        """Return one page of items.
+        """Return one page of items. If `order` is None, the store defines the order. Only stores with the capability
+        `order` support other orders. A cursor is valid only for the order of the page that it came with.
 
         If all pages are read, each item that does not change in the meantime is on exactly one page. An item that is
         written or deleted while the pages are read may be on no page or on two pages.
 
         Raises:
-            InvalidRequest: the cursor is not from this store.
+            InvalidRequest: the cursor is not from this store or from a page in another order, or the store does not
+                support orders.
         """
 
     async def search(

@@ -40,6 +40,8 @@ REQUIRED: dict[str, Any] = {
     "size": [1, 1],
     "counts": [1],
     "url": "data:,",
+    "key": "n",
+    "indexed": [],
 }
 
 

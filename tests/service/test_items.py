@@ -117,8 +117,8 @@ BAD_ITEMS: list[tuple[Any, int, str, str]] = [
     ({"id": 7, "vector": axis(0)}, 422, "invalid_request", "id"),
     ({"id": "i" * 257, "vector": axis(0)}, 422, "invalid_request", "id"),
     ({"id": "i" * 1_000_000, "vector": axis(0)}, 422, "invalid_request", "id"),
-    ({"id": "line\nbreak", "vector": axis(0)}, 422, "invalid_request", "printable"),
-    ({"id": "nul\0", "image": text(photo())}, 422, "invalid_request", "printable"),
+    ({"id": "line\nbreak", "vector": axis(0)}, 422, "invalid_request", "no control characters"),
+    ({"id": "nul\0", "image": text(photo())}, 422, "invalid_request", "no control characters"),
     ({"id": "x", "vector": axis(0), "metadata": [1]}, 422, "invalid_request", "metadata"),
     ({"id": "x", "vector": axis(0), "metadata": {"k": "v" * 70_000}}, 422, "invalid_request", "at most 65,536"),
     (
@@ -340,6 +340,14 @@ IDS = [
     "..",
     "a/../b",
     "http://x/y?z#w",
+    "می\u200cخواهم",
+    "क्\u200dष",
+    "Screenshot 3.41.12\u202fPM.png",
+    "a\u00a0b",
+    "写真\u3000一",
+    "rtl\u202e\u2066",
+    "two\u2028lines",
+    "\ufffe\U0010ffff\ue000",
 ]
 
 
@@ -367,11 +375,229 @@ async def test_ids_of_any_kind_in_the_path(tmp_path, item_id, safe):
     assert count == 1
 
 
-@pytest.mark.parametrize("path", ["", "%0A", "%00", "%7F", "%E2%80%AE", "i" * 257, "i" * 60_000])
+@pytest.mark.parametrize(
+    ("number", "is_allowed"),
+    [(2**64 - 1, True), (-(2**63), True), (2**64, False), (-(2**63) - 1, False), (10**30, False), (1e300, True)],
+)
+async def test_integers_in_metadata_are_kept_or_refused(tmp_path, number, is_allowed):
+    """orjson reads an integer beyond 64 bits as a float, so an id of a warehouse would lose its last digits."""
+    metadata = {"box": {"codes": [1, number]}, "text": "e+"}
+    body = json.dumps({"items": [{"id": "a", "vector": axis(0)}, {"id": "b", "vector": axis(1), "metadata": metadata}]})
+    async with running(tmp_path) as run:
+        added = await run.client.post(ITEMS, content=body, headers=JSON)
+        some = await run.client.post(ITEMS, content=body[:-1] + ', "on_error": "partial"}', headers=JSON)
+        patch = json.dumps({"metadata": metadata})
+        patched = await run.client.patch(f"{ITEMS}/a", content=patch, headers=JSON)
+        found = await run.client.get(f"{ITEMS}/a")
+    if is_allowed:
+        assert (added.status_code, patched.status_code) == (200, 200)
+        assert json.loads(found.text)["metadata"] == metadata
+        return
+    assert (added.status_code, some.status_code, patched.status_code) == (422, 200, 422)
+    assert [error["index"] for error in some.json()["errors"]] == [1]
+    for detail in (some.json()["errors"][0]["detail"], patched.json()["detail"]):
+        assert f"box.codes.1 is {number}, an integer beyond 64 bits" in detail.replace("...", "")
+    assert found.json()["metadata"] == {}
+
+
+# ---- forms, raw images, and PUT
+
+
+def part(headers: str, body: bytes) -> bytes:
+    return b"--B\r\n" + headers.replace("\n", "\r\n").encode() + b"\r\n\r\n" + body + b"\r\n"
+
+
+def field(name: str, value: Any) -> bytes:
+    return part(f'Content-Disposition: form-data; name="{name}"', str(value).encode())
+
+
+async def send_form(run: Running, *parts: bytes, path: str = ITEMS, method: str = "POST") -> Any:
+    form = {"Content-Type": "multipart/form-data; boundary=B"}
+    return await run.client.request(method, path, content=b"".join(parts) + b"--B--\r\n", headers=form)
+
+
+@pytest.mark.parametrize(
+    ("headers", "filename"),
+    [
+        ('Content-Disposition: form-data; name="file"\nContent-Type: image/png', None),
+        ("Content-Disposition: form-data; name=file\nContent-Type: IMAGE/PNG; q=1", None),
+        ('Content-Disposition: form-data; name="files[]"\nContent-Type: application/octet-stream', None),
+        ("Content-Disposition: form-data; name=\"file\"; filename*=UTF-8''na%C3%AFve%20%E5%86%99.png", "naïve 写.png"),
+        ("Content-Disposition: form-data; name=\"file\"; filename*=iso-8859-1'en'na%EFve.png", "naïve.png"),
+        ("Content-Disposition: form-data; filename*=utf-8''a%22b.png; name=\"file\"", 'a"b.png'),
+        ("Content-Disposition: form-data; name=\"file\"; filename*=utf-8''%FF.png", "\ufffd.png"),
+        ('Content-Disposition: form-data; name="file"; filename="a.png"; filename*=utf-8\'\'b.png', "a.png"),
+        ('Content-Disposition: form-data; name="file"; filename=""\nContent-Type: text/plain', None),
+    ],
+)
+async def test_parts_of_a_form_that_are_images(tmp_path, headers, filename):
+    image = photo()
+    async with running(tmp_path) as run:
+        added = await send_form(run, part(headers, image))
+        assert added.status_code == 200, added.text
+        [item] = (await run.client.post(f"{ITEMS}/scroll", json={})).json()["data"]
+    assert item["id"] == hashlib.sha256(image).hexdigest()
+    assert item["metadata"] == ({"filename": filename} if filename is not None else {})
+
+
+async def test_a_file_that_is_sent_as_text_is_told(tmp_path):
+    async with running(tmp_path) as run:
+        for headers in ("", "\nContent-Type: text/plain"):
+            answer = await send_form(run, part('Content-Disposition: form-data; name="file"' + headers, photo()))
+            assert (answer.status_code, answer.json()["param"]) == (422, "file")
+            assert "'file' is text: a file needs a file name, or a content type such as image/jpeg" in answer.text
+        headers = "Content-Disposition: form-data; name=photo\nContent-Type: image/png"
+        unknown = await send_form(run, part(headers, photo()))
+    assert (unknown.status_code, unknown.json()["param"]) == (422, "photo")
+
+
+async def test_a_form_gives_each_image_an_id_a_source_and_metadata(tmp_path):
+    images = [photo(n) for n in range(64)]
+    files = [("file", (f"{n}.png", image)) for n, image in enumerate(images)]
+    data = {
+        "id": [f"id{n}" if n else "" for n in range(64)],
+        "metadata": ['{"n": 0}', '{"n": 1, "filename": "own"}', *["{}"] * 61, ""],
+        "source": [f"s3://shop/{n}" for n in range(64)],
+        "on_error": "partial",
+    }
+    async with running(tmp_path) as run:
+        added = await run.client.post(ITEMS, files=files, data=data)
+        assert added.status_code == 200, added.text
+        items = {item["id"]: item for item in (await run.client.post(f"{ITEMS}/scroll", json={})).json()["data"]}
+    first = hashlib.sha256(images[0]).hexdigest()
+    assert [item["id"] for item in added.json()["items"]] == [first, *(f"id{n}" for n in range(1, 64))]
+    assert items[first]["metadata"] == {"filename": "0.png", "n": 0}
+    assert items["id1"]["metadata"] == {"filename": "own", "n": 1}
+    assert items["id63"]["metadata"] == {"filename": "63.png"}
+    assert items["id7"]["source"] == "s3://shop/7"
+    assert items["id7"]["digest"] == hashlib.sha256(images[7]).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ([field("id", "a")], "id", "1 id fields for 2 images: send one id for each image"),
+        ([field("id", "a")] * 3, "id", "3 id fields for 2 images"),
+        ([field("metadata", "{}")], "metadata", "1 metadata fields for 2 images"),
+        ([field("source", "x")], "source", "1 source fields for 2 images"),
+        ([field("metadata", "{}"), field("metadata", "{")], "metadata", "metadata must be the text of a JSON object"),
+        ([field("metadata", "{}"), field("metadata", "[1]")], "metadata", "metadata must be a JSON object, not [1]"),
+        ([field("metadata", "{}"), field("metadata", '{"n": 1e999}')], "metadata", "metadata must be a JSON object"),
+        ([field("metadata", "{}"), field("metadata", f'{{"n": {2**64}}}')], "metadata", "beyond 64 bits"),
+        ([field("id", "a"), field("id", "b\nc")], "id", "no control characters"),
+        ([field("vector", "[1]")], "vector", "unknown field"),
+    ],
+)
+async def test_fields_of_a_form_that_are_not_allowed(tmp_path, fields, param, words):
+    file = 'Content-Disposition: form-data; name="file"; filename="{}.png"'
+    async with running(tmp_path) as run:
+        answer = await send_form(run, part(file.format(1), photo(1)), *fields, part(file.format(2), photo(2)))
+    assert answer.status_code == 422
+    error = answer.json().get("errors", [answer.json()])[0]
+    assert (error.get("param", param), words in error["detail"]) == (param, True), error
+
+
+async def test_a_raw_image_with_its_fields_in_the_query(tmp_path):
+    image = photo()
+    async with running(tmp_path) as run:
+        query = {"id": "shelf/a", "source": "s3://a", "metadata": '{"n": 1}'}
+        for kind in ("image/png", "application/octet-stream"):
+            added = await run.client.post(ITEMS, params=query, content=image, headers={"Content-Type": kind})
+            assert added.status_code == 200, added.text
+        item = (await run.client.get(f"{ITEMS}/shelf/a")).json()
+        twice = await run.client.post(f"{ITEMS}?id=a&id=b", content=image, headers={"Content-Type": "image/png"})
+    assert (item["metadata"], item["source"]) == ({"n": 1}, "s3://a")
+    assert (twice.status_code, twice.json()["param"]) == (422, "id")
+
+
+async def test_put_creates_and_replaces_an_item(tmp_path):
+    image, other = photo(1), photo(2)
+    path = f"{ITEMS}/{quote('shelf/ä', safe='')}"
+    png = {"Content-Type": "image/png"}
+    async with running(tmp_path) as run:
+        query = {"source": "s3://a", "metadata": '{"n": 1}'}
+        first = await run.client.put(path, params=query, content=image, headers=png)
+        made = (await run.client.get(path)).json()
+        again = await run.client.put(path, content=other, headers=png)
+        replaced = (await run.client.get(path)).json()
+        as_json = await run.client.put(path, json={"image": text(image), "metadata": {"n": 2}, "id": "shelf/ä"})
+        as_vector = await run.client.put(f"{ITEMS}/v", json={"vector": axis(2, 5.0), "source": "x", "model": "auto"})
+        vector = (await run.client.get(f"{ITEMS}/v?include=vector")).json()
+        file = 'Content-Disposition: form-data; name="file"; filename="a.png"'
+        as_form = await send_form(run, part(file, image), field("metadata", '{"n": 3}'), path=path, method="PUT")
+        in_the_end = (await run.client.get(path)).json()
+    assert [answer.status_code for answer in (first, again, as_json, as_vector, as_form)] == [201, 200, 200, 201, 200]
+    assert (first.json()["id"], first.json()["created"], first.json()["count"]) == ("shelf/ä", True, 1)
+    assert (again.json()["created"], again.json()["fingerprint"]) == (False, "a" * 64)
+    assert (made["metadata"], made["source"], made["digest"]) == ({"n": 1}, "s3://a", hashlib.sha256(image).hexdigest())
+    assert (replaced["metadata"], replaced["source"]) == ({}, None)
+    assert replaced["digest"] == hashlib.sha256(other).hexdigest()
+    assert (vector["vector"], vector["source"]) == (axis(2), "x")
+    assert in_the_end["metadata"] == {"filename": "a.png", "n": 3}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("a", {}, 422, "an item must have either an image or a vector"),
+        ("a", {"vector": axis(0), "id": "b"}, 422, "id 'b' differs from the id in the path, 'a'"),
+        ("a", {"vector": [0.0] * DIMS}, 422, "zeros"),
+        ("a", {"vector": [1.0]}, 409, "dimension"),
+        ("a", {"vector": axis(0), "metadata": {"n": 2**64}}, 422, "beyond 64 bits"),
+        ("a", {"vector": axis(0), "model": "clip"}, 404, "is not served here"),
+        ("a", {"vector": axis(0), "on_error": "partial"}, 422, "unknown field"),
+        ("a", {"image": text(b"text")}, 415, "not a known image"),
+        ("a", {"vector": axis(0), "fingerprint": "b" * 64}, 409, "cannot be compared"),
+        ("a/image", {"vector": axis(0)}, 422, "send its last slash as %2F"),
+        ("a%7F", {"vector": axis(0)}, 422, "no control characters"),
+    ],
+)
+async def test_puts_that_are_not_allowed(tmp_path, path, body, status, words):
+    async with running(tmp_path) as run:
+        await filled(run)
+        answer = await run.client.put(f"{ITEMS}/{path}", content=json.dumps(body), headers=JSON)
+        assert (answer.status_code, words in answer.json()["detail"]) == (status, True), answer.text
+        assert "errors" not in answer.json()
+        assert (await run.client.get(SHOP)).json()["count"] == 5
+
+
+async def test_two_images_cannot_be_put_in_one_place(tmp_path):
+    async with running(tmp_path) as run:
+        answer = await run.client.put(f"{ITEMS}/a", files=[("file", photo(1)), ("file", photo(2))])
+    assert (answer.status_code, answer.json()["param"]) == (422, "file")
+
+
+async def test_a_patch_may_change_the_source(tmp_path):
+    async with running(tmp_path) as run:
+        await add(run, {"id": "a", "vector": axis(0), "source": "old", "metadata": {"n": 1}})
+        changed = await run.client.patch(f"{ITEMS}/a", json={"source": "new"})
+        kept = await run.client.patch(f"{ITEMS}/a", json={"metadata": {"n": 2}, "source": None})
+        removed = await run.client.patch(f"{ITEMS}/a", json={"source": "", "metadata": {"m": 3}})
+        nothing = await run.client.patch(f"{ITEMS}/a", json={})
+        bad = [await run.client.patch(f"{ITEMS}/a", json={"source": source}) for source in ("a\nb", 7, "x" * 2049)]
+    assert [answer.json()["source"] for answer in (changed, kept, removed)] == ["new", "new", None]
+    assert (changed.json()["metadata"], removed.json()["metadata"]) == ({"n": 1}, {"n": 2, "m": 3})
+    assert nothing.status_code == 422
+    assert [answer.status_code for answer in bad] == [422] * 3
+
+
+async def test_composed_and_decomposed_ids_are_two_items(tmp_path):
+    """They look the same. The service compares code points and normalises nothing."""
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    async with running(tmp_path) as run:
+        added = await add(run, {"id": composed, "vector": axis(0)}, {"id": decomposed, "vector": axis(1)})
+        found = [(await run.client.get(f"{ITEMS}/{quote(item_id)}")).json()["id"] for item_id in (composed, decomposed)]
+        deleted = await run.client.delete(f"{ITEMS}/{quote(composed)}")
+        left = (await run.client.post(f"{ITEMS}/scroll", json={})).json()["data"]
+    assert (added.json()["count"], found) == (2, [composed, decomposed])
+    assert (deleted.status_code, [item["id"] for item in left]) == (200, [decomposed])
+
+
+@pytest.mark.parametrize("path", ["", "%0A", "%00", "%7F", "%C2%85", "i" * 257, "i" * 60_000])
 async def test_ids_that_are_not_allowed(tmp_path, path):
     async with running(tmp_path, store=DictStore()) as run:
         await filled(run)
-        for method in ("GET", "PATCH", "DELETE"):
+        for method in ("GET", "PATCH", "DELETE", "PUT"):
             answer = await run.client.request(method, f"{ITEMS}/{path}", json={"metadata": {}})
             assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
             assert len(answer.json()["detail"]) < 400
@@ -419,13 +645,13 @@ def nested(levels: int) -> dict[str, Any]:
         {},
         {"metadata": None},
         {"metadata": []},
-        {"metadata": {}, "source": "x"},
+        {"metadata": {}, "digest": "x"},
         {"metadata": {"k": "v" * 70_000}},
         {"metadata": nested(300)},
         {"metadata": nested(900)},
         {"metadata": {f"k{i}": None for i in range(100_000)}},
     ],
-    ids=["empty", "null", "list", "source", "large", "deep", "deeper", "keys"],
+    ids=["empty", "null", "list", "digest", "large", "deep", "deeper", "keys"],
 )
 async def test_patches_that_are_not_allowed(tmp_path, body):
     async with running(tmp_path, store=DictStore()) as run:
@@ -490,6 +716,30 @@ async def test_count(tmp_path):
     assert [answer.json()["count"] for answer in answers] == [5, 5, 2, 0]
 
 
+@pytest.mark.parametrize("make_store", [DictStore, lambda: None])
+async def test_facets_and_order(tmp_path, make_store):
+    tags = [["red"], ["red", "blue"], [], ["blue"], ["red"]]
+    items = [{"id": f"v{i}", "vector": axis(i), "metadata": {"tags": tags[i], "p.q": 9 - i}} for i in range(5)]
+    async with running(tmp_path, store=make_store()) as run:
+        await add(run, *items)
+        facets = (await run.client.post(f"{ITEMS}/facets", json={"key": "tags"})).json()
+        some = {"key": "tags", "limit": 1, "filter": {"field": "id", "in": ["v1", "v3"]}}
+        filtered = (await run.client.post(f"{ITEMS}/facets", json=some)).json()
+        order = {"key": "p\\.q"}
+        first = (await run.client.post(f"{ITEMS}/scroll", json={"order_by": order, "limit": 3})).json()
+        rest = {"order_by": order, "limit": 3, "cursor": first["cursor"]}
+        second = (await run.client.post(f"{ITEMS}/scroll", json=rest)).json()
+        down = (await run.client.post(f"{ITEMS}/scroll", json={"order_by": order | {"direction": "desc"}})).json()
+        missing = await run.client.post("/v1/collections/nobody/items/facets", json={"key": "tags"})
+    assert facets["data"] == [{"value": "red", "count": 3}, {"value": "blue", "count": 2}]
+    assert (facets["key"], facets["distinct"], facets["fingerprint"]) == ("tags", 2, "a" * 64)
+    assert (filtered["data"], filtered["distinct"]) == ([{"value": "blue", "count": 2}], 2)
+    assert [item["id"] for item in first["data"] + second["data"]] == ["v4", "v3", "v2", "v1", "v0"]
+    assert second["cursor"] is None
+    assert [item["id"] for item in down["data"]] == ["v0", "v1", "v2", "v3", "v4"]
+    assert missing.status_code == 404
+
+
 async def test_delete_by_ids_or_filter(tmp_path):
     async with running(tmp_path, store=DictStore()) as run:
         missing = await run.client.post(f"{ITEMS}/delete", json={"ids": ["x"]})
@@ -535,6 +785,17 @@ async def test_delete_by_ids_or_filter(tmp_path):
         ("scroll", {"limit": True}),
         ("scroll", {"cursor": "nobody's"}),
         ("scroll", {"cursor": 7}),
+        ("scroll", {"order_by": "i"}),
+        ("scroll", {"order_by": {}}),
+        ("scroll", {"order_by": {"key": "a..b"}}),
+        ("scroll", {"order_by": {"key": "i", "direction": "up"}}),
+        ("scroll", {"order_by": {"key": "i"}, "cursor": "nobody's"}),
+        ("scroll", {"order_by": {f"k{i}": 0 for i in range(100_000)}}),
+        ("facets", {}),
+        ("facets", {"key": ""}),
+        ("facets", {"key": "i", "limit": 0}),
+        ("facets", {"key": "i", "filter": {}}),
+        ("facets", {"field": "id"}),
         ("scroll", {"cursor": "c" * 100_000}),
         ("scroll", {"include": ["image"]}),
         ("scroll", {"include": "vector"}),

@@ -87,6 +87,23 @@ GOOD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("POST", f"{SHOP}/items", 200, {"json": {"items": [{"id": "w", "vector": GOOD}, 7], "on_error": "partial"}}),
     ("GET", f"{SHOP}/items/p1?include=vector&encoding_format=base64", 200, {}),
     ("GET", f"{SHOP}/items/p1/image", 200, {}),
+    ("PUT", f"{SHOP}/items/new", 201, {"content": photo(7), "headers": PNG}),
+    ("PUT", f"{SHOP}/items/new?source=s", 200, {"content": photo(8), "headers": PNG}),
+    ("PUT", f"{SHOP}/items/new", 200, {"json": {"image": text(photo(8)), "metadata": {"n": 3}}}),
+    ("PUT", f"{SHOP}/items/new", 200, {"files": {"file": photo(8)}, "data": {"metadata": '{"n": 3}', "source": "s"}}),
+    ("POST", f"{SHOP}/items/facets", 200, {"json": {"key": "n", "filter": {"field": "id", "prefix": "p"}}}),
+    ("POST", f"{SHOP}/items/scroll", 200, {"json": {"order_by": {"key": "n", "direction": "desc"}}}),
+    ("POST", f"{SHOP}/items?id=q&source=s", 200, {"content": photo(9), "headers": PNG}),
+    (
+        "POST",
+        f"{SHOP}/items",
+        200,
+        {
+            "files": [("file", photo(1)), ("file", photo(2))],
+            "data": {"id": ["f1", "f2"], "metadata": ['{"n": 1}', "{}"]},
+        },
+    ),
+    ("PATCH", SHOP, 200, {"json": {"indexed": []}}),
     ("PATCH", f"{SHOP}/items/p1", 200, {"json": {"metadata": {"red": True, "n": None}}}),
     ("POST", f"{SHOP}/items/count", 200, {"json": {"filter": {"not": {"key": "n", "in": [1, 2]}}}}),
     ("POST", f"{SHOP}/items/scroll", 200, {"json": {"limit": 2, "include": ["vector"]}}),
@@ -111,6 +128,8 @@ GOOD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("GET", f"{SHOP}/snapshots/SNAPSHOT", 200, {}),
     ("GET", f"{SHOP}/snapshots/SNAPSHOT", 206, {"headers": {"Range": "bytes=0-9"}}),
     ("POST", "/v1/collections/copy/restore", 201, {"json": {"snapshot": "SNAPSHOT", "from": "shop"}}),
+    ("GET", f"{SHOP}/snapshots/SNAPSHOT", 416, {"headers": {"Range": "bytes=99999999-"}}),
+    ("GET", f"{SHOP}/snapshots/SNAPSHOT", 400, {"headers": {"Range": "bytes=x"}}),
     ("DELETE", f"{SHOP}/snapshots/SNAPSHOT", 200, {}),
     ("DELETE", SHOP, 200, {}),
 ]
@@ -136,6 +155,9 @@ BAD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("GET", "/v1/collections/bare/items/none", 404, {}),
     ("GET", "/v1/collections/bare/items/none?include=x", 422, {}),
     ("GET", "/v1/collections/bare/items/none/image", 404, {}),
+    ("PATCH", "/v1/collections/bare", 422, {"json": {}}),
+    ("PUT", "/v1/collections/bare/items/a", 422, {"json": {"id": "b", "image": text(photo())}}),
+    ("POST", "/v1/collections/bare/items/facets", 422, {"json": {"key": ""}}),
     ("PATCH", "/v1/collections/bare/items/none", 404, {"json": {"metadata": {}}}),
     ("DELETE", "/v1/collections/bare/items/none", 404, {}),
     ("POST", "/v1/collections/bare/items/count", 422, {"json": {"filter": {"key": "a"}}}),
@@ -243,4 +265,4 @@ async def test_what_the_document_says_of_uploads_names_and_headers(tmp_path):
 
 def test_the_documented_filter_has_all_operators():
     names = {field.alias or name for name, field in FilterIn.model_fields.items()}
-    assert names == {"key", "and", "or", "not", *filters._OPERATORS}
+    assert names == {"key", "field", "and", "or", "not", *filters._OPERATORS}

@@ -27,7 +27,7 @@ from service.search.store import CollectionSpec, Item, SearchParams
 from service.vision import region
 from service.vision.mask import coco_rle_encode
 from tests.dict_store import DictStore
-from tests.fakes import DIMS, SPEC, fake_artifact, most_s, photo, running, until
+from tests.fakes import DIMS, SPEC, FakeEngine, fake_artifact, most_s, photo, running, until
 
 SEARCH = "/v1/collections/shop/search"
 JSON = {"Content-Type": "application/json"}
@@ -80,7 +80,7 @@ def plain(items, vector, k=10, offset=0, exclude=(), where=None, threshold=-2.0)
     scored = [
         (item.id, float(item.vector @ vector))
         for item in items
-        if item.id not in exclude and (condition is None or matches(condition, item.metadata))
+        if item.id not in exclude and (condition is None or matches(condition, item.metadata, item.id))
     ]
     scored = [pair for pair in scored if pair[1] >= threshold]
     return sorted(scored, key=lambda pair: (-pair[1], pair[0]))[offset : offset + k]
@@ -332,7 +332,7 @@ async def test_a_part_of_weight_0_counts_nothing(tmp_path):
         ({"combine": [{"id": "p01", "weight": True}]}, "combine.0.weight: Input should be a valid number, not True"),
         ({"combine": [5]}, "combine.0: Input should be an object, not 5"),
         ({"combine": [{"id": "p01"}] * 17}, "combine: List should have at most 16 items after validation, not 17"),
-        ({"combine": [{"id": "\n"}]}, "combine.0.id '\\n' is not allowed: 1 to 256 printable characters"),
+        ({"combine": [{"id": "\n"}]}, "combine.0.id '\\n' is not allowed: 1 to 256 characters"),
         ({"combine": [{"id": "p01"}, {"vector": [0, 0]}]}, "combine.1.vector: a vector of 2 zeros has no direction"),
         (
             {"combine": [{"id": "p01"}, {"id": "p01", "weight": -1}]},
@@ -724,7 +724,7 @@ def nested(levels: int) -> dict:
         ({"id": "p00", "rerank": "patches", "rerank_depth": 101}, "rerank_depth: "),
         ({"id": "p00", "rerank": "patches", "group_by": "a"}, "cannot be combined"),
         ({"id": ""}, "id: "),
-        ({"id": "a\nb"}, "printable"),
+        ({"id": "a\nb"}, "no control characters"),
         ({"id": 5}, "id: "),
         ({"id": "x" * 257}, "id: "),
         ({"image": 5}, "5 is not an image"),
@@ -856,3 +856,26 @@ async def test_reranking_finds_photos_whose_source_is_elsewhere(tmp_path):
     assert found.status_code == 200, found.text
     assert [hit["id"] for hit in found.json()["data"] if "rerank_score" in hit] != []
     assert all("rerank_score" in hit for hit in found.json()["data"])
+
+
+async def test_reranking_a_collection_of_another_model_is_refused(tmp_path):
+    """The patches would be those of the served model, and the vectors those of another one."""
+    async with running(tmp_path, artifact=fake_artifact(digit="b")) as run:
+        await run.client.put("/v1/collections/shop", json={"originals": True})
+        items = [{"id": f"p{i}", "image": text_of(photo(i))} for i in range(3)]
+        assert (await run.client.post("/v1/collections/shop/items", json={"items": items})).status_code == 200
+        same = await run.client.post("/v1/collections/shop/search", json={"id": "p1", "rerank": "patches"})
+    engine = FakeEngine()
+    async with running(tmp_path, artifact=fake_artifact(digit="c"), engine=engine) as run:
+        plain_search = await run.client.post("/v1/collections/shop/search", json={"id": "p1"})
+        reranked = await run.client.post("/v1/collections/shop/search", json={"id": "p1", "rerank": "patches"})
+    assert (same.status_code, same.json()["fingerprint"]) == (200, "b" * 64)
+    assert (plain_search.status_code, plain_search.json()["fingerprint"]) == (200, "b" * 64)
+    assert (reranked.status_code, reranked.json()["code"], reranked.json()["param"]) == (
+        409,
+        "model_mismatch",
+        "rerank",
+    )
+    assert "b" * 64 in reranked.json()["detail"]
+    assert "c" * 64 in reranked.json()["detail"]
+    assert engine.images == 0

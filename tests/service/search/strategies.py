@@ -4,6 +4,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+_text_operators = st.sampled_from(["contains", "prefix"])
+
 
 def filter_bodies(
     keys: st.SearchStrategy[str], scalars: st.SearchStrategy[Any], bounds: st.SearchStrategy[Any]
@@ -12,11 +14,16 @@ def filter_bodies(
 
     `keys` are the metadata keys, `scalars` the values they are compared with, and `bounds` the limits of ranges.
     """
+    texts = scalars.filter(lambda value: isinstance(value, str) and value)
     ranges = st.dictionaries(st.sampled_from(["gt", "gte", "lt", "lte"]), bounds, min_size=1, max_size=3)
     one = st.one_of(
         st.builds(lambda key, value: {"key": key, "eq": value}, keys, scalars),
         st.builds(lambda key, values: {"key": key, "in": values}, keys, st.lists(scalars, min_size=1, max_size=8)),
         st.builds(lambda key, there: {"key": key, "exists": there}, keys, st.booleans()),
+        st.builds(lambda key, value: {"key": key, "ne": value}, keys, scalars),
+        st.builds(lambda key, op, text: {"key": key, op: text}, keys, _text_operators, texts),
+        st.builds(lambda op, text: {"field": "id", op: text}, st.sampled_from(["eq", "ne", "gte", "lt"]), texts),
+        st.builds(lambda op, text: {"field": "id", op: text}, _text_operators, texts),
         st.builds(lambda key, limits: {"key": key, **limits}, keys, ranges),
     )
     return st.recursive(

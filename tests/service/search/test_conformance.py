@@ -1,6 +1,7 @@
 """Tests of the contract of every vector store (`service/search/store.py`), run on each store."""
 
 import asyncio
+import base64
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from service.errors import (
     StorageFailed,
 )
 from service.search.checks import metadata_text, normalised
-from service.search.filters import Filter, matches, parse_filter
+from service.search.filters import Filter, matches, parse_filter, parse_path
 from service.search.store import (
     MAX_DEPTH,
     MAX_ID_CHARACTERS,
@@ -30,9 +31,11 @@ from service.search.store import (
     MAX_SOURCE_CHARACTERS,
     CollectionInfo,
     CollectionSpec,
+    Facets,
     Hit,
     IndexSpec,
     Item,
+    Order,
     SearchParams,
     VectorStore,
 )
@@ -315,7 +318,7 @@ async def test_upsert_refuses_other_models_and_dimensions(store: VectorStore) ->
 
 
 BAD_NAMES: Final = ["", "A", "-a", "_a", "a" * 65, "a b", "a/b", "a.b", "ü", "a'--", "a\n", "a\x00", "٣", "restoring:1"]
-BAD_IDS: Final = ["", "x" * (MAX_ID_CHARACTERS + 1), "a\nb", "\x00", "\ud800", "a\u200b", "\t"]
+BAD_IDS: Final = ["", "x" * (MAX_ID_CHARACTERS + 1), "a\nb", "\x00", "\ud800", "a\x85", "\t"]
 BAD_VECTORS: Final[list[Any]] = [[], np.zeros(D), [np.nan] * D, [1, np.inf] * (D // 2), np.ones((1, D)), 3.0]
 DEEP: Any = {}
 for _ in range(300):
@@ -433,10 +436,12 @@ IDS: Final = [
     "a", "A", "a ", " a", "0", "null", "a/b", "../x", "a'b", 'a"b', 'a"', "a\\", "a\\b", "%", "_", "a%2Fb", "*", "?",
     "é", "e\u0301", "日本語", "🍎", "ß", "ss", "' OR 1=1 --", '" or id != "', "{}", "[1]", "x" * MAX_ID_CHARACTERS,
     "🍎" * MAX_ID_CHARACTERS, "after:a", "\ufffd", "ﬁ", "$", "${x}", "a;b",
+    "می\u200cخواهم", "क्\u200dष", "Screenshot 3.41.12\u202fPM.png", "a\u00a0b", "写真\u3000一", "rtl\u202e",
+    "two\u2028lines", "\ufffe\U0010ffff\ue000",
 ]  # fmt: skip
 
 
-async def test_any_printable_text_is_an_id(store: VectorStore) -> None:
+async def test_any_text_without_control_characters_is_an_id(store: VectorStore) -> None:
     rows = vectors(len(IDS))
     await store.upsert("c", [Item(i, v, {"id": i}) for i, v in zip(IDS, rows, strict=True)], tag=TAG)
     assert await store.count("c") == len(IDS)
@@ -815,6 +820,7 @@ VALUES: Final[list[Any]] = [
     "e\u0301", "日本", "🍎", "\uffff", "1", "1.0", "0", "true", "null", "{}", '{"a":1}', "[]", "[1]", "a'b", 'a"b',
     "a\\b", "a\\", "\\n", "\n", "2024-01-31", "2024-02-01", "' OR '1'='1", '" or 1 == 1 or "', "x' --", "%", "{{x}}",
     [], [1], ["a"], [True], {}, {"a": 1}, {"b": "a"}, {"b": None}, {"b": {"c": 1}}, {"b": [1]},
+    ["a", 1, True, None], [["a"], {"b": 1}], [0.1, 2**64 - 1], ["[", "{}", "日本語"], [False, 0],
 ]  # fmt: skip
 KEYS: Final = ["a", "b", "a.b", "a.b.c", "日本", "with space", "it-s", "$", "id", "text", "metadata", "B"]
 
@@ -881,6 +887,25 @@ FILTERS: Final[list[dict[str, Any]]] = [
     {"key": "a", "gte": "\uffff"},
     {"key": "a", "gte": "'"},
     {"key": "a", "gte": 0, "lt": "z"},
+    {"key": "a", "ne": "a"},
+    {"key": "a", "ne": 1},
+    {"key": "a", "contains": "a"},
+    {"key": "a", "contains": "日"},
+    {"key": "a", "prefix": "a"},
+    {"key": "a", "prefix": "["},
+    {"key": "a", "prefix": "{"},
+    {"key": "a", "prefix": "2024-01"},
+    {"key": "a\\.b", "exists": True},
+    {"key": "a\\.b", "eq": 1},
+    {"not": {"key": "a", "contains": "a"}},
+    {"field": "id", "eq": "i7"},
+    {"field": "id", "in": ["i7", "i9", "nobody"]},
+    {"field": "id", "prefix": "i1"},
+    {"field": "id", "contains": "7"},
+    {"field": "id", "gte": "i10", "lt": "i12"},
+    {"not": {"field": "id", "prefix": "i1"}},
+    {"not": {"field": "id", "contains": "7"}},
+    {"and": [{"field": "id", "ne": "i7"}, {"key": "a", "exists": True}]},
     {"not": {"key": "a", "eq": 1}},
     {"not": {"key": "a", "eq": True}},
     {"not": {"key": "a", "in": ["a", 2]}},
@@ -904,7 +929,7 @@ async def test_every_kind_of_filter(store: VectorStore, is_slow: bool, is_indexe
     await store.upsert("c", written, tag=TAG)
     for number, body in enumerate(FILTERS[:: 3 if is_slow and is_indexed else 1]):
         where = parse_filter(body)
-        expected = sorted(item.id for item in written if matches(where, item.metadata))
+        expected = sorted(item.id for item in written if matches(where, item.metadata, item.id))
         [hits] = await store.search("c", vectors(1), 1000, tag=TAG, where=where)
         assert sorted(hit.id for hit in hits) == expected, body
         if not is_slow or number % 4 == 0:
@@ -926,6 +951,175 @@ async def test_a_filter_leaves_the_nearest_of_what_passes(store: VectorStore, is
             answers = await store.search("c", queries, k, tag=TAG, where=where)
             for hits, all_hits in zip(answers, reference, strict=True):
                 check_hits(hits, all_hits, k)
+
+
+# ---- values with counts, and lists in order
+
+
+@pytest.mark.parametrize("key", ["a", "b", "a.b", "a.b.c", "日本", "n", "nothing"])
+async def test_facets_count_each_value_once_per_item(store: VectorStore, is_slow: bool, key: str) -> None:
+    if is_slow and key not in ("a", "a.b"):
+        pytest.skip("these two keys have every kind of value")
+    written = corpus(is_slow)
+    await store.upsert("c", written, tag=TAG)
+    plain = DictStore()
+    await plain.upsert("c", written, tag=TAG)
+    path = parse_path(key)
+    for body in (None, {"key": "n", "lt": 30}, {"field": "id", "contains": "1"}, {"key": "a", "eq": "a"}):
+        where = None if body is None else parse_filter(body)
+        for limit in (1, 5, 1000):
+            ours, theirs = [await one.facets("c", path, where=where, limit=limit) for one in (store, plain)]
+            assert [(kind_of(facet.value), facet.value, facet.count) for facet in ours.values] == [
+                (kind_of(facet.value), facet.value, facet.count) for facet in theirs.values
+            ]
+            assert ours.distinct == theirs.distinct
+
+
+def kind_of(value: Any) -> str:
+    return "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
+
+
+async def test_facets_by_hand(store: VectorStore) -> None:
+    tags: list[Any] = ["red", ["red", "red", "blue"], ["blue", 1, 1.0, True], [["red"]], {"red": 1}, None, 1, True, []]
+    new = [Item(f"i{n}", v, {"tags": tag}) for n, (v, tag) in enumerate(zip(vectors(9), tags, strict=True))]
+    await store.upsert("c", new, tag=TAG)
+    facets = await store.facets("c", ("tags",))
+    assert [(facet.value, facet.count) for facet in facets.values] == [(1, 2), ("blue", 2), ("red", 2), (True, 2)]
+    assert [type(facet.value) for facet in facets.values][1:] == [str, str, bool]
+    assert (await store.facets("c", ("tags",), limit=1)).distinct == 4
+    assert await store.facets("c", ("nothing",)) == Facets([], 0)
+
+
+@pytest.mark.parametrize("is_indexed", [False, True])
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("store_name", ["dict", "embedded"], indirect=True)
+async def test_pages_in_the_order_of_a_key(store: VectorStore, is_indexed: bool, descending: bool) -> None:
+    written = corpus(is_small=False)
+    plain = DictStore()
+    for one in (store, plain):
+        await one.create("c", replace(SPEC, indexed=("a", "a.b") if is_indexed else ()))
+        await one.upsert("c", written, tag=TAG)
+    for key in ("a", "a.b", "n", "nothing"):
+        order = Order(parse_path(key), descending)
+        for where in (None, parse_filter({"key": "n", "gte": 10})):
+            reference = (await plain.scroll("c", where=where, order=order, limit=1000)).items
+            for limit in (7, 100, 1000):
+                assert await ids_in_order(store, order, where, limit) == [item.id for item in reference], (key, limit)
+
+
+async def ids_in_order(store: VectorStore, order: Order, where: Filter | None, limit: int) -> list[str]:
+    ids: list[str] = []
+    cursor = None
+    while True:
+        page = await store.scroll("c", where=where, order=order, limit=limit, cursor=cursor)
+        ids += [item.id for item in page.items]
+        cursor = page.cursor
+        if cursor is None:
+            return ids
+
+
+async def test_order_by_hand(store: VectorStore) -> None:
+    values: dict[str, Any] = {"d": 2, "a": "x", "e": 2.0, "b": 10, "none": None, "c": True, "list": [1], "y": "Y"}
+    await store.upsert("c", [Item(name, np.ones(D), {"v": value}) for name, value in values.items()], tag=TAG)
+    await store.upsert("c", [Item("without", np.ones(D))], tag=TAG)
+    if "order" not in store.capabilities:
+        with pytest.raises(InvalidRequest, match="order_by is not supported"):
+            await store.scroll("c", order=Order(("v",)))
+        return
+    assert await ids_in_order(store, Order(("v",)), None, 2) == [
+        "c",
+        "d",
+        "e",
+        "b",
+        "y",
+        "a",
+        "list",
+        "none",
+        "without",
+    ]
+    down = await ids_in_order(store, Order(("v",), descending=True), None, 2)
+    assert down == ["a", "y", "b", "d", "e", "c", "list", "none", "without"]
+
+
+@pytest.mark.parametrize("store_name", ["embedded"], indirect=True)
+async def test_pages_in_order_while_items_come_and_go(store: VectorStore) -> None:
+    """An item that stays is on one page, even if the item at the end of a page is deleted or changes its place."""
+    await store.upsert("c", [Item(f"i{n:03}", np.ones(D), {"v": n // 3}) for n in range(60)], tag=TAG)
+    order = Order(("v",), descending=True)
+    seen: list[str] = []
+    cursor = None
+    for number in range(100):
+        page = await store.scroll("c", order=order, limit=7, cursor=cursor)
+        seen += [item.id for item in page.items]
+        cursor = page.cursor
+        if cursor is None:
+            break
+        await store.delete("c", [page.items[-1].id])
+        await store.patch("c", page.items[0].id, {"v": 1000})
+        await store.upsert("c", [Item(f"new{number}", np.ones(D), {"v": 500})], tag=TAG)
+    assert seen == [f"i{n:03}" for n in sorted(range(60), key=lambda n: (-(n // 3), n))]
+
+
+@pytest.mark.parametrize("store_name", ["embedded"], indirect=True)
+async def test_a_cursor_of_another_order_is_refused(store: VectorStore) -> None:
+    await store.upsert("c", items(5), tag=TAG)
+    order = Order(("n",))
+    ordered = (await store.scroll("c", order=order, limit=2)).cursor
+    plain_cursor = (await store.scroll("c", limit=2)).cursor
+    assert ordered is not None
+    made_up = [
+        "o" + base64.urlsafe_b64encode(json.dumps(content, separators=(",", ":")).encode()).decode()
+        for content in (["n"], [["n"], False, [1], "i1"], [["n"], False, 1, 7], [["n"], False, 2**64, "i1"], {})
+    ]
+    for bad in (plain_cursor, "", "o", "o!", ordered[:-2], ordered + "A", *made_up):
+        with pytest.raises(InvalidRequest, match="cursor"):
+            await store.scroll("c", order=order, cursor=bad)
+    for other in (Order(("even",)), Order(("n",), descending=True), None):
+        with pytest.raises(InvalidRequest, match="cursor"):
+            await store.scroll("c", order=other, cursor=ordered)
+
+
+async def test_indexed_keys_can_be_changed(store: VectorStore) -> None:
+    spec = replace(SPEC, indexed=("n", "even"))
+    await store.create("c", spec)
+    await store.upsert("c", items(5), tag=TAG)
+    if "indexed" not in store.capabilities:
+        with pytest.raises(InvalidRequest, match="indexed cannot be changed"):
+            await store.set_indexed("c", ["n"])
+        return
+    await store.set_alias("live", "c")
+    for indexed in (("n", "x\\.y", "brand"), (), ("brand",)):
+        info = await store.set_indexed("live", indexed)
+        assert info == CollectionInfo("c", replace(spec, indexed=indexed), 5)
+        assert await store.info("c") == info
+        assert await store.count("c", parse_filter({"key": "n", "gte": 3})) == 2
+    for wrong in (["a..b"], [f"k{n}" for n in range(17)]):
+        with pytest.raises(InvalidRequest, match="indexed"):
+            await store.set_indexed("c", wrong)
+    with pytest.raises(CollectionNotFound):
+        await store.set_indexed("nothing", [])
+    assert (await store.info("c")).spec.indexed == ("brand",)
+
+
+async def test_patch_changes_the_source(store: VectorStore) -> None:
+    await store.upsert("c", [Item("a", np.ones(D), {"n": 1}, "s3://old", "0" * 64)], tag=TAG)
+    kept = await store.patch("c", "a", {"n": 2})
+    changed = await store.patch("c", "a", {}, source="s3://new", keep_source=False)
+    [hits] = await store.search("c", np.ones((1, D)), 1, tag=TAG)
+    removed = await store.patch("c", "a", {"n": 3}, keep_source=False)
+    for bad in ("", "a\nb", "x" * (MAX_SOURCE_CHARACTERS + 1)):
+        with pytest.raises(InvalidRequest, match="source"):
+            await store.patch("c", "a", {"n": 4}, source=bad, keep_source=False)
+    [found] = await store.get("c", ["a"])
+    assert found is not None
+    assert [item.source for item in (kept, changed, hits[0], removed, found)] == [
+        "s3://old",
+        *["s3://new"] * 2,
+        None,
+        None,
+    ]
+    assert [item.metadata for item in (kept, changed, removed)] == [{"n": 2}, {"n": 2}, {"n": 3}]
+    assert (found.digest, found.metadata) == ("0" * 64, {"n": 3})
 
 
 # ---- what was written is seen
@@ -1121,7 +1315,7 @@ async def check_filter(
     varied = [Item(f"varied{n}", np.ones(D), metadata) for n, metadata in enumerate(changed)]
     await store.upsert("c", varied, tag=TAG)
     where = parse_filter(body)
-    expected = sorted(item.id for item in [*written, *varied] if matches(where, item.metadata))
+    expected = sorted(item.id for item in [*written, *varied] if matches(where, item.metadata, item.id))
     assert sorted(await all_ids(store, where=where)) == expected
     assert await store.count("c", where) == len(expected)
     [hits] = await store.search("c", np.ones((1, D)), 1000, tag=TAG, where=where)

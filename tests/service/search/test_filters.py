@@ -24,6 +24,7 @@ from service.search.filters import (
     In,
     Not,
     Or,
+    Text,
     matches,
     parse_filter,
     parse_path,
@@ -53,6 +54,14 @@ from tests.service.search.strategies import filter_bodies
         ({"key": "日 本-x_$[0]", "eq": ""}, In(("日 本-x_$[0]",), ("",))),
         ({"key": "a", "eq": 2**63 - 1}, In(("a",), (2**63 - 1,))),
         ({"key": "a", "eq": "\n\x01🍎"}, In(("a",), ("\n\x01🍎",))),
+        ({"key": "a\\.b.c", "eq": 1}, In(("a.b", "c"), (1,))),
+        ({"key": "\\..\\.", "eq": 1}, In((".", "."), (1,))),
+        ({"key": "a\u202fb\u200d", "eq": 1}, In(("a\u202fb\u200d",), (1,))),
+        ({"key": "a", "ne": 1}, And((Exists(("a",)), Not(In(("a",), (1,)))))),
+        ({"key": "a", "contains": "x"}, Text(("a",), "contains", "x")),
+        ({"key": "a", "prefix": "x"}, Text(("a",), "prefix", "x")),
+        ({"field": "id", "ne": "x"}, Not(In((), ("x",)))),
+        ({"field": "id", "gt": "x"}, Between((), (("gt", "x"),))),
     ],
 )
 def test_what_is_read(body: dict[str, Any], expected: Filter) -> None:
@@ -92,7 +101,10 @@ for _ in range(100_000):
         ("brand = 'x'", ["a condition must be an object", "brand = 'x'"]),
         (7, ["a condition must be an object", "7"]),
         ({}, ["{} is not a condition", "and, or, not"]),
-        ({"brand": "Arla"}, ["{'brand': 'Arla'} is not a condition", "eq, in, exists, gt, gte, lt, lte"]),
+        (
+            {"brand": "Arla"},
+            ["{'brand': 'Arla'} is not a condition", "eq, ne, in, contains, prefix, exists, gt, gte, lt, lte"],
+        ),
         ({"and": [{"key": "a", "eq": 1}], "or": []}, ["is not a condition"]),
         ({"key": "a"}, ["{'key': 'a'} is not an operator"]),
         ({"key": "a", "like": "x%"}, ["'like' is not an operator"]),
@@ -128,10 +140,23 @@ for _ in range(100_000):
         ({"key": "a..b", "eq": 1}, ["key 'a..b' is not allowed", "double dots"]),
         ({"key": ".a", "eq": 1}, ["key '.a' is not allowed"]),
         ({"key": "a.", "eq": 1}, ["key 'a.' is not allowed"]),
-        ({"key": "a'b", "eq": 1}, ["is not allowed", "without quotes"]),
+        ({"key": "a'b", "eq": 1}, ["is not allowed", "quotes"]),
         ({"key": 'a"b', "eq": 1}, ["""key 'a"b' is not allowed"""]),
         ({"key": "a\\b", "eq": 1}, ["is not allowed", "backslashes"]),
-        ({"key": "a\nb", "eq": 1}, ["key 'a\\nb' is not allowed", "printable"]),
+        ({"key": "a\\\\.b", "eq": 1}, ["is not allowed", "a backslash before a dot"]),
+        ({"key": "a.\\", "eq": 1}, ["is not allowed", "a backslash before a dot"]),
+        ({"key": "a\nb", "eq": 1}, ["key 'a\\nb' is not allowed", "no control characters"]),
+        ({"key": "a", "field": "id", "eq": "x"}, ["'key' is not an operator"]),
+        ({"field": "source", "eq": "x"}, ["field must be 'id', not 'source'", "use key"]),
+        ({"field": "id"}, ["is not an operator"]),
+        ({"field": "id", "eq": 7}, ["an id is compared with strings, not with 7"]),
+        ({"field": "id", "in": ["x", True]}, ["an id is compared with strings, not with True"]),
+        ({"field": "id", "exists": True}, ["every item has an id"]),
+        ({"key": "a", "contains": ""}, ["contains takes a string that is not empty, not ''"]),
+        ({"key": "a", "contains": 5}, ["contains takes a string that is not empty, not 5"]),
+        ({"key": "a", "prefix": ["x"]}, ["a value must be a string", "['x']"]),
+        ({"key": "a", "prefix": "x", "contains": "y"}, ["prefix and contains in one condition"]),
+        ({"key": "a", "ne": None}, ["a value must be", "None"]),
         ({"key": "a\x00", "eq": 1}, ["key 'a\\x00' is not allowed"]),
         ({"key": "\ud800", "eq": 1}, ["key '\\ud800' is not allowed"]),
         (deep(MAX_DEPTH + 1), [f"nested more than {MAX_DEPTH} levels deep"]),
@@ -169,6 +194,7 @@ def test_limits_are_inclusive() -> None:
 
 # ---- meaning
 
+ID: Final = "shelf-3/a.jpg"
 META: Final = {
     "s": "b",
     "n": 5,
@@ -186,6 +212,14 @@ META: Final = {
     "large": 2**53 + 1,
     "huge": 2**63,
     "text": "5",
+    "tags": ["red", "Dark blue", 7, True, None, ["nested"], {"in": "object"}],
+    "ones": [1, 0.0],
+    "yes": [True],
+    "none": [],
+    "brackets": ["[", "{}"],
+    "braced": "{x",
+    "end": "a\U0010ffffz",
+    "o.p.q": "dots",
 }
 
 
@@ -210,8 +244,71 @@ META: Final = {
         ({"key": "zero", "eq": False}, False),
         ({"key": "zero", "eq": -0.0}, True),
         ({"key": "missing", "eq": False}, False),
-        ({"key": "list", "eq": "b"}, False),
-        ({"key": "list", "in": ["b", 1]}, False),
+        ({"key": "list", "eq": "b"}, True),
+        ({"key": "list", "eq": '["b",1]'}, False),
+        ({"key": "list", "in": ["b", 2]}, True),
+        ({"key": "list", "in": ["c", 2]}, False),
+        ({"key": "list", "ne": "b"}, False),
+        ({"key": "list", "ne": "c"}, True),
+        ({"key": "tags", "eq": "red"}, True),
+        ({"key": "tags", "eq": "Red"}, False),
+        ({"key": "tags", "eq": 7}, True),
+        ({"key": "tags", "eq": 1}, False),
+        ({"key": "tags", "eq": True}, True),
+        ({"key": "tags", "eq": False}, False),
+        ({"key": "tags", "eq": "nested"}, False),
+        ({"key": "tags", "eq": '["nested"]'}, False),
+        ({"key": "tags", "eq": "object"}, False),
+        ({"key": "tags.in", "eq": "object"}, False),
+        ({"key": "ones", "eq": True}, False),
+        ({"key": "ones", "in": [False, 0]}, True),
+        ({"key": "ones", "lte": 0}, True),
+        ({"key": "yes", "eq": 1}, False),
+        ({"key": "yes", "gte": 1}, False),
+        ({"key": "none", "eq": ""}, False),
+        ({"key": "none", "ne": ""}, True),
+        ({"key": "none", "exists": True}, True),
+        ({"key": "brackets", "eq": "["}, True),
+        ({"key": "brackets", "contains": "}"}, True),
+        ({"key": "tags", "gte": 7, "lt": 8}, True),
+        ({"key": "ones", "gt": 0, "lt": 1}, False),  # one element must be within all bounds
+        ({"key": "tags", "gte": "re", "lt": "rf"}, True),
+        ({"key": "tags", "gt": "red"}, False),
+        ({"key": "s", "ne": "b"}, False),
+        ({"key": "s", "ne": "c"}, True),
+        ({"key": "n", "ne": "5"}, True),
+        ({"key": "t", "ne": 1}, True),
+        ({"key": "o", "ne": "b"}, True),
+        ({"key": "missing", "ne": "b"}, False),
+        ({"key": "null", "ne": "b"}, False),
+        ({"key": "größe", "contains": "本"}, True),
+        ({"key": "s", "contains": "B"}, False),
+        ({"key": "tags", "contains": "blue"}, True),
+        ({"key": "tags", "contains": "nested"}, False),
+        ({"key": "o", "contains": "q"}, False),
+        ({"key": "n", "contains": "5"}, False),
+        ({"key": "text", "contains": "5"}, True),
+        ({"key": "missing", "contains": "5"}, False),
+        ({"key": "list", "prefix": "b"}, True),
+        ({"key": "list", "prefix": "["}, False),
+        ({"key": "o", "prefix": "{"}, False),
+        ({"key": "braced", "prefix": "{"}, True),
+        ({"key": "tags", "prefix": "Dark"}, True),
+        ({"key": "tags", "prefix": "blue"}, False),
+        ({"key": "n", "prefix": "5"}, False),
+        ({"key": "t", "prefix": "1"}, False),
+        ({"key": "end", "prefix": "a\U0010ffff"}, True),
+        ({"key": "end", "prefix": "\U0010ffff"}, False),
+        ({"field": "id", "eq": ID}, True),
+        ({"field": "id", "ne": ID}, False),
+        ({"field": "id", "ne": "x"}, True),
+        ({"field": "id", "in": ["x", ID]}, True),
+        ({"field": "id", "in": ["x", "[1]"]}, False),
+        ({"field": "id", "prefix": "shelf-3/"}, True),
+        ({"field": "id", "prefix": "shelf-4/"}, False),
+        ({"field": "id", "contains": "/a."}, True),
+        ({"field": "id", "gte": "shelf-3", "lt": "shelf-4"}, True),
+        ({"key": "id", "exists": True}, False),
         ({"key": "o", "eq": "b"}, False),
         ({"key": "s", "in": ["a", "b"]}, True),
         ({"key": "s", "in": ["a", "c"]}, False),
@@ -219,7 +316,10 @@ META: Final = {
         ({"key": "t", "in": [1, True]}, True),
         ({"key": "o.p.q", "eq": 1}, True),
         ({"key": "o.s", "eq": "b"}, True),
-        ({"key": "o.p", "eq": "a dot"}, False),  # a dot goes into an object, never means itself
+        ({"key": "o.p", "eq": "a dot"}, False),  # a dot goes into an object
+        ({"key": "o\\.p", "eq": "a dot"}, True),  # an escaped dot is part of the key
+        ({"key": "o\\.p\\.q", "eq": "dots"}, True),
+        ({"key": "o\\.p.q", "exists": True}, False),
         ({"key": "s.b", "exists": True}, False),
         ({"key": "list.0", "exists": True}, False),
         ({"key": "größe", "eq": "日本"}, True),
@@ -245,7 +345,7 @@ META: Final = {
         ({"key": "no", "lt": 1}, False),
         ({"key": "missing", "lt": 1}, False),
         ({"key": "null", "lte": ""}, False),
-        ({"key": "list", "gte": ""}, False),
+        ({"key": "list", "gte": ""}, True),
         ({"key": "s", "gt": "a"}, True),
         ({"key": "s", "gt": "b"}, False),
         ({"key": "s", "gt": "Z"}, True),
@@ -270,8 +370,8 @@ META: Final = {
 )
 def test_what_passes(body: dict[str, Any], expected: bool) -> None:
     where = parse_filter(body)
-    assert matches(where, META) is expected
-    assert matches(Not(where), META) is not expected
+    assert matches(where, META, ID) is expected
+    assert matches(Not(where), META, ID) is not expected
     with sqlite3.connect(":memory:") as db:
         assert in_sql(db, where, META) is expected
         assert in_sql(db, Not(where), META) is not expected
@@ -287,8 +387,8 @@ def in_sql(db: sqlite3.Connection, where: Filter, metadata: dict[str, Any]) -> b
     """
     condition, parameters = to_sql(where)
     text = json.dumps(metadata, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    query = f"SELECT count(*) FROM (SELECT ? AS metadata) WHERE {condition}"
-    return bool(db.execute(query, [text, *parameters]).fetchone()[0])
+    query = f"SELECT count(*) FROM (SELECT ? AS metadata, ? AS id) WHERE {condition}"
+    return bool(db.execute(query, [text, ID, *parameters]).fetchone()[0])
 
 
 KEYS: Final = ["a", "b", "a.b", "a.b.c", "日本", "with space", "$", "a[0]", "#-1", "%s", "?1", ":a", "-- x", "/*"]
@@ -340,12 +440,12 @@ def test_sql_agrees_with_matches(body: dict[str, Any], metadata: dict[str, Any])
     """The test uses the drawn metadata, and metadata that holds each of the filter's own values."""
     where = parse_filter(body)
     with sqlite3.connect(":memory:") as db:
-        assert in_sql(db, where, metadata) is matches(where, metadata)
+        assert in_sql(db, where, metadata) is matches(where, metadata, ID)
         for value in _values_of(body):
             if isinstance(value, int) and not -(2**63) <= value < 2**64:
                 continue  # no store takes it
-            for near in ({"a": value}, {"a": {"b": value}}, {"a": str(value)}, {"a": [value]}):
-                assert in_sql(db, where, near) is matches(where, near), near
+            for near in ({"a": value}, {"a": {"b": value}}, {"a": str(value)}, {"a": [value]}, {"a": [[value], value]}):
+                assert in_sql(db, where, near) is matches(where, near, ID), near
     db.close()
 
 
@@ -380,15 +480,15 @@ def test_the_largest_filters_are_not_too_large_for_sqlite(body: dict[str, Any]) 
     where = parse_filter(body)
     with sqlite3.connect(":memory:") as db:
         for metadata in ({"a": 77_777}, {"a": "[77777"}, {"a": True}, {"a": 5}, {}):
-            assert in_sql(db, where, metadata) is matches(where, metadata)
+            assert in_sql(db, where, metadata) is matches(where, metadata, ID)
     db.close()
 
 
 def test_values_are_parameters_and_keys_are_quoted() -> None:
     condition, parameters = to_sql(parse_filter({"key": "x) OR (1", "in": ["' OR 1=1 --", "[']"]}))
     assert "1=1" not in condition
-    assert parameters == ["' OR 1=1 --", "[']"]
-    assert condition.count("?") == 2
+    assert parameters == ["' OR 1=1 --", "[']"] * 2
+    assert condition.count("?") == 4  # for the value itself, and for the elements of a list
     assert extract(("x) OR (1", "b")) == """json_extract(metadata, '$."x) OR (1"."b"')"""
 
 
@@ -405,8 +505,10 @@ def test_a_declared_index_answers() -> None:
             {"key": "shelf.brand", "in": ["x", "y", 3]},
             {"key": "shelf.brand", "in": ["x", 0, False]},
             {"key": "shelf.brand", "gte": 3, "lt": 5},
+            {"key": "shelf.brand", "prefix": "x"},
         ):
             condition, parameters = to_sql(parse_filter(body))
             plan = db.execute(f"EXPLAIN QUERY PLAN SELECT number FROM items WHERE {condition}", parameters).fetchall()
             assert any("USING INDEX brand" in row[3] for row in plan), body
+            assert not any(row[3].startswith("SCAN items") for row in plan), body
     db.close()
