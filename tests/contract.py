@@ -26,7 +26,8 @@ class Contract:
         closed = copy.deepcopy(document)
         _close(closed["components"]["schemas"])
         self._registry = Registry().with_resource(_URI, Resource(closed, DRAFT202012))
-        self._patterns = [(_pattern(path), path) for path in document["paths"]]
+        paths = sorted(document["paths"], key=lambda path: -len(re.sub(r"\{\w+\}", "", path)))  # most specific first
+        self._patterns = [(_pattern(path), path) for path in paths]
 
     def operation(self, method: str, path: str) -> tuple[str, dict[str, Any]] | None:
         """Return the documented path and the operation that a request calls, or None if there is none."""
