@@ -53,7 +53,7 @@ class Embedding(TypedDict):
 
 
 class EmbeddingsAnswer(Identity):
-    """The answer of `POST /v1/embeddings`."""
+    """The answer to `POST /v1/embeddings`."""
 
     object: ListObject
     data: list[Embedding]
@@ -93,7 +93,7 @@ class ModelAnswer(TypedDict):
 
 
 class ModelsAnswer(TypedDict):
-    """The answer of `GET /v1/models`."""
+    """The answer to `GET /v1/models`."""
 
     object: ListObject
     data: list[ModelAnswer]
@@ -107,7 +107,7 @@ class RunLengths(TypedDict):
 
 
 class SegmentAnswer(Identity):
-    """The answer of `POST /v1/segment` as JSON."""
+    """The answer to `POST /v1/segment` as JSON."""
 
     segmentation: NotRequired[RunLengths]
     png: NotRequired[Annotated[str, Field(description="the mask as PNG, in base64")]]
@@ -151,7 +151,7 @@ class CollectionAnswer(Collection, Identity):
 
 
 class CollectionsAnswer(Identity):
-    """The answer of `GET /v1/collections`."""
+    """The answer to `GET /v1/collections`."""
 
     object: ListObject
     data: list[Collection]
@@ -165,7 +165,7 @@ class DroppedCollection(Identity):
 
 
 class StatsAnswer(Identity):
-    """The answer of `GET /v1/collections/{name}/stats`."""
+    """The answer to `GET /v1/collections/{name}/stats`."""
 
     collection: str
     stats: Annotated[dict[str, Any], Field(description="statistics about the index; they depend on the store")]
@@ -186,7 +186,7 @@ class SnapshotAnswer(Snapshot, Identity):
 
 
 class SnapshotsAnswer(Identity):
-    """The answer of `GET /v1/collections/{name}/snapshots`."""
+    """The answer to `GET /v1/collections/{name}/snapshots`."""
 
     object: ListObject
     data: list[Snapshot]
@@ -208,14 +208,14 @@ class Alias(TypedDict):
 
 
 class AliasesAnswer(Identity):
-    """The answer of `GET /v1/aliases`."""
+    """The answer to `GET /v1/aliases`."""
 
     object: ListObject
     data: list[Alias]
 
 
 class MovedAlias(Alias, Identity):
-    """The answer of `PUT /v1/aliases/{alias}`."""
+    """The answer to `PUT /v1/aliases/{alias}`."""
 
     before: Annotated[str | None, Field(description="collection that the alias pointed to before; null: none")]
 
@@ -261,7 +261,7 @@ class WrittenItem(TypedDict):
 
 
 class AddedItems(Identity):
-    """The answer of `POST /v1/collections/{name}/items`."""
+    """The answer to `POST /v1/collections/{name}/items`."""
 
     collection: str
     count: int
@@ -281,7 +281,7 @@ class ItemsAnswer(Identity):
 
 
 class CountAnswer(Identity):
-    """The answer of `POST /v1/collections/{name}/items/count`."""
+    """The answer to `POST /v1/collections/{name}/items/count`."""
 
     collection: str
     count: int
@@ -296,7 +296,7 @@ class DeletedItem(Identity):
 
 
 class DeletedItems(Identity):
-    """The answer of `POST /v1/collections/{name}/items/delete`."""
+    """The answer to `POST /v1/collections/{name}/items/delete`."""
 
     collection: str
     deleted: int
@@ -351,7 +351,7 @@ class BatchAnswer(TypedDict):
 
 
 class SearchAnswer(QueryAnswer, Identity):
-    """The answer of `POST /v1/collections/{name}/search`. For a list of queries, it has `results` and, with
+    """The answer to `POST /v1/collections/{name}/search`. For a list of queries, it has `results` and, with
     `on_error=partial`, the `errors` of the queries that failed."""
 
     object: ListObject
@@ -376,7 +376,7 @@ class DuplicateGroup(TypedDict):
 
 
 class DuplicatesAnswer(Identity):
-    """The answer of `POST /v1/collections/{name}/duplicates`."""
+    """The answer to `POST /v1/collections/{name}/duplicates`."""
 
     object: ListObject
     collection: str
@@ -392,7 +392,7 @@ class DuplicatesAnswer(Identity):
 
 
 class LivezAnswer(TypedDict):
-    """The answer of `GET /livez`."""
+    """The answer to `GET /livez`."""
 
     status: Literal["alive", "dead"]
     reason: NotRequired[str]
@@ -406,7 +406,7 @@ class CacheStatus(TypedDict):
 
 
 class ReadyzAnswer(Identity):
-    """The answer of `GET /readyz`."""
+    """The answer to `GET /readyz`."""
 
     status: Literal["ready", "degraded", "unready"]
     reasons: NotRequired[dict[str, str]]
