@@ -60,7 +60,7 @@ class Embedding(TypedDict):
 
 
 class EmbeddingsAnswer(Identity):
-    """The answer of `POST /v1/embeddings`."""
+    """The answer to `POST /v1/embeddings`."""
 
     object: ListObject
     data: list[Embedding]
@@ -100,7 +100,7 @@ class ModelAnswer(TypedDict):
 
 
 class ModelsAnswer(TypedDict):
-    """The answer of `GET /v1/models`."""
+    """The answer to `GET /v1/models`."""
 
     object: ListObject
     data: list[ModelAnswer]
@@ -114,7 +114,7 @@ class RunLengths(TypedDict):
 
 
 class SegmentAnswer(Identity):
-    """The answer of `POST /v1/segment` as JSON."""
+    """The answer to `POST /v1/segment` as JSON."""
 
     segmentation: NotRequired[RunLengths]
     png: NotRequired[Annotated[str, Field(description="the mask as PNG, in base64")]]
@@ -158,7 +158,7 @@ class CollectionAnswer(Collection, Identity):
 
 
 class CollectionsAnswer(Identity):
-    """The answer of `GET /v1/collections`."""
+    """The answer to `GET /v1/collections`."""
 
     object: ListObject
     data: list[Collection]
@@ -172,7 +172,7 @@ class DroppedCollection(Identity):
 
 
 class StatsAnswer(Identity):
-    """The answer of `GET /v1/collections/{name}/stats`."""
+    """The answer to `GET /v1/collections/{name}/stats`."""
 
     collection: str
     stats: Annotated[dict[str, Any], Field(description="statistics about the index; they depend on the store")]
@@ -194,7 +194,7 @@ class SnapshotAnswer(Snapshot, SnapshotIdentity):
 
 
 class SnapshotsAnswer(SnapshotIdentity):
-    """The answer of `GET /v1/collections/{name}/snapshots`."""
+    """The answer to `GET /v1/collections/{name}/snapshots`."""
 
     object: ListObject
     data: list[Snapshot]
@@ -216,14 +216,14 @@ class Alias(TypedDict):
 
 
 class AliasesAnswer(Identity):
-    """The answer of `GET /v1/aliases`."""
+    """The answer to `GET /v1/aliases`."""
 
     object: ListObject
     data: list[Alias]
 
 
 class MovedAlias(Alias, Identity):
-    """The answer of `PUT /v1/aliases/{alias}`."""
+    """The answer to `PUT /v1/aliases/{alias}`."""
 
     before: Annotated[str | None, Field(description="collection that the alias pointed to before; null: none")]
 
@@ -269,7 +269,7 @@ class WrittenItem(TypedDict):
 
 
 class AddedItems(Identity):
-    """The answer of `POST /v1/collections/{name}/items`."""
+    """The answer to `POST /v1/collections/{name}/items`."""
 
     collection: str
     count: int
@@ -279,7 +279,7 @@ class AddedItems(Identity):
 
 
 class PutItem(Identity):
-    """The answer of `PUT /v1/collections/{name}/items/{id}`."""
+    """The answer to `PUT /v1/collections/{name}/items/{id}`."""
 
     collection: str
     id: str
@@ -296,7 +296,7 @@ class FacetValue(TypedDict):
 
 
 class FacetsAnswer(Identity):
-    """The answer of `POST /v1/collections/{name}/items/facets`."""
+    """The answer to `POST /v1/collections/{name}/items/facets`."""
 
     object: ListObject
     collection: str
@@ -317,7 +317,7 @@ class ItemsAnswer(Identity):
 
 
 class CountAnswer(Identity):
-    """The answer of `POST /v1/collections/{name}/items/count`."""
+    """The answer to `POST /v1/collections/{name}/items/count`."""
 
     collection: str
     count: int
@@ -332,7 +332,7 @@ class DeletedItem(Identity):
 
 
 class DeletedItems(Identity):
-    """The answer of `POST /v1/collections/{name}/items/delete`."""
+    """The answer to `POST /v1/collections/{name}/items/delete`."""
 
     collection: str
     deleted: int
@@ -387,7 +387,7 @@ class BatchAnswer(TypedDict):
 
 
 class SearchAnswer(QueryAnswer, Identity):
-    """The answer of `POST /v1/collections/{name}/search`. For a list of queries, it has `results` and, with
+    """The answer to `POST /v1/collections/{name}/search`. For a list of queries, it has `results` and, with
     `on_error=partial`, the `errors` of the queries that failed."""
 
     object: ListObject
@@ -412,7 +412,7 @@ class DuplicateGroup(TypedDict):
 
 
 class DuplicatesAnswer(Identity):
-    """The answer of `POST /v1/collections/{name}/duplicates`."""
+    """The answer to `POST /v1/collections/{name}/duplicates`."""
 
     object: ListObject
     collection: str
@@ -428,7 +428,7 @@ class DuplicatesAnswer(Identity):
 
 
 class LivezAnswer(TypedDict):
-    """The answer of `GET /livez`."""
+    """The answer to `GET /livez`."""
 
     status: Literal["alive", "dead"]
     reason: NotRequired[str]
@@ -442,7 +442,7 @@ class CacheStatus(TypedDict):
 
 
 class ReadyzAnswer(Identity):
-    """The answer of `GET /readyz`."""
+    """The answer to `GET /readyz`."""
 
     status: Literal["ready", "degraded", "unready"]
     reasons: NotRequired[dict[str, str]]

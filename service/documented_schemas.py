@@ -43,15 +43,19 @@ class ImageUrl(Schema):
 
 
 class ImageObject(Schema):
-    """An image as an object, in the forms that clients of other services send. It has exactly one of these fields."""
+    """An image as an object, in the forms that clients of other services send. Apart from `type`, it has exactly one of
+    these fields."""
 
     model_config = ConfigDict(extra="allow")
 
     type: str | None = Field(None, description="ignored")
     image: str | None = Field(None, description="data URL or base64")
-    image_url: str | ImageUrl | None = Field(None, description="data URL")
+    image_url: str | ImageUrl | None = Field(None, description="data URL; a link is an error")
     image_base64: str | None = Field(None, description="data URL or base64")
     base64: str | None = Field(None, description="data URL or base64")
+    data: str | None = Field(None, description="data URL or base64")
+    bytes: str | None = Field(None, description="data URL or base64")
+    url: str | None = Field(None, description="data URL; a link is an error")
     source: dict[str, Any] | None = Field(None, description="object with the base64 text in `data`")
     content: list[dict[str, Any]] | None = Field(None, description="list of one such object")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from service.data_urls import image_from_text
+from service.data_urls import IMAGE_FIELDS, image_from_text
 from service.documented_schemas import ImageObject
 from service.errors import BrokenImage, InvalidRequest
 from service.options import parse_options
@@ -283,6 +283,7 @@ async def test_the_time_of_an_export_in_other_forms(tmp_path, written, seconds):
         assert (await run.client.get("/v1/models")).json()["data"][0]["created"] == seconds
 
 
-def test_the_schemas_that_are_only_documented_accept_what_is_parsed():
+def test_the_documented_image_object_has_all_fields():
+    assert {"type", "content", *IMAGE_FIELDS} == set(ImageObject.model_fields)
     for form in FORMS.values():
         ImageObject.model_validate(form)
