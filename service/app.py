@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
@@ -34,6 +35,7 @@ from service.routes import (
     health,
     items,
     models,
+    openapi,
     search,
     segment,
 )
@@ -103,6 +105,13 @@ class App(FastAPI):
     """A FastAPI application that has only two layers of middleware: `Border` (service/middleware.py) and Starlette's
     ExceptionMiddleware. Each further layer would add measurable latency to a search. FastAPI's other layers are not
     needed, because `Border` handles unexpected errors and no route has dependencies that need an exit stack."""
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the OpenAPI document, which /openapi.json serves."""
+        if self.openapi_schema is None:
+            about = {"title": self.title, "version": self.version, "description": self.description}
+            self.openapi_schema = openapi.document(self.routes, **about)
+        return self.openapi_schema
 
     def build_middleware_stack(self) -> ASGIApp:
         border: ASGIApp = self.state.border(ExceptionMiddleware(self.router, handlers=dict(self.exception_handlers)))

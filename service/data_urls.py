@@ -1,43 +1,100 @@
-"""Decode images that are sent in JSON as data URLs or as plain base64.
+"""Decode images that are sent in JSON: as data URLs, as plain base64, or in the objects that clients of other services
+send.
 
-A text that is a link or is not valid base64 causes an error only for its own image. With `on_error=partial`, the other
-images are still processed.
+A text that is a link, a sentence or not valid base64 causes an error only for its own image. With `on_error=partial`,
+the other images are still processed.
 """
 
 import binascii
 import re
-from typing import Any
+import reprlib
+from contextlib import suppress
+from typing import Any, Final
 
+from model.decode import sniff
 from service.errors import BrokenImage, ImageTooLarge, InvalidRequest
 from service.off_loop import off_loop
-from service.outcomes import Outcome, attempt
+from service.outcomes import Outcome, attempt, successes
 from service.settings import Settings
 
 _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(;[^,]*)?,", re.ASCII | re.IGNORECASE)
+_LINK = re.compile(r"[a-z][a-z0-9+.-]{1,15}://", re.ASCII | re.IGNORECASE)
+_BASE64 = re.compile(r"[A-Za-z0-9+/_=\s-]*", re.ASCII)
+_SPACE = re.compile(r"\S[ \t]+\S")  # base64 contains line breaks, but no spaces within a line
+_WORD = re.compile(r"[A-Z]?[a-z_-]{2,62}", re.ASCII)  # base64 of an image mixes upper and lower case
+_SHORTEST: Final = 64
+"""A text with fewer characters may be a word. The smallest PNG has 67 bytes, which are 92 characters as base64."""
+IMAGE_FIELDS: Final = ("image", "image_url", "image_base64", "source", "base64", "data", "bytes", "url")
+"""The fields that contain the image in an object. OpenAI, LiteLLM and vLLM use `image_url`; Jina `image`, `bytes` and
+`url`; Voyage and Cohere `image_base64` and `image_url` in `content`; and LangChain `source`, `data` and `base64`."""
+_MAX_NESTED: Final = 4
+_FORMS: Final = (
+    'send a data URL (data:image/jpeg;base64,...), plain base64, or an object such as {"type": "image_url", '
+    '"image_url": {"url": "data:image/jpeg;base64,..."}}'
+)
 
 
 async def decode_texts(texts: list[Any], settings: Settings) -> list[Outcome[bytes]]:
-    """Decode data URLs or base64 texts. Return one outcome for each text, in order: the decoded bytes or an error."""
+    """Decode images from a JSON body. Return one outcome for each image, in order: the decoded bytes or an error."""
+    found = [attempt(i, image_text, text) for i, text in enumerate(texts)]
 
     def work() -> list[Outcome[bytes]]:
-        return [attempt(i, image_from_text, text, settings.max_image_bytes) for i, text in enumerate(texts)]
+        return [text.then(_decoded, settings.max_image_bytes) for text in found]
 
-    return await off_loop(sum(len(text) for text in texts if isinstance(text, str)), work)
+    return await off_loop(sum(map(len, successes(found))), work)
 
 
-def image_from_text(text: Any, max_bytes: int) -> bytes:
-    """Decode one data URL or plain base64 text and return the bytes. Line breaks, the URL-safe characters `-` and `_`,
-    and missing padding are accepted.
+def image_from_text(value: Any, max_bytes: int) -> bytes:
+    """Decode one image from a JSON body and return the bytes. `value` is a data URL, plain base64 or an object that
+    contains one of them. Line breaks, the URL-safe characters `-` and `_`, and missing padding are accepted.
 
     Raises:
-        InvalidRequest: `text` is not a string, is a link, or is a data URL without base64.
+        InvalidRequest: `value` contains no image, or it is a link, or a data URL without base64.
         ImageTooLarge: the image has more than `max_bytes` bytes.
         BrokenImage: the text is not valid base64.
     """
-    if not isinstance(text, str):
-        raise InvalidRequest(f"an image must be a string (data URL or base64), not {type(text).__name__}")
-    if text[:8].lower().startswith(("http://", "https://")):
-        raise InvalidRequest("the service does not fetch links: send the image as a data URL or base64")
+    return _decoded(image_text(value), max_bytes)
+
+
+def image_text(value: Any, nested: int = 0) -> str:
+    """Return the text that contains an image: `value` itself, or a field of the object `value`.
+
+    Raises:
+        InvalidRequest: there is no such text, or there are several.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        if nested == _MAX_NESTED:
+            raise InvalidRequest(f"an image is nested more than {_MAX_NESTED} levels deep in objects: {_FORMS}")
+        return _text_in(value, nested)
+    if isinstance(value, int | list) and not isinstance(value, bool):
+        raise InvalidRequest(
+            f"{_quoted(value)} is not an image. Numbers may be the token ids of a text, but this service embeds "
+            f"images, not text: {_FORMS}"
+        )
+    raise InvalidRequest(f"an image must be text or an object, not {type(value).__name__}: {_FORMS}")
+
+
+def _text_in(fields: dict[str, Any], nested: int) -> str:
+    content = fields.get("content")
+    if isinstance(content, list):
+        if len(content) != 1:
+            raise InvalidRequest(f"content has {len(content)} parts: send each image in an object of its own")
+        return image_text(content[0], nested + 1)
+    if fields.get("text") is not None:
+        raise _no_text(fields["text"])
+    present = [name for name in IMAGE_FIELDS if fields.get(name) is not None]
+    if len(present) != 1:
+        raise InvalidRequest(
+            f"an image object must have exactly one of {', '.join(IMAGE_FIELDS)}, not "
+            f"{' and '.join(present) or reprlib.repr(list(fields))}"
+        )
+    return image_text(fields[present[0]], nested + 1)
+
+
+def _decoded(text: str, max_bytes: int) -> bytes:
+    """Decode a data URL or plain base64, and return the bytes. `image_from_text` lists the errors."""
     start = 0
     if text[:1].isspace():
         text = text.lstrip()
@@ -46,17 +103,49 @@ def image_from_text(text: Any, max_bytes: int) -> bytes:
         if match is None or not (match[2] or "").lower().endswith(";base64"):
             raise InvalidRequest("a data URL must look like data:image/jpeg;base64,...")
         start = match.end()
+    elif _LINK.match(text):
+        raise InvalidRequest(f"the service does not fetch links: {_FORMS}")
     if (len(text) - start) // 4 * 3 > max_bytes + 2:
         raise ImageTooLarge(f"the image has about {(len(text) - start) // 4 * 3} bytes; the limit is {max_bytes}")
     payload = text[start:] if start else text
-    try:
-        try:
+    if start or len(text) >= _SHORTEST:
+        with suppress(binascii.Error, ValueError):
             return binascii.a2b_base64(payload, strict_mode=True)
-        except binascii.Error:
-            plain = "".join(payload.split()).replace("-", "+").replace("_", "/").rstrip("=")
-            return binascii.a2b_base64(plain + "=" * (-len(plain) % 4), strict_mode=True)
+    if not start and _is_prose(text):
+        raise _no_text(text)
+    return _lenient(payload)
+
+
+def _lenient(payload: str) -> bytes:
+    """Decode base64 that may contain line breaks and URL-safe characters, and may lack padding."""
+    try:
+        plain = "".join(payload.split()).replace("-", "+").replace("_", "/").rstrip("=")
+        return binascii.a2b_base64(plain + "=" * (-len(plain) % 4), strict_mode=True)
     except (binascii.Error, ValueError) as error:
         raise BrokenImage(f"not base64: {error}") from error
+
+
+def _is_prose(text: str) -> bool:
+    """Return whether a text that is not a data URL looks like words or a file name, and not like base64. It does not if
+    it begins with the signature of an image format."""
+    with suppress(BrokenImage):
+        if sniff(_lenient("".join(text[:128].split())[:64])) is not None:
+            return False
+    start = text[:1024]
+    if _BASE64.fullmatch(start) is None:
+        return any(map(str.isalpha, start))
+    return (_SPACE.search(start) or _WORD.fullmatch(text)) is not None
+
+
+def _quoted(value: Any) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        return "a number with thousands of digits"
+
+
+def _no_text(text: Any) -> InvalidRequest:
+    return InvalidRequest(f"{_quoted(text)} is not an image. This service embeds images, not text: {_FORMS}")
 
 
 def check_count(count: int, settings: Settings, param: str) -> None:

@@ -37,7 +37,12 @@ errors.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple, NotRequired
+
+from typing_extensions import TypedDict
+
+OPENAI_PATHS: Final = frozenset({"/v1/embeddings"})
+"""The paths on which errors have OpenAI's format."""
 
 
 class ErrorKind(NamedTuple):
@@ -131,6 +136,15 @@ class InvalidRequest(ServiceError): ...
 class BrokenImage(InvalidRequest): ...
 
 
+class ItemErrorBody(TypedDict):
+    """The error of one item, as an answer lists it. `index` is the position of the item in the request."""
+
+    index: int
+    code: str
+    detail: str
+    status: int
+
+
 @dataclass(frozen=True)
 class ItemError:
     """The error for one item in a request. `index` is the position of the item in the request, counted from 0."""
@@ -138,7 +152,7 @@ class ItemError:
     index: int
     error: ServiceError
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> ItemErrorBody:
         return {"index": self.index, "code": self.error.code, "detail": self.error.detail, "status": self.error.status}
 
 
@@ -248,6 +262,37 @@ ERRORS: dict[type[ServiceError], ErrorKind] = {
     ModelUnavailable: ErrorKind(503, "model_unavailable", "Model unavailable"),
     DeadlineExceeded: ErrorKind(504, "deadline_exceeded", "Deadline exceeded"),
 }
+
+
+class Problem(TypedDict):
+    """An error in the format of RFC 9457."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+    code: str
+    request_id: str
+    param: NotRequired[str]
+    errors: NotRequired[list[ItemErrorBody]]
+
+
+class OpenAIErrorFields(TypedDict):
+    """The fields of an error in OpenAI's format."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+    request_id: str
+    errors: NotRequired[list[ItemErrorBody]]
+
+
+class OpenAIError(TypedDict):
+    """An error in OpenAI's format."""
+
+    error: OpenAIErrorFields
 
 
 def problem_body(error: ServiceError, *, instance: str, request_id: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ import orjson
 from service.cors import Cors, parse_origins
 from service.encodings import BodyDecoder, accepts_gzip, body_decoder, gzipped
 from service.errors import (
+    OPENAI_PATHS,
     ClientGone,
     DeadlineExceeded,
     InvalidItems,
@@ -50,7 +51,6 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPENAI_PATHS = frozenset({"/v1/embeddings"})
 _PROCESS = uuid.uuid4().hex[:20]
 _numbers = itertools.count(1)  # cheaper than a random id, which costs a system call
 _NO_FAULTS = frozenset({503, 504})  # caused by load or shutdown, and too frequent to log a traceback for each

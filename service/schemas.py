@@ -1,16 +1,19 @@
-"""The schemas of requests. Answers have no schemas, because creating a pydantic object with thousands of floats takes
-longer than a forward pass of a small model. Routes serialise answers directly."""
+"""The schemas of requests. `service/answer_schemas.py` describes the answers."""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, FailFast, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from model.pooling import DEFAULT_POOLING, POOLING_DESCRIPTION, Pooling
+from service.documented_schemas import FilterIn, Image, ImageObject, Where
+from service.schema_base import FROM_FLOAT, DocumentedAs, OptionalWhole, Schema, Whole
+from service.search.checks import NAME_PATTERN
 from service.search.kinds import Kind, kinds_with
 from service.search.specs import EF_CONSTRUCTION, MAX_DIMENSION, MAX_INDEXED, N_LISTS, TARGET_RECALL, M
 from service.search.store import MAX_ID_CHARACTERS, MAX_SOURCE_CHARACTERS, DType
 
+CollectionName = Annotated[str, Field(json_schema_extra={"pattern": f"^{NAME_PATTERN}$"})]
 Encoding = Literal["float", "base64"]
 ItemId = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARACTERS)]
 Vector = Annotated[
@@ -20,14 +23,10 @@ Vector = Annotated[
 ]
 Fingerprint = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:@+-]{1,64}$")]
 Include = Annotated[list[Literal["vector"]], FailFast(), Field(max_length=1)]
-Where = Annotated[dict[str, Any], Field(description="condition on the metadata")]
 
 
-class Options(BaseModel):
-    """The base class of requests with the field `model`. An unknown field is an error, so that a typo is not silently
-    ignored."""
-
-    model_config = ConfigDict(extra="forbid")
+class Options(Schema):
+    """The base class of requests with the field `model`."""
 
     model: str = Field(
         "auto", max_length=256, description="name of the served model; auto and an empty value also mean this model"
@@ -41,7 +40,7 @@ class EmbeddingOptions(Options):
     encoding_format: Literal["float", "base64"] = Field(
         "float", description="list of numbers, or base64 text of little-endian float32"
     )
-    dimensions: int | None = Field(
+    dimensions: OptionalWhole = Field(
         None, description="must be the dimension of the model, because vectors are never truncated"
     )
     user: str | None = Field(None, max_length=256, description="ignored; OpenAI clients may send it")
@@ -49,6 +48,14 @@ class EmbeddingOptions(Options):
     normalize: bool = Field(True, description="scale every vector to length 1")
     on_error: Literal["fail", "partial"] = Field(
         "fail", description="partial: answer the valid images and list the errors of the others"
+    )
+
+
+class EmbeddingsIn(EmbeddingOptions):
+    """The JSON body of `POST /v1/embeddings`."""
+
+    input: Annotated[Any, DocumentedAs(str | ImageObject | Annotated[list[str | ImageObject], Field(min_length=1)])] = (
+        Field(description="one image, or a list of images")
     )
 
 
@@ -67,11 +74,17 @@ class SegmentOptions(Options):
     normalize: bool = Field(True, description="scale the embedding to length 1")
 
 
-class Body(BaseModel):
+class SegmentIn(SegmentOptions):
+    """The JSON body of `POST /v1/segment`."""
+
+    image: Image = Field(description="image as a data URL or base64")
+
+
+class Body(Schema):
     """The base class of request bodies that are always JSON. Every value must have the right JSON type. For instance,
     the string "1" is not accepted as a number."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(strict=True)
 
 
 class ItemIn(Body):
@@ -80,7 +93,7 @@ class ItemIn(Body):
     id: ItemId | None = Field(
         None, description="id of the item; default: the sha256 of the image's bytes; required with a vector"
     )
-    image: str | None = Field(None, description="image as a data URL or base64; required if there is no vector")
+    image: Image = Field(None, description="image as a data URL or base64; required if there is no vector")
     vector: Vector = Field(None, description="vector that was computed elsewhere; the service scales it to length 1")
     fingerprint: Fingerprint | None = Field(
         None, description="fingerprint of the model that made `vector`; must be that of the collection"
@@ -97,9 +110,7 @@ class ItemsIn(Options):
     """The body of `POST /v1/collections/{name}/items`. This schema does not check the items. They are checked one by
     one later, so that each invalid item gets its own error."""
 
-    items: Annotated[
-        list[Any], WithJsonSchema({"type": "array", "minItems": 1, "items": ItemIn.model_json_schema()})
-    ] = Field(min_length=1)
+    items: Annotated[list[Any], DocumentedAs(Annotated[list[ItemIn], Field(min_length=1)])] = Field(min_length=1)
     on_error: Literal["fail", "partial"] = "fail"
 
 
@@ -136,10 +147,8 @@ class ItemPutOptions(Options):
     source: str | None = Field(None, description="source of the item")
 
 
-class ItemQuery(BaseModel):
+class ItemQuery(Schema):
     """The query parameters of `GET /v1/collections/{name}/items/{id}`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     include: Include = Field(default_factory=list)
     encoding_format: Encoding = Field("float", description="encoding of the vector; base64: little-endian float32")
@@ -166,12 +175,12 @@ class OrderIn(Body):
 class ScrollIn(Body):
     """The body of `POST /v1/collections/{name}/items/scroll`."""
 
-    filter: Where | None = None
+    filter: Where | None = Field(None, description="condition on the metadata")
     order_by: OrderIn | None = Field(None, description="order of the items; unset: the store's own order")
     cursor: str | None = Field(
         None, max_length=100_000, description="cursor from the answer with the previous page; unset: first page"
     )
-    limit: int = Field(100, ge=1, le=1000)
+    limit: Whole = Field(100, ge=1, le=1000)
     include: Include = Field(default_factory=list)
     encoding_format: Encoding = "float"
 
@@ -179,15 +188,15 @@ class ScrollIn(Body):
 class CountIn(Body):
     """The body of `POST /v1/collections/{name}/items/count`."""
 
-    filter: Where | None = None
+    filter: Where | None = Field(None, description="condition on the metadata")
 
 
 class FacetsIn(Body):
     """The body of `POST /v1/collections/{name}/items/facets`."""
 
     key: str = Field(description="metadata key whose values are counted")
-    filter: Where | None = None
-    limit: int = Field(
+    filter: Where | None = Field(None, description="condition on the metadata")
+    limit: Whole = Field(
         100, ge=1, le=1000, description="highest number of values in the answer; the most frequent first"
     )
 
@@ -196,21 +205,21 @@ class DeleteIn(Body):
     """The body of `POST /v1/collections/{name}/items/delete`. It has either `ids` or `filter`."""
 
     ids: Annotated[list[ItemId] | None, FailFast()] = Field(None, min_length=1, max_length=10_000)
-    filter: Where | None = None
+    filter: Where | None = Field(None, description="condition on the metadata")
 
 
 class IndexIn(Body):
     """The index settings of a collection. Settings that do not apply to the chosen kind of index are ignored."""
 
     kind: Kind = Field("auto", description="kind of index; auto: the service chooses it by the number of items")
-    m: int | None = Field(None, ge=M[0], le=M[1], description=f"{kinds_with('m')}: number of neighbours of a node")
-    ef_construction: int | None = Field(
+    m: OptionalWhole = Field(None, ge=M[0], le=M[1], description=f"{kinds_with('m')}: number of neighbours of a node")
+    ef_construction: OptionalWhole = Field(
         None,
         ge=EF_CONSTRUCTION[0],
         le=EF_CONSTRUCTION[1],
         description=f"{kinds_with('ef_construction')}: number of candidates for the neighbours of a node",
     )
-    n_lists: int | None = Field(
+    n_lists: OptionalWhole = Field(
         None, ge=N_LISTS[0], le=N_LISTS[1], description=f"{kinds_with('n_lists')}: number of inverted lists"
     )
     target_recall: float = Field(
@@ -224,7 +233,7 @@ class IndexIn(Body):
 class CollectionIn(Options):
     """The body of `PUT /v1/collections/{name}`."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(strict=True)
 
     pooling: Pooling = Field(DEFAULT_POOLING, description=POOLING_DESCRIPTION)
     dtype: DType = Field("float32", description="data type of stored vectors")
@@ -238,7 +247,7 @@ class CollectionIn(Options):
     fingerprint: Fingerprint | None = Field(
         None, description="fingerprint of a model other than the served one; the collection then accepts no images"
     )
-    dimension: int | None = Field(
+    dimension: OptionalWhole = Field(
         None,
         ge=1,
         le=MAX_DIMENSION,
@@ -257,7 +266,7 @@ class CollectionPatchIn(Body):
 class AliasIn(Body):
     """The body of `PUT /v1/aliases/{alias}`."""
 
-    collection: str = Field(description="collection that the alias will point to")
+    collection: CollectionName = Field(description="collection that the alias will point to")
 
 
 class SnapshotIn(Body):
@@ -267,8 +276,8 @@ class SnapshotIn(Body):
 class RestoreIn(Body):
     """The body of `POST /v1/collections/{name}/restore`."""
 
-    snapshot: str = Field(max_length=128)
-    source: str | None = Field(
+    snapshot: str = Field(max_length=128, description="name of a snapshot, such as 20260131T235959.123Z")
+    source: CollectionName | None = Field(
         None, alias="from", description="collection from which the snapshot was taken; default: the name in the path"
     )
 
@@ -285,14 +294,14 @@ QueryVector = Annotated[
 of floats."""
 ModelPrint = Annotated[str, Field(max_length=64)]
 Side = Annotated[float, Field(allow_inf_nan=False)]
-Run = Annotated[int, Field(ge=0, le=2**31)]
+Run = Annotated[int, Field(ge=0, le=2**31), FROM_FLOAT]
 Score = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 
 
 class PartIn(Body):
     """One part of a combined query. It has exactly one of `image`, `vector` and `id`."""
 
-    image: str | None = Field(None, description="image as a data URL or base64")
+    image: Image = Field(None, description="image as a data URL or base64")
     vector: QueryVector = None
     fingerprint: ModelPrint | None = Field(None, description="fingerprint of the model that made `vector`")
     id: ItemId | None = Field(None, description="id of an item of the collection")
@@ -340,7 +349,7 @@ class MaskIn(Body):
 class RegionIn(Body):
     """A region of an image. It has either `box` or `mask`."""
 
-    image: str = Field(description="image as a data URL or base64")
+    image: Image = Field(description="image as a data URL or base64")
     box: Annotated[list[Side] | None, FailFast()] = Field(
         None, min_length=4, max_length=4, description="[x, y, width, height] in pixels of the upright image"
     )
@@ -352,28 +361,28 @@ class ParamsIn(Body):
     collection's kind of index are ignored."""
 
     exact: bool = False
-    ef_search: int | None = Field(
+    ef_search: OptionalWhole = Field(
         None, ge=1, le=10_000, description=f"{kinds_with('ef_search')}: number of candidates to examine"
     )
-    nprobe: int | None = Field(
+    nprobe: OptionalWhole = Field(
         None, ge=1, le=65_536, description=f"{kinds_with('nprobe')}: number of inverted lists to search"
     )
 
 
-class Ranking(BaseModel):
+class Ranking(Schema):
     """The options for filtering, ordering and returning search results. All kinds of queries have these options."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    k: int = Field(10, ge=1, le=1000, description="number of results; with group_by, number of groups")
-    offset: int = Field(0, ge=0, le=10_000, description="number of best results to skip; k + offset is at most 10,000")
-    filter: Any = Field(None, description="condition on the metadata")
+    k: Whole = Field(10, ge=1, le=1000, description="number of results; with group_by, number of groups")
+    offset: Whole = Field(
+        0, ge=0, le=10_000, description="number of best results to skip; k + offset is at most 10,000"
+    )
+    filter: Annotated[Any, DocumentedAs(FilterIn)] = Field(None, description="condition on the metadata")
     score_threshold: Score | None = Field(None, description="lowest score (cosine similarity) of a result")
     group_by: str | None = Field(None, min_length=1, max_length=256, description="metadata key to group results by")
-    group_size: int | None = Field(None, ge=1, le=100, description="highest number of items in a group; default: 1")
+    group_size: OptionalWhole = Field(None, ge=1, le=100, description="highest number of items in a group; default: 1")
     params: ParamsIn | None = None
     rerank: Literal["patches"] | None = Field(None, description="patches: re-order the best results by patch features")
-    rerank_depth: int | None = Field(
+    rerank_depth: OptionalWhole = Field(
         None, ge=1, le=100, description="number of results that are re-ordered; default: 20"
     )
     matches: bool = Field(False, description="return matching parts of the images; requires rerank")
@@ -383,9 +392,9 @@ class Ranking(BaseModel):
 class QueryIn(Ranking):
     """One query. It has exactly one of `image`, `vector`, `id`, `combine` and `region`."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(strict=True)
 
-    image: str | None = Field(None, description="image as a data URL or base64")
+    image: Image = Field(None, description="image as a data URL or base64")
     vector: QueryVector = None
     fingerprint: ModelPrint | None = Field(None, description="fingerprint of the model that made `vector`")
     id: ItemId | None = Field(
@@ -404,7 +413,7 @@ class SearchIn(QueryIn):
         "auto", max_length=256, description="name of the served model; auto and an empty value also mean this model"
     )
     queries: Annotated[
-        list[Any] | None, WithJsonSchema({"type": "array", "items": {"type": "object"}, "maxItems": 64})
+        list[Any] | None, DocumentedAs(Annotated[list[QueryIn], Field(min_length=1, max_length=64)] | None)
     ] = Field(None, min_length=1, max_length=64, description="list of queries")
     on_error: Literal["fail", "partial"] = Field(
         "fail", description="partial: answer the valid queries and list the errors of the others"
@@ -421,38 +430,14 @@ class SearchOptions(Ranking):
 class DuplicatesIn(Options):
     """The body of `POST /v1/collections/{name}/duplicates`."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(strict=True)
 
     by: Literal["content", "similarity"] = Field("content", description="compare the bytes of images, or their vectors")
     threshold: float | None = Field(
         None, ge=0.5, le=1, allow_inf_nan=False, description="lowest cosine similarity of duplicates; default: 0.95"
     )
-    filter: Any = Field(None, description="condition on the metadata")
+    filter: Annotated[Any, DocumentedAs(FilterIn)] = Field(None, description="condition on the metadata")
     params: ParamsIn | None = None
-    limit: int = Field(100, ge=1, le=1000, description="highest number of groups in the answer; the largest come first")
-
-
-def json_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """Return the JSON schema of a request body for the OpenAPI document. Each reference to another schema is replaced
-    with that schema, because the OpenAPI document would not contain the target of the reference."""
-    schema = model.model_json_schema()
-    definitions = schema.pop("$defs", {})
-
-    def whole(part: Any) -> Any:
-        if isinstance(part, list):
-            return [whole(value) for value in part]
-        if not isinstance(part, dict):
-            return part
-        if "$ref" in part:
-            rest = {name: value for name, value in part.items() if name != "$ref"}
-            return whole(definitions[part["$ref"].rpartition("/")[2]] | rest)
-        return {name: whole(value) for name, value in part.items()}
-
-    answer = whole(schema)
-    assert isinstance(answer, dict)
-    return answer
-
-
-def json_body(model: type[BaseModel]) -> dict[str, Any]:
-    """Return the OpenAPI fields for a route with a JSON request body. The body has the schema of `model`."""
-    return {"requestBody": {"content": {"application/json": {"schema": json_schema(model)}}}}
+    limit: Whole = Field(
+        100, ge=1, le=1000, description="highest number of groups in the answer; the largest come first"
+    )

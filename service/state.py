@@ -5,12 +5,12 @@ because it is also needed before the `Service` exists and during shutdown.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from model.artifact import Artifact
 from model.engines.protocol import Engine, Tried
 from model.pooling import DEFAULT_POOLING, Pooling
 from model.zoo import ENTRIES
+from service.answer_schemas import Identity
 from service.errors import ModelNotFound
 from service.features.pipeline import Pipeline
 from service.originals import Originals
@@ -74,7 +74,7 @@ class Service:
                 param="model",
             )
 
-    def identity(self, tag: str | None = None) -> dict[str, Any]:
+    def identity(self, tag: str | None = None) -> Identity:
         """Return the fields `model` and `fingerprint` for an answer. Without `tag`, they describe the served model.
         With the tag of a collection, they describe the model that computed the vectors in the collection. If this is
         not the served model, `model` is None, because only its fingerprint is known."""

@@ -144,7 +144,7 @@ async def read_search(fields: dict[str, Any], settings: Settings) -> SearchReque
     reader = _Reader(settings)
     body = _parsed(SearchIn, fields)
     if body.queries is None:
-        if "on_error" in fields:
+        if "on_error" in body.model_fields_set:
             raise InvalidRequest("on_error requires queries", param="on_error")
         query = await reader.query(fields, body)
         _check_images([query], settings)
@@ -180,7 +180,7 @@ async def _one_of_many(reader: _Reader, shared: dict[str, Any], fields: Any) -> 
     if not isinstance(fields, dict):
         raise InvalidRequest(f"a query must be an object, not {reprlib.repr(fields)}")
     check_fields(fields, "the query")
-    query = await reader.query({**shared, **fields})
+    query = await reader.query({**fields, **{name: shared[name] for name in shared if fields.get(name) is None}})
     if query.ranking.rerank is not None:
         raise InvalidRequest("rerank is not possible in a batch: send the query alone", param="rerank")
     return query

@@ -4,19 +4,29 @@ import re
 import time
 from typing import Any, Final
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Request
 
+from service.answer_schemas import AddedItems, PutItem
 from service.data_urls import check_count
-from service.errors import CollectionNotFound, InvalidItems, InvalidRequest
+from service.errors import (
+    CollectionNotFound,
+    Conflict,
+    InvalidItems,
+    InvalidRequest,
+    ModelMismatch,
+    ModelNotFound,
+    StorageFailed,
+)
 from service.ingest.items import NewItem, item_from_fields, item_from_file, item_from_json
 from service.ingest.items import add_items as add_to_collection
 from service.off_loop import off_loop
 from service.options import parse_options
 from service.outcomes import Outcome, attempt, successes
-from service.routes.answers import json_response
+from service.routes.answers import JsonAnswer, json_response
 from service.routes.bodies import media_type, read_exact_json, read_upload
+from service.routes.describe import IMAGES, Operation, Upload, describe
 from service.routes.direct import DirectRoute, service_of
-from service.schemas import ItemPutIn, ItemPutOptions, ItemsIn, UploadOptions, json_schema
+from service.schemas import ItemPutIn, ItemPutOptions, ItemsIn, UploadOptions
 from service.search.checks import check_id, check_name
 from service.settings import Settings
 from service.state import Service
@@ -32,27 +42,15 @@ KEY_HEADER: Final = "Idempotency-Key"
 _KEY: Final = re.compile(r"[\x20-\x7e]{1,128}")
 
 
-@router.post(
-    "/{name}/items",
-    summary="Add or replace items",
-    openapi_extra={
-        "requestBody": {
-            "content": {
-                "application/json": {"schema": json_schema(ItemsIn)},
-                "multipart/form-data": {
-                    "schema": {
-                        "type": "object",
-                        "required": ["file"],
-                        "properties": {"file": {"type": "array", "items": {"type": "string", "format": "binary"}}}
-                        | json_schema(UploadOptions)["properties"],
-                    }
-                },
-                "image/*": {"schema": {"type": "string", "format": "binary"}},
-            }
-        }
-    },
+@router.post("/{name}/items", summary="Add or replace items")
+@describe(
+    Operation(
+        errors=(*IMAGES, ModelNotFound, ModelMismatch, Conflict, StorageFailed),
+        upload=Upload(ItemsIn, UploadOptions, many=True),
+        headers=(KEY_HEADER,),
+    )
 )
-async def add_items(request: Request, name: str) -> Response:
+async def add_items(request: Request, name: str) -> JsonAnswer[AddedItems]:
     """Add images or vectors to a collection. An item replaces an existing item with the same id. If the collection does
     not exist, it is created.
 
@@ -84,28 +82,15 @@ async def add_items(request: Request, name: str) -> Response:
     )
 
 
-@router.put(
-    "/{name}/items/{item_id:path}",
-    summary="Create or replace an item",
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {"schema": json_schema(ItemPutIn)},
-                "multipart/form-data": {
-                    "schema": {
-                        "type": "object",
-                        "required": ["file"],
-                        "properties": {"file": {"type": "string", "format": "binary"}}
-                        | json_schema(ItemPutOptions)["properties"],
-                    }
-                },
-                "image/*": {"schema": {"type": "string", "format": "binary"}},
-            },
-        }
-    },
+@router.put("/{name}/items/{item_id:path}", summary="Create or replace an item")
+@describe(
+    Operation(
+        errors=(*IMAGES, ModelNotFound, ModelMismatch, Conflict, StorageFailed),
+        upload=Upload(ItemPutIn, ItemPutOptions, many=False),
+        statuses=(200, 201),
+    )
 )
-async def put_item(request: Request, name: str, item_id: str) -> Response:
+async def put_item(request: Request, name: str, item_id: str) -> JsonAnswer[PutItem]:
     """Create the item with the id in the path, or replace the existing item as a whole. Send one image as the raw body
     or as a file of a form, or JSON with an image or a vector. With a raw image, `metadata` (JSON text) and `source` are
     query parameters. The status is 201 if the item is new, and 200 if it was replaced. If the collection does not
@@ -126,8 +111,14 @@ async def put_item(request: Request, name: str, item_id: str) -> Response:
         added = await add_to_collection(service, name, [attempt(0, lambda: item)], "fail")
     except InvalidItems as error:
         raise error.items[0].error from error  # there is only one item, so its index means nothing
-    answer = {"collection": name, "id": item_id, "created": is_new, "count": added.collection.count}
-    answer |= {**service.identity(added.collection.tag), "timings": added.timings | {"total": ms_since(started)}}
+    answer: PutItem = {
+        "collection": name,
+        "id": item_id,
+        "created": is_new,
+        "count": added.collection.count,
+        **service.identity(added.collection.tag),
+        "timings": added.timings | {"total": ms_since(started)},
+    }
     return json_response(answer, status=201 if is_new else 200)
 
 

@@ -1,12 +1,21 @@
 """Functions that build answers: they encode vectors, make the Server-Timing header, and serialise JSON."""
 
 import base64
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 from fastapi import Response
+
+Content = TypeVar("Content")
+
+
+class JsonAnswer(Response, Generic[Content]):
+    """A response with JSON of the type `Content`, one of the types in `service/answer_schemas.py`. mypy compares this
+    type with the body that a route passes to `json_response`. The OpenAPI document is made from the same type."""
+
+    media_type = "application/json"
 
 
 def encode_vector(vector: npt.NDArray[np.float32], encoding: Literal["float", "base64"]) -> Any:
@@ -23,7 +32,6 @@ def server_timing(timings: dict[str, float]) -> dict[str, str]:
     return {"Server-Timing": ", ".join(f"{stage};dur={ms:g}" for stage, ms in timings.items())}
 
 
-def json_response(body: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def json_response(body: Content, *, status: int = 200, headers: dict[str, str] | None = None) -> JsonAnswer[Content]:
     """Serialise `body` to JSON and return a response with it. The body may contain numpy arrays."""
-    content = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
-    return Response(content, status_code=status, headers=headers, media_type="application/json")
+    return JsonAnswer(orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), status_code=status, headers=headers)

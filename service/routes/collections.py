@@ -13,16 +13,38 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 
 from model.pooling import width
-from service.errors import CollectionNotFound, Conflict, InvalidRequest
+from service.answer_schemas import (
+    Collection,
+    CollectionAnswer,
+    CollectionsAnswer,
+    DroppedCollection,
+    DroppedSnapshot,
+    Snapshot,
+    SnapshotAnswer,
+    SnapshotIdentity,
+    SnapshotsAnswer,
+    StatsAnswer,
+)
+from service.errors import (
+    BadRequest,
+    CollectionNotFound,
+    Conflict,
+    InvalidRequest,
+    ModelNotFound,
+    NotFound,
+    RangeNotSatisfiable,
+    StorageFailed,
+)
 from service.options import check_fields, parse_options
-from service.routes.answers import json_response
+from service.routes.answers import JsonAnswer, json_response
 from service.routes.bodies import read_json, read_optional_json
+from service.routes.describe import BODY, COLLECTION, Operation, describe
 from service.routes.direct import DirectRoute, service_of
 from service.routes.files import RangedFile
-from service.schemas import CollectionIn, CollectionPatchIn, RestoreIn, SnapshotIn, json_body
+from service.schemas import CollectionIn, CollectionPatchIn, RestoreIn, SnapshotIn
 from service.search.checks import check_name
 from service.search.specs import check_spec
-from service.search.store import CollectionInfo, CollectionSpec, IndexSpec, SnapshotStore, StatsStore
+from service.search.store import CollectionInfo, CollectionSpec, IndexSpec, SnapshotInfo, SnapshotStore, StatsStore
 from service.state import Service
 from service.tags import tag_parts
 
@@ -30,7 +52,8 @@ router = APIRouter(prefix="/v1/collections", tags=["collections"], route_class=D
 
 
 @router.get("", summary="List collections")
-async def list_collections(request: Request) -> Response:
+@describe(Operation(errors=(StorageFailed,)))
+async def list_collections(request: Request) -> JsonAnswer[CollectionsAnswer]:
     """List all collections, each with its settings, the number of its items, and its aliases."""
     service = service_of(request)
     collections, aliases = await service.store.collections(), await service.store.aliases()
@@ -38,8 +61,16 @@ async def list_collections(request: Request) -> Response:
     return json_response({"object": "list", "data": data, **service.identity()})
 
 
-@router.put("/{name}", summary="Create a collection", openapi_extra=json_body(CollectionIn))
-async def put_collection(request: Request, name: str) -> Response:
+@router.put("/{name}", summary="Create a collection")
+@describe(
+    Operation(
+        errors=(*BODY, ModelNotFound, Conflict, StorageFailed),
+        body=CollectionIn,
+        body_required=False,
+        statuses=(200, 201),
+    )
+)
+async def put_collection(request: Request, name: str) -> JsonAnswer[CollectionAnswer]:
     """Create an empty collection. Only its setting `indexed` can be changed later. The status is 201 if the collection
     was created, and 200 if it already exists with the same settings. The status is 409 if the collection exists with
     other settings, or if the name is already used for an alias."""
@@ -58,20 +89,22 @@ async def put_collection(request: Request, name: str) -> Response:
         if before is None or before.name != name or before.spec == spec:
             raise
         raise Conflict(f"collection {name!r} exists with {_differences(before.spec, spec)}") from error
-    answer = _described(info, await service.store.aliases()) | service.identity(info.tag)
+    answer: CollectionAnswer = {**_described(info, await service.store.aliases()), **service.identity(info.tag)}
     return json_response(answer, status=201 if before is None else 200)
 
 
 @router.get("/{name}", summary="Describe a collection")
-async def get_collection(request: Request, name: str) -> Response:
+@describe(Operation(errors=COLLECTION))
+async def get_collection(request: Request, name: str) -> JsonAnswer[CollectionAnswer]:
     """Return the settings of a collection, the number of its items, and the aliases that point to it."""
     service = service_of(request)
     info = await service.store.info(check_name(name))
-    return json_response(_described(info, await service.store.aliases()) | service.identity(info.tag))
+    return json_response({**_described(info, await service.store.aliases()), **service.identity(info.tag)})
 
 
-@router.patch("/{name}", summary="Change a collection's settings", openapi_extra=json_body(CollectionPatchIn))
-async def patch_collection(request: Request, name: str) -> Response:
+@router.patch("/{name}", summary="Change a collection's settings")
+@describe(Operation(errors=(*BODY, *COLLECTION), body=CollectionPatchIn))
+async def patch_collection(request: Request, name: str) -> JsonAnswer[CollectionAnswer]:
     """Replace the list of the metadata keys that have an index (`indexed`). The other settings cannot be changed. The
     answer is sent when the indexes are built. Until then, searches run as before, and other writes wait. The status is
     422 if the vector store has no such indexes."""
@@ -81,11 +114,12 @@ async def patch_collection(request: Request, name: str) -> Response:
     _check_capability(service, "indexed")
     request.state.deadline.reschedule(None)  # building an index reads the metadata of every item
     info = await service.store.set_indexed(name, sorted(set(body.indexed)))
-    return json_response(_described(info, await service.store.aliases()) | service.identity(info.tag))
+    return json_response({**_described(info, await service.store.aliases()), **service.identity(info.tag)})
 
 
 @router.delete("/{name}", summary="Delete a collection")
-async def delete_collection(request: Request, name: str) -> Response:
+@describe(Operation(errors=(*COLLECTION, Conflict)))
+async def delete_collection(request: Request, name: str) -> JsonAnswer[DroppedCollection]:
     """Delete a collection with all its items. Its snapshots and stored images are not deleted. The status is 409 if an
     alias points to the collection."""
     service = service_of(request)
@@ -95,7 +129,8 @@ async def delete_collection(request: Request, name: str) -> Response:
 
 
 @router.get("/{name}/stats", summary="Get index statistics")
-async def get_stats(request: Request, name: str) -> Response:
+@describe(Operation(errors=COLLECTION))
+async def get_stats(request: Request, name: str) -> JsonAnswer[StatsAnswer]:
     """Return statistics about the index of a collection. Which statistics there are depends on the vector store. The
     status is 422 if the store provides none."""
     service = service_of(request)
@@ -106,8 +141,9 @@ async def get_stats(request: Request, name: str) -> Response:
     return json_response({"collection": name, "stats": stats, **service.identity(info.tag)})
 
 
-@router.post("/{name}/snapshots", summary="Take a snapshot", openapi_extra=json_body(SnapshotIn))
-async def take_snapshot(request: Request, name: str) -> Response:
+@router.post("/{name}/snapshots", summary="Take a snapshot")
+@describe(Operation(errors=(*BODY, *COLLECTION), body=SnapshotIn, body_required=False, statuses=(201,)))
+async def take_snapshot(request: Request, name: str) -> JsonAnswer[SnapshotAnswer]:
     """Save the current state of a collection in a snapshot, which is one file on the server. The snapshot is not
     deleted when the collection is deleted. The status is 422 if the vector store does not support snapshots."""
     service = service_of(request)
@@ -115,22 +151,31 @@ async def take_snapshot(request: Request, name: str) -> Response:
     parse_options(SnapshotIn, await read_optional_json(request))
     request.state.deadline.reschedule(None)  # a large collection takes longer than the request deadline
     taken = await store.snapshot(name)
-    return json_response(asdict(taken) | _identity(service, taken.tag), status=201)
+    answer: SnapshotAnswer = {**_snapshot(taken), **_identity(service, taken.tag)}
+    return json_response(answer, status=201)
 
 
 @router.get("/{name}/snapshots", summary="List snapshots")
-async def list_snapshots(request: Request, name: str) -> Response:
+@describe(Operation(errors=(InvalidRequest, StorageFailed)))
+async def list_snapshots(request: Request, name: str) -> JsonAnswer[SnapshotsAnswer]:
     """List the snapshots of a collection, oldest first. Snapshots of a deleted collection are listed, too. The `tag` of
     a snapshot describes how its vectors were computed."""
     service = service_of(request)
     snapshots = await _snapshots(service, name).snapshots(name)
     collection = await _existing(service, name)
     tag = collection.tag if collection is not None else snapshots[-1].tag if snapshots else None
-    answer = {"object": "list", "data": [asdict(info) for info in snapshots]}
-    return json_response(answer | _identity(service, tag))
+    return json_response({"object": "list", "data": [_snapshot(info) for info in snapshots], **_identity(service, tag)})
 
 
 @router.get("/{name}/snapshots/{snapshot}", summary="Download a snapshot", response_class=FileResponse)
+@describe(
+    Operation(
+        errors=(BadRequest, InvalidRequest, NotFound, RangeNotSatisfiable, StorageFailed),
+        headers=("Range",),
+        statuses=(200, 206),
+        media_types=("application/octet-stream",),
+    )
+)
 async def download_snapshot(request: Request, name: str, snapshot: str) -> Response:
     """Download the file of a snapshot. The `Range` header is supported, so an interrupted download can be resumed."""
     path = await _snapshots(service_of(request), name).snapshot_path(name, snapshot)
@@ -138,7 +183,8 @@ async def download_snapshot(request: Request, name: str, snapshot: str) -> Respo
 
 
 @router.delete("/{name}/snapshots/{snapshot}", summary="Delete a snapshot")
-async def delete_snapshot(request: Request, name: str, snapshot: str) -> Response:
+@describe(Operation(errors=(InvalidRequest, NotFound, StorageFailed)))
+async def delete_snapshot(request: Request, name: str, snapshot: str) -> JsonAnswer[DroppedSnapshot]:
     """Delete a snapshot of a collection. The collection itself is not deleted."""
     service = service_of(request)
     store = _snapshots(service, name)
@@ -147,8 +193,9 @@ async def delete_snapshot(request: Request, name: str, snapshot: str) -> Respons
     return json_response({"collection": name, "snapshot": snapshot, "deleted": True, **_identity(service, tag)})
 
 
-@router.post("/{name}/restore", summary="Restore a snapshot", openapi_extra=json_body(RestoreIn))
-async def restore_snapshot(request: Request, name: str) -> Response:
+@router.post("/{name}/restore", summary="Restore a snapshot")
+@describe(Operation(errors=(*BODY, NotFound, Conflict, StorageFailed), body=RestoreIn, statuses=(201,)))
+async def restore_snapshot(request: Request, name: str) -> JsonAnswer[CollectionAnswer]:
     """Create a collection from a snapshot. The new collection gets the name in the path. The field `from` is the name
     of the collection from which the snapshot was taken. By default, this is the name in the path. The status is 409 if
     a collection or alias with the name in the path already exists."""
@@ -158,7 +205,8 @@ async def restore_snapshot(request: Request, name: str) -> Response:
     source = name if body.source is None else check_name(body.source)
     request.state.deadline.reschedule(None)
     info = await store.restore(name, source, body.snapshot)
-    return json_response(_described(info, await service.store.aliases()) | service.identity(info.tag), status=201)
+    answer: CollectionAnswer = {**_described(info, await service.store.aliases()), **service.identity(info.tag)}
+    return json_response(answer, status=201)
 
 
 def _spec(service: Service, body: CollectionIn) -> CollectionSpec:
@@ -198,13 +246,27 @@ async def _existing(service: Service, name: str) -> CollectionInfo | None:
         return None
 
 
-def _identity(service: Service, tag: str | None) -> dict[str, Any]:
+def _snapshot(info: SnapshotInfo) -> Snapshot:
+    return {
+        "name": info.name,
+        "collection": info.collection,
+        "created": info.created,
+        "bytes": info.bytes,
+        "count": info.count,
+        "tag": info.tag,
+    }
+
+
+def _identity(service: Service, tag: str | None) -> SnapshotIdentity:
     """Return the fields `model` and `fingerprint` for an answer about a snapshot with this tag. If the tag is unknown,
     for example because the snapshot is damaged, both fields are None."""
-    return service.identity(tag) if tag is not None else {"model": None, "fingerprint": None}
+    if tag is None:
+        return {"model": None, "fingerprint": None}
+    identity = service.identity(tag)
+    return {"model": identity["model"], "fingerprint": identity["fingerprint"]}
 
 
-def _described(info: CollectionInfo, aliases: dict[str, str]) -> dict[str, Any]:
+def _described(info: CollectionInfo, aliases: dict[str, str]) -> Collection:
     """Return the fields of an answer that describe a collection."""
     spec = info.spec
     return {

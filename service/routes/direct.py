@@ -1,8 +1,8 @@
 """Routes that pass the request and the path parameters directly to their route functions.
 
 FastAPI's own routes resolve dependencies, open exit stacks and validate arguments on every call. This work takes longer
-than a search. The route functions of this service parse the request themselves. `DirectRoute` is still a FastAPI route,
-so the OpenAPI document lists it. `service/middleware.py` turns the errors that a route function raises into answers.
+than a search. The route functions of this service parse the request themselves. `openapi.py` makes the OpenAPI document
+from these routes. `service/middleware.py` turns the errors that a route function raises into answers.
 
 The other functions of this module make routes behave alike: each route accepts a trailing slash, and each GET route has
 a HEAD route.
@@ -32,7 +32,7 @@ class DirectRoute(APIRoute):
     """A route that awaits `endpoint(request, **path_parameters)` and sends the response that the endpoint returns."""
 
     def __init__(self, path: str, endpoint: Any, **options: Any) -> None:
-        super().__init__(path, endpoint, **options)
+        super().__init__(path, endpoint, **options | {"response_model": None})
 
         async def call(scope: Scope, receive: Receive, send: Send) -> None:
             answer: Response = await endpoint(Request(scope, receive, send), **scope["path_params"])

@@ -2,17 +2,18 @@
 search does not use the model."""
 
 import time
-from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Request
 
-from service.errors import InvalidRequest
+from service.answer_schemas import DuplicateGroup, DuplicateItem, DuplicatesAnswer
+from service.errors import InvalidRequest, ModelNotFound
 from service.options import parse_options
 from service.retrieval.reading import search_params
-from service.routes.answers import json_response, server_timing
+from service.routes.answers import JsonAnswer, json_response, server_timing
 from service.routes.bodies import read_json
+from service.routes.describe import BODY, COLLECTION, Operation, describe
 from service.routes.direct import DirectRoute, service_of
-from service.schemas import DuplicatesIn, json_schema
+from service.schemas import DuplicatesIn
 from service.search.checks import check_name
 from service.search.duplicates import Group, by_content, by_similarity, scores_to_first
 from service.search.filters import parse_filter
@@ -23,11 +24,11 @@ from service.timings import ms_since
 router = APIRouter(prefix="/v1/collections", tags=["search"], route_class=DirectRoute)
 
 DEFAULT_THRESHOLD = 0.95
-_BODY = {"application/json": {"schema": json_schema(DuplicatesIn)}}
 
 
-@router.post("/{name}/duplicates", summary="Find duplicates", openapi_extra={"requestBody": {"content": _BODY}})
-async def duplicates(request: Request, name: str) -> Response:
+@router.post("/{name}/duplicates", summary="Find duplicates")
+@describe(Operation(errors=(*BODY, *COLLECTION, ModelNotFound), body=DuplicatesIn, answer_headers=("Server-Timing",)))
+async def duplicates(request: Request, name: str) -> JsonAnswer[DuplicatesAnswer]:
     """Find groups of duplicates in a collection, largest group first. With `by=content`, all images in a group have the
     same bytes. With `by=similarity`, two items are linked if their cosine similarity is at least `threshold`, and a
     group contains all items that are linked directly or through other items. The score of an item is its cosine
@@ -48,7 +49,7 @@ async def duplicates(request: Request, name: str) -> Response:
         result = await by_similarity(service.store, info, threshold, where, search_params(options.params))
     shown = [await _group(service, info, group) for group in result.groups[: options.limit]]
     timings = {"total": ms_since(started)}
-    body = {
+    body: DuplicatesAnswer = {
         "object": "list",
         "collection": name,
         "groups": [group for group in shown if len(group["items"]) > 1],  # items may have been deleted meanwhile
@@ -62,8 +63,8 @@ async def duplicates(request: Request, name: str) -> Response:
     return json_response(body, headers=server_timing(timings))
 
 
-async def _group(service: Service, info: CollectionInfo, group: Group) -> dict[str, Any]:
-    items = [
+async def _group(service: Service, info: CollectionInfo, group: Group) -> DuplicateGroup:
+    items: list[DuplicateItem] = [
         {"id": item_id, "score": score} for item_id, score in await scores_to_first(service.store, info, group.ids)
     ]
     return {"items": items} if group.digest is None else {"digest": group.digest, "items": items}

@@ -1,40 +1,34 @@
 """Embed images: `POST /v1/embeddings`. The answer has OpenAI's format."""
 
 import time
-from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Request
 
 from model.pooling import width
-from service.errors import UnsupportedDimensions
+from service.answer_schemas import Embedding, EmbeddingsAnswer
+from service.errors import ModelNotFound, UnsupportedDimensions
 from service.options import parse_options
 from service.outcomes import split_items
-from service.routes.answers import encode_vector, json_response, server_timing
+from service.routes.answers import JsonAnswer, encode_vector, json_response, server_timing
 from service.routes.bodies import read_upload
+from service.routes.describe import IMAGES, Operation, Upload, describe
 from service.routes.direct import DirectRoute, service_of
-from service.schemas import EmbeddingOptions
+from service.schemas import EmbeddingOptions, EmbeddingsIn
 from service.state import Service
 from service.timings import slowest
 
 router = APIRouter(tags=["embeddings"], route_class=DirectRoute)
 
-_IMAGE = {"type": "string", "format": "binary"}
-_OPTIONS = EmbeddingOptions.model_json_schema()["properties"]
-_IMAGES = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
-_FILES = {"type": "array", "items": _IMAGE}
-_BODIES = {
-    "application/json": {
-        "schema": {"type": "object", "required": ["input"], "properties": {"input": _IMAGES} | _OPTIONS}
-    },
-    "multipart/form-data": {
-        "schema": {"type": "object", "required": ["file"], "properties": {"file": _FILES} | _OPTIONS}
-    },
-    "image/*": {"schema": _IMAGE},
-}
 
-
-@router.post("/v1/embeddings", summary="Embed images", openapi_extra={"requestBody": {"content": _BODIES}})
-async def create_embeddings(request: Request) -> Response:
+@router.post("/v1/embeddings", summary="Embed images")
+@describe(
+    Operation(
+        errors=(*IMAGES, ModelNotFound, UnsupportedDimensions),
+        upload=Upload(EmbeddingsIn, EmbeddingOptions, many=True),
+        answer_headers=("Server-Timing",),
+    )
+)
+async def create_embeddings(request: Request) -> JsonAnswer[EmbeddingsAnswer]:
     """Return the embeddings of one or more images, in the order in which the images were sent. Send JSON with data URLs
     or base64 texts in `input`, a form with files, or one image as the raw body. With `on_error=partial`, images that
     cannot be read are listed in `errors`, and the others are embedded."""
@@ -46,7 +40,7 @@ async def create_embeddings(request: Request) -> Response:
     started = time.perf_counter()
     good, bad = split_items(await service.pipeline.embed(upload.images), options.on_error, "input")
     post_started = time.perf_counter()
-    data = [
+    data: list[Embedding] = [
         {
             "object": "embedding",
             "index": index,
@@ -62,10 +56,11 @@ async def create_embeddings(request: Request) -> Response:
         "post": round((now - post_started) * 1e3, 3),
         "total": round((now - started) * 1e3, 3),
     }
-    body: dict[str, Any] = {
+    body: EmbeddingsAnswer = {
         "object": "list",
         "data": data,
-        **service.identity(),
+        "model": service.artifact.name,
+        "fingerprint": service.artifact.fingerprint,
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         "timings": timings,
     }

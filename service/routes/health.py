@@ -12,8 +12,11 @@ import re
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
+from service.answer_schemas import LivezAnswer, ReadyzAnswer
+from service.routes.answers import Content, JsonAnswer, json_response
+from service.routes.describe import Operation, describe
 from service.routes.direct import DirectRoute, service_of
 
 log = logging.getLogger(__name__)
@@ -21,7 +24,8 @@ router = APIRouter(tags=["health"], route_class=DirectRoute)
 
 
 @router.get("/livez", summary="Check liveness")
-async def livez(request: Request) -> JSONResponse:
+@describe(Operation(statuses=(200, 503)))
+async def livez(request: Request) -> JsonAnswer[LivezAnswer]:
     """Return 200 if the process is healthy. Return 503 with the reason if the process must be restarted, because the
     thread that runs the network has died or hangs."""
     fault = service_of(request).pipeline.batcher.health()
@@ -29,7 +33,8 @@ async def livez(request: Request) -> JSONResponse:
 
 
 @router.get("/readyz", summary="Check readiness")
-async def readyz(request: Request) -> JSONResponse:
+@describe(Operation(statuses=(200, 503)))
+async def readyz(request: Request) -> JsonAnswer[ReadyzAnswer]:
     """Return 200 if requests can be served at the moment, and 503 with the reasons otherwise. The field `status` is
     `ready` or `degraded` with 200, and `unready` with 503. `degraded` means that the cache has failed. Requests are
     then still served, but may take longer."""
@@ -42,20 +47,25 @@ async def readyz(request: Request) -> JSONResponse:
         "queue": "full" if batcher.full else None,
     }
     reasons = {name: fault for name, fault in checks.items() if fault is not None}
-    body: dict[str, Any] = {"status": "ready" if not reasons else "unready", **service.identity()}
-    if reasons:
-        body["reasons"] = reasons
     cache = service.pipeline.cache
     cache_status = await cache.status()
     _log_change(request.app.state, cache_status)
     shown_status = cache_status if cache_status == "ok" else _kind_of_fault(cache_status)
-    body["cache"] = {"name": cache.name, "status": shown_status}
+    body: ReadyzAnswer = {
+        "status": "ready" if not reasons else "unready",
+        "model": service.artifact.name,
+        "fingerprint": service.artifact.fingerprint,
+        "cache": {"name": cache.name, "status": shown_status},
+    }
+    if reasons:
+        body["reasons"] = reasons
     if cache_status != "ok" and not reasons:
         body["status"] = "degraded"
     return _answer(body, not reasons)
 
 
 @router.get("/metrics", summary="Get Prometheus metrics")
+@describe(Operation(media_types=("text/plain",)))
 async def metrics(request: Request) -> Response:
     """Return the metrics of this process in the text format of Prometheus."""
     recorded = service_of(request).metrics
@@ -76,5 +86,5 @@ def _kind_of_fault(status: str) -> str:
     return f"degraded: {', '.join(kinds)}" if kinds else "degraded"
 
 
-def _answer(body: dict[str, Any], good: bool) -> JSONResponse:
-    return JSONResponse(body, status_code=200 if good else 503, headers={"Cache-Control": "no-store"})
+def _answer(body: Content, good: bool) -> JsonAnswer[Content]:
+    return json_response(body, status=200 if good else 503, headers={"Cache-Control": "no-store"})

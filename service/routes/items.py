@@ -7,20 +7,31 @@ exception: `items/a/image` is the image of item `a`. If an id itself ends in `/i
 """
 
 import asyncio
-from dataclasses import asdict
 from typing import Any, Final, TypeVar
 
 from fastapi import APIRouter, Request, Response
 
 from model.decode import FORMATS, sniff
+from service.answer_schemas import (
+    CountAnswer,
+    DeletedItem,
+    DeletedItems,
+    FacetsAnswer,
+    FacetValue,
+    ItemAnswer,
+    ItemFields,
+    ItemsAnswer,
+    PatchedItem,
+)
 from service.errors import InvalidRequest, ItemNotFound, NotFound
 from service.off_loop import off_loop
 from service.options import check_fields, parse_options
 from service.originals import photo_digest
-from service.routes.answers import encode_vector, json_response
+from service.routes.answers import JsonAnswer, encode_vector, json_response
 from service.routes.bodies import query_fields, read_exact_json, read_json
+from service.routes.describe import BODY, COLLECTION, Operation, describe
 from service.routes.direct import DirectRoute, service_of
-from service.schemas import CountIn, DeleteIn, Encoding, FacetsIn, ItemQuery, PatchIn, ScrollIn, json_body
+from service.schemas import CountIn, DeleteIn, Encoding, FacetsIn, ItemQuery, PatchIn, ScrollIn
 from service.search.checks import check_id, check_name, metadata_text
 from service.search.filters import Filter, parse_filter, parse_path
 from service.search.store import Item, Order
@@ -29,10 +40,12 @@ from service.state import Service
 router = APIRouter(prefix="/v1/collections", tags=["items"], route_class=DirectRoute)
 
 _MEDIA_TYPES: Final = {name: f"image/{name.lower()}" for name in FORMATS}
+IMAGE_MEDIA_TYPES: Final = (*_MEDIA_TYPES.values(), "application/octet-stream")
 Body = TypeVar("Body", CountIn, DeleteIn, FacetsIn, ScrollIn)
 
 
 @router.get("/{name}/items/{item_id:path}/image", summary="Get the image of an item", response_class=Response)
+@describe(Operation(errors=(*COLLECTION, ItemNotFound, NotFound), media_types=IMAGE_MEDIA_TYPES))
 async def get_image(request: Request, name: str, item_id: str) -> Response:
     """Return the image of an item, exactly as the client sent it. This requires that the collection was created with
     `originals: true`. The status is 404 if the item does not exist or its image is not stored."""
@@ -51,7 +64,8 @@ async def get_image(request: Request, name: str, item_id: str) -> Response:
 
 
 @router.get("/{name}/items/{item_id:path}", summary="Get an item")
-async def get_item(request: Request, name: str, item_id: str) -> Response:
+@describe(Operation(errors=(*COLLECTION, ItemNotFound), query=ItemQuery))
+async def get_item(request: Request, name: str, item_id: str) -> JsonAnswer[ItemAnswer]:
     """Return an item's metadata, source and digest (the sha256 of its image). With `include=vector`, also return its
     vector, which is scaled to length 1."""
     service = service_of(request)
@@ -62,14 +76,18 @@ async def get_item(request: Request, name: str, item_id: str) -> Response:
     info = await service.store.info(check_name(name))
     item = await _item(service, info.name, item_id)
     return json_response(
-        _head(name, info.tag) | _shown(item, options.include, options.encoding_format) | service.identity(info.tag)
+        {
+            "collection": name,
+            "tag": info.tag,
+            **_shown(item, options.include, options.encoding_format),
+            **service.identity(info.tag),
+        }
     )
 
 
-@router.patch(
-    "/{name}/items/{item_id:path}", summary="Edit an item's metadata or source", openapi_extra=json_body(PatchIn)
-)
-async def patch_item(request: Request, name: str, item_id: str) -> Response:
+@router.patch("/{name}/items/{item_id:path}", summary="Edit an item's metadata or source")
+@describe(Operation(errors=(*BODY, *COLLECTION, ItemNotFound), body=PatchIn))
+async def patch_item(request: Request, name: str, item_id: str) -> JsonAnswer[PatchedItem]:
     """Apply a JSON merge patch (RFC 7396) to the metadata of an item. In the patch, null removes a key, an object is
     merged into the existing object, and any other value replaces the existing value. The field `source` replaces the
     source of the item, and an empty string removes it. Return the updated item."""
@@ -87,7 +105,8 @@ async def patch_item(request: Request, name: str, item_id: str) -> Response:
 
 
 @router.delete("/{name}/items/{item_id:path}", summary="Delete an item")
-async def delete_item(request: Request, name: str, item_id: str) -> Response:
+@describe(Operation(errors=(*COLLECTION, ItemNotFound)))
+async def delete_item(request: Request, name: str, item_id: str) -> JsonAnswer[DeletedItem]:
     """Delete an item. Its stored image is not deleted. The status is 404 if the item does not exist."""
     service = service_of(request)
     check_name(name), check_id(item_id)
@@ -97,8 +116,9 @@ async def delete_item(request: Request, name: str, item_id: str) -> Response:
     return json_response({"collection": name, "id": item_id, "deleted": True, **service.identity(info.tag)})
 
 
-@router.post("/{name}/items/delete", summary="Delete items", openapi_extra=json_body(DeleteIn))
-async def delete_items(request: Request, name: str) -> Response:
+@router.post("/{name}/items/delete", summary="Delete items")
+@describe(Operation(errors=(*BODY, *COLLECTION), body=DeleteIn))
+async def delete_items(request: Request, name: str) -> JsonAnswer[DeletedItems]:
     """Delete the items with the given `ids`, or all items that match the given `filter`. Return how many items were
     deleted. The status is 422 if the filter is empty, so that no one empties a collection by accident.
 
@@ -117,8 +137,9 @@ async def delete_items(request: Request, name: str) -> Response:
     return json_response({"collection": name, "deleted": deleted, **service.identity(info.tag)})
 
 
-@router.post("/{name}/items/scroll", summary="List items", openapi_extra=json_body(ScrollIn))
-async def scroll_items(request: Request, name: str) -> Response:
+@router.post("/{name}/items/scroll", summary="List items")
+@describe(Operation(errors=(*BODY, *COLLECTION), body=ScrollIn))
+async def scroll_items(request: Request, name: str) -> JsonAnswer[ItemsAnswer]:
     """Return one page of items, in the order of a metadata key (`order_by`) or in an order that the vector store
     defines. With a `filter`, return only the matching items. To get the next page, send the same request again with the
     `cursor` from this answer. On the last page, `cursor` is null."""
@@ -131,12 +152,13 @@ async def scroll_items(request: Request, name: str) -> Response:
     info = await service.store.info(name)
     page = await service.store.scroll(info.name, where=where, cursor=body.cursor, limit=body.limit, order=order)
 
-    def answer() -> Response:
+    def answer() -> JsonAnswer[ItemsAnswer]:
         data = [_shown(item, body.include, body.encoding_format) for item in page.items]
         return json_response(
             {
                 "object": "list",
-                **_head(name, info.tag),
+                "collection": name,
+                "tag": info.tag,
                 "data": data,
                 "cursor": page.cursor,
                 **service.identity(info.tag),
@@ -146,8 +168,9 @@ async def scroll_items(request: Request, name: str) -> Response:
     return await asyncio.to_thread(answer)
 
 
-@router.post("/{name}/items/count", summary="Count items", openapi_extra=json_body(CountIn))
-async def count_items(request: Request, name: str) -> Response:
+@router.post("/{name}/items/count", summary="Count items")
+@describe(Operation(errors=(*BODY, *COLLECTION), body=CountIn))
+async def count_items(request: Request, name: str) -> JsonAnswer[CountAnswer]:
     """Return the number of items that match the `filter`, or the number of all items if there is no filter."""
     service = service_of(request)
     check_name(name)
@@ -157,8 +180,9 @@ async def count_items(request: Request, name: str) -> Response:
     return json_response({"collection": name, "count": count, **service.identity(info.tag)})
 
 
-@router.post("/{name}/items/facets", summary="Count the values of a key", openapi_extra=json_body(FacetsIn))
-async def count_values(request: Request, name: str) -> Response:
+@router.post("/{name}/items/facets", summary="Count the values of a key")
+@describe(Operation(errors=(*BODY, *COLLECTION), body=FacetsIn))
+async def count_values(request: Request, name: str) -> JsonAnswer[FacetsAnswer]:
     """Return the distinct values of a metadata key, each with the number of items that have it, most frequent first.
     With a `filter`, count only the matching items. If the value is a list, each of its elements counts. `distinct` is
     the number of all values, including those beyond `limit`."""
@@ -168,9 +192,18 @@ async def count_values(request: Request, name: str) -> Response:
     path = parse_path(body.key, "key")
     info = await service.store.info(name)
     facets = await service.store.facets(info.name, path, where=where, limit=body.limit)
-    data = [asdict(facet) for facet in facets.values]
-    answer = {"object": "list", **_head(name, info.tag), "key": body.key, "data": data, "distinct": facets.distinct}
-    return json_response(answer | service.identity(info.tag))
+    data: list[FacetValue] = [{"value": facet.value, "count": facet.count} for facet in facets.values]
+    return json_response(
+        {
+            "object": "list",
+            "collection": name,
+            "tag": info.tag,
+            "key": body.key,
+            "data": data,
+            "distinct": facets.distinct,
+            **service.identity(info.tag),
+        }
+    )
 
 
 async def _read_query(request: Request, model: type[Body]) -> tuple[Body, Filter | None]:
@@ -199,13 +232,10 @@ def _no_item(name: str, item_id: str) -> ItemNotFound:
     return ItemNotFound(f"collection {name!r} has no item {item_id[:80]!r}", param="id")
 
 
-def _head(name: str, tag: str) -> dict[str, Any]:
-    """Return the first fields of an answer: the name of the collection and the tag of its vectors."""
-    return {"collection": name, "tag": tag}
-
-
-def _shown(item: Item, include: list[Any], encoding: Encoding) -> dict[str, Any]:
+def _shown(item: Item, include: list[Any], encoding: Encoding) -> ItemFields:
     """Return an item as a dictionary for an answer. The dictionary has the vector only if `include` contains
     "vector"."""
-    body = {"id": item.id, "metadata": item.metadata, "source": item.source, "digest": item.digest}
-    return body | ({"vector": encode_vector(item.vector, encoding)} if "vector" in include else {})
+    body: ItemFields = {"id": item.id, "metadata": item.metadata, "source": item.source, "digest": item.digest}
+    if "vector" in include:
+        body["vector"] = encode_vector(item.vector, encoding)
+    return body

@@ -1,11 +1,14 @@
 """Describe the served model and how its engine was checked: `GET /v1/models`."""
 
 import re
-from typing import Any
+from datetime import UTC, datetime
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Request
 
-from service.routes.answers import json_response
+from service.answer_schemas import ModelAnswer, ModelsAnswer
+from service.errors import ModelNotFound
+from service.routes.answers import JsonAnswer, json_response
+from service.routes.describe import Operation, describe
 from service.routes.direct import DirectRoute, service_of
 from service.state import Service
 
@@ -13,21 +16,22 @@ router = APIRouter(tags=["models"], route_class=DirectRoute)
 
 
 @router.get("/v1/models", summary="List models")
-async def list_models(request: Request) -> Response:
+async def list_models(request: Request) -> JsonAnswer[ModelsAnswer]:
     """Return a list in OpenAI's format. Its only entry describes the served model."""
-    return json_response({"object": "list", "data": [describe(service_of(request))]})
+    return json_response({"object": "list", "data": [model_answer(service_of(request))]})
 
 
 @router.get("/v1/models/{name:path}", summary="Get a model")
-async def get_model(request: Request, name: str) -> Response:
+@describe(Operation(errors=(ModelNotFound,)))
+async def get_model(request: Request, name: str) -> JsonAnswer[ModelAnswer]:
     """Return the description of the served model. The path may contain any of the model's names. The status is 404 for
     any other name."""
     service = service_of(request)
     service.check_model(name)
-    return json_response(describe(service))
+    return json_response(model_answer(service))
 
 
-def describe(service: Service) -> dict[str, Any]:
+def model_answer(service: Service) -> ModelAnswer:
     """Return the description of the served model for an answer. It includes everything that determines the vectors:
     fingerprint, preprocessing, engine and precision. It also includes the measured differences between the features of
     each engine and those of the reference (`parity`), and the origin of the weights (`provenance`)."""
@@ -35,6 +39,7 @@ def describe(service: Service) -> dict[str, Any]:
     return {
         "id": service.artifact.name,
         "object": "model",
+        "created": _unix_time(manifest.created),
         "owned_by": "dinov2-service",
         "fingerprint": manifest.fingerprint,
         "aliases": service.model_names,
@@ -44,12 +49,24 @@ def describe(service: Service) -> dict[str, Any]:
         "preprocess": manifest.preprocess.model_dump(mode="json"),
         "engine": service.engine.name,
         "precision": service.engine.precision,
-        "engines_tried": [t._asdict() | {"reason": _without_folders(t.reason, service)} for t in service.tried],
+        "engines_tried": [
+            {"engine": tried.engine, "outcome": tried.outcome, "reason": _without_folders(tried.reason, service)}
+            for tried in service.tried
+        ],
         "parity": [record.model_dump(mode="json") for record in manifest.parity],
         "provenance": manifest.provenance,
         "licence": manifest.licence,
         "created_at": manifest.created,
     }
+
+
+def _unix_time(created: str) -> int:
+    """Return a time in ISO 8601 format as the number of seconds since 1970, or 0 if `created` has another format."""
+    try:
+        time = datetime.fromisoformat(created)
+    except ValueError:
+        return 0
+    return int((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp())
 
 
 _FOLDERS = re.compile(r"(?<![\w.:/~-])/(?:[^\s/:'\"]+/)+")

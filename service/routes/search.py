@@ -3,21 +3,22 @@
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Request
 
+from service.answer_schemas import BatchAnswer, HitFields, HitGroup, IndexedQueryAnswer, QueryAnswer, SearchAnswer
 from service.data_urls import check_count
-from service.errors import InvalidItems
+from service.errors import Conflict, InvalidItems, ItemNotFound, ModelMismatch, ModelNotFound
 from service.outcomes import Outcome, split_items
 from service.retrieval.query import SearchRequest
 from service.retrieval.reading import read_image_search, read_search
 from service.retrieval.search import QueryResults, SearchResults
 from service.retrieval.search import search as search_collection
-from service.routes.answers import json_response, server_timing
+from service.routes.answers import JsonAnswer, json_response, server_timing
 from service.routes.bodies import json_of, media_type, read_upload
+from service.routes.describe import COLLECTION, IMAGES, Operation, Upload, describe
 from service.routes.direct import DirectRoute, service_of
-from service.schemas import QueryIn, SearchIn, SearchOptions, json_schema
+from service.schemas import SearchIn, SearchOptions
 from service.search.checks import check_name
 from service.search.store import Hit
 from service.settings import Settings
@@ -25,19 +26,16 @@ from service.timings import ms_since
 
 router = APIRouter(prefix="/v1/collections", tags=["search"], route_class=DirectRoute)
 
-_SCHEMA = json_schema(SearchIn)
-_SCHEMA["properties"]["queries"]["items"] = json_schema(QueryIn)
-_FORM = {"type": "object", "required": ["file"]}
-_FILE = {"file": {"type": "string", "format": "binary"}}
-_BODIES = {
-    "application/json": {"schema": _SCHEMA},
-    "multipart/form-data": {"schema": {**_FORM, "properties": _FILE | json_schema(SearchOptions)["properties"]}},
-    "image/*": {"schema": {"type": "string", "format": "binary"}},
-}
 
-
-@router.post("/{name}/search", summary="Find similar images", openapi_extra={"requestBody": {"content": _BODIES}})
-async def search(request: Request, name: str) -> Response:
+@router.post("/{name}/search", summary="Find similar images")
+@describe(
+    Operation(
+        errors=(*IMAGES, *COLLECTION, ItemNotFound, ModelNotFound, ModelMismatch, Conflict),
+        upload=Upload(SearchIn, SearchOptions, many=False),
+        answer_headers=("Server-Timing",),
+    )
+)
+async def search(request: Request, name: str) -> JsonAnswer[SearchAnswer]:
     """Find the items that are most similar to a query, best first. A query is an image, a region of an image, a vector,
     an item of the collection, or a combination of images, vectors and items. Send one query, or up to 64 queries in
     `queries`. Scores are cosine similarities from -1 to 1."""
@@ -46,10 +44,16 @@ async def search(request: Request, name: str) -> Response:
     check_name(name)
     search_request = await _read(request, service.settings)
     results = await search_collection(service, name, search_request)
-    body: dict[str, Any] = {"object": "list", "collection": name}
-    body |= _batch(search_request, results) if search_request.batch else _answer(results.queries[0].result())
+    answer = _batch(search_request, results) if search_request.batch else _answer(results.queries[0].result())
     timings = results.timings | {"total": ms_since(started)}
-    return json_response(body | service.identity(results.tag) | {"timings": timings}, headers=server_timing(timings))
+    body: SearchAnswer = {
+        "object": "list",
+        "collection": name,
+        **answer,
+        **service.identity(results.tag),
+        "timings": timings,
+    }
+    return json_response(body, headers=server_timing(timings))
 
 
 async def _read(request: Request, settings: Settings) -> SearchRequest:
@@ -62,9 +66,10 @@ async def _read(request: Request, settings: Settings) -> SearchRequest:
     return read_image_search(upload.images[0], upload.fields, settings)
 
 
-def _batch(request: SearchRequest, results: SearchResults) -> dict[str, Any]:
+def _batch(request: SearchRequest, results: SearchResults) -> BatchAnswer:
     good, bad = split_items([_plain(outcome) for outcome in results.queries], request.on_error, "queries")
-    body: dict[str, Any] = {"results": [{"index": index, **_answer(query_results)} for index, query_results in good]}
+    rows: list[IndexedQueryAnswer] = [{"index": index, **_answer(query_results)} for index, query_results in good]
+    body: BatchAnswer = {"results": rows}
     if bad:
         body["errors"] = [item.body() for item in bad]
     return body
@@ -79,14 +84,14 @@ def _plain(outcome: Outcome[QueryResults]) -> Outcome[QueryResults]:
     return outcome
 
 
-def _answer(results: QueryResults) -> dict[str, Any]:
+def _answer(results: QueryResults) -> QueryAnswer:
     if results.groups is None:
         return {"data": _rows(results.hits, results)}
-    groups = [{"value": group.value, "data": _rows(group.hits, results)} for group in results.groups]
+    groups: list[HitGroup] = [{"value": group.value, "data": _rows(group.hits, results)} for group in results.groups]
     return {"groups": groups, "truncated": results.truncated}
 
 
-def _rows(hits: Sequence[Hit], results: QueryResults) -> list[dict[str, Any]]:
+def _rows(hits: Sequence[Hit], results: QueryResults) -> list[HitFields]:
     rows = [_row(hit) for hit in hits]
     if not results.comparisons and not results.vectors:
         return rows
@@ -101,8 +106,8 @@ def _rows(hits: Sequence[Hit], results: QueryResults) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(hit: Hit) -> dict[str, Any]:
-    row = {"id": hit.id, "score": hit.score, "metadata": hit.metadata}
+def _row(hit: Hit) -> HitFields:
+    row: HitFields = {"id": hit.id, "score": hit.score, "metadata": hit.metadata}
     if hit.source is not None:
         row["source"] = hit.source
     return row

@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request, Response
 
+from service.answer_schemas import SegmentAnswer
 from service.data_urls import check_count
-from service.errors import EngineFailed, InvalidItems, ItemError, ServiceError
+from service.errors import EngineFailed, InvalidItems, ItemError, ModelNotFound, ServiceError
 from service.features.pipeline import Analysed, Embedded
 from service.options import parse_options
-from service.routes.answers import json_response, server_timing
+from service.routes.answers import JsonAnswer, json_response, server_timing
 from service.routes.bodies import read_upload
+from service.routes.describe import IMAGES, Operation, Upload, describe
 from service.routes.direct import DirectRoute, service_of
-from service.schemas import SegmentOptions
+from service.schemas import SegmentIn, SegmentOptions
 from service.state import Service
 from service.timings import ms_since, slowest
 from service.vision.mask import coco_rle_encode, overlay_png, png_mask
@@ -35,25 +37,16 @@ class _Answer(NamedTuple):
     segment_ms: float
 
 
-@router.post(
-    "/v1/segment",
-    summary="Segment the foreground",
-    openapi_extra={
-        "requestBody": {
-            "content": {
-                "application/json": {
-                    "schema": {
-                        "type": "object",
-                        "required": ["image"],
-                        "properties": {"image": {"type": "string"}, **SegmentOptions.model_json_schema()["properties"]},
-                    }
-                },
-                "image/*": {"schema": {"type": "string", "format": "binary"}},
-            }
-        }
-    },
+@router.post("/v1/segment", summary="Segment the foreground")
+@describe(
+    Operation(
+        errors=(*IMAGES, ModelNotFound),
+        upload=Upload(SegmentIn, SegmentOptions, many=False),
+        media_types=("image/png",),
+        answer_headers=("Server-Timing", "X-Model", "X-Model-Fingerprint"),
+    )
 )
-async def segment(request: Request) -> Response:
+async def segment(request: Request) -> JsonAnswer[SegmentAnswer] | Response:
     """Separate the foreground of one image from its background. Send the image in the JSON field `image`, as a file in
     a form, or as the raw body.
 

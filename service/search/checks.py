@@ -29,7 +29,8 @@ from service.search.store import (
 from service.search.text import ALLOWED, is_allowed
 
 MAX_NESTING: Final = 256
-_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+NAME_PATTERN: Final = "[a-z0-9][a-z0-9_-]{0,63}"
+_NAME: Final = re.compile(NAME_PATTERN)
 _ZERO: Final = re.compile(r"(?<!\\)(\\\\)*\\u0000")  # U+0000 as JSON; not a literal backslash and "u0000"
 
 

@@ -210,6 +210,8 @@ class _Parser:
             raise _wrong(f"more than {MAX_CONDITIONS} conditions")
         if not isinstance(body, dict):
             raise _wrong(f"a condition must be an object, not {_quoted(body)}")
+        if None in body.values():
+            body = _without_nulls(body)
         if "key" in body or "field" in body:
             return self._condition(body)
         if len(body) == 1:
@@ -292,6 +294,14 @@ class _Parser:
             return plain_number(value) if isinstance(value, int) and not isinstance(value, bool) else value
         except OverflowError:
             raise _wrong(f"a number must fit in a double, not {_quoted(value)}") from None
+
+
+def _without_nulls(body: dict[str, Any]) -> dict[str, Any]:
+    """Return a condition without the fields that are null, which count as not set. If the rest has no operator or no
+    key, return the condition unchanged, so that the error message quotes what the client sent."""
+    rest = {name: value for name, value in body.items() if value is not None}
+    complete = len(rest) > 1 if rest.keys() & {"key", "field"} else rest.keys() & {"and", "or", "not"}
+    return rest if complete else body
 
 
 def _encodes(text: str) -> bool:

@@ -352,15 +352,6 @@ async def test_metrics_name_routes_by_template_and_never_by_path(tmp_path):
     assert "dinov2_batch_images_count" in text
 
 
-async def test_openapi_names_every_route(tmp_path):
-    async with running(tmp_path) as run:
-        paths = (await run.client.get("/openapi.json")).json()["paths"]
-    assert {"/v1/embeddings", "/v1/models", "/v1/segment", "/livez", "/readyz", "/metrics"} <= set(paths)
-    assert {"application/json", "multipart/form-data", "image/*"} == set(
-        paths["/v1/embeddings"]["post"]["requestBody"]["content"]
-    )
-
-
 async def test_requests_of_many_clients_share_forward_passes(tmp_path):
     engine = FakeEngine()
     async with running(tmp_path, engine=engine, cache_bytes=0) as run:

@@ -414,35 +414,6 @@ async def test_a_store_without_snapshots_says_so(tmp_path):
             assert f"does not support {'stats' if path == 'stats' else 'snapshots'}" in answer.json()["detail"]
 
 
-async def test_openapi_shows_bodies_without_references(tmp_path):
-    async with running(tmp_path, store=DictStore()) as run:
-        answer = await run.client.get("/openapi.json")
-    paths = answer.json()["paths"]
-    assert {
-        "/v1/aliases",
-        "/v1/aliases/{alias}",
-        "/v1/collections/{name}",
-        "/v1/collections/{name}/items",
-        "/v1/collections/{name}/items/{item_id}",
-        "/v1/collections/{name}/items/{item_id}/image",
-        "/v1/collections/{name}/items/delete",
-        "/v1/collections/{name}/items/scroll",
-        "/v1/collections/{name}/items/count",
-        "/v1/collections/{name}/stats",
-        "/v1/collections/{name}/snapshots",
-        "/v1/collections/{name}/snapshots/{snapshot}",
-        "/v1/collections/{name}/restore",
-    } <= set(paths)
-    body = paths["/v1/collections/{name}"]["put"]["requestBody"]["content"]["application/json"]["schema"]
-    assert body["properties"]["index"]["properties"]["target_recall"]["minimum"] == 0.5
-    items = paths["/v1/collections/{name}/items"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert {"id", "image", "vector", "source", "metadata"} <= set(items["properties"]["items"]["items"]["properties"])
-    for path, methods in paths.items():
-        if path.startswith(("/v1/collections/{name}/items", "/v1/aliases")):
-            assert "$ref" not in str([operation.get("requestBody") for operation in methods.values()])
-            assert "$defs" not in str(methods)
-
-
 async def test_snapshots_of_the_embedded_store(tmp_path):
     async with running(tmp_path) as run:
         await run.client.put(SHOP, json={"dtype": "float16", "indexed": ["n"]})

@@ -1,0 +1,449 @@
+"""The types of all JSON answers. Routes build their answers as these types, which mypy checks, and the OpenAPI document
+is made from them. Nothing checks an answer while the service runs, because validating thousands of floats takes longer
+than a forward pass of a small model.
+"""
+
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from model.artifact import ParityRecord
+from model.pooling import Pooling
+from model.preprocess import PreprocessSpec
+from service.errors import ItemErrorBody
+from service.schema_base import DocumentedAs
+from service.search.kinds import Kind
+from service.search.store import DType, Metadata
+
+Vector = Annotated[Any, DocumentedAs(list[float] | str)]
+"""A list of numbers, or the base64 text of little-endian float32 numbers if the request asks for it. Routes use numpy
+arrays, which are serialised directly."""
+FloatVector = Annotated[Any, DocumentedAs(list[float])]
+Box = Annotated[Any, DocumentedAs(Annotated[list[float], Field(min_length=4, max_length=4)])]
+"""[x, y, width, height] in pixels of the upright image."""
+Timings = dict[str, float]
+"""The duration of each stage in milliseconds."""
+ListObject = Literal["list"]
+
+
+class Identity(TypedDict):
+    """The model whose vectors an answer is about."""
+
+    model: Annotated[str | None, Field(description="name of the model; null if it is not the served model")]
+    fingerprint: Annotated[str, Field(description="hash of the model's weights, architecture and preprocessing")]
+
+
+class SnapshotIdentity(TypedDict):
+    """The model whose vectors a snapshot contains. Both fields are null if the snapshot is damaged."""
+
+    model: str | None
+    fingerprint: str | None
+
+
+# Models and embeddings
+
+
+class Usage(TypedDict):
+    """The number of tokens that the network processed."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(TypedDict):
+    """The embedding of one image."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: Vector
+
+
+class EmbeddingsAnswer(Identity):
+    """The answer to `POST /v1/embeddings`."""
+
+    object: ListObject
+    data: list[Embedding]
+    usage: Usage
+    timings: Timings
+    errors: NotRequired[list[ItemErrorBody]]
+
+
+class TriedEngine(TypedDict):
+    """An engine that was tried at startup."""
+
+    engine: str
+    outcome: Literal["serves", "passed over"]
+    reason: str
+
+
+class ModelAnswer(TypedDict):
+    """The description of a model."""
+
+    id: str
+    object: Literal["model"]
+    created: Annotated[int, Field(description="time of the export in seconds since 1970; 0 if unknown")]
+    owned_by: str
+    fingerprint: str
+    aliases: list[str]
+    dimensions: int
+    patch_size: int
+    input_size: list[int]
+    preprocess: Annotated[dict[str, Any], DocumentedAs(PreprocessSpec)]
+    engine: str
+    precision: str
+    engines_tried: list[TriedEngine]
+    parity: list[Annotated[dict[str, Any], DocumentedAs(ParityRecord)]]
+    provenance: dict[str, Any]
+    licence: str
+    created_at: str
+
+
+class ModelsAnswer(TypedDict):
+    """The answer to `GET /v1/models`."""
+
+    object: ListObject
+    data: list[ModelAnswer]
+
+
+class RunLengths(TypedDict):
+    """A mask as COCO run lengths."""
+
+    size: list[int]
+    counts: str
+
+
+class SegmentAnswer(Identity):
+    """The answer to `POST /v1/segment` as JSON."""
+
+    segmentation: NotRequired[RunLengths]
+    png: NotRequired[Annotated[str, Field(description="the mask as PNG, in base64")]]
+    overlay: NotRequired[Annotated[str, Field(description="the image with the foreground tinted as PNG, in base64")]]
+    embedding: NotRequired[FloatVector]
+    contrast: float
+    crop_box: Box
+    timings: Timings
+
+
+# Collections and aliases
+
+
+class IndexSettings(TypedDict):
+    """The index settings of a collection. A setting that is null is chosen by the service."""
+
+    kind: Kind
+    m: int | None
+    ef_construction: int | None
+    n_lists: int | None
+    target_recall: float
+
+
+class Collection(TypedDict):
+    """The settings of a collection, the number of its items, and the aliases that point to it."""
+
+    name: str
+    tag: str
+    pooling: Pooling | None
+    dimension: int
+    dtype: DType
+    index: Annotated[dict[str, Any], DocumentedAs(IndexSettings)]
+    indexed: list[str]
+    originals: bool
+    count: int
+    aliases: list[str]
+
+
+class CollectionAnswer(Collection, Identity):
+    """The description of one collection."""
+
+
+class CollectionsAnswer(Identity):
+    """The answer to `GET /v1/collections`."""
+
+    object: ListObject
+    data: list[Collection]
+
+
+class DroppedCollection(Identity):
+    """The answer to the deletion of a collection."""
+
+    name: str
+    deleted: Literal[True]
+
+
+class StatsAnswer(Identity):
+    """The answer to `GET /v1/collections/{name}/stats`."""
+
+    collection: str
+    stats: Annotated[dict[str, Any], Field(description="statistics about the index; they depend on the store")]
+
+
+class Snapshot(TypedDict):
+    """The description of a snapshot."""
+
+    name: str
+    collection: str
+    created: str
+    bytes: int
+    count: Annotated[int | None, Field(description="number of items; null if the snapshot is damaged")]
+    tag: Annotated[str | None, Field(description="tag of the vectors; null if the snapshot is damaged")]
+
+
+class SnapshotAnswer(Snapshot, SnapshotIdentity):
+    """The description of a new snapshot."""
+
+
+class SnapshotsAnswer(SnapshotIdentity):
+    """The answer to `GET /v1/collections/{name}/snapshots`."""
+
+    object: ListObject
+    data: list[Snapshot]
+
+
+class DroppedSnapshot(SnapshotIdentity):
+    """The answer to the deletion of a snapshot."""
+
+    collection: str
+    snapshot: str
+    deleted: Literal[True]
+
+
+class Alias(TypedDict):
+    """An alias and the collection that it points to."""
+
+    alias: str
+    collection: str
+
+
+class AliasesAnswer(Identity):
+    """The answer to `GET /v1/aliases`."""
+
+    object: ListObject
+    data: list[Alias]
+
+
+class MovedAlias(Alias, Identity):
+    """The answer to `PUT /v1/aliases/{alias}`."""
+
+    before: Annotated[str | None, Field(description="collection that the alias pointed to before; null: none")]
+
+
+class DroppedAlias(Identity):
+    """The answer to the deletion of an alias."""
+
+    alias: str
+    deleted: Literal[True]
+
+
+# Items and searches
+
+
+class ItemFields(TypedDict):
+    """One item of a collection."""
+
+    id: str
+    metadata: Metadata
+    source: str | None
+    digest: Annotated[str | None, Field(description="sha256 of the image's bytes; null for a vector")]
+    vector: NotRequired[Vector]
+
+
+class ItemAnswer(ItemFields, Identity):
+    """One item, and the collection that contains it."""
+
+    collection: str
+    tag: str
+
+
+class PatchedItem(ItemFields, Identity):
+    """One item after a change of its metadata, and the collection that contains it."""
+
+    collection: str
+
+
+class WrittenItem(TypedDict):
+    """The id of an item that was written. `index` is the position of the item in the request."""
+
+    index: int
+    id: str
+
+
+class AddedItems(Identity):
+    """The answer to `POST /v1/collections/{name}/items`."""
+
+    collection: str
+    count: int
+    items: list[WrittenItem]
+    errors: list[ItemErrorBody]
+    timings: Timings
+
+
+class PutItem(Identity):
+    """The answer to `PUT /v1/collections/{name}/items/{id}`."""
+
+    collection: str
+    id: str
+    created: Annotated[bool, Field(description="whether the item is new")]
+    count: int
+    timings: Timings
+
+
+class FacetValue(TypedDict):
+    """A value of a metadata key, and the number of items that have it."""
+
+    value: str | int | float | bool
+    count: int
+
+
+class FacetsAnswer(Identity):
+    """The answer to `POST /v1/collections/{name}/items/facets`."""
+
+    object: ListObject
+    collection: str
+    tag: str
+    key: str
+    data: list[FacetValue]
+    distinct: Annotated[int, Field(description="number of all values, including those beyond the limit")]
+
+
+class ItemsAnswer(Identity):
+    """One page of items."""
+
+    object: ListObject
+    collection: str
+    tag: str
+    data: list[ItemFields]
+    cursor: Annotated[str | None, Field(description="cursor of the next page; null: this page is the last")]
+
+
+class CountAnswer(Identity):
+    """The answer to `POST /v1/collections/{name}/items/count`."""
+
+    collection: str
+    count: int
+
+
+class DeletedItem(Identity):
+    """The answer to the deletion of one item."""
+
+    collection: str
+    id: str
+    deleted: Literal[True]
+
+
+class DeletedItems(Identity):
+    """The answer to `POST /v1/collections/{name}/items/delete`."""
+
+    collection: str
+    deleted: int
+
+
+class PatchMatch(TypedDict):
+    """A pair of matching parts of the query's image and the result's image."""
+
+    query_box: Box
+    box: Box
+    score: float
+
+
+class HitFields(TypedDict):
+    """One result of a search."""
+
+    id: str
+    score: float
+    metadata: Metadata
+    source: NotRequired[str]
+    rerank_score: NotRequired[float]
+    matches: NotRequired[Annotated[list[dict[str, Any]], DocumentedAs(list[PatchMatch])]]
+    vector: NotRequired[FloatVector]
+
+
+class HitGroup(TypedDict):
+    """Results with the same value of the key in `group_by`."""
+
+    value: str | int | float | bool
+    data: list[HitFields]
+
+
+class QueryAnswer(TypedDict):
+    """The results of one query: `data`, or with `group_by`, `groups` and `truncated`."""
+
+    data: NotRequired[list[HitFields]]
+    groups: NotRequired[list[HitGroup]]
+    truncated: NotRequired[bool]
+
+
+class IndexedQueryAnswer(QueryAnswer):
+    """The results of one query in a list. `index` is its position in the request."""
+
+    index: int
+
+
+class BatchAnswer(TypedDict):
+    """The results of a list of queries. With `on_error=partial`, `errors` lists the queries that failed."""
+
+    results: list[IndexedQueryAnswer]
+    errors: NotRequired[list[ItemErrorBody]]
+
+
+class SearchAnswer(QueryAnswer, Identity):
+    """The answer to `POST /v1/collections/{name}/search`. For a list of queries, it has `results` and, with
+    `on_error=partial`, the `errors` of the queries that failed."""
+
+    object: ListObject
+    collection: str
+    results: NotRequired[list[IndexedQueryAnswer]]
+    errors: NotRequired[list[ItemErrorBody]]
+    timings: Timings
+
+
+class DuplicateItem(TypedDict):
+    """An item in a group of duplicates. `score` is its cosine similarity to the group's first item."""
+
+    id: str
+    score: float
+
+
+class DuplicateGroup(TypedDict):
+    """A group of duplicates. `digest` is the sha256 that its images share."""
+
+    digest: NotRequired[str]
+    items: list[DuplicateItem]
+
+
+class DuplicatesAnswer(Identity):
+    """The answer to `POST /v1/collections/{name}/duplicates`."""
+
+    object: ListObject
+    collection: str
+    groups: list[DuplicateGroup]
+    total_groups: int
+    compared: int
+    without_digest: int
+    truncated: bool
+    timings: Timings
+
+
+# Health
+
+
+class LivezAnswer(TypedDict):
+    """The answer to `GET /livez`."""
+
+    status: Literal["alive", "dead"]
+    reason: NotRequired[str]
+
+
+class CacheStatus(TypedDict):
+    """The state of the vector cache."""
+
+    name: str
+    status: str
+
+
+class ReadyzAnswer(Identity):
+    """The answer to `GET /readyz`."""
+
+    status: Literal["ready", "degraded", "unready"]
+    reasons: NotRequired[dict[str, str]]
+    cache: CacheStatus

@@ -1,0 +1,63 @@
+"""The schemas of filters and images, which are only for the OpenAPI document. `service/search/filters.py` and
+`service/data_urls.py` parse filters and images, because their error messages are better than those of pydantic."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from service.schema_base import DocumentedAs, Schema
+
+
+class FilterIn(Schema):
+    """A condition on the metadata or the ids of items: `key` or `field` with one operator, or one of `and`, `or` and
+    `not`. A condition on a list is true if it is true for one of its elements."""
+
+    key: str | None = Field(
+        None, description="metadata key; dots separate nested keys; each operator requires a key or a field"
+    )
+    field: Literal["id"] | None = Field(None, description="id: the condition is about the item's id")
+    eq: str | float | bool | None = Field(None, description="the value equals this string, number or boolean")
+    ne: str | float | bool | None = Field(None, description="the value is present and does not equal this value")
+    in_: list[str | float | bool] | None = Field(None, alias="in", description="the value equals one of these")
+    gt: str | float | None = Field(None, description="the value is greater than this number or string")
+    gte: str | float | None = Field(None, description="the value is greater than this number or string, or equal")
+    lt: str | float | None = Field(None, description="the value is less than this number or string")
+    lte: str | float | None = Field(None, description="the value is less than this number or string, or equal")
+    contains: str | None = Field(None, description="the value is a string that contains this text")
+    prefix: str | None = Field(None, description="the value is a string that begins with this text")
+    exists: bool | None = Field(None, description="true: the value is present and not null; false: the opposite")
+    and_: list["FilterIn"] | None = Field(None, alias="and", description="all of these conditions are true")
+    or_: list["FilterIn"] | None = Field(None, alias="or", description="at least one of these conditions is true")
+    not_: "FilterIn | None" = Field(None, alias="not", description="this condition is false")
+
+
+Where = Annotated[dict[str, Any], DocumentedAs(FilterIn)]
+
+
+class ImageUrl(Schema):
+    """The object in the field `image_url` of an image."""
+
+    model_config = ConfigDict(extra="allow")
+
+    url: str = Field(description="data URL; a link is an error")
+
+
+class ImageObject(Schema):
+    """An image as an object, in the forms that clients of other services send. Apart from `type`, it has exactly one of
+    these fields."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str | None = Field(None, description="ignored")
+    image: str | None = Field(None, description="data URL or base64")
+    image_url: str | ImageUrl | None = Field(None, description="data URL; a link is an error")
+    image_base64: str | None = Field(None, description="data URL or base64")
+    base64: str | None = Field(None, description="data URL or base64")
+    data: str | None = Field(None, description="data URL or base64")
+    bytes: str | None = Field(None, description="data URL or base64")
+    url: str | None = Field(None, description="data URL; a link is an error")
+    source: dict[str, Any] | None = Field(None, description="object with the base64 text in `data`")
+    content: list[dict[str, Any]] | None = Field(None, description="list of one such object")
+
+
+Image = Annotated[Any, DocumentedAs(str | ImageObject)]

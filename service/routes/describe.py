@@ -1,0 +1,88 @@
+"""Describe what a route accepts and how it can fail, for the OpenAPI document (`service/routes/openapi.py`).
+
+What a route answers is not described here: it is the type in the return annotation of the route function.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+from service.errors import (
+    BadRequest,
+    BrokenImage,
+    CollectionNotFound,
+    DeadlineExceeded,
+    EngineFailed,
+    ImageTooLarge,
+    InvalidItems,
+    InvalidRequest,
+    ModelUnavailable,
+    PayloadTooLarge,
+    QueueFull,
+    ServiceError,
+    ShuttingDown,
+    StorageFailed,
+    Unavailable,
+    UnsupportedImage,
+    UnsupportedMediaType,
+)
+from service.schema_base import Schema
+
+Errors = tuple[type[ServiceError], ...]
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
+
+ALWAYS: Final[Errors] = (PayloadTooLarge, ServiceError, Unavailable, ShuttingDown, DeadlineExceeded)
+"""The errors that `service/middleware.py` may raise on every route."""
+BODY: Final[Errors] = (BadRequest, UnsupportedMediaType, InvalidRequest)
+IMAGES: Final[Errors] = (
+    *BODY,
+    InvalidItems,
+    BrokenImage,
+    ImageTooLarge,
+    UnsupportedImage,
+    EngineFailed,
+    QueueFull,
+    ModelUnavailable,
+)
+COLLECTION: Final[Errors] = (CollectionNotFound, InvalidRequest, StorageFailed)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """The three forms of a body with images: JSON, a form with files, and one image as the raw body."""
+
+    body: type[Schema]  # the JSON body
+    options: type[Schema]  # the form fields, and the query parameters of a raw body
+    many: bool  # whether a form may have several files
+
+
+@dataclass(frozen=True)
+class Operation:
+    """The description of a route."""
+
+    errors: Errors = ()  # in addition to ALWAYS
+    body: type[Schema] | None = None  # the JSON body
+    body_required: bool = True
+    upload: Upload | None = None
+    query: type[Schema] | None = None
+    headers: tuple[str, ...] = ()  # request headers, in addition to X-Request-ID
+    statuses: tuple[int, ...] = (200,)  # statuses of answers with the type in the return annotation
+    media_types: tuple[str, ...] = ()  # media types of answers that are not JSON
+    answer_headers: tuple[str, ...] = ()
+
+
+def describe(operation: Operation) -> Callable[[Endpoint], Endpoint]:
+    """Return a decorator that attaches a description to a route function."""
+
+    def attach(endpoint: Endpoint) -> Endpoint:
+        endpoint.operation = operation  # type: ignore[attr-defined]  # functions accept any attribute
+        return endpoint
+
+    return attach
+
+
+def operation_of(endpoint: Callable[..., Any]) -> Operation:
+    """Return the description of a route function, or the description of a route without a body if there is none."""
+    operation = getattr(endpoint, "operation", Operation())
+    assert isinstance(operation, Operation)
+    return operation
