@@ -23,10 +23,31 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+
+def _expanded(path: Path) -> Path:
+    """Replace `~` at the start of the path with the home folder. A shell does not do this for environment variables."""
+    from model.files import expanded
+
+    try:
+        return expanded(path)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 CollectionOption = Annotated[str, typer.Option("--collection", "-c", help="Name or alias of the collection.")]
 DataDirOption = Annotated[
     Path,
-    typer.Option(help="Folder of the collections and artifacts; the server's data folder.", envvar="DINOV2_DATA_DIR"),
+    typer.Option(
+        help="Folder of the collections and artifacts; the server's data folder.",
+        envvar="DINOV2_DATA_DIR",
+        callback=_expanded,
+    ),
+]
+ArtifactsDirOption = Annotated[
+    Path,
+    typer.Option(
+        help="Data folder; its subfolder `artifacts` contains the models.", envvar="DINOV2_DATA_DIR", callback=_expanded
+    ),
 ]
 StoreOption = Annotated[
     str | None,

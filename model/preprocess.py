@@ -16,13 +16,16 @@ Legend: H, W height and width of the image; h, w height and width of the network
 pixels. Sizes are (height, width).
 """
 
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from model.messages import in_words
 
 MAX_ASPECT_RATIO = 100.0
 """The maximum ratio of an image's long side to its short side.
@@ -69,6 +72,18 @@ class PreprocessSpec(BaseModel):
         if min(self.std) <= 0:
             raise ValueError(f"std={self.std} must be above 0")
         return self
+
+
+def read_spec(values: Mapping[str, Any]) -> PreprocessSpec:
+    """Return the transform with these settings.
+
+    Raises:
+        ValueError: a setting is unknown, or its value is not allowed. The message names the setting and the value.
+    """
+    try:
+        return PreprocessSpec.model_validate(dict(values))
+    except ValidationError as error:
+        raise ValueError(in_words(error)) from error
 
 
 REFERENCE_224 = PreprocessSpec()

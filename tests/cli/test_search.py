@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 import cli
 from cli import collection as cli_collections
+from model.artifact import read_manifest
 from service.originals import Originals
 from service.search.store import CollectionInfo, SnapshotInfo
 from service.settings import Settings, load_settings
@@ -104,6 +105,10 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
     monkeypatch.setattr("service.settings.load_settings", settings)
     monkeypatch.setattr("service.artifact_choice.choose_artifact", lambda model, data_dir: Path("artifact"))
     monkeypatch.setattr("model.artifact.load_artifact", lambda path, derived_dir: fake_artifact())
+    monkeypatch.setattr(
+        "model.artifact.read_manifest",
+        lambda path: fake_artifact().manifest if path == Path("artifact") else read_manifest(path),
+    )
     monkeypatch.setattr("model.engines.choice.load_engine", lambda artifact, name, threads: found.engine)
     monkeypatch.setenv("DINOV2_DATA_DIR", str(tmp_path / "data"))
     (tmp_path / "data").mkdir()

@@ -11,7 +11,7 @@ import torch
 from model import zoo
 from model.artifact import MANIFEST, WEIGHTS, bundled_artifact, find_artifacts, fingerprint, load_artifact
 from model.checkpoint import load_checkpoint, load_model, load_state_dict_file
-from model.preprocess import PreprocessSpec
+from model.preprocess import PreprocessSpec, read_spec
 from model.vit import DinoVisionTransformer
 from model.weights import is_own_checkpoint
 from training.evaluate.settings import DenseSettings, TaskSettings
@@ -75,7 +75,7 @@ def load_backbone(
             named = zoo.resolve(source).name if arch is None else arch
             other = load_model(named, weights=path if path.is_file() else None)
             state, config = other.state_dict(), other.config
-        spec = PreprocessSpec.model_validate(provenance.get("preprocess", {"patch_size": config.patch_size}))
+        spec = read_spec(provenance.get("preprocess", {"patch_size": config.patch_size}))
         digest = fingerprint({key: tensor.numpy() for key, tensor in state.items()}, config, spec)
     model = DinoVisionTransformer(config)
     model.load_state_dict({key: tensor.float() for key, tensor in state.items()})
@@ -96,4 +96,4 @@ def spec_for(own: PreprocessSpec, settings: TaskSettings) -> PreprocessSpec:
         changes["resize"] = settings.resize
     if settings.crop:
         changes["crop"] = settings.crop
-    return PreprocessSpec.model_validate(own.model_dump() | changes)
+    return read_spec(own.model_dump() | changes)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from model.messages import problem_in_words
 from model.pooling import Pooling
 from training.evaluate.features import Precision
 
@@ -141,5 +142,5 @@ def make_settings(task: Task, given: Mapping[str, Any]) -> TaskSettings:
             if problem["type"] == "extra_forbidden":
                 problems.append(f"{name} is not a setting of {task}; it has {', '.join(SETTINGS[task].model_fields)}")
             else:
-                problems.append(f"{name}={problem['input']!r}: {problem['msg']}" if name else problem["msg"])
+                problems.append(problem_in_words(problem))
         raise ValueError("; ".join(problems)) from error
