@@ -32,11 +32,19 @@ def export(
     resize: Annotated[
         int | None,
         typer.Option(
-            help="Short side of the image before the crop, in pixels. Default: as in the checkpoint, else 256."
+            help="Short side of the image before the crop, in pixels; only for --fit crop. Default: as in the "
+            "checkpoint, else 256."
         ),
     ] = None,
     crop: Annotated[
-        int | None, typer.Option(help="Side of the square crop, in pixels. Default: as in the checkpoint, else 224.")
+        int | None, typer.Option(help="Side of the square input, in pixels. Default: as in the checkpoint, else 224.")
+    ] = None,
+    fit: Annotated[
+        Literal["crop", "pad", "squash"] | None,
+        typer.Option(
+            help="How an image that is not square becomes a square: crop cuts out the centre, pad fills the rest with "
+            "the mean colour, squash changes the aspect ratio. Default: as in the checkpoint, else crop."
+        ),
     ] = None,
     weights_dtype: Annotated[
         Literal["float32", "float16"], typer.Option(help="Number format in which the weights are stored.")
@@ -102,7 +110,9 @@ def export(
             int8_weights=int8_weights,
             float_layers=None if float_layers is None else _items("" if float_layers == "none" else float_layers),
         )
-        asked = CheckpointOptions(arch=arch, name=name, resize=resize, crop=crop, licence=licence, graphs=graphs)
+        asked = CheckpointOptions(
+            arch=arch, name=name, resize=resize, crop=crop, fit=fit, licence=licence, graphs=graphs
+        )
         artifact = export_checkpoint(source, out or data_dir / "artifacts", asked, options)
     except (ValueError, OSError, DownloadError) as error:
         raise fail(error) from error

@@ -11,7 +11,7 @@ from model.config import ViTConfig
 from model.engines.knn_gate import LabelledImages
 from model.engines.parity import Image
 from model.onnx_graph.quantize import Int8Weights
-from model.preprocess import PreprocessSpec
+from model.preprocess import Fit, PreprocessSpec
 from model.zoo import DEFAULT_DOWNLOAD, DownloadOptions
 
 WeightsDtype = Literal["float32", "float16"]
@@ -92,8 +92,8 @@ class CheckpointOptions:
             checkpoints.
         name: the artifact's name. If None, it is the name in the checkpoint's provenance, else the name of the
             architecture, else the file's name without its extension.
-        resize, crop: the values of these fields of the preprocessing. If None, a field has the value with which the
-            checkpoint was evaluated, or the default (256 and 224) if that value is unknown.
+        resize, crop, fit: the values of these fields of the preprocessing. If None, a field has the value with which
+            the checkpoint was evaluated, or the default (256, 224 and crop) if that value is unknown.
         licence: the SPDX identifier of the weights' licence. It is ignored for a published model.
         download: how a published model is downloaded.
         graphs: the graphs to export in addition to `model.onnx`.
@@ -103,6 +103,7 @@ class CheckpointOptions:
     name: str | None = None
     resize: int | None = None
     crop: int | None = None
+    fit: Fit | None = None
     licence: str = "unknown"
     download: DownloadOptions = DEFAULT_DOWNLOAD
     graphs: GraphOptions = GraphOptions()

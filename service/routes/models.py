@@ -41,7 +41,7 @@ def describe(service: Service) -> dict[str, Any]:
         "dimensions": manifest.config.embed_dim,
         "patch_size": manifest.config.patch_size,
         "input_size": list(manifest.input_size),
-        "preprocess": manifest.preprocess.model_dump(mode="json"),
+        "preprocess": manifest.preprocess.model_dump(mode="json") | {"fit": manifest.preprocess.fit},
         "engine": service.engine.name,
         "precision": service.engine.precision,
         "engines_tried": [t._asdict() | {"reason": _without_folders(t.reason, service)} for t in service.tried],

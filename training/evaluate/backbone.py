@@ -11,7 +11,7 @@ import torch
 from model import zoo
 from model.artifact import MANIFEST, WEIGHTS, bundled_artifact, find_artifacts, fingerprint, load_artifact
 from model.checkpoint import load_checkpoint, load_model, load_state_dict_file
-from model.preprocess import PreprocessSpec, read_spec
+from model.preprocess import PreprocessSpec, changed_spec, read_spec
 from model.vit import DinoVisionTransformer
 from model.weights import is_own_checkpoint
 from training.evaluate.settings import DenseSettings, TaskSettings
@@ -83,17 +83,14 @@ def load_backbone(
 
 
 def spec_for(own: PreprocessSpec, settings: TaskSettings) -> PreprocessSpec:
-    """Return the preprocessing for a task: the model's own, with the task's `resize` and `crop` if they are set.
+    """Return the preprocessing for a task: the model's own, with the task's `resize`, `crop` and `fit` if they are set.
 
     The whole image is used, without a crop, if `crop` is 0 or the task is segmentation or depth.
 
     Raises:
         ValueError: the crop does not fit the resized image or the patch size.
     """
-    whole = isinstance(settings, DenseSettings) or settings.crop == 0
-    changes: dict[str, Any] = {"crop": None} if whole else {}
-    if settings.resize is not None:
-        changes["resize"] = settings.resize
-    if settings.crop:
-        changes["crop"] = settings.crop
-    return read_spec(own.model_dump() | changes)
+    if isinstance(settings, DenseSettings) or settings.crop == 0:
+        resize = settings.resize or own.resize or own.crop
+        return read_spec(own.model_dump() | {"crop": None, "resize": resize, "fit": "crop"})
+    return changed_spec(own, fit=settings.fit, resize=settings.resize, crop=settings.crop)
