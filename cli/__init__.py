@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from cli import collection, engines, evaluate, export, search, serving, training
+from cli import collection, engines, evaluate, export, search, serving, training, verify
 from cli.shared import fail
 
 app = typer.Typer(
@@ -45,6 +45,7 @@ for command in (
     training.report,
     export.export,
     serving.models,
+    verify.verify,
 ):
     app.command()(command)
 app.add_typer(collection.app, name="collections")
