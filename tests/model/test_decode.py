@@ -87,6 +87,8 @@ def corpus() -> dict[str, bytes]:
     if "AVIF" in FORMATS:
         files["avif"] = encode(RGB, "AVIF", quality=95)
         files["avif-alpha"] = encode(rgba, "AVIF", quality=95)
+    if "HEIC" in FORMATS:
+        files["heic"] = (DATA / "photo.heic").read_bytes()
     return files
 
 
