@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from cli import collection, engines, evaluate, export, search, serving, training, verify
+from cli import backup, collection, engines, evaluate, export, search, serving, training, verify
 from cli.shared import fail
 
 app = typer.Typer(
@@ -39,6 +39,8 @@ for command in (
     serving.embed,
     search.index,
     search.search,
+    backup.backup,
+    backup.restore,
     training.train,
     training.compare,
     training.average,

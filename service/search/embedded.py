@@ -18,9 +18,9 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,10 +31,10 @@ from model.cpus import available_cpus
 from service.errors import CollectionNotFound, Conflict, ItemNotFound, StorageFailed
 from service.search import database, snapshots, sqlite_file
 from service.search.checks import check_id, check_match, check_name, checked_items, merged, metadata_text
-from service.search.database import Row
 from service.search.filters import Filter
 from service.search.maintenance import Maintenance
 from service.search.reading import ITEM, condition_of, delete_some, items_of, metadata_of, number_after
+from service.search.restoring import restore
 from service.search.searcher import Searcher
 from service.search.selection import passing
 from service.search.specs import check_spec
@@ -297,20 +297,30 @@ class EmbeddedStore:
             StorageFailed: the snapshot is damaged.
         """
         path = snapshots.path_of(self._snapshots, check_name(source), name)
-        await self._read(lambda db: _check_free(db, check_name(collection)))
-        kept, rows = await asyncio.to_thread(snapshots.read, path)
-        with snapshots.restoring(self._snapshots) as hidden:
-            row: Row = await self._write(lambda db: database.make(db, hidden, kept.spec))
-            try:
-                while (page := await asyncio.to_thread(next, rows, None)) is not None:
-                    await self._write(partial(snapshots.insert, row=row, items=page[0], vectors=page[1]))
-                return await self._write(partial(_named, row=row, name=collection))
-            except BaseException:
-                with suppress(StorageFailed):  # raise the first error; maintenance removes the remains
-                    await asyncio.shield(self._write(partial(database.drop, key=row.key)))
-                raise
-            finally:
-                self._maintenance.wake()
+        [info] = await self.restore_files({collection: path}, {})
+        return info
+
+    async def restore_files(
+        self, files: Mapping[str, Path], aliases: Mapping[str, str], *, replace: bool = False
+    ) -> list[CollectionInfo]:
+        for name in (*files, *aliases, *aliases.values()):
+            check_name(name)
+        try:
+            restored = await restore(self._snapshots, files, aliases, replace=replace, write=self._write)
+        finally:
+            self._maintenance.wake()
+        self.views.forget(restored.replaced)
+        return restored.infos
+
+    async def snapshot_to(self, collection: str, root: Path) -> Path:
+        taken = await asyncio.to_thread(snapshots.take, self.path, check_name(collection), root)
+        return snapshots.path_of(root, taken.collection, taken.name)
+
+    async def add_snapshot(self, collection: str, file: Path) -> SnapshotInfo:
+        return await asyncio.to_thread(snapshots.add, self._snapshots, check_name(collection), file)
+
+    def upload_path(self) -> Path:
+        return snapshots.upload_path(self._snapshots)
 
     async def _own_name(self, collection: str) -> str:
         """Return the name of the collection to which an alias points. If `collection` is not an alias, return it
@@ -417,22 +427,6 @@ def _alone(db: sqlite3.Connection, write: Write) -> Any:
         return commit_together(db, [write])[0]
     except StorageFailed as error:
         return error
-
-
-def _check_free(db: sqlite3.Connection, name: str) -> None:
-    try:
-        row = database.find(db, name)
-    except CollectionNotFound:
-        return
-    raise Conflict(f"{name!r} is {'a collection' if row.name == name else 'an alias'} already; restore to another name")
-
-
-def _named(db: sqlite3.Connection, row: Row, name: str) -> CollectionInfo:
-    """Rename a restored collection from its hidden name to `name`, and return its description. Raises Conflict if a
-    collection or alias has this name."""
-    _check_free(db, name)
-    db.execute("UPDATE collections SET name = ?, version = version + 1 WHERE id = ?", (name, row.key))
-    return database.find(db, name).info
 
 
 def _difference(old: CollectionSpec, new: CollectionSpec) -> str:

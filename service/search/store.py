@@ -260,6 +260,34 @@ class SnapshotStore(VectorStore, Protocol):
 
     async def drop_snapshot(self, collection: str, name: str) -> None: ...
 
+    async def snapshot_to(self, collection: str, root: Path) -> Path:
+        """Take a snapshot in the folder `root` instead of the store's own folder, and return the path of its file. The
+        file is in a subfolder that has the collection's name."""
+
+    def upload_path(self) -> Path:
+        """Return a path for a file that may become a snapshot with `add_snapshot`. If the file is abandoned, it is
+        removed later."""
+
+    async def add_snapshot(self, collection: str, file: Path) -> SnapshotInfo:
+        """Make a snapshot file from another store a snapshot of `collection`, and return its description. The
+        collection need not exist. The file is moved.
+
+        Raises:
+            InvalidRequest: the file is damaged or not a snapshot.
+        """
+
+    async def restore_files(
+        self, files: Mapping[str, Path], aliases: Mapping[str, str], *, replace: bool = False
+    ) -> list[CollectionInfo]:
+        """Create a collection from each snapshot file in `files`, and set the aliases, all at once or not at all.
+        Return the descriptions of the new collections. `files` maps the names of the new collections to the files, and
+        `aliases` maps each alias to the name of its collection. If `replace` is true, collections and aliases that have
+        these names are replaced.
+
+        Raises:
+            Conflict: a collection or alias with one of the names exists, and `replace` is false.
+        """
+
     async def restore(self, collection: str, source: str, name: str) -> CollectionInfo:
         """Create the collection `collection` from the snapshot `name` of the collection `source`, and return the
         description of the new collection.
