@@ -6,6 +6,7 @@ size and precision. Vectors from different models cannot be compared. So if the 
 model, a write or search that needs the new model fails with status 409, and the message contains both tags.
 """
 
+import asyncio
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -16,15 +17,26 @@ from model.pooling import width
 from service.errors import CollectionNotFound, Conflict, InvalidRequest
 from service.options import check_fields, parse_options
 from service.routes.answers import json_response
-from service.routes.bodies import read_json, read_optional_json
+from service.routes.bodies import media_type, read_json, read_optional_json
 from service.routes.direct import DirectRoute, service_of
 from service.schemas import CollectionIn, RestoreIn, SnapshotIn, json_body
 from service.search.checks import check_name
 from service.search.specs import check_spec
-from service.search.store import CollectionInfo, CollectionSpec, IndexSpec, SnapshotStore, StatsStore
+from service.search.sqlite_file import translated as storage_errors
+from service.search.store import (
+    CollectionInfo,
+    CollectionSpec,
+    IndexSpec,
+    SnapshotInfo,
+    SnapshotStore,
+    StatsStore,
+)
 from service.state import Service
 from service.tags import tag_parts
 
+_FILES = frozenset({"application/octet-stream", "application/vnd.sqlite3"})
+_UPLOAD_S = 3600.0
+"""The time limit for the upload of a snapshot, in seconds."""
 router = APIRouter(prefix="/v1/collections", tags=["collections"], route_class=DirectRoute)
 
 
@@ -92,13 +104,36 @@ async def get_stats(request: Request, name: str) -> Response:
 @router.post("/{name}/snapshots", summary="Take a snapshot", openapi_extra=json_body(SnapshotIn))
 async def take_snapshot(request: Request, name: str) -> Response:
     """Save the current state of a collection in a snapshot, which is one file on the server. The snapshot is not
-    deleted when the collection is deleted. The status is 422 if the vector store does not support snapshots."""
+    deleted when the collection is deleted. The status is 422 if the vector store does not support snapshots.
+
+    With the content type `application/octet-stream`, the body is the file of a snapshot from another server. It becomes
+    a snapshot of the collection in the path, which need not exist, and can then be restored."""
     service = service_of(request)
     store = _snapshots(service, name)
-    parse_options(SnapshotIn, await read_optional_json(request))
+    if media_type(request) in _FILES:
+        uploaded = await _uploaded(request, store, name)
+        if uploaded is not None:
+            return json_response({**asdict(uploaded), **service.identity()}, status=201)
+    else:
+        parse_options(SnapshotIn, await read_optional_json(request))
     request.state.deadline.reschedule(None)  # a large collection takes longer than the request deadline
     taken = await store.snapshot(name)
     return json_response({**asdict(taken), **service.identity()}, status=201)
+
+
+async def _uploaded(request: Request, store: SnapshotStore, name: str) -> SnapshotInfo | None:
+    """Write the body of a request to disk as it arrives, and make it a snapshot. Return None if the body is empty."""
+    request.state.deadline.reschedule(asyncio.get_running_loop().time() + _UPLOAD_S)
+    path = store.upload_path()
+    try:
+        with storage_errors("the uploaded snapshot"):
+            with path.open("wb") as file:
+                async for chunk in request.stream():
+                    await asyncio.to_thread(file.write, chunk)
+            size = path.stat().st_size
+        return await store.add_snapshot(name, path) if size else None
+    finally:
+        path.unlink(missing_ok=True)
 
 
 @router.get("/{name}/snapshots", summary="List snapshots")

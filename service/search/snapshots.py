@@ -348,6 +348,7 @@ def _read_only(path: Path) -> str:
 
 
 def _opened(path: Path, what: str | None = None) -> sqlite3.Connection:
-    db = sqlite3.connect(_read_only(path), uri=True, isolation_level=None, check_same_thread=False)
+    uri = f"{_read_only(path)}&immutable=1"  # creates no files beside the snapshot, even if it is in WAL mode
+    db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
     sqlite_file.check_ours(db, what or f"snapshot {path.stem}")
     return db
