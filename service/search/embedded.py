@@ -49,9 +49,11 @@ from service.search.store import (
     Page,
     SearchParams,
     SnapshotInfo,
+    Usage,
     VectorStore,
 )
 from service.search.threads import Workers, Write, commit_together
+from service.search.usage import measure
 from service.search.view import Views
 
 T = TypeVar("T")
@@ -78,7 +80,7 @@ async def open_embedded(data_dir: Path, *, threads: int | None = None, **mainten
 class EmbeddedStore:
     """A `VectorStore` in a folder. Several processes on one host may use the same folder at the same time."""
 
-    capabilities = frozenset({"atomic_upsert", "idempotency", "index_kinds", "snapshots", "stats"})
+    capabilities = frozenset({"atomic_upsert", "idempotency", "index_kinds", "snapshots", "stats", "usage"})
 
     def __init__(self, data_dir: Path, *, threads: int, **maintenance: Any) -> None:
         self.path = data_dir / "search.sqlite3"
@@ -326,6 +328,9 @@ class EmbeddedStore:
         """Return the name of the collection to which an alias points. If `collection` is not an alias, return it
         unchanged."""
         return (await self.aliases()).get(check_name(collection), collection)
+
+    async def usage(self) -> Usage:
+        return await self._read(lambda db: measure(db, self.path, self._snapshots))
 
     async def stats(self, collection: str) -> dict[str, Any]:
         """Return statistics about a collection for operators: the number of items, the properties of each segment, the

@@ -126,6 +126,21 @@ class SnapshotInfo:
     count: int | None
 
 
+class CollectionUsage(NamedTuple):
+    """The number of items in a collection, and the disk space that its vectors and segments use."""
+
+    name: str
+    items: int
+    disk_bytes: int
+
+
+class Usage(NamedTuple):
+    """The disk use of each collection, and that of the parts of the store that the collections share, in bytes."""
+
+    collections: list[CollectionUsage]
+    parts: dict[str, int]
+
+
 class VectorStore(Protocol):
     """A store of named collections. A collection contains items with string ids, and it may have aliases.
 
@@ -140,8 +155,8 @@ class VectorStore(Protocol):
 
     capabilities: frozenset[str]
     """The optional features of this store: `atomic_upsert` (a call of `upsert` writes all items or none), `idempotency`
-    (see `upsert`), `snapshots` (see `SnapshotStore`), `index_kinds` (the settings in `IndexSpec` take effect) and
-    `stats` (see `StatsStore`)."""
+    (see `upsert`), `snapshots` (see `SnapshotStore`), `index_kinds` (the settings in `IndexSpec` take effect), `stats`
+    (see `StatsStore`) and `usage` (see `UsageStore`)."""
 
     async def create(self, collection: str, spec: CollectionSpec) -> CollectionInfo:
         """Create a collection and return its description. If the collection already exists with the same settings,
@@ -303,3 +318,10 @@ class StatsStore(VectorStore, Protocol):
     async def stats(self, collection: str) -> dict[str, Any]:
         """Return statistics about the index of a collection, for operators. The dictionary can be serialised as
         JSON."""
+
+
+class UsageStore(VectorStore, Protocol):
+    """A store that reports its disk use (capability `usage`)."""
+
+    async def usage(self) -> Usage:
+        """Return the disk use of the store and of its collections. This takes a few milliseconds."""
