@@ -78,6 +78,8 @@ DATA = Path("data")
 
 def fail(message: object) -> typer.Exit:
     """Print an error message and return the exception that ends the command with status 2. The caller raises it."""
+    if isinstance(message, OSError) and message.filename is not None and message.strerror:
+        message = f"{message.filename}: {message.strerror}"  # without the number, and with the file first
     typer.echo(f"error: {message}", err=True)
     return typer.Exit(code=2)
 

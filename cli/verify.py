@@ -1,11 +1,14 @@
 """The command `dinov2 verify`, which compares a model's features with published numbers."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli.shared import DATA, ArtifactsDirOption, fail
+
+if TYPE_CHECKING:
+    from model.decode import Pixels
 
 
 def verify(
@@ -25,14 +28,13 @@ def verify(
     """Compare a model's features of a well-known image with the numbers that transformers' own tests contain. Print how
     many decimal places of each number agree. The exit status is 1 if a number agrees to fewer than two places."""
     from model.artifact import load_artifact
-    from model.decode import decode
     from model.engines.choice import load_engine
     from model.published_numbers import agreeing_rules
     from model.published_numbers import verify as compare
     from service.artifact_choice import choose_artifact
 
     try:
-        pixels = decode(image.read_bytes())
+        pixels = _decoded(image)
         artifact = load_artifact(choose_artifact(model, data_dir), derived_dir=data_dir / "derived")
         result = compare(artifact, load_engine(artifact, engine), pixels)
         rules = [] if result.agrees else agreeing_rules(artifact, pixels)
@@ -55,3 +57,18 @@ def verify(
             err=True,
         )
     raise typer.Exit(code=1)
+
+
+def _decoded(path: Path) -> "Pixels":
+    """Return the pixels of an image file.
+
+    Raises:
+        ValueError: the file is not an image. The message names the file.
+        OSError: the file cannot be read.
+    """
+    from model.decode import DecodeError, decode
+
+    try:
+        return decode(path.read_bytes())
+    except DecodeError as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -51,7 +51,8 @@ def choose_artifact(model: str, data_dir: Path, report: Report = lambda line: No
         if model in (path.name, _name(path)):
             return path
     if folder.exists() or "/" in model.removeprefix("facebook/"):
-        raise ArtifactError(f"{model} is not an artifact folder: it contains no {MANIFEST}")
+        why = f"it contains no {MANIFEST}" if folder.exists() else "there is no such folder"
+        raise ArtifactError(f"{model} is not an artifact folder: {why}")
     name = resolve(model).name
     for path in local:
         if _name(path) == name:

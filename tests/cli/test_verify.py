@@ -127,7 +127,9 @@ def test_what_cannot_be_verified_is_an_error(artifact: Path, image: Path, table:
     content["models"] = {"other": content["models"]["tiny"]}
     table.write_text(json.dumps(content))
     assert "no numbers are published for 'tiny', only for other" in invoke(artifact, image).output
-    assert "No such file" in invoke(artifact, tmp_path / "missing.png").output
+    missing, table_as_image = tmp_path / "missing.png", invoke(artifact, table)
+    assert f"error: {missing}: No such file or directory\n" == invoke(artifact, missing).output
+    assert table_as_image.output.startswith(f"error: {table}: not a known image")
 
 
 @pytest.mark.parametrize(
