@@ -68,11 +68,16 @@ def restore(
 
     async def work(vectors: "VectorStore", settings: "Settings") -> "tuple[list[CollectionInfo], Photos]":
         from service.backup import restore as restore_backup
+        from service.errors import Conflict
         from service.originals import Originals
 
         keeper = cast("SnapshotStore", able(vectors, "snapshots"))
         originals = Originals(settings.originals_place)
-        return await restore_backup(keeper, originals, source, replace=replace, report=_tell)
+        try:
+            return await restore_backup(keeper, originals, source, replace=replace, report=_tell)
+        except Conflict as error:
+            flag = "" if replace else "; --replace replaces collections with collections, and aliases with aliases"
+            raise ValueError(f"{error.detail}{flag}") from error
 
     restored, copied = run_with(store, data_dir, work, makes=True)
     for info in restored:

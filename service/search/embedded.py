@@ -299,7 +299,10 @@ class EmbeddedStore:
             StorageFailed: the snapshot is damaged.
         """
         path = snapshots.path_of(self._snapshots, check_name(source), name)
-        [info] = await self.restore_files({collection: path}, {})
+        try:
+            [info] = await self.restore_files({collection: path}, {})
+        except Conflict as error:
+            raise Conflict(f"{error.detail}; restore to another name") from error
         return info
 
     async def restore_files(

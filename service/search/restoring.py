@@ -80,7 +80,7 @@ def _check(db: sqlite3.Connection, names: list[str], aliases: Mapping[str, str],
             if existing.get(alias, target) != target
         ]
     if clashes:
-        raise Conflict("; ".join(clashes) + "; restore to another name")
+        raise Conflict("; ".join(clashes))
 
 
 def _publish(db: sqlite3.Connection, rows: Mapping[str, Row], aliases: Mapping[str, str], replace: bool) -> Restored:

@@ -62,7 +62,7 @@ def test_restore_needs_a_flag_to_replace(data: Path, tmp_path: Path) -> None:
     assert invoke("backup", tmp_path / "backup", "--data-dir", data).exit_code == 0
     said = invoke("restore", tmp_path / "backup", "--data-dir", data)
     assert said.exit_code == 2
-    assert "'shop' is a collection already" in said.output
+    assert "'shop' is a collection already; --replace replaces collections with collections" in said.output
     said = invoke("restore", tmp_path / "backup", "--data-dir", data, "--replace")
     assert said.exit_code == 0, said.output
 
