@@ -194,7 +194,6 @@ def read(path: Path, what: str | None = None) -> tuple[Row, Generator[tuple[list
     with translated(what):
         db = _opened(path, what)
         try:
-            _check_schema(db, what)
             (state,) = db.execute("PRAGMA quick_check(1)").fetchone()
             if state != "ok":
                 raise StorageFailed(f"{what} is damaged: {state}")
@@ -350,5 +349,11 @@ def _read_only(path: Path) -> str:
 def _opened(path: Path, what: str | None = None) -> sqlite3.Connection:
     uri = f"{_read_only(path)}&immutable=1"  # creates no files beside the snapshot, even if it is in WAL mode
     db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
-    sqlite_file.check_ours(db, what or f"snapshot {path.stem}")
+    what = what or f"snapshot {path.stem}"
+    try:
+        sqlite_file.check_ours(db, what)
+        _check_schema(db, what)
+    except BaseException:
+        db.close()
+        raise
     return db

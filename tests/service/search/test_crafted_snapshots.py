@@ -94,3 +94,13 @@ async def test_a_snapshot_contains_only_plain_tables(store: EmbeddedStore, state
             db.execute(statement)
     with pytest.raises(StorageFailed, match="is not a plain table"):
         await store.restore("again", "c", taken.name)
+
+
+async def test_an_endless_view_does_not_block_the_list_of_snapshots(store: EmbeddedStore) -> None:
+    await store.upsert("c", [Item("a", np.ones(D, np.float32))], tag=TAG)
+    taken = await store.snapshot("c")
+    with closing(sqlite3.connect(await store.snapshot_path("c", taken.name), isolation_level=None)) as db:
+        db.execute("ALTER TABLE collections RENAME TO old")
+        db.execute(f"CREATE VIEW collections AS SELECT sum(number) AS count FROM ({ENDLESS})")
+    [listed] = await store.snapshots("c")
+    assert listed.count is None
