@@ -4,28 +4,50 @@ A command imports the packages that it needs only when it runs. Therefore `dinov
 `dinov2 --help` is fast.
 """
 
+import os
+import sys
+
 import typer
 
-from cli import collection, engines, evaluate, export, search, serving, training
+from cli import backup, collection, engines, evaluate, export, search, serving, training, verify
+from cli.shared import fail
 
 app = typer.Typer(
     name="dinov2",
     rich_markup_mode=None,  # rich would read [train] as markup
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="DINOv2 image features: train, export and serve models, embed images, and search for similar images.",
 )
+
+
+@app.callback(
+    help="DINOv2 image features: train, export and serve models, embed images, and search for similar images."
+)
+def check_environment() -> None:
+    """Refuse unknown DINOV2_* names before any command runs, so that a mistyped name is not silently ignored."""
+    if any(name.upper().startswith("DINOV2_") for name in os.environ) and "--help" not in sys.argv:
+        from service.settings import check_names
+
+        try:
+            check_names()
+        except ValueError as error:
+            raise fail(error) from error
+
+
 for command in (
     serving.serve,
     serving.embed,
     search.index,
     search.search,
+    backup.backup,
+    backup.restore,
     training.train,
     training.compare,
     training.average,
     training.report,
     export.export,
     serving.models,
+    verify.verify,
 ):
     app.command()(command)
 app.add_typer(collection.app, name="collections")

@@ -26,7 +26,7 @@ from cli.shared import (
     run_with,
     settings_for,
 )
-from model.pooling import DEFAULT_POOLING
+from model.pooling import DEFAULT_POOLING, Pooling
 from service.search.kinds import Kind, kinds_with  # this module has only a table, so its import is cheap
 
 if TYPE_CHECKING:
@@ -105,20 +105,16 @@ def create(
         raise fail("--tag and --dimension must be given together")
 
     async def work(vectors: "VectorStore", _: "Settings") -> "CollectionInfo":
-        from service.ingest.embed import vector_dims
-        from service.ingest.index import vector_tag
         from service.search.specs import check_spec
         from service.search.store import CollectionSpec, IndexSpec
 
         choice = IndexSpec(kind, m, ef_construction, n_lists, target_recall)
         spec = CollectionSpec("?", 1, dtype, choice, tuple(sorted(set(indexed or ()))), originals)
-        check_spec(spec)  # before the model is loaded, which is slow
+        check_spec(spec)  # before a model may be downloaded
         if tag is not None and dimension is not None:
             made_by, width = tag, dimension
         else:
-            artifact, loaded = load_model(model, engine, None, data_dir, None)
-            kind_of_vector = pooling or DEFAULT_POOLING
-            made_by, width = vector_tag(artifact, loaded, kind_of_vector), vector_dims(artifact, kind_of_vector)
+            made_by, width = _vectors_of(model, engine, pooling or DEFAULT_POOLING, data_dir)
         return await vectors.create(name, replace(spec, tag=made_by, dimension=width))
 
     typer.echo(json.dumps(described(run_with(store, data_dir, work, makes=True)), indent=2))
@@ -333,6 +329,27 @@ def able(store: "VectorStore", capability: str) -> object:
             f"this vector store does not support {capability}; it supports {', '.join(sorted(store.capabilities))}"
         )
     return store
+
+
+def _vectors_of(model: str, engine: str, pooling: Pooling, data_dir: Path) -> tuple[str, int]:
+    """Return the tag and the dimension of the vectors that a local model computes with this engine and pooling.
+
+    The model is not loaded, unless only loading tells which precision the engine has on this host.
+    """
+    from model.artifact import read_manifest
+    from model.engines.choice import known_precision
+    from model.pooling import width
+    from service.artifact_choice import choose_artifact
+    from service.tags import make_tag
+
+    precision = known_precision(engine)
+    if precision is None:
+        artifact, loaded = load_model(model, engine, None, data_dir, None)
+        manifest, precision = artifact.manifest, loaded.precision
+    else:
+        manifest = read_manifest(choose_artifact(model, data_dir))
+    tag = make_tag(manifest.fingerprint, pooling, manifest.input_size, precision)
+    return tag, width(pooling, manifest.config.embed_dim)
 
 
 def _tag_of(fingerprint: str, pooling: str, data_dir: Path) -> str:

@@ -4,6 +4,7 @@ features with those of a reference engine.
 Heavy packages are imported only when the command runs.
 """
 
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cli.shared import fail
+from cli.shared import DATA, ArtifactsDirOption, fail
 
 if TYPE_CHECKING:
     from model.artifact import Artifact
@@ -36,9 +37,7 @@ def build_engine(
             "are measured on --images."
         ),
     ] = "bf16",
-    data_dir: Annotated[Path, typer.Option(help="Folder of artifacts and plans.", envvar="DINOV2_DATA_DIR")] = Path(
-        "data"
-    ),
+    data_dir: ArtifactsDirOption = DATA,
     images: Annotated[
         Path | None,
         typer.Option(help="Folder of images for the comparison with the reference. Default: generated images."),
@@ -96,7 +95,7 @@ def build_engine(
         f"{path}\n{toolchain.library.name} {toolchain.library.version} on {toolchain.gpu.name}, "
         f"{record.bytes / 2**20:.0f} MiB\nparity with {record.reference} at batches "
         f"{', '.join(str(parity.batch) for parity in record.parity)}: {figures(record.parity)}\n"
-        f"next: dinov2 serve --model {chosen.path} --engine tensorrt:{precision}"
+        f"next: dinov2 serve --model {shlex.quote(str(chosen.path))} --engine tensorrt:{precision}"
     )
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from cli.shared import fail, need_torch
+from cli.shared import DATA, ArtifactsDirOption, fail, need_torch
 
 TaskName = Literal["knn", "logistic", "linear", "segmentation", "depth", "retrieval"]
 
@@ -38,7 +38,7 @@ def evaluate(
     arch: Annotated[
         str | None, typer.Option(help="Architecture of a checkpoint from another project, e.g. dinov2_vits14.")
     ] = None,
-    data_dir: Annotated[Path, typer.Option(help="Folder of artifacts.", envvar="DINOV2_DATA_DIR")] = Path("data"),
+    data_dir: ArtifactsDirOption = DATA,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Device to compute on.")] = "auto",
 ) -> None:
     """Evaluate a model on one task: k-NN, logistic regression, a linear probe, linear segmentation, linear depth or

@@ -1,5 +1,6 @@
 """The command `dinov2 export`, which converts a checkpoint to an artifact."""
 
+import shlex
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cli.shared import fail
+from cli.shared import DATA, ArtifactsDirOption, fail
 
 if TYPE_CHECKING:
     from model.artifact import Manifest
@@ -17,7 +18,11 @@ def export(
     source: Annotated[
         str, typer.Argument(help="A checkpoint file, or the name of a published model (see `dinov2 models`).")
     ],
-    out: Annotated[Path, typer.Option(help="Folder in which the artifact's folder is created.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder in which the artifact's folder is created. Default: `artifacts` in the data folder."),
+    ] = None,
+    data_dir: ArtifactsDirOption = DATA,
     arch: Annotated[
         str | None, typer.Option(help="Architecture of a checkpoint from another project, e.g. dinov2_vits14_reg.")
     ] = None,
@@ -27,11 +32,19 @@ def export(
     resize: Annotated[
         int | None,
         typer.Option(
-            help="Short side of the image before the crop, in pixels. Default: as in the checkpoint, else 256."
+            help="Short side of the image before the crop, in pixels; only for --fit crop. Default: as in the "
+            "checkpoint, else 256."
         ),
     ] = None,
     crop: Annotated[
-        int | None, typer.Option(help="Side of the square crop, in pixels. Default: as in the checkpoint, else 224.")
+        int | None, typer.Option(help="Side of the square input, in pixels. Default: as in the checkpoint, else 224.")
+    ] = None,
+    fit: Annotated[
+        Literal["crop", "pad", "squash"] | None,
+        typer.Option(
+            help="How an image that is not square becomes a square: crop cuts out the centre, pad fills the rest with "
+            "the mean colour, squash changes the aspect ratio. Default: as in the checkpoint, else crop."
+        ),
     ] = None,
     weights_dtype: Annotated[
         Literal["float32", "float16"], typer.Option(help="Number format in which the weights are stored.")
@@ -97,14 +110,16 @@ def export(
             int8_weights=int8_weights,
             float_layers=None if float_layers is None else _items("" if float_layers == "none" else float_layers),
         )
-        asked = CheckpointOptions(arch=arch, name=name, resize=resize, crop=crop, licence=licence, graphs=graphs)
-        artifact = export_checkpoint(source, out, asked, options)
+        asked = CheckpointOptions(
+            arch=arch, name=name, resize=resize, crop=crop, fit=fit, licence=licence, graphs=graphs
+        )
+        artifact = export_checkpoint(source, out or data_dir / "artifacts", asked, options)
     except (ValueError, OSError, DownloadError) as error:
         raise fail(error) from error
     typer.echo(f"{artifact.path}\nfingerprint {artifact.fingerprint}")
     for line in _parity_lines(artifact.manifest):
         typer.echo(line)
-    typer.echo(f"next: dinov2 serve --model {artifact.path}")
+    typer.echo(f"next: dinov2 serve --model {shlex.quote(str(artifact.path))}")
 
 
 def _items(text: str) -> list[str]:

@@ -195,6 +195,7 @@ def search(
 
     async def work(vectors: "VectorStore", settings: "Settings") -> list[dict[str, Any]]:
         from model.preprocess import preprocess
+        from service.errors import ServiceError
         from service.features.images import decode
         from service.ingest.embed import vectors_of
         from service.ingest.index import pooling_of, vector_tag
@@ -206,7 +207,11 @@ def search(
         pooling = pooling_of(info)
         data = read_photo(photo, max_bytes=settings.max_image_bytes)
         artifact, loaded = load_model(model, engine, threads, data_dir, info)
-        pixels = preprocess(decode(data, decode_limits(settings)), artifact.manifest.preprocess)
+        try:
+            image = decode(data, decode_limits(settings))
+        except ServiceError as error:
+            raise ValueError(f"{photo}: {error.detail}") from error
+        pixels = preprocess(image, artifact.manifest.preprocess)
         tag = vector_tag(artifact, loaded, pooling)
         query = vectors_of(loaded, [pixels], pooling, True)
         [hits] = await vectors.search(collection, query, k, tag=tag, where=condition)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli.shared import fail
+from cli.shared import DATA, ArtifactsDirOption, fail
 from model.pooling import DEFAULT_POOLING, Pooling
 
 ModelOption = Annotated[
@@ -51,7 +51,7 @@ def embed(
         Path, typer.Option(help="The .npz file for the paths, the vectors and the fingerprint of the model.")
     ],
     model: ModelOption = "auto",
-    data_dir: Annotated[Path, typer.Option(help="Folder of artifacts.", envvar="DINOV2_DATA_DIR")] = Path("data"),
+    data_dir: ArtifactsDirOption = DATA,
     engine: Annotated[str, typer.Option(help=ENGINE_HELP)] = "auto",
     threads: Annotated[
         int | None, typer.Option(min=1, help="Number of CPU threads per forward pass. Default: all CPUs.")
@@ -98,7 +98,7 @@ def embed(
 
 
 def models(
-    data_dir: Annotated[Path, typer.Option(help="Folder of artifacts.", envvar="DINOV2_DATA_DIR")] = Path("data"),
+    data_dir: ArtifactsDirOption = DATA,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """List the local artifacts, and the published models that can be downloaded."""

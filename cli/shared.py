@@ -23,10 +23,31 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+
+def _expanded(path: Path) -> Path:
+    """Replace `~` at the start of the path with the home folder. A shell does not do this for environment variables."""
+    from model.files import expanded
+
+    try:
+        return expanded(path)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 CollectionOption = Annotated[str, typer.Option("--collection", "-c", help="Name or alias of the collection.")]
 DataDirOption = Annotated[
     Path,
-    typer.Option(help="Folder of the collections and artifacts; the server's data folder.", envvar="DINOV2_DATA_DIR"),
+    typer.Option(
+        help="Folder of the collections and artifacts; the server's data folder.",
+        envvar="DINOV2_DATA_DIR",
+        callback=_expanded,
+    ),
+]
+ArtifactsDirOption = Annotated[
+    Path,
+    typer.Option(
+        help="Data folder; its subfolder `artifacts` contains the models.", envvar="DINOV2_DATA_DIR", callback=_expanded
+    ),
 ]
 StoreOption = Annotated[
     str | None,
@@ -57,6 +78,8 @@ DATA = Path("data")
 
 def fail(message: object) -> typer.Exit:
     """Print an error message and return the exception that ends the command with status 2. The caller raises it."""
+    if isinstance(message, OSError) and message.filename is not None and message.strerror:
+        message = f"{message.filename}: {message.strerror}"  # without the number, and with the file first
     typer.echo(f"error: {message}", err=True)
     return typer.Exit(code=2)
 

@@ -3,6 +3,7 @@
 Heavy packages are imported only when a command runs.
 """
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,7 +55,7 @@ def train(
 
     with _early_end_handled():
         checkpoint = run_training(load_config(recipe, data, out, overrides or []))
-    typer.echo(f"checkpoint: {checkpoint}\nnext: dinov2 export {checkpoint} --out artifacts")
+    typer.echo(f"checkpoint: {checkpoint}\nnext: dinov2 export {shlex.quote(str(checkpoint))}")
 
 
 def compare(

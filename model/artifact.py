@@ -28,6 +28,7 @@ from safetensors import safe_open
 
 from model.config import ViTConfig
 from model.files import publish
+from model.messages import in_words
 from model.onnx_graph.build import AttentionForm, GraphSpec, Precision, write_onnx
 from model.onnx_graph.quantize import Int8Weights
 from model.preprocess import PreprocessSpec, output_size
@@ -265,8 +266,10 @@ def read_manifest(path: Path) -> Manifest:
         manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
     except OSError as error:
         raise ArtifactError(f"{path}: not an artifact: {MANIFEST}: {error.strerror}") from error
-    except (ValidationError, ValueError) as error:
-        raise ArtifactError(f"{path / MANIFEST}: not a manifest of format {FORMAT_VERSION}: {error}") from error
+    except ValidationError as error:
+        raise ArtifactError(
+            f"{path / MANIFEST}: not a manifest of format {FORMAT_VERSION}: {in_words(error)}"
+        ) from error
     for name in manifest.files:
         if Path(name).name != name or name in (MANIFEST, "..", "."):
             raise ArtifactError(f"{path / MANIFEST}: file name {name!r} points outside the artifact's folder")

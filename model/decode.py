@@ -18,7 +18,7 @@ How pixels are interpreted:
   features must match theirs. CMYK is converted without a profile for the same reason.
 - Only the first frame of an animation or a multi-page file is decoded.
 - The orientation in EXIF (or XMP) is applied in every format. Unreadable EXIF is ignored, because the pixels are
-  intact.
+  intact. HEIC files describe the orientation outside EXIF, and the decoder applies it.
 """
 
 import re
@@ -59,7 +59,28 @@ SIGNATURES: dict[str, tuple[tuple[int, bytes], ...]] = {
     "AVIF": ((4, b"ftypavif"), (4, b"ftypavis")),
 }
 BUILD_FEATURES = {"JPEG": "jpg", "PNG": "zlib", "WEBP": "webp", "AVIF": "avif"}  # optional parts of a Pillow build
-FORMATS = tuple(name for name in SIGNATURES if name not in BUILD_FEATURES or features.check(BUILD_FEATURES[name]))
+HEIC, HEIC_EXTRA = "HEIC", "pip install 'dinov2-service[heif]'"
+
+
+def _has_heic() -> bool:
+    """Return whether HEIC images can be decoded, and if so, make Pillow able to open them.
+
+    pi-heif checks the coded size of an image against the size in its header before it decodes. The decoding threads of
+    the service run in parallel, so pi-heif itself uses only one thread.
+    """
+    try:
+        import pi_heif
+    except ImportError:
+        return False
+    pi_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
+    return True
+
+
+FORMATS = (
+    *(name for name in SIGNATURES if name not in BUILD_FEATURES or features.check(BUILD_FEATURES[name])),
+    *([HEIC] if _has_heic() else []),
+)
+PILLOW_NAMES = {HEIC: "HEIF"}  # where Pillow's name of a format differs from ours
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
 ORIENTATIONS = {  # EXIF tag 0x0112 -> the operation that turns the image upright
@@ -169,7 +190,7 @@ def decode_stored(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS, *, least_s
         raise Unsupported(_why_unsupported(data, name))
     if name == "JPEG":
         _check_scans(data)
-    with _translated(name, limits), Image.open(BytesIO(data), formats=[name]) as image:
+    with _translated(name, limits), Image.open(BytesIO(data), formats=[PILLOW_NAMES.get(name, name)]) as image:
         _check_header(image, limits)
         size = image.size
         drawn = None if least_side is None else image.draft(None, (least_side, least_side))
@@ -190,7 +211,7 @@ def sniff(data: bytes) -> str | None:
     if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS:
         box_bytes = int.from_bytes(data[:4], "big")
         compatible = data[16 : min(box_bytes, 256)]
-        return "AVIF" if b"avif" in compatible else "HEIC"
+        return "AVIF" if b"avif" in compatible else HEIC
     return None
 
 
@@ -198,6 +219,8 @@ def _why_unsupported(data: bytes, name: str | None) -> str:
     what = f"not a known image; it starts with {bytes(data[:8]).hex(' ')}"
     if name is not None:
         what = f"{name} images are not supported"
+    if name == HEIC:
+        what = f"HEIC images need the extra `heif` on the server: {HEIC_EXTRA}"
     return f"{what}; supported formats: {', '.join(FORMATS)}"
 
 

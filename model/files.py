@@ -15,6 +15,18 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+def expanded(path: Path) -> Path:
+    """Return the path with `~` or `~name` at its start replaced with the home folder of the user.
+
+    Raises:
+        ValueError: the home folder is unknown.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: the home folder that {path.parts[0]} names is unknown") from error
+
+
 def sync(path: Path) -> None:
     """Flush the content of a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

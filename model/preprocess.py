@@ -12,17 +12,30 @@ module round it to the nearest even number.
 channel has only 256 values, so `(value / 255 - mean) / std` is computed once per value, without loss. Pillow's own
 shortcuts (`box=`, `reducing_gap=`, JPEG draft mode) are not used, because they change pixels.
 
+An image that is not square can be fitted into the square input in three ways (`Fit`). Only the crop is DINOv2's own.
+
 Legend: H, W height and width of the image; h, w height and width of the network's input; p the patch size; all in
 pixels. Sizes are (height, width).
 """
 
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+
+from model.messages import in_words
 
 MAX_ASPECT_RATIO = 100.0
 """The maximum ratio of an image's long side to its short side.
@@ -31,17 +44,27 @@ Beyond this ratio, the resized image would waste memory and show nothing.
 """
 
 Triple = tuple[float, float, float]
+Fit = Literal["crop", "pad", "squash"]
+"""How an image that is not square becomes a square.
+
+crop    The short side is resized, and the centre is cut out. What is outside the centre is lost.
+pad     The long side is resized to the side of the square, and the rest is filled with the mean colour.
+squash  Both sides are resized to the side of the square, so the aspect ratio changes.
+"""
 
 
 class PreprocessSpec(BaseModel):
     """The settings of the transform from an image to the network's input. They are part of an artifact's fingerprint.
 
-    If `crop` is set, the short side is resized to `resize` pixels, and the centre square with sides of `crop` pixels is
-    cut out.
+    If `crop` is set, the input is a square with sides of `crop` pixels. `fit` is the way an image becomes square.
+    `resize` is the length of the short side before the centre is cut out. It must be None if `fit` is pad or squash.
 
     If `crop` is None, the whole image is resized so that the short side becomes `resize` pixels long, or keeps its
     length if `resize` is None. Both sides are then rounded to the nearest multiple of `patch_size`, but not to zero, so
     the aspect ratio can change slightly.
+
+    `fit` is left out of a serialised spec if it is crop. The fingerprint of an artifact, which is a hash of the
+    serialised spec, is therefore the same as before this setting existed.
 
     Raises:
         pydantic.ValidationError (a ValueError): a field is unknown, a value is out of range, or two values contradict
@@ -51,7 +74,8 @@ class PreprocessSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     resize: int | None = Field(default=256, ge=1, le=4096, description="short side after resizing, in pixels")
-    crop: int | None = Field(default=224, ge=1, le=4096, description="side of the centre crop in pixels, or null")
+    crop: int | None = Field(default=224, ge=1, le=4096, description="side of the square input in pixels, or null")
+    fit: Fit = Field(default="crop", description="how an image that is not square becomes a square")
     patch_size: int = Field(default=14, ge=1, le=256, description="side of a patch in pixels")
     interpolation: Literal["bicubic"] = "bicubic"
     mean: Triple = (0.485, 0.456, 0.406)
@@ -59,16 +83,56 @@ class PreprocessSpec(BaseModel):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
+        if self.fit != "crop" and self.crop is None:
+            raise ValueError(f"fit={self.fit} needs crop, the side of the square input")
+        if self.fit != "crop" and self.resize is not None:
+            raise ValueError(f"resize={self.resize} has no effect with fit={self.fit}: crop sets the size of the input")
         if self.crop is not None:
-            if self.resize is None:
+            if self.resize is None and self.fit == "crop":
                 raise ValueError(f"crop={self.crop} needs resize, the short side to crop from")
-            if self.crop > self.resize:
+            if self.resize is not None and self.crop > self.resize:
                 raise ValueError(f"crop={self.crop} does not fit into resize={self.resize}")
             if self.crop % self.patch_size:
                 raise ValueError(f"crop={self.crop} must be a multiple of patch_size={self.patch_size}")
         if min(self.std) <= 0:
             raise ValueError(f"std={self.std} must be above 0")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_the_default_fit(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialise(self)
+        if self.fit == "crop":
+            del values["fit"]
+        return values
+
+
+def read_spec(values: Mapping[str, Any]) -> PreprocessSpec:
+    """Return the transform with these settings.
+
+    Raises:
+        ValueError: a setting is unknown, or its value is not allowed. The message names the setting and the value.
+    """
+    try:
+        return PreprocessSpec.model_validate(dict(values))
+    except ValidationError as error:
+        raise ValueError(in_words(error)) from error
+
+
+def changed_spec(
+    spec: PreprocessSpec, *, fit: Fit | None = None, resize: int | None = None, crop: int | None = None
+) -> PreprocessSpec:
+    """Return the transform with some settings changed. None means that a setting stays as it is.
+
+    If `fit` is pad or squash, the old value of `resize` is dropped, because these need none.
+
+    Raises:
+        ValueError: the settings contradict each other. The message names them.
+    """
+    changes = {"fit": fit, "resize": resize, "crop": crop}
+    values = spec.model_dump() | {name: value for name, value in changes.items() if value is not None}
+    if values.get("fit", "crop") != "crop" and resize is None:
+        values["resize"] = None
+    return read_spec(values)
 
 
 REFERENCE_224 = PreprocessSpec()
@@ -89,7 +153,15 @@ def _check_size(height: int, width: int) -> None:
 
 
 def _resized_size(height: int, width: int, spec: PreprocessSpec) -> tuple[int, int]:
-    """Return the (height, width) to which `preprocess` resizes an image of this size before it crops the image."""
+    """Return the (height, width) to which `preprocess` resizes an image of this size before it crops or pads it."""
+    if spec.fit == "squash":
+        assert spec.crop is not None
+        return spec.crop, spec.crop
+    if spec.fit == "pad":
+        assert spec.crop is not None
+        long, side = max(height, width), spec.crop
+        # The long side becomes `crop`. The other is rounded, halves up, but not to zero, in exact integers.
+        return max(1, (2 * height * side + long) // (2 * long)), max(1, (2 * width * side + long) // (2 * long))
     short = min(height, width)
     target = short if spec.resize is None else spec.resize
     if spec.crop is not None:  # as in torchvision's Resize, the long side is rounded down
@@ -115,6 +187,8 @@ def output_size(height: int, width: int, spec: PreprocessSpec) -> tuple[int, int
 def crop_box(height: int, width: int, spec: PreprocessSpec) -> tuple[float, float, float, float]:
     """Return the part of an image of this size that the network sees, as (x, y, width, height) in the image's pixels.
 
+    If `spec.fit` is pad, the part is larger than the image, and x or y is negative.
+
     The four numbers may be fractions, because the image is resized before it is cropped, and the crop is mapped back to
     the original size. If `output_size` returns (h, w), pixel (X, Y) of the network's input has its centre at this point
     of the image:
@@ -133,9 +207,11 @@ def crop_box(height: int, width: int, spec: PreprocessSpec) -> tuple[float, floa
 def _margins(new_h: int, new_w: int, out_h: int, out_w: int) -> tuple[int, int]:
     """Return the (top, left) corner of the centre crop of out_h x out_w pixels in an image of new_h x new_w pixels.
 
+    Both are 0 without a crop, and one is negative if the image is padded.
+
     Halves are rounded to even, as in torchvision's CenterCrop.
     """
-    return round((new_h - out_h) / 2), round((new_w - out_w) / 2)  # without a crop, both are 0
+    return round((new_h - out_h) / 2), round((new_w - out_w) / 2)
 
 
 @lru_cache(maxsize=16)
@@ -175,8 +251,12 @@ def preprocess(image: npt.NDArray[np.uint8], spec: PreprocessSpec) -> npt.NDArra
         resized = Image.fromarray(image).resize((new_w, new_h), Image.Resampling.BICUBIC)
         image = np.asarray(resized)
     top, left = _margins(new_h, new_w, out_h, out_w)
-    cropped = image[top : top + out_h, left : left + out_w]  # [h, w, 3]
-    pixels = np.empty((3, out_h, out_w), np.float32)
+    if spec.fit == "pad":
+        pixels = np.zeros((3, out_h, out_w), np.float32)  # 0 is the normalised mean colour
+        filled = pixels[:, -top : new_h - top, -left : new_w - left]
+    else:
+        image = image[top : top + out_h, left : left + out_w]  # [h, w, 3]
+        filled = pixels = np.empty((3, out_h, out_w), np.float32)
     for channel, values in enumerate(_normalised_values(spec.mean, spec.std)):
-        np.take(values, cropped[:, :, channel], out=pixels[channel], mode="clip")
+        np.take(values, image[:, :, channel], out=filled[channel], mode="clip")
     return pixels

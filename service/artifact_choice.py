@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from model.artifact import MANIFEST, ArtifactError, find_artifacts, read_manifest
 from model.decode import DecodeError, decode
-from model.files import publish, waiting_lock
+from model.files import expanded, publish, waiting_lock
 from model.zoo import DownloadOptions, download, resolve
 
 log = logging.getLogger(__name__)
@@ -44,14 +44,15 @@ def choose_artifact(model: str, data_dir: Path, report: Report = lambda line: No
                 f"no artifact in {data_dir / 'artifacts'} and none is bundled: name a folder or a published model"
             )
         return local[0]
-    folder = Path(model)
+    folder = expanded(Path(model))
     if (folder / MANIFEST).is_file():
         return folder
     for path in local:
         if model in (path.name, _name(path)):
             return path
     if folder.exists() or "/" in model.removeprefix("facebook/"):
-        raise ArtifactError(f"{model} is not an artifact folder: it contains no {MANIFEST}")
+        why = f"it contains no {MANIFEST}" if folder.exists() else "there is no such folder"
+        raise ArtifactError(f"{model} is not an artifact folder: {why}")
     name = resolve(model).name
     for path in local:
         if _name(path) == name:

@@ -3,7 +3,7 @@
 Each setting is read from an environment variable. For instance, `queue_max_images` is read from
 `DINOV2_QUEUE_MAX_IMAGES`. An unknown variable with the prefix `DINOV2_` is an error, so that a mistyped name is not
 silently ignored. The error message suggests the most similar name. An empty value means the default, because Docker
-Compose passes an unset variable as an empty one.
+Compose passes an unset variable as an empty one. A `~` at the start of a path means the home folder.
 """
 
 import difflib
@@ -11,13 +11,14 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model.cpus import available_cpus
-from model.engines.runtimes import parse_engine
+from model.files import expanded
+from model.messages import in_words
 from model.zoo import HUGGING_FACE_URL, META_URL
 from service.addresses import masked_milvus_url, masked_url, milvus_parts, redis_parts
 from service.cors import parse_origins
@@ -26,6 +27,8 @@ PREFIX = "DINOV2_"
 READ_BY_COMPOSE = frozenset({"DINOV2_PUBLISH", "DINOV2_MEMORY"})
 """Variables that docker-compose.yml reads on the host. They are not settings of the service, but an .env file may pass
 them to it."""
+_SECRET: Final = ("redis_url", "originals_url", "vector_store")
+"""Settings whose values may contain a password, so error messages do not show them."""
 
 
 class Settings(BaseSettings):
@@ -143,10 +146,23 @@ class Settings(BaseSettings):
         folder."""
         return {name: value for name, value in values.items() if value != ""}
 
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _log_level_in_any_case(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value
+
+    @field_validator("data_dir", "engine_photos")
+    @classmethod
+    def _home_is_expanded(cls, value: Path | None) -> Path | None:
+        return None if value is None else expanded(value)
+
     @field_validator("engine")
     @classmethod
     def _engine_is_known(cls, value: str) -> str:
-        parse_engine(value)
+        if value != "auto":
+            from model.engines.runtimes import parse_engine  # only here, because it imports onnx
+
+            parse_engine(value)
         return value
 
     @field_validator("redis_url")
@@ -208,21 +224,21 @@ def load_settings(overrides: Mapping[str, Any] | None = None) -> Settings:
     Raises:
         ValueError: a `DINOV2_*` variable is unknown, or a value is not allowed.
     """
+    check_names()
+    try:
+        return Settings(**dict(overrides or {}))
+    except ValidationError as error:
+        raise ValueError(in_words(error, secret=_SECRET)) from None  # pydantic's own message would show a password
+
+
+def check_names() -> None:
+    """Check the names of all `DINOV2_*` variables in the environment.
+
+    Raises:
+        ValueError: a name is not that of a setting. The message suggests the most similar name.
+    """
     names = {PREFIX + name.upper() for name in Settings.model_fields}
     for name in sorted(os.environ):
         if name.upper().startswith(PREFIX) and name.upper() not in names | READ_BY_COMPOSE:
             nearest = difflib.get_close_matches(name.upper(), names, n=1, cutoff=0.0)[0]
             raise ValueError(f"unknown setting {name} in the environment: did you mean {nearest}?")
-    try:
-        return Settings(**dict(overrides or {}))
-    except ValidationError as error:  # pydantic's own message would show a password in redis_url
-        problems = error.errors(include_url=False, include_context=False)
-        raise ValueError(
-            "; ".join(_problem(problem["loc"], problem["input"], problem["msg"]) for problem in problems)
-        ) from None
-
-
-def _problem(location: tuple[int | str, ...], value: Any, message: str) -> str:
-    name = str(location[0]) if location else "settings"
-    shown = "" if name in ("redis_url", "originals_url", "vector_store", "settings") else f"={value!r}"
-    return f"{name}{shown}: {message.removeprefix('Value error, ')}"

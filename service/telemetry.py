@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
@@ -18,6 +19,10 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 STAGES: Final = ("decode", "preprocess", "queue", "infer", "post")
 SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 BATCH: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+MOST_COLLECTIONS: Final = 100
+"""The number of collections that have their own values of the label `collection`: those with the most items."""
+OTHERS: Final = "_others"  # not allowed as the name of a collection
+_OTHERS_TEXT: Final = f"Collections beyond the {MOST_COLLECTIONS} largest are added up as {OTHERS}."
 
 MAX_LOGGED_CHARS: Final = 500
 """The highest number of characters of a path or an error message in the access log."""
@@ -72,6 +77,17 @@ class Metrics:
         self.index_recall = gauge(
             "index_recall_ratio", "Share of the true ten nearest items that sampled live searches found.", "collection"
         )
+        self.collection_items = gauge("collection_items", f"Items in a collection. {_OTHERS_TEXT}", "collection")
+        self.collection_bytes = gauge(
+            "collection_disk_bytes",
+            f"Disk space of a collection's vectors and segments, without its metadata. {_OTHERS_TEXT}",
+            "collection",
+        )
+        self.store_bytes = gauge(
+            "store_disk_bytes",
+            "Disk space of the vector store: the database of all collections, and snapshots.",
+            "part",
+        )
         self.model_info = gauge(
             "model_info",
             "The served model and its engine; the value is always 1.",
@@ -82,6 +98,20 @@ class Metrics:
         )
         for stage in STAGES:
             self.stage_seconds.labels(stage)
+
+    def set_usage(self, collections: Sequence[tuple[str, int, int | None]], parts: Mapping[str, int]) -> None:
+        """Set the metrics of all collections and of the store. Each collection is a tuple of its name, its number of
+        items, and its disk space in bytes, which is None if unknown. `parts` is the disk space of the store's parts."""
+        for metric in (self.collection_items, self.collection_bytes, self.store_bytes):
+            metric.clear()
+        ordered = sorted(collections, key=lambda collection: (-collection[1], collection[0]))
+        for position, (name, count, size) in enumerate(ordered):
+            label = name if position < MOST_COLLECTIONS else OTHERS
+            self.collection_items.labels(label).inc(count)
+            if size is not None:
+                self.collection_bytes.labels(label).inc(size)
+        for part, size in parts.items():
+            self.store_bytes.labels(part).set(size)
 
     def render(self) -> bytes:
         """Return the metrics in the text format of Prometheus, as bytes."""

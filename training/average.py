@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model.checkpoint import load_checkpoint, save_checkpoint
 from model.config import ViTConfig
-from model.preprocess import PreprocessSpec
+from model.preprocess import read_spec
 from model.vit import DinoVisionTransformer
 from training.config import TrainConfig
 from training.data.dataset import Photo, Source, photos_of, split_source
@@ -186,5 +186,5 @@ def _knn(path: Path, train_images: list[Photo], test: list[Photo], ks: Sequence[
     backbone = DinoVisionTransformer(config)
     backbone.load_state_dict(weights)
     backbone.to("cuda" if torch.cuda.is_available() else "cpu")
-    spec = PreprocessSpec.model_validate(facts.get("preprocess", {"patch_size": config.patch_size}))
+    spec = read_spec(facts.get("preprocess", {"patch_size": config.patch_size}))
     return evaluate_knn(backbone, train_images, test, spec, ks)["cls"]

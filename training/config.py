@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from model.config import ViTConfig, config_for
+from model.messages import in_words
 from model.preprocess import PreprocessSpec
 from training.watch.sentinels import Action
 
@@ -299,7 +300,7 @@ def load_config(recipe: str, data: str | Path, out: Path, overrides: list[str] |
     try:
         return TrainConfig.model_validate({**values, "recipe": recipe, "data": data, "out": out})
     except ValidationError as error:
-        raise ValueError("; ".join(_in_words(problem) for problem in error.errors())) from error
+        raise ValueError(in_words(error)) from error
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
@@ -315,11 +316,3 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
             raise ValueError(f"override {override!r} must look like key=value")
         values[key] = _parse_value(text)
     return values
-
-
-def _in_words(problem: Any) -> str:
-    """Format a pydantic error as one line, without type names and links."""
-    message = problem["msg"].removeprefix("Value error, ")
-    if not problem["loc"]:
-        return str(message)
-    return f"{'.'.join(map(str, problem['loc']))}={problem['input']!r}: {message}"

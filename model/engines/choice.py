@@ -115,6 +115,20 @@ def choose_engine(
     return choice
 
 
+def known_precision(name: str) -> str | None:
+    """Return the precision of the engine that `choose_engine` chooses for this name, without loading an engine.
+
+    Return None if the precision depends on the host: `auto` on a host with a GPU, and `fastest`.
+
+    Raises:
+        ValueError: the engine name is unknown.
+    """
+    _, precision = parse_engine(name)
+    if name == "auto" and no_gpu() is not None:
+        return "fp32"  # the precision of every engine in AUTO that needs no GPU
+    return precision or None
+
+
 def load_engine(
     artifact: Artifact,
     name: str = "auto",

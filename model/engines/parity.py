@@ -92,13 +92,13 @@ def compare(reference: Features, candidate: Features) -> tuple[float, float, flo
 def pixels_at(images: Sequence[Image], spec: PreprocessSpec, size: tuple[int, int]) -> FloatArray:
     """Preprocess images for a graph with input size `size` (H, W), and return the pixels [B, 3, H, W].
 
-    `spec.resize` and `spec.crop` are scaled so that each image becomes a square of side max(H, W). If H and W
+    The sizes in `spec` are scaled so that each image becomes a square of side max(H, W). If H and W
     differ, the central H x W pixels of the square are returned.
     """
-    assert spec.crop is not None  # an artifact's preprocessing always crops
-    assert spec.resize is not None
+    assert spec.crop is not None  # an artifact's input is always a square
     side = max(size)
-    resized = spec.model_copy(update={"crop": side, "resize": round(spec.resize * side / spec.crop)})
+    resize = None if spec.resize is None else round(spec.resize * side / spec.crop)
+    resized = spec.model_copy(update={"crop": side, "resize": resize})
     top, left = (side - size[0]) // 2, (side - size[1]) // 2
     square = np.stack([preprocess(image, resized) for image in images])
     return np.ascontiguousarray(square[:, :, top : top + size[0], left : left + size[1]])

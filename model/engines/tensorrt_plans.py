@@ -27,6 +27,7 @@ from model.artifact import Artifact, ParityRecord
 from model.engines.cuda_memory import Cuda, Gpu, describe_gpu, load_runtime
 from model.engines.tensorrt_build import Library, find_library
 from model.files import write_bytes, write_text
+from model.messages import in_words
 from model.onnx_graph.build import GraphSpec
 
 PlanPrecision = Literal["bf16", "fp16", "fp8"]
@@ -205,9 +206,9 @@ def read_plan(folder: Path, key: PlanKey) -> tuple[bytes, PlanRecord]:
             f"no {key.precision} plan for {key.library} {key.version} on {key.gpu} with driver {key.driver}: "
             "`dinov2 build-engine` builds one"
         ) from None
-    except (OSError, ValidationError, ValueError) as error:
-        first_line = str(error).splitlines()[0]
-        raise PlanMissing(f"{folder / name}.json: damaged ({first_line}): build it again") from error
+    except (OSError, ValidationError) as error:
+        reason = in_words(error) if isinstance(error, ValidationError) else error.strerror
+        raise PlanMissing(f"{folder / name}.json: damaged ({reason}): build it again") from error
     if record.key != key:
         raise PlanMissing(f"{folder / name}.json: record of another plan: build it again")
     if not record.passed:

@@ -8,7 +8,7 @@ from model.artifact import Artifact, input_size
 from model.export.artifact import export_artifact
 from model.export.graphs import wanted_graphs
 from model.export.options import Backbone, CheckpointOptions, ExportOptions
-from model.preprocess import PreprocessSpec
+from model.preprocess import changed_spec, read_spec
 from model.weights import is_own_checkpoint, read_checkpoint, read_weights
 
 
@@ -57,13 +57,12 @@ def read_backbone(source: str, asked: CheckpointOptions) -> Backbone:
             raise ValueError(f"{source}: no such file; {error}") from error
         weights, config = read_weights(entry.name, download=asked.download)
         provenance, arch, licence = {"url": entry.url}, entry.name, entry.licence
-    evaluated = PreprocessSpec.model_validate(provenance.get("preprocess", {"patch_size": config.patch_size}))
-    changes = {key: value for key, value in (("resize", asked.resize), ("crop", asked.crop)) if value is not None}
+    evaluated = read_spec(provenance.get("preprocess", {"patch_size": config.patch_size}))
     return Backbone(
         name=asked.name or provenance.get("name") or arch or path.stem,
         weights=weights,
         config=config,
-        preprocess=PreprocessSpec.model_validate(evaluated.model_dump() | changes),
+        preprocess=changed_spec(evaluated, fit=asked.fit, resize=asked.resize, crop=asked.crop),
         provenance=provenance,
         licence=licence,
     )

@@ -11,7 +11,7 @@ from model.config import ViTConfig
 from model.engines.knn_gate import LabelledImages
 from model.engines.parity import Image
 from model.onnx_graph.quantize import Int8Weights
-from model.preprocess import PreprocessSpec
+from model.preprocess import Fit, PreprocessSpec
 from model.zoo import DEFAULT_DOWNLOAD, DownloadOptions
 
 WeightsDtype = Literal["float32", "float16"]
@@ -93,8 +93,8 @@ class CheckpointOptions:
             checkpoints.
         name: the artifact's name. If None, it is the name in the checkpoint's provenance, else the name of the
             architecture, else the file's name without its extension.
-        resize, crop: the values for these two fields of `PreprocessSpec`. If one is None, the value with which the
-            checkpoint was evaluated is used, or the default (256 for `resize`, 224 for `crop`) if it is unknown.
+        resize, crop, fit: the values for these fields of `PreprocessSpec`. If one is None, the value with which the
+            checkpoint was evaluated is used, or the default (256, 224 and "crop") if it is unknown.
         licence: the SPDX identifier of the weights' licence. It is ignored for a published model.
         download: the options for downloading a published model.
         graphs: the graphs to export in addition to `model.onnx`.
@@ -104,6 +104,7 @@ class CheckpointOptions:
     name: str | None = None
     resize: int | None = None
     crop: int | None = None
+    fit: Fit | None = None
     licence: str = "unknown"
     download: DownloadOptions = DEFAULT_DOWNLOAD
     graphs: GraphOptions = GraphOptions()

@@ -224,7 +224,7 @@ def _of_patches(service: Service, target: Target, query: Query, analysed: Analys
     if query.region is not None:
         seen = crop_box(height, width, service.artifact.manifest.preprocess)
         if "box" in query.region:
-            weights = box_weights(query.region["box"], seen, analysed.grid)
+            weights = box_weights(query.region["box"], seen, analysed.grid, (height, width))
         else:
             weights = mask_weights(query.region["mask"], (height, width), seen, analysed.grid)
         vector = region_mean(analysed.patches, weights)

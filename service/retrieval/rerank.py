@@ -25,7 +25,7 @@ from service.retrieval.query import Query
 from service.search.store import Floats, Hit, Item
 from service.state import Service
 from service.vision.maxsim import maxsim, maxsim_matches
-from service.vision.region import patch_box
+from service.vision.region import image_weights, patch_box
 
 log = logging.getLogger(__name__)
 
@@ -149,12 +149,20 @@ async def _read(service: Service, digest: str) -> tuple[str, bytes]:
     return digest, await service.originals.get(digest)
 
 
+def _shares(patches: Patches, spec: PreprocessSpec) -> Floats:
+    """Return the fraction of each patch that shows the image, float32 [N]. The rest is padding."""
+    return image_weights(patches.size, crop_box(*patches.size, spec), patches.grid).ravel()
+
+
 def _compare(
     rows: Floats, query: Patches, weights: Floats | None, spec: PreprocessSpec, matches: bool, patches: Patches
 ) -> Comparison:
     """Compare the patches of the query with the patches of one hit (`patches`). `rows` contains the query's patches as
     unit vectors, float32 [N, D]."""
     candidate = unit_rows(patches.rows)
+    if spec.fit == "pad":  # padding looks the same in all images; a zero row has cosine 0 to everything
+        candidate = candidate * (_shares(patches, spec) > 0)[:, None]
+        weights = _shares(query, spec) if weights is None else weights
     if not matches:
         return Comparison(maxsim(rows, candidate, weights))
     score, best = maxsim_matches(rows, candidate, weights)

@@ -6,6 +6,7 @@ size and precision. Vectors from different models cannot be compared. So if the 
 model, a write or search that needs the new model fails with status 409, and the message contains both tags.
 """
 
+import asyncio
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -37,17 +38,21 @@ from service.errors import (
 )
 from service.options import check_fields, parse_options
 from service.routes.answers import JsonAnswer, json_response
-from service.routes.bodies import read_json, read_optional_json
+from service.routes.bodies import media_type, read_json, read_optional_json
 from service.routes.describe import BODY, COLLECTION, Operation, describe
 from service.routes.direct import DirectRoute, service_of
 from service.routes.files import RangedFile
 from service.schemas import CollectionIn, CollectionPatchIn, RestoreIn, SnapshotIn
 from service.search.checks import check_name
 from service.search.specs import check_spec
+from service.search.sqlite_file import translated as storage_errors
 from service.search.store import CollectionInfo, CollectionSpec, IndexSpec, SnapshotInfo, SnapshotStore, StatsStore
 from service.state import Service
 from service.tags import tag_parts
 
+_FILES = frozenset({"application/octet-stream", "application/vnd.sqlite3"})
+_UPLOAD_S = 3600.0
+"""The time limit for the upload of a snapshot, in seconds."""
 router = APIRouter(prefix="/v1/collections", tags=["collections"], route_class=DirectRoute)
 
 
@@ -142,17 +147,48 @@ async def get_stats(request: Request, name: str) -> JsonAnswer[StatsAnswer]:
 
 
 @router.post("/{name}/snapshots", summary="Take a snapshot")
-@describe(Operation(errors=(*BODY, *COLLECTION), body=SnapshotIn, body_required=False, statuses=(201,)))
+@describe(
+    Operation(
+        errors=(*BODY, *COLLECTION),
+        body=SnapshotIn,
+        file="application/octet-stream",
+        body_required=False,
+        statuses=(201,),
+    )
+)
 async def take_snapshot(request: Request, name: str) -> JsonAnswer[SnapshotAnswer]:
     """Save the current state of a collection in a snapshot, which is one file on the server. The snapshot is not
-    deleted when the collection is deleted. The status is 422 if the vector store does not support snapshots."""
+    deleted when the collection is deleted. The status is 422 if the vector store does not support snapshots.
+
+    With the content type `application/octet-stream`, the body is the file of a snapshot from another server. It becomes
+    a snapshot of the collection in the path, which need not exist, and can then be restored."""
     service = service_of(request)
     store = _snapshots(service, name)
-    parse_options(SnapshotIn, await read_optional_json(request))
-    request.state.deadline.reschedule(None)  # a large collection takes longer than the request deadline
-    taken = await store.snapshot(name)
+    taken = None
+    if media_type(request) in _FILES:
+        taken = await _uploaded(request, store, name)
+    else:
+        parse_options(SnapshotIn, await read_optional_json(request))
+    if taken is None:
+        request.state.deadline.reschedule(None)  # a large collection takes longer than the request deadline
+        taken = await store.snapshot(name)
     answer: SnapshotAnswer = {**_snapshot(taken), **_identity(service, taken.tag)}
     return json_response(answer, status=201)
+
+
+async def _uploaded(request: Request, store: SnapshotStore, name: str) -> SnapshotInfo | None:
+    """Write the body of a request to disk as it arrives, and make it a snapshot. Return None if the body is empty."""
+    request.state.deadline.reschedule(asyncio.get_running_loop().time() + _UPLOAD_S)
+    path = store.upload_path()
+    try:
+        with storage_errors("the uploaded snapshot"):
+            with path.open("wb") as file:
+                async for chunk in request.stream():
+                    await asyncio.to_thread(file.write, chunk)
+            size = path.stat().st_size
+        return await store.add_snapshot(name, path) if size else None
+    finally:
+        path.unlink(missing_ok=True)
 
 
 @router.get("/{name}/snapshots", summary="List snapshots")

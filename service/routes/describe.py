@@ -62,6 +62,7 @@ class Operation:
 
     errors: Errors = ()  # in addition to ALWAYS
     body: type[Schema] | None = None  # the JSON body
+    file: str | None = None  # the media type of a file that the body may be instead of JSON
     body_required: bool = True
     upload: Upload | None = None
     query: type[Schema] | None = None

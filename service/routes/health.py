@@ -7,19 +7,25 @@ answers 200 with the status `degraded`. Anyone may call these routes, so the ans
 log has the full error, which may include the address of Redis.
 """
 
+import asyncio
 import logging
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final, cast
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from service.answer_schemas import LivezAnswer, ReadyzAnswer
+from service.errors import ServiceError
 from service.routes.answers import Content, JsonAnswer, json_response
 from service.routes.describe import Operation, describe
 from service.routes.direct import DirectRoute, service_of
+from service.search.store import UsageStore, VectorStore
 
 log = logging.getLogger(__name__)
+USAGE_LIMIT_S: Final = 2.0
+"""The time limit for asking the vector store about its collections, in seconds."""
 router = APIRouter(tags=["health"], route_class=DirectRoute)
 
 
@@ -68,8 +74,24 @@ async def readyz(request: Request) -> JsonAnswer[ReadyzAnswer]:
 @describe(Operation(media_types=("text/plain",)))
 async def metrics(request: Request) -> Response:
     """Return the metrics of this process in the text format of Prometheus."""
-    recorded = service_of(request).metrics
+    service = service_of(request)
+    recorded = service.metrics
+    try:
+        async with asyncio.timeout(USAGE_LIMIT_S):
+            recorded.set_usage(*await _usage(service.store))
+    except (ServiceError, TimeoutError) as error:  # the other metrics matter most when the store is in trouble
+        log.warning("metrics of the collections: %s", error or "the vector store does not answer")
+        recorded.set_usage([], {})  # old values would look like current ones
     return Response(recorded.render(), media_type=recorded.content_type)
+
+
+async def _usage(store: VectorStore) -> tuple[list[tuple[str, int, int | None]], Mapping[str, int]]:
+    """Return the name, the number of items and the disk space of each collection, and the disk space of the store's
+    parts. A store that cannot measure disk space gets none."""
+    if "usage" in store.capabilities:
+        usage = await cast(UsageStore, store).usage()
+        return [(one.name, one.items, one.disk_bytes) for one in usage.collections], usage.parts
+    return [(info.name, info.count, None) for info in await store.collections()], {}
 
 
 def _log_change(state: Any, status: str) -> None:

@@ -46,7 +46,7 @@ def model_answer(service: Service) -> ModelAnswer:
         "dimensions": manifest.config.embed_dim,
         "patch_size": manifest.config.patch_size,
         "input_size": list(manifest.input_size),
-        "preprocess": manifest.preprocess.model_dump(mode="json"),
+        "preprocess": manifest.preprocess.model_dump(mode="json") | {"fit": manifest.preprocess.fit},
         "engine": service.engine.name,
         "precision": service.engine.precision,
         "engines_tried": [

@@ -178,6 +178,8 @@ def _operation(route: DirectRoute, schemas: _Schemas) -> Json:
     }
     if operation.body is not None:
         content: Json = {"application/json": {"schema": schemas.of(operation.body)}}
+        if operation.file is not None:
+            content[operation.file] = {"schema": BINARY}
         answer["requestBody"] = {"required": operation.body_required, "content": content}
     elif operation.upload is not None:
         answer["requestBody"] = {"required": True, "content": _upload(operation.upload, schemas)}

@@ -18,9 +18,9 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,11 +40,11 @@ from service.search.checks import (
     merged,
     metadata_text,
 )
-from service.search.database import Row
 from service.search.filters import Filter
 from service.search.filters import Path as MetadataPath
 from service.search.maintenance import Maintenance
 from service.search.reading import ITEM, delete_some, items_of, metadata_of, number_after, page_by_number, value_counts
+from service.search.restoring import restore
 from service.search.scrolling import page_in_order, position_in
 from service.search.searcher import Searcher
 from service.search.selection import passing
@@ -62,9 +62,11 @@ from service.search.store import (
     Page,
     SearchParams,
     SnapshotInfo,
+    Usage,
     VectorStore,
 )
 from service.search.threads import Workers, Write, commit_together
+from service.search.usage import measure
 from service.search.view import Views
 
 T = TypeVar("T")
@@ -91,7 +93,9 @@ async def open_embedded(data_dir: Path, *, threads: int | None = None, **mainten
 class EmbeddedStore:
     """A `VectorStore` in a folder. Several processes on one host may use the same folder at the same time."""
 
-    capabilities = frozenset({"atomic_upsert", "idempotency", "index_kinds", "indexed", "order", "snapshots", "stats"})
+    capabilities = frozenset(
+        {"atomic_upsert", "idempotency", "index_kinds", "indexed", "order", "snapshots", "stats", "usage"}
+    )
 
     def __init__(self, data_dir: Path, *, threads: int, **maintenance: Any) -> None:
         self.path = data_dir / "search.sqlite3"
@@ -336,25 +340,41 @@ class EmbeddedStore:
             StorageFailed: the snapshot is damaged.
         """
         path = snapshots.path_of(self._snapshots, check_name(source), name)
-        await self._read(lambda db: _check_free(db, check_name(collection)))
-        kept, rows = await asyncio.to_thread(snapshots.read, path)
-        with snapshots.restoring(self._snapshots) as hidden:
-            row: Row = await self._write(lambda db: database.make(db, hidden, kept.spec))
-            try:
-                while (page := await asyncio.to_thread(next, rows, None)) is not None:
-                    await self._write(partial(snapshots.insert, row=row, items=page[0], vectors=page[1]))
-                return await self._write(partial(_named, row=row, name=collection))
-            except BaseException:
-                with suppress(StorageFailed):  # raise the first error; maintenance removes the remains
-                    await asyncio.shield(self._write(partial(database.drop, key=row.key)))
-                raise
-            finally:
-                self._maintenance.wake()
+        try:
+            [info] = await self.restore_files({collection: path}, {})
+        except Conflict as error:
+            raise Conflict(f"{error.detail}; restore to another name") from error
+        return info
+
+    async def restore_files(
+        self, files: Mapping[str, Path], aliases: Mapping[str, str], *, replace: bool = False
+    ) -> list[CollectionInfo]:
+        for name in (*files, *aliases, *aliases.values()):
+            check_name(name)
+        try:
+            restored = await restore(self._snapshots, files, aliases, replace=replace, write=self._write)
+        finally:
+            self._maintenance.wake()
+        self.views.forget(restored.replaced)
+        return restored.infos
+
+    async def snapshot_to(self, collection: str, root: Path) -> Path:
+        taken = await asyncio.to_thread(snapshots.take, self.path, check_name(collection), root)
+        return snapshots.path_of(root, taken.collection, taken.name)
+
+    async def add_snapshot(self, collection: str, file: Path) -> SnapshotInfo:
+        return await asyncio.to_thread(snapshots.add, self._snapshots, check_name(collection), file)
+
+    def upload_path(self) -> Path:
+        return snapshots.upload_path(self._snapshots)
 
     async def _own_name(self, collection: str) -> str:
         """Return the name of the collection to which an alias points. If `collection` is not an alias, return it
         unchanged."""
         return (await self.aliases()).get(check_name(collection), collection)
+
+    async def usage(self) -> Usage:
+        return await self._read(lambda db: measure(db, self.path, self._snapshots))
 
     async def stats(self, collection: str) -> dict[str, Any]:
         """Return statistics about a collection for operators: the number of items, the properties of each segment, the
@@ -456,22 +476,6 @@ def _alone(db: sqlite3.Connection, write: Write) -> Any:
         return commit_together(db, [write])[0]
     except StorageFailed as error:
         return error
-
-
-def _check_free(db: sqlite3.Connection, name: str) -> None:
-    try:
-        row = database.find(db, name)
-    except CollectionNotFound:
-        return
-    raise Conflict(f"{name!r} is {'a collection' if row.name == name else 'an alias'} already; restore to another name")
-
-
-def _named(db: sqlite3.Connection, row: Row, name: str) -> CollectionInfo:
-    """Rename a restored collection from its hidden name to `name`, and return its description. Raises Conflict if a
-    collection or alias has this name."""
-    _check_free(db, name)
-    db.execute("UPDATE collections SET name = ?, version = version + 1 WHERE id = ?", (name, row.key))
-    return database.find(db, name).info
 
 
 def _difference(old: CollectionSpec, new: CollectionSpec) -> str:

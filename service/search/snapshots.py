@@ -11,13 +11,14 @@ import json
 import logging
 import os
 import re
+import reprlib
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -33,6 +34,8 @@ from service.search.store import Item, SnapshotInfo
 log = logging.getLogger(__name__)
 
 _NAME: Final = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{3}Z")
+_COMPUTED: Final = re.compile(r"\b(virtual|generated|as|check)\b", re.IGNORECASE)
+_UPLOAD_KEPT_S: Final = 24 * 3600.0
 _CHUNK: Final = 2000
 _YOUNG_S: Final = 60.0
 """`tidy` does not remove files that are younger than this number of seconds, because the process that created such a
@@ -52,8 +55,7 @@ def take(source: Path, collection: str, root: Path) -> SnapshotInfo:
         CollectionNotFound: the collection does not exist.
         StorageFailed: the snapshot cannot be written, for example because the disk is full.
     """
-    now = time.time()
-    name = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}Z"
+    name = _name_at(time.time())
     with translated("the snapshot"):
         with closing(sqlite_file.connect(source, read_only=True)) as db:
             collection = database.find(db, collection).name
@@ -83,6 +85,43 @@ def _write(source: Path, collection: str, target: Path) -> None:
             for table in ("items", "vectors"):
                 db.execute(f"INSERT INTO main.{table}_{made.key} SELECT * FROM source.{table}_{copied.key}")
             db.execute("UPDATE main.collections SET count = ?", (copied.count,))
+
+
+def upload_path(root: Path) -> Path:
+    """Return a new path for a file that may become a snapshot with `add`. `tidy` removes the file after
+    `_UPLOAD_KEPT_S` seconds if that does not happen."""
+    with translated("the snapshot"):
+        root.mkdir(parents=True, exist_ok=True)
+    return root / f".{uuid.uuid4().hex}.upload"
+
+
+def add(root: Path, collection: str, file: Path) -> SnapshotInfo:
+    """Check the snapshot in `file` and move it into the folder of the collection's snapshots. Return its description.
+
+    The settings and the structure of the file are checked. `read` checks the items when the snapshot is restored.
+
+    Raises:
+        InvalidRequest: the file is damaged or not a snapshot.
+        StorageFailed: the file cannot be moved.
+    """
+    try:
+        _, rows = read(file, "the uploaded snapshot")
+    except StorageFailed as error:
+        raise InvalidRequest(error.detail) from error  # the client's file is wrong, not this server's storage
+    rows.close()
+    now = time.time()
+    with translated("the snapshot"):
+        folder = root / collection
+        folder.mkdir(parents=True, exist_ok=True)
+        while (folder / f"{_name_at(now)}.sqlite3").exists():
+            now += 0.001
+        publish(file, folder / f"{_name_at(now)}.sqlite3")
+    return describe(root, collection, _name_at(now))
+
+
+def _name_at(seconds: float) -> str:
+    """Return the name of a snapshot that is taken at this time, in seconds since 1970."""
+    return time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds)) + f".{int(seconds * 1000) % 1000:03d}Z"
 
 
 def listed(root: Path, collection: str) -> list[SnapshotInfo]:
@@ -140,19 +179,20 @@ def path_of(root: Path, collection: str, name: str) -> Path:
     return path
 
 
-def read(path: Path) -> tuple[Row, Iterator[tuple[list[ItemRow], list[VectorRow]]]]:
-    """Open the snapshot at `path`. Return the state of its collection, and an iterator over pages of rows. Each page is
-    a pair of lists: rows of the table `items`, and rows of the table `vectors`.
+def read(path: Path, what: str | None = None) -> tuple[Row, Generator[tuple[list[ItemRow], list[VectorRow]]]]:
+    """Open the snapshot at `path`. Return the state of its collection, and a generator of pages of rows. Each page is a
+    pair of lists: rows of the table `items`, and rows of the table `vectors`. `what` names the snapshot in error
+    messages.
 
     The file may come from anywhere, so its contents are checked as strictly as the items in a request.
 
     Raises:
-        StorageFailed: the file is damaged, is not a snapshot, or contains values that are not allowed. The iterator may
-            also raise this error.
+        StorageFailed: the file is damaged, is not a snapshot, or contains values that are not allowed. The generator
+            may also raise this error.
     """
-    what = f"snapshot {path.stem}"
+    what = what or f"snapshot {path.stem}"
     with translated(what):
-        db = _opened(path)
+        db = _opened(path, what)
         try:
             (state,) = db.execute("PRAGMA quick_check(1)").fetchone()
             if state != "ok":
@@ -162,7 +202,7 @@ def read(path: Path) -> tuple[Row, Iterator[tuple[list[ItemRow], list[VectorRow]
             db.close()
             raise
 
-    def rows() -> Iterator[tuple[list[ItemRow], list[VectorRow]]]:
+    def rows() -> Generator[tuple[list[ItemRow], list[VectorRow]]]:
         after = 0
         with closing(db), translated(what):
             while True:
@@ -182,6 +222,35 @@ def read(path: Path) -> tuple[Row, Iterator[tuple[list[ItemRow], list[VectorRow]
                 after = items[-1][0]
 
     return row, rows()
+
+
+class Reference(NamedTuple):
+    """The two fields of an item that say which image it was made from."""
+
+    source: str | None
+    digest: str | None
+
+
+def references(path: Path) -> Generator[list[Reference]]:
+    """Open the snapshot at `path`, and return a generator of pages with the references to images of its items.
+
+    Raises:
+        StorageFailed: see `read`.
+    """
+    _, pages = read(path)
+    return ([Reference(source, digest) for _, _, _, source, digest in items] for items, _ in pages)
+
+
+def _check_schema(db: sqlite3.Connection, what: str) -> None:
+    """Check that the file contains only plain tables and indexes. A view could make a query run forever, and a computed
+    column or a check could use any amount of memory.
+
+    Raises:
+        StorageFailed: the file contains anything else.
+    """
+    for kind, name, sql in db.execute("SELECT type, name, sql FROM sqlite_master"):
+        if kind not in ("table", "index") or (kind == "table" and _COMPUTED.search(sql or "")):
+            raise StorageFailed(f"{what} is damaged: {reprlib.repr(name)} is not a plain table")
 
 
 def _only_collection(db: sqlite3.Connection, what: str) -> Row:
@@ -263,6 +332,10 @@ def tidy(root: Path) -> None:
                 with lock:
                     path.with_name(path.name + "-journal").unlink(missing_ok=True)  # SQLite's journal of a snapshot
                     path.unlink()
+    for path in root.glob(".*.upload"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _UPLOAD_KEPT_S:
+                path.unlink()
 
 
 def _lock_path(root: Path, name: str) -> Path:
@@ -273,7 +346,14 @@ def _read_only(path: Path) -> str:
     return f"{path.resolve().as_uri()}?mode=ro"
 
 
-def _opened(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(_read_only(path), uri=True, isolation_level=None, check_same_thread=False)
-    sqlite_file.check_ours(db, f"snapshot {path.stem}")
+def _opened(path: Path, what: str | None = None) -> sqlite3.Connection:
+    uri = f"{_read_only(path)}&immutable=1"  # creates no files beside the snapshot, even if it is in WAL mode
+    db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+    what = what or f"snapshot {path.stem}"
+    try:
+        sqlite_file.check_ours(db, what)
+        _check_schema(db, what)
+    except BaseException:
+        db.close()
+        raise
     return db

@@ -158,6 +158,21 @@ class SnapshotInfo:
     tag: str | None = None
 
 
+class CollectionUsage(NamedTuple):
+    """The number of items in a collection, and the disk space that its vectors and segments use."""
+
+    name: str
+    items: int
+    disk_bytes: int
+
+
+class Usage(NamedTuple):
+    """The disk use of each collection, and that of the parts of the store that the collections share, in bytes."""
+
+    collections: list[CollectionUsage]
+    parts: dict[str, int]
+
+
 class VectorStore(Protocol):
     """A store of named collections. A collection contains items with string ids, and it may have aliases.
 
@@ -173,7 +188,7 @@ class VectorStore(Protocol):
     capabilities: frozenset[str]
     """The optional features of this store: `atomic_upsert` (a call of `upsert` writes all items or none), `idempotency`
     (see `upsert`), `snapshots` (see `SnapshotStore`), `index_kinds` (the settings in `IndexSpec` take effect),
-    `indexed` (see `set_indexed`), `order` (see `scroll`) and `stats` (see `StatsStore`)."""
+    `indexed` (see `set_indexed`), `order` (see `scroll`), `stats` (see `StatsStore`) and `usage` (see `UsageStore`)."""
 
     async def create(self, collection: str, spec: CollectionSpec) -> CollectionInfo:
         """Create a collection and return its description. If the collection already exists with the same settings,
@@ -316,6 +331,34 @@ class SnapshotStore(VectorStore, Protocol):
 
     async def drop_snapshot(self, collection: str, name: str) -> None: ...
 
+    async def snapshot_to(self, collection: str, root: Path) -> Path:
+        """Take a snapshot in the folder `root` instead of the store's own folder, and return the path of its file. The
+        file is in a subfolder that has the collection's name."""
+
+    def upload_path(self) -> Path:
+        """Return a path for a file that may become a snapshot with `add_snapshot`. If the file is abandoned, it is
+        removed later."""
+
+    async def add_snapshot(self, collection: str, file: Path) -> SnapshotInfo:
+        """Make a snapshot file from another store a snapshot of `collection`, and return its description. The
+        collection need not exist. The file is moved.
+
+        Raises:
+            InvalidRequest: the file is damaged or not a snapshot.
+        """
+
+    async def restore_files(
+        self, files: Mapping[str, Path], aliases: Mapping[str, str], *, replace: bool = False
+    ) -> list[CollectionInfo]:
+        """Create a collection from each snapshot file in `files`, and set the aliases, all at once or not at all.
+        Return the descriptions of the new collections. `files` maps the names of the new collections to the files, and
+        `aliases` maps each alias to the name of its collection. If `replace` is true, collections and aliases that have
+        these names are replaced.
+
+        Raises:
+            Conflict: a collection or alias with one of the names exists, and `replace` is false.
+        """
+
     async def restore(self, collection: str, source: str, name: str) -> CollectionInfo:
         """Create the collection `collection` from the snapshot `name` of the collection `source`, and return the
         description of the new collection.
@@ -331,3 +374,10 @@ class StatsStore(VectorStore, Protocol):
     async def stats(self, collection: str) -> dict[str, Any]:
         """Return statistics about the index of a collection, for operators. The dictionary can be serialised as
         JSON."""
+
+
+class UsageStore(VectorStore, Protocol):
+    """A store that reports its disk use (capability `usage`)."""
+
+    async def usage(self) -> Usage:
+        """Return the disk use of the store and of its collections. This takes a few milliseconds."""

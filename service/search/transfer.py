@@ -17,7 +17,7 @@ from typing import Final
 
 from model.files import replacing
 from service.errors import CollectionNotFound, Conflict, InvalidRequest, NotFound, StorageFailed
-from service.originals import THREADS, Originals, photo_digest
+from service.originals import THREADS, HasPhoto, Originals, photo_digest
 from service.search.checks import checked_items
 from service.search.collection_files import (
     BATCH,
@@ -90,7 +90,7 @@ async def copy_collection(
         present_items = await target.get(new_name, [item.id for item in page])
         missing = [item for item, existing in zip(page, present_items, strict=True) if existing is None]
         if originals is not None:
-            await _copy_photos(page, *originals, photos)
+            await copy_photos(page, *originals, photos)
         if missing:
             await target.upsert(new_name, missing, tag=info.tag)
         written, present = written + len(missing), present + len(page) - len(missing)
@@ -104,7 +104,7 @@ async def copy_collection(
     return Copied(written, present, count, photos if originals is not None else None)
 
 
-async def _copy_photos(items: Sequence[Item], source: Originals, target: Originals, photos: Photos) -> None:
+async def copy_photos(items: Sequence[HasPhoto], source: Originals, target: Originals, photos: Photos) -> None:
     """Copy the images to which the items refer, at most `THREADS` of them at the same time. Count the outcomes in
     `photos`."""
     gate = asyncio.Semaphore(THREADS)  # limits the memory, because each image is in memory while it is copied

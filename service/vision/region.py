@@ -27,9 +27,21 @@ Box = tuple[float, float, float, float]
 _PIXELS_PER_BLOCK: Final = 2**22
 
 
-def box_weights(box: Box, crop_box: Box, grid: tuple[int, int]) -> Floats:
-    """Return the fraction of each patch that the box covers, float32 [h, w] from 0 to 1. `crop_box` is the part of the
-    image that the network sees, and `grid` is its size in patches, (h, w).
+def image_weights(size: tuple[int, int], crop_box: Box, grid: tuple[int, int]) -> Floats:
+    """Return the fraction of each patch that shows the image, float32 [h, w] from 0 to 1. Patches show something else
+    only if the preprocessing pads images. `size` is the size of the image in pixels, (H, W)."""
+    return box_weights((0, 0, size[1], size[0]), crop_box, grid)
+
+
+def box_weights(box: Box, crop_box: Box, grid: tuple[int, int], size: tuple[int, int] | None = None) -> Floats:
+    """Return the fraction of each patch that the box covers, float32 [h, w] from 0 to 1.
+
+    Args:
+        box: the box in pixels of the image.
+        crop_box: the part of the image that the network sees.
+        grid: the size of the crop box in patches, (h, w).
+        size: the size of the image in pixels, (H, W). The part of the box outside the image counts for nothing. If
+            None, the box must be inside the image.
 
     Raises:
         InvalidRequest: the box has no area or is outside the crop box.
@@ -40,8 +52,10 @@ def box_weights(box: Box, crop_box: Box, grid: tuple[int, int]) -> Floats:
             f"region.box {list(box)} has no area: [x, y, width, height] in pixels needs width and height above 0",
             param="region",
         )
-    rows = _overlap(np.array([[y, y + height]]), crop_box[1], crop_box[3], grid[0])  # [h, 1]
-    columns = _overlap(np.array([[x, x + width]]), crop_box[0], crop_box[2], grid[1])  # [w, 1]
+    limits = (math.inf, math.inf) if size is None else size
+    low = 0 if size is not None else -math.inf
+    rows = _overlap(np.clip([[y, y + height]], low, limits[0]), crop_box[1], crop_box[3], grid[0])  # [h, 1]
+    columns = _overlap(np.clip([[x, x + width]], low, limits[1]), crop_box[0], crop_box[2], grid[1])  # [w, 1]
     return _seen(rows @ columns.T, crop_box, f"region.box {list(box)}")
 
 

@@ -13,6 +13,7 @@ foreground has the higher values, and applies Otsu's threshold.
 - The projection is upsampled (bilinear between patch centres) and then thresholded. Upsampling a mask that is already
   thresholded would give jagged outlines.
 - The network sees a crop of the image. Pixels outside the crop are background. `crop_box` is the position of the crop.
+- If the preprocessing pads images, patches that show mostly padding are left out of the computation.
 
 Legend: H, W size of the upright image (after EXIF rotation); h, w size of the patch grid; N = h * w patches in
 row-major order; D features.
@@ -25,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.preprocess import PreprocessSpec, crop_box, output_size
+from service.vision.region import image_weights
 
 Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -70,14 +72,35 @@ def segment_foreground(patches: Floats, height: int, width: int, spec: Preproces
     """
     out_h, out_w = output_size(height, width, spec)
     grid = out_h // spec.patch_size, out_w // spec.patch_size
-    scores = foreground_scores(patches, grid)
     box = crop_box(height, width, spec)
+    if spec.fit == "pad":
+        return _of_padded(patches, (height, width), box, grid)
+    scores = foreground_scores(patches, grid)
     patch_mask = scores > 0
     return Foreground(
         mask=upsample_mask(scores, height, width, box),
         patch_mask=patch_mask,
         scores=scores,
         contrast=_contrast(patches, patch_mask.ravel()),
+        crop_box=box,
+    )
+
+
+def _of_padded(patches: Floats, size: tuple[int, int], box: Box, grid: tuple[int, int]) -> Foreground:
+    """Return the foreground of an image of size (H, W) that was padded to fill `box`. Only patches that show at least
+    half as much of the image as the fullest patch take part. The others get the score of the nearest such patch."""
+    shares = image_weights(size, box, grid)
+    used = shares >= shares.max() / 2  # a rectangle of patches
+    rows, columns = np.flatnonzero(used.any(axis=1)), np.flatnonzero(used.any(axis=0))
+    inner = patches.reshape(*grid, -1)[used]  # [n, D], row-major
+    part = foreground_scores(inner, (len(rows), len(columns)))
+    margins = [(int(kept[0]), side - 1 - int(kept[-1])) for kept, side in zip((rows, columns), grid, strict=True)]
+    scores = np.pad(part, margins, mode="edge")
+    return Foreground(
+        mask=upsample_mask(scores, *size, box),
+        patch_mask=(scores > 0) & used,
+        scores=scores,
+        contrast=_contrast(inner, part.ravel() > 0),
         crop_box=box,
     )
 

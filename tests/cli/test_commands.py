@@ -154,3 +154,21 @@ def test_commands_that_need_torch_say_so(tmp_path: Path, monkeypatch: pytest.Mon
         result = runner.invoke(cli.app, command)
         assert result.exit_code == 2
         assert ".[train]" in result.output
+
+
+@pytest.mark.parametrize("fit", ["pad", "squash"])
+def test_the_fit_is_chosen_at_export(tmp_path: Path, fit: str) -> None:
+    source = str(checkpoint(tmp_path / "c.safetensors"))
+    folders = {}
+    for name, options in (("as-is", ["--resize", "80"]), (fit, ["--fit", fit])):
+        command = ["export", source, "--out", str(tmp_path / name), "--crop", "70", "--sizes", "98", *options]
+        result = runner.invoke(cli.app, command)
+        assert result.exit_code == 0, result.output
+        [folders[name]] = (tmp_path / name).iterdir()
+    cropped, fitted = (load_artifact(folder).manifest for folder in folders.values())
+    assert (fitted.preprocess.fit, fitted.preprocess.crop, fitted.preprocess.resize) == (fit, 70, None)
+    assert fitted.input_size == (70, 70)
+    assert fitted.fingerprint != cropped.fingerprint
+    assert {record.file for record in fitted.parity} == {record.file for record in cropped.parity}
+    refused = runner.invoke(cli.app, ["export", source, "--out", str(tmp_path), "--fit", fit, "--resize", "256"])
+    assert refused.output == f"error: resize=256 has no effect with fit={fit}: crop sets the size of the input\n"

@@ -76,9 +76,19 @@ def test_fingerprint_changes_with_everything_that_decides_a_vector(exported: Pat
         load_artifact(exported).fingerprint,
         export(tmp_path / "half", weights_dtype="float16").fingerprint,
         export(tmp_path / "spec", preprocess=PreprocessSpec(resize=70, crop=70)).fingerprint,
+        export(tmp_path / "pad", preprocess=PreprocessSpec(resize=None, crop=70, fit="pad")).fingerprint,
+        export(tmp_path / "squash", preprocess=PreprocessSpec(resize=None, crop=70, fit="squash")).fingerprint,
     }
-    assert len(prints) == 3
+    assert len(prints) == 5
     assert export(tmp_path / "again").fingerprint in prints
+
+
+def test_the_setting_fit_left_existing_fingerprints_as_they_were() -> None:
+    bundled = load_artifact(bundled_artifact())
+    assert bundled.fingerprint == "2608a6a314958e2e01afd464a38daad20759f4f3fd79924a5bd6072b56f446b7"
+    assert bundled.manifest.preprocess.fit == "crop"
+    assert "fit" not in json.loads((bundled.path / "manifest.json").read_text())["preprocess"]
+    assert "fit" not in json.loads(bundled.manifest.model_dump_json())["preprocess"]
 
 
 def test_each_part_of_the_identity_is_in_the_fingerprint() -> None:

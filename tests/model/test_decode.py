@@ -9,6 +9,7 @@ import re
 import struct
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from model.decode import (
     sniff,
 )
 
+DATA = Path(__file__).parents[1] / "data"
 OURS = (TooLarge, Unsupported, Broken)
 NEEDS_AVIF = pytest.mark.skipif("AVIF" not in FORMATS, reason="this Pillow is built without AVIF")
 
@@ -85,6 +87,8 @@ def corpus() -> dict[str, bytes]:
     if "AVIF" in FORMATS:
         files["avif"] = encode(RGB, "AVIF", quality=95)
         files["avif-alpha"] = encode(rgba, "AVIF", quality=95)
+    if "HEIC" in FORMATS:
+        files["heic"] = (DATA / "photo.heic").read_bytes()
     return files
 
 
@@ -310,8 +314,67 @@ def test_what_is_no_image_is_named() -> None:
     for data in (b"%PDF-1.7", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\0" * 100, b"x", b"hello"):
         with pytest.raises(Unsupported, match="supported formats: JPEG, PNG"):
             decode(data)
-    with pytest.raises(Unsupported, match="HEIC"):
-        decode(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50))
+
+
+@pytest.mark.parametrize("name", ["photo", "turned", "alpha"])
+def test_heic_without_its_extra_names_the_extra(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("model.decode.FORMATS", ("JPEG", "PNG"))
+    with pytest.raises(
+        Unsupported, match=r"^HEIC images need the extra `heif` on the server: pip install '.*\[heif\]'"
+    ):
+        decode((DATA / f"{name}.heic").read_bytes())
+
+
+NEEDS_HEIC = pytest.mark.skipif("HEIC" not in FORMATS, reason="needs pi-heif: pip install '.[heif]'")
+
+
+@NEEDS_HEIC
+def test_heic_is_decoded() -> None:
+    for name, expected in (("photo", PHOTO), ("turned", np.rot90(PHOTO, -1)), ("alpha", on_white(PHOTO))):
+        data = (DATA / f"{name}.heic").read_bytes()
+        assert sniff(data) == "HEIC"
+        pixels = decode(data)
+        assert pixels.shape == expected.shape
+        assert np.abs(pixels.astype(int) - expected).mean() < 3, name
+
+
+def on_white(photo: np.ndarray) -> np.ndarray:
+    alpha = np.asarray(GREY)[..., None] / 255
+    return photo * alpha + 255 * (1 - alpha)
+
+
+@NEEDS_HEIC
+def test_heic_has_the_limits_of_the_other_formats() -> None:
+    data = (DATA / "photo.heic").read_bytes()
+    with pytest.raises(TooLarge, match="40 x 24 pixels, 960 in total; the limit is 900"):
+        decode(data, DecodeLimits(max_pixels=900))
+    with pytest.raises(TooLarge, match=f"has {len(data)} bytes; the limit is 100"):
+        decode(data, DecodeLimits(max_bytes=100))
+    with pytest.raises(TooLarge, match=r"one side may be at most 1.5 times"):
+        decode(data, DecodeLimits(max_aspect_ratio=1.5))
+
+
+@NEEDS_HEIC
+def test_a_heic_that_states_a_smaller_size_than_it_has_is_refused() -> None:
+    """The limits are checked against the stated size, so the decoder must not decode more than that."""
+    data = (DATA / "photo.heic").read_bytes()
+    at = data.index(b"ispe") + 8
+    smaller = data[:at] + struct.pack(">II", 4, 4) + data[at + 8 :]
+    with pytest.raises(DecodeError):
+        decode(smaller)
+
+
+@NEEDS_HEIC
+def test_damaged_heic_raises_only_our_errors() -> None:
+    rng = random.Random(0)
+    for name in ("photo", "turned", "alpha"):
+        whole = (DATA / f"{name}.heic").read_bytes()
+        for _ in range(150):
+            data = bytearray(whole)
+            for _ in range(rng.randint(1, 6)):
+                data[rng.randrange(len(data))] = rng.randrange(256)
+            with contextlib.suppress(*OURS):
+                decode(bytes(data[: rng.choice([len(data), rng.randrange(len(data))])]))
 
 
 def test_formats_outside_the_list_are_refused() -> None:

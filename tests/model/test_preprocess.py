@@ -2,12 +2,23 @@
 errors.
 """
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from model.preprocess import REFERENCE_224, REFERENCE_518, PreprocessSpec, crop_box, output_size, preprocess
+from model.preprocess import (
+    REFERENCE_224,
+    REFERENCE_518,
+    PreprocessSpec,
+    changed_spec,
+    crop_box,
+    output_size,
+    preprocess,
+    read_spec,
+)
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 SIZES = [(224, 224), (256, 256), (300, 400), (401, 299), (97, 130), (14, 600), (256, 341), (480, 640), (1, 1), (2, 199)]
@@ -192,3 +203,79 @@ def test_crop_box_says_where_a_pixel_of_the_input_lies(size: tuple[int, int], sp
     inner = slice(4, -4)  # the ramp ends at the border, and bicubic bends there
     np.testing.assert_allclose(seen[0, h // 2, inner], expected_x[inner], atol=1 / 255)
     np.testing.assert_allclose(seen[1, inner, w // 2], expected_y[inner], atol=1 / 255)
+
+
+PAD, SQUASH = PreprocessSpec(fit="pad", resize=None), PreprocessSpec(fit="squash", resize=None)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_squash_equals_the_definition(size: tuple[int, int]) -> None:
+    image = photo(*size)
+    resized = np.array(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)).astype(np.float64)
+    expected = ((resized / 255 - MEAN) / STD).transpose(2, 0, 1)
+    np.testing.assert_allclose(preprocess(image, SQUASH), expected, atol=1e-6)
+    assert crop_box(*size, SQUASH) == (0, 0, size[1], size[0])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_pad_equals_the_definition(size: tuple[int, int]) -> None:
+    """The canvas has the mean colour, and the resized image is pasted into its middle."""
+    image = photo(*size)
+    long = max(size)
+    height, width = (max(1, int(side * 224 / long + 0.5)) for side in size)
+    resized = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)).astype(np.float64)
+    canvas = np.broadcast_to(255 * MEAN, (224, 224, 3)).copy()
+    top, left = round((224 - height) / 2), round((224 - width) / 2)
+    canvas[top : top + height, left : left + width] = resized
+    expected = ((canvas / 255 - MEAN) / STD).transpose(2, 0, 1)
+    pixels = preprocess(image, PAD)
+    np.testing.assert_allclose(pixels, expected, atol=1e-6)
+    assert pixels.flags.c_contiguous
+    assert pixels.shape == (3, *output_size(*size, PAD))
+
+
+@pytest.mark.parametrize("size", [(100, 400), (400, 100), (301, 299)])
+@pytest.mark.parametrize("spec", [REFERENCE_224, PAD, SQUASH])
+def test_crop_box_maps_the_input_back_to_the_image(size: tuple[int, int], spec: PreprocessSpec) -> None:
+    """The columns of the image are a ramp, so the value of a pixel of the input tells where it was in the image."""
+    ramp = np.broadcast_to(np.linspace(0, 255, size[1])[None, :, None], (*size, 3)).astype(np.uint8)
+    x, _, width, _ = crop_box(*size, spec)
+    row = preprocess(ramp, spec)[0, 112] * STD[0] + MEAN[0]
+    for column in (60, 112, 160):
+        at = x + (column + 0.5) * width / 224
+        if 2 < at < size[1] - 2:
+            assert float(row[column]) * (size[1] - 1) == pytest.approx(at - 0.5, abs=0.01 * size[1] + 1)
+    if spec is PAD:
+        assert x <= 0
+        assert x + width >= size[1]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"fit": "pad", "resize": 256}, "resize=256 has no effect with fit=pad: crop sets the size of the input"),
+        ({"fit": "squash", "resize": None, "crop": None}, "fit=squash needs crop, the side of the square input"),
+        ({"fit": "stretch"}, "fit='stretch': must be 'crop', 'pad' or 'squash'"),
+        ({"resize": None}, "crop=224 needs resize, the short side to crop from"),
+    ],
+)
+def test_a_fit_that_makes_no_sense_is_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        read_spec(values)
+
+
+def test_the_default_fit_is_not_serialised() -> None:
+    """The serialised spec is part of the fingerprint, which must stay the same for existing artifacts."""
+    assert "fit" not in PreprocessSpec().model_dump()
+    assert "fit" not in json.loads(PreprocessSpec().model_dump_json())
+    assert PAD.model_dump()["fit"] == "pad"
+    assert read_spec(PAD.model_dump(mode="json")) == PAD
+
+
+def test_another_fit_needs_no_resize() -> None:
+    assert changed_spec(PreprocessSpec(), fit="pad") == PAD
+    assert changed_spec(PreprocessSpec(), fit="squash", crop=518) == PreprocessSpec(fit="squash", resize=None, crop=518)
+    assert changed_spec(PreprocessSpec(), resize=300) == PreprocessSpec(resize=300)
+    assert changed_spec(PAD) == PAD
+    with pytest.raises(ValueError, match=r"^resize=256 has no effect with fit=pad"):
+        changed_spec(PreprocessSpec(), fit="pad", resize=256)

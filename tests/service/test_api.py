@@ -6,13 +6,14 @@ import io
 import tempfile
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from model.engines.protocol import Tried
-from model.preprocess import crop_box
+from model.preprocess import PreprocessSpec, crop_box
 from model.zoo import ENTRIES
 from service.features.pipeline import Embedded
 from service.timings import ms_since, slowest
@@ -394,3 +395,36 @@ async def test_features_that_are_not_finite_are_the_engines_failure(tmp_path):
         run.engine.run = wrong
         answer = await run.client.post("/v1/segment", content=photo(), headers={"Content-Type": "image/png"})
     assert (answer.status_code, answer.json()["code"]) == (500, "engine_failed")
+
+
+async def test_a_model_that_pads_images(tmp_path):
+    """The fit is shown with the model, and masks and regions refer to the whole image."""
+    spec = PreprocessSpec(fit="pad", resize=None, crop=28)
+    artifact = fake_artifact()
+    artifact = replace(artifact, manifest=artifact.manifest.model_copy(update={"preprocess": spec}))
+    image = photo(1, size=(60, 20))
+    async with running(tmp_path, artifact=artifact) as run:
+        [model] = (await run.client.get("/v1/models")).json()["data"]
+        mask = (await run.client.post("/v1/segment", json={"image": data_url(image), "format": "rle"})).json()
+        await run.client.put("/v1/collections/shop", json={"pooling": "mean", "originals": True})
+        await run.client.post("/v1/collections/shop/items", files={"file": image})
+        answers = [
+            await run.client.post("/v1/collections/shop/search", json={**body, "rerank": "patches", "matches": True})
+            for body in (
+                {"image": data_url(image)},
+                {"region": {"image": data_url(image), "box": [40, 0, 20, 20]}},
+                {"region": {"image": data_url(image), "box": [0, -30, 60, 20]}},  # padding
+            )
+        ]
+    assert model["preprocess"]["fit"] == "pad"
+    assert mask["segmentation"]["size"] == [20, 60]
+    assert mask["crop_box"] == pytest.approx(crop_box(20, 60, spec))
+    assert mask["crop_box"][1] < 0
+    assert [answer.status_code for answer in answers] == [200, 200, 422]
+    assert answers[0].json()["data"][0]["rerank_score"] == pytest.approx(1, abs=1e-3)
+
+
+async def test_the_default_fit_is_shown(tmp_path):
+    async with running(tmp_path) as run:
+        [model] = (await run.client.get("/v1/models")).json()["data"]
+    assert model["preprocess"]["fit"] == "crop"

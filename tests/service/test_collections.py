@@ -446,3 +446,61 @@ async def test_the_page_names_every_route(tmp_path):
             if {"collections", "items", "aliases"} & set(operation["tags"]):
                 whole = f"{method.upper()} {path.replace('{item_id}', '{id}')}"
                 assert f"`{whole}`" in page or f"`{whole.replace('/v1/collections/{name}', '')}`" in page, whole
+
+
+FILE = {"Content-Type": "application/octet-stream"}
+
+
+async def test_a_snapshot_moves_to_another_server(tmp_path):
+    async with running(tmp_path / "old") as run:
+        await run.client.put(SHOP, json={"indexed": ["brand"]})
+        await run.client.post(f"{SHOP}/items", files={"file": photo()})
+        name = (await run.client.post(f"{SHOP}/snapshots")).json()["name"]
+        file = (await run.client.get(f"{SHOP}/snapshots/{name}")).content
+        before = (await run.client.post(f"{SHOP}/items/scroll", json={})).json()
+    async with running(tmp_path / "new") as run:
+        sent = await run.client.post(f"{SHOP}/snapshots", content=file, headers=FILE)
+        again = await run.client.post(f"{SHOP}/snapshots", content=file, headers=FILE)
+        restored = await run.client.post(f"{SHOP}/restore", json={"snapshot": sent.json()["name"]})
+        after = (await run.client.post(f"{SHOP}/items/scroll", json={})).json()
+        listed = (await run.client.get(f"{SHOP}/snapshots")).json()["data"]
+        got = await run.client.get(f"{SHOP}/snapshots/{sent.json()['name']}")
+    assert sent.status_code == again.status_code == restored.status_code == 201
+    assert (sent.json()["collection"], sent.json()["count"], sent.json()["bytes"]) == ("shop", 1, len(file))
+    assert after["data"] == before["data"]
+    assert len(listed) == 2
+    assert got.content == file
+    assert not list((tmp_path / "new" / "snapshots").glob(".*"))
+
+
+async def test_an_upload_that_is_no_snapshot_is_refused(tmp_path):
+    async with running(tmp_path, max_body_bytes=200_000, max_image_bytes=1000) as run:
+        await run.client.put(SHOP)
+        name = (await run.client.post(f"{SHOP}/snapshots")).json()["name"]
+        file = (await run.client.get(f"{SHOP}/snapshots/{name}")).content
+        database = (tmp_path / "search.sqlite3").read_bytes()
+        cut, damaged = file[: len(file) // 2], file[:8192] + bytes(len(file) - 8192)
+        wrong = [
+            await run.client.post(f"{SHOP}/snapshots", content=content, headers=FILE)
+            for content in (b"hello", photo(), cut, damaged, database)
+        ]
+        large = await run.client.post(f"{SHOP}/snapshots", content=bytes(200_001), headers=FILE)
+        empty = await run.client.post(f"{SHOP}/snapshots", content=b"", headers=FILE)
+        bad_name = await run.client.post("/v1/collections/UP/snapshots", content=file, headers=FILE)
+        listed = (await run.client.get(f"{SHOP}/snapshots")).json()["data"]
+    assert [answer.status_code for answer in wrong] == [422] * 5, [answer.text for answer in wrong]
+    assert all("the uploaded snapshot" in answer.json()["detail"] for answer in wrong)
+    assert all(str(tmp_path) not in answer.text for answer in wrong)
+    assert large.status_code == 413
+    assert empty.status_code == 201  # as without a body, a snapshot is taken
+    assert bad_name.status_code == 422
+    assert len(listed) == 2
+    assert not list((tmp_path / "snapshots").glob(".*"))
+
+
+async def test_milvus_takes_no_uploads(tmp_path):
+    async with running(tmp_path, store=DictStore()) as run:
+        await run.client.put(SHOP)
+        answer = await run.client.post(f"{SHOP}/snapshots", content=b"x", headers=FILE)
+    assert answer.status_code == 422
+    assert "does not support snapshots" in answer.json()["detail"]

@@ -5,10 +5,12 @@ import base64
 import socket
 import threading
 
+from service.errors import Unavailable
 from service.features.cache import MemoryCache
 from service.search import opening
+from service.telemetry import MOST_COLLECTIONS, OTHERS
 from tests.dict_store import DictStore
-from tests.fakes import FakeEngine, photo, running, until
+from tests.fakes import DIMS, FakeEngine, photo, running, until
 
 
 async def test_a_well_service(tmp_path):
@@ -110,3 +112,69 @@ async def test_the_recall_of_live_searches_is_a_metric(tmp_path, monkeypatch):
     async with running(tmp_path) as run:
         text = (await run.client.get("/metrics")).text
     assert 'dinov2_index_recall_ratio{collection="shop"} 0.75' in text
+
+
+def values_of(text, name):
+    """Return the values of a metric by its label."""
+    lines = [line for line in text.splitlines() if line.startswith(f"dinov2_{name}{{")]
+    return {line.split('"')[1]: float(line.split()[-1]) for line in lines}
+
+
+async def test_items_and_disk_space_of_collections_are_metrics(tmp_path):
+    async with running(tmp_path) as run:
+        for name, count in (("shop", 3), ("art", 1)):
+            await run.client.put(f"/v1/collections/{name}", json={"dtype": "float16"})
+            files = [("file", (f"{n}.png", photo(n), "image/png")) for n in range(count)]
+            assert (await run.client.post(f"/v1/collections/{name}/items", files=files)).status_code in (200, 201)
+        text = (await run.client.get("/metrics")).text
+        await run.service.store.settle("shop")
+        settled = (await run.client.get("/metrics")).text
+        snapshot = (await run.client.post("/v1/collections/art/snapshots")).json()
+        await run.client.delete("/v1/collections/art")
+        later = (await run.client.get("/metrics")).text
+    assert values_of(text, "collection_items") == {"shop": 3, "art": 1}
+    assert values_of(text, "collection_disk_bytes") == {"shop": 3 * DIMS * 2, "art": DIMS * 2}
+    segments = sum(path.stat().st_size for path in (tmp_path / "segments").rglob("*") if path.is_file())
+    assert values_of(settled, "collection_disk_bytes")["shop"] == 3 * DIMS * 2 + segments
+    assert values_of(later, "collection_items") == {"shop": 3}
+    parts = values_of(later, "store_disk_bytes")
+    assert parts["snapshots"] == snapshot["bytes"]
+    assert parts["database"] >= 8192
+
+
+async def test_the_number_of_collections_in_the_metrics_is_bounded(tmp_path):
+    async with running(tmp_path) as run:
+        run.service.metrics.set_usage([(f"c{n:04}", n, 10) for n in range(1, 1001)], {})
+        text = run.service.metrics.render().decode()
+    items, sizes = values_of(text, "collection_items"), values_of(text, "collection_disk_bytes")
+    assert len(items) == len(sizes) == MOST_COLLECTIONS + 1
+    assert items["c1000"] == 1000
+    assert items[OTHERS] == sum(range(1, 1001 - MOST_COLLECTIONS))
+    assert sizes[OTHERS] == 10 * (1000 - MOST_COLLECTIONS)
+
+
+async def test_a_store_that_cannot_answer_costs_only_its_own_metrics(tmp_path, monkeypatch):
+    class Slow(DictStore):
+        async def collections(self):
+            await asyncio.sleep(60)
+
+    class Failed(DictStore):
+        async def collections(self):
+            raise Unavailable("Milvus cannot be reached")
+
+    monkeypatch.setattr("service.routes.health.USAGE_LIMIT_S", 0.05)
+    for store in (Slow(), Failed()):
+        async with running(tmp_path, store=store) as run:
+            run.service.metrics.set_usage([("old", 1, 1)], {})
+            answer = await run.client.get("/metrics")
+        assert answer.status_code == 200
+        assert "dinov2_requests_total" in answer.text
+        assert values_of(answer.text, "collection_items") == {}
+
+
+async def test_a_store_without_disk_space_has_item_counts(tmp_path):
+    async with running(tmp_path, store=DictStore()) as run:
+        await run.client.put("/v1/collections/shop")
+        text = (await run.client.get("/metrics")).text
+    assert values_of(text, "collection_items") == {"shop": 0}
+    assert values_of(text, "collection_disk_bytes") == {}

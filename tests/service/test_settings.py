@@ -1,6 +1,7 @@
 """Tests of settings: they come from the environment only, typos are refused, and secrets are masked."""
 
 import os
+import re
 
 import pytest
 
@@ -176,3 +177,37 @@ def test_names_that_only_compose_reads_are_let_through(monkeypatch):
 def test_a_request_never_brings_more_than_the_queue_takes():
     assert Settings(max_batch_items=64, queue_max_images=10).items_per_request == 10
     assert Settings(max_batch_items=10, queue_max_images=64).items_per_request == 10
+
+
+@pytest.mark.parametrize("value", ["INFO", "Info", "info"])
+def test_the_log_level_may_be_in_any_case(monkeypatch, value):
+    monkeypatch.setenv("DINOV2_LOG_LEVEL", value)
+    assert load_settings().log_level == "info"
+
+
+def test_home_is_expanded_in_paths(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DINOV2_DATA_DIR", "~/data")
+    monkeypatch.setenv("DINOV2_ENGINE_PHOTOS", "~/images")
+    settings = load_settings()
+    assert (settings.data_dir, settings.engine_photos) == (tmp_path / "data", tmp_path / "images")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("port", "abc", "port='abc': must be an integer"),
+        ("port", "-1", "port='-1': must be at least 0"),
+        ("hang_timeout_s", "soon", "hang_timeout_s='soon': must be a number"),
+        ("hang_timeout_s", "0", "hang_timeout_s='0': must be more than 0.0"),
+        ("hang_timeout_s", "nan", "hang_timeout_s='nan': must be a finite number"),
+        ("log_level", "loud", "log_level='loud': must be 'debug', 'info', 'warning' or 'error'"),
+        ("data_dir", "~nobody-has-this-name/x", "data_dir='~nobody-has-this-name/x': "),
+    ],
+)
+def test_errors_are_in_our_words(monkeypatch, name, value, message):
+    monkeypatch.setenv(f"DINOV2_{name.upper()}", value)
+    with pytest.raises(ValueError, match="^" + re.escape(message)) as error:
+        load_settings()
+    assert "Input should" not in str(error.value)
+    assert "pydantic" not in str(error.value)

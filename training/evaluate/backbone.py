@@ -11,7 +11,7 @@ import torch
 from model import zoo
 from model.artifact import MANIFEST, WEIGHTS, bundled_artifact, find_artifacts, fingerprint, load_artifact
 from model.checkpoint import load_checkpoint, load_model, load_state_dict_file
-from model.preprocess import PreprocessSpec
+from model.preprocess import PreprocessSpec, changed_spec, read_spec
 from model.vit import DinoVisionTransformer
 from model.weights import is_own_checkpoint
 from training.evaluate.settings import DenseSettings, TaskSettings
@@ -76,7 +76,7 @@ def load_backbone(
             named = zoo.resolve(source).name if arch is None else arch
             other = load_model(named, weights=path if path.is_file() else None)
             state, config = other.state_dict(), other.config
-        spec = PreprocessSpec.model_validate(provenance.get("preprocess", {"patch_size": config.patch_size}))
+        spec = read_spec(provenance.get("preprocess", {"patch_size": config.patch_size}))
         digest = fingerprint({key: tensor.numpy() for key, tensor in state.items()}, config, spec)
     model = DinoVisionTransformer(config)
     model.load_state_dict({key: tensor.float() for key, tensor in state.items()})
@@ -84,17 +84,14 @@ def load_backbone(
 
 
 def spec_for(own: PreprocessSpec, settings: TaskSettings) -> PreprocessSpec:
-    """Return the preprocessing for a task: the model's own, with the task's `resize` and `crop` if they are set.
+    """Return the preprocessing for a task: the model's own, with the task's `resize`, `crop` and `fit` if they are set.
 
     The whole image is used, without a crop, if `crop` is 0 or the task is segmentation or depth.
 
     Raises:
         ValueError: `crop` is set without a `resize`, is larger than `resize`, or is not a multiple of the patch size.
     """
-    whole = isinstance(settings, DenseSettings) or settings.crop == 0
-    changes: dict[str, Any] = {"crop": None} if whole else {}
-    if settings.resize is not None:
-        changes["resize"] = settings.resize
-    if settings.crop:
-        changes["crop"] = settings.crop
-    return PreprocessSpec.model_validate(own.model_dump() | changes)
+    if isinstance(settings, DenseSettings) or settings.crop == 0:
+        resize = settings.resize or own.resize or own.crop
+        return read_spec(own.model_dump() | {"crop": None, "resize": resize, "fit": "crop"})
+    return changed_spec(own, fit=settings.fit, resize=settings.resize, crop=settings.crop)

@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from model.messages import in_words
 from training.evaluate.features import Box
 
 KS = (1, 5, 10)
@@ -103,7 +104,7 @@ def read_ground_truth(path: Path) -> GroundTruth:
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
     except ValidationError as error:
-        raise ValueError(f"{path}: not a ground truth for retrieval: {error}") from error
+        raise ValueError(f"{path}: not a ground truth for retrieval: {in_words(error)}") from error
     names = set(truth.database)
     if len(names) != len(truth.database):
         raise ValueError(f"{path}: the database names an image twice")

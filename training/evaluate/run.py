@@ -105,7 +105,7 @@ def evaluate(
             table, skipped = tasks.run_retrieval(context, settings)
         case _:
             raise AssertionError(task)
-    chosen = settings.model_dump(mode="json", exclude={"resize", "crop"})
+    chosen = settings.model_dump(mode="json", exclude={"resize", "crop", "fit"})
     protocol = {"preprocess": context.spec.model_dump(mode="json"), **chosen, **table.protocol}
     return Report(
         task, backbone.name, backbone.fingerprint, protocol, table.columns, table.rows, table.figures, skipped
@@ -116,6 +116,8 @@ def print_report(report: Report, console: Console) -> None:
     """Print the protocol, the table and the first 20 skipped files of a report."""
     spec = report.protocol["preprocess"]
     size = f"short side {spec['resize'] or 'as it is'}, " + (f"crop {spec['crop']}" if spec["crop"] else "whole image")
+    if "fit" in spec:
+        size = f"{spec['fit']} to {spec['crop']}"
     rest = ", ".join(f"{key} {_short(value)}" for key, value in report.protocol.items() if key != "preprocess")
     console.print(f"{report.task} of {report.model}, fingerprint {report.fingerprint[:8]}", markup=False)
     console.print(f"protocol: {size}, {spec['interpolation']}; {rest}", markup=False, highlight=False)

@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from model.messages import problem_in_words
 from model.pooling import Pooling
+from model.preprocess import Fit
 from training.evaluate.features import Precision
 
 OneOrMore = Annotated[tuple[int, ...], BeforeValidator(lambda value: (value,) if isinstance(value, int) else value)]
@@ -20,13 +22,14 @@ Task = Literal["knn", "logistic", "linear", "segmentation", "depth", "retrieval"
 class TaskSettings(BaseModel):
     """The settings that every task has.
 
-    If `resize` or `crop` is None, the model's own value is used. If `crop` is 0, the whole image is used.
+    If `resize`, `crop` or `fit` is None, the model's own value is used. If `crop` is 0, the whole image is used.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     resize: int | None = Field(default=None, ge=1, le=4096, description="short side after resizing, pixels")
-    crop: int | None = Field(default=None, ge=0, le=4096, description="side of the centre crop, pixels; 0: no crop")
+    crop: int | None = Field(default=None, ge=0, le=4096, description="side of the square input, pixels; 0: no crop")
+    fit: Fit | None = Field(default=None, description="how an image becomes a square: crop, pad or squash")
     precision: Precision = Field(default="fp32", description="precision of the backbone's forward pass")
     seed: int = Field(default=0, ge=0, description="seed of random splits, batches and heads")
 
@@ -85,6 +88,8 @@ class DenseSettings(TaskSettings):
     def _whole(self) -> Self:
         if self.crop not in (None, 0):
             raise ValueError(f"crop={self.crop}: segmentation and depth use the whole image; resize sets its size")
+        if self.fit is not None:
+            raise ValueError(f"fit={self.fit}: segmentation and depth use the whole image")
         return self
 
 
@@ -145,5 +150,5 @@ def make_settings(task: Task, given: Mapping[str, Any]) -> TaskSettings:
             if problem["type"] == "extra_forbidden":
                 problems.append(f"{name} is not a setting of {task}; it has {', '.join(SETTINGS[task].model_fields)}")
             else:
-                problems.append(f"{name}={problem['input']!r}: {problem['msg']}" if name else problem["msg"])
+                problems.append(problem_in_words(problem))
         raise ValueError("; ".join(problems)) from error

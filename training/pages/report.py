@@ -348,7 +348,7 @@ def _next_steps(out: Path, config: Mapping[str, Any]) -> str:
     steps = []
     if (out / "checkpoint.safetensors").exists():
         checkpoint = shlex.quote(str(out / "checkpoint.safetensors"))
-        steps.append(f"dinov2 export {checkpoint} --out artifacts   # then: dinov2 serve")
+        steps.append(f"dinov2 export {checkpoint}   # then: dinov2 serve")
     if "data" in config:
         data, recipe, folder = (shlex.quote(str(x)) for x in (config["data"], config.get("recipe"), out))
         steps.append(

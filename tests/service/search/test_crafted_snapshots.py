@@ -71,3 +71,36 @@ async def test_a_crafted_snapshot_is_refused_and_leaves_nothing(
     assert words in caught.value.detail
     (hidden,) = await store._read(lambda db: db.execute("SELECT count(*) FROM collections").fetchone())
     assert hidden == 1
+
+
+ENDLESS = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT x AS number, x, x, x, x FROM n"
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        ["ALTER TABLE items_1 RENAME TO old", f"CREATE VIEW items_1 AS {ENDLESS}"],
+        ["CREATE TABLE more (x, y GENERATED ALWAYS AS (hex(zeroblob(100000000))))"],
+        ["CREATE TABLE more (x CHECK (length(hex(zeroblob(100000000))) > 0))"],
+        ["CREATE TRIGGER more AFTER INSERT ON items_1 BEGIN DELETE FROM vectors_1; END"],
+    ],
+)
+async def test_a_snapshot_contains_only_plain_tables(store: EmbeddedStore, statements: list[str]) -> None:
+    """A view with an endless query would keep a restore busy forever."""
+    await store.upsert("c", [Item("a", np.ones(D, np.float32))], tag=TAG)
+    taken = await store.snapshot("c")
+    with closing(sqlite3.connect(await store.snapshot_path("c", taken.name), isolation_level=None)) as db:
+        for statement in statements:
+            db.execute(statement)
+    with pytest.raises(StorageFailed, match="is not a plain table"):
+        await store.restore("again", "c", taken.name)
+
+
+async def test_an_endless_view_does_not_block_the_list_of_snapshots(store: EmbeddedStore) -> None:
+    await store.upsert("c", [Item("a", np.ones(D, np.float32))], tag=TAG)
+    taken = await store.snapshot("c")
+    with closing(sqlite3.connect(await store.snapshot_path("c", taken.name), isolation_level=None)) as db:
+        db.execute("ALTER TABLE collections RENAME TO old")
+        db.execute(f"CREATE VIEW collections AS SELECT sum(number) AS count FROM ({ENDLESS})")
+    [listed] = await store.snapshots("c")
+    assert listed.count is None

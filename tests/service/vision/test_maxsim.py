@@ -10,13 +10,14 @@ import threading
 import numpy as np
 import pytest
 
-from model.preprocess import crop_box
-from service.errors import NotFound, StorageFailed, UnsupportedImage
+from model.preprocess import PreprocessSpec, crop_box
+from service.errors import InvalidRequest, NotFound, StorageFailed, UnsupportedImage
 from service.features.patches import Patches, unit_rows
 from service.outcomes import Outcome, numbered
+from service.retrieval import rerank
 from service.search.store import CollectionSpec, Item
 from service.vision.maxsim import maxsim, maxsim_matches
-from service.vision.region import box_weights, patch_box
+from service.vision.region import box_weights, image_weights, patch_box
 from tests.dict_store import DictStore
 from tests.fakes import DIMS, SPEC, FakeEngine, photo, running, until
 
@@ -379,3 +380,37 @@ async def test_whoever_leaves_gives_back_the_places_in_the_queue(tmp_path):
         assert isinstance(unreadable.error, UnsupportedImage)
         assert gone.error is images[0].error
         assert run.service.pipeline.batcher.images == 0
+
+
+PAD = PreprocessSpec(fit="pad", resize=None)
+
+
+def test_padding_matches_nothing() -> None:
+    """All padding looks the same, so it would be the best match of any two padded images."""
+    rng = np.random.default_rng(0)
+    size, grid = (224, 448), (16, 16)
+    shown = np.zeros(grid, bool)
+    shown[4:12] = True
+
+    def padded(tokens: np.ndarray) -> Patches:
+        rows = np.where(shown.reshape(256, 1), tokens, np.full(8, 5.0)).astype(np.float32)
+        return Patches.of(rows, grid, size)
+
+    query, candidate = (padded(rng.normal(size=(256, 8))) for _ in range(2))
+    flat = shown.ravel()
+    found = rerank._compare(unit_rows(query.rows), query, None, PAD, True, candidate)
+    expected = slow_maxsim(query.rows[flat].astype(np.float64), candidate.rows[flat].astype(np.float64), np.ones(128))
+    assert found.score == pytest.approx(expected, abs=1e-3)
+    assert found.matches
+    for match in found.matches:
+        assert 0 <= match["query_box"][1] <= 210
+        assert 0 <= match["box"][1] <= 210
+
+
+def test_a_box_selects_no_padding() -> None:
+    size, crop, grid = (224, 448), crop_box(224, 448, PAD), (16, 16)
+    whole = box_weights((-500, -500, 2000, 2000), crop, grid, size)
+    np.testing.assert_array_equal(whole, image_weights(size, crop, grid))
+    assert whole.sum() == 128
+    with pytest.raises(InvalidRequest, match="outside the part of the image"):
+        box_weights((10, -100, 50, 50), crop, grid, size)

@@ -14,6 +14,7 @@ from pycocotools import mask as coco
 
 from model.preprocess import REFERENCE_224, REFERENCE_518, PreprocessSpec, crop_box, output_size, preprocess
 from service.vision.mask import coco_rle_decode, coco_rle_encode, overlay_png, png_mask
+from service.vision.region import image_weights
 from service.vision.segment import (
     first_component,
     foreground_scores,
@@ -240,3 +241,30 @@ def test_png_mask_and_overlay() -> None:
     assert (overlay[mask] == [213, 166, 158]).all()
     with pytest.raises(ValueError, match="same size"):
         overlay_png(image[:10], mask)
+
+
+PAD = PreprocessSpec(fit="pad", resize=None)
+
+
+@pytest.mark.parametrize(("height", "width"), [(200, 600), (600, 200), (10, 1000)])
+def test_padding_takes_no_part_in_the_foreground(height: int, width: int) -> None:
+    """The patches of the padding differ from all others, so they would be the foreground if they took part."""
+    box = crop_box(height, width, PAD)
+    shares = image_weights((height, width), box, (16, 16))
+    rng = np.random.default_rng(0)
+    tokens = np.where(shares.reshape(256, 1) > 0, 0, 100) + rng.normal(0, 0.01, (256, 8)).astype(np.float32)
+    front = np.zeros((16, 16), bool)
+    if height < width:
+        front[:, 4:8] = True
+    else:
+        front[4:8] = True
+    tokens[front.ravel() & (shares.ravel() > 0), 0] += 1.0
+    found = segment_foreground(tokens.astype(np.float32), height, width, PAD)
+    centre = found.mask[height // 2] if height < width else found.mask[:, width // 2]
+    wide = max(height, width)
+    inside = np.zeros(wide, bool)
+    inside[wide // 4 : wide // 2] = True
+    assert (centre == inside).mean() > 0.95
+    assert found.mask.shape == (height, width)
+    assert not found.patch_mask[shares == 0].any()
+    assert found.contrast > 0

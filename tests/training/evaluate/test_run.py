@@ -127,6 +127,12 @@ def test_sizes(checkpoint):
     assert spec_for(own, make_settings("knn", {})) == own
     assert spec_for(own, make_settings("knn", {"crop": 0, "resize": 42})).model_dump()["crop"] is None
     assert spec_for(own, make_settings("segmentation", {"resize": 42})).resize == 42
+    padded = spec_for(own, make_settings("knn", {"fit": "pad"}))
+    assert (padded.fit, padded.crop, padded.resize) == ("pad", own.crop, None)
+    whole = spec_for(padded, make_settings("segmentation", {}))
+    assert (whole.fit, whole.crop, whole.resize) == ("crop", None, own.crop)
+    with pytest.raises(ValueError, match="fit=pad: segmentation and depth use the whole image"):
+        make_settings("segmentation", {"fit": "pad"})
     with pytest.raises(ValueError, match="must be a multiple"):
         spec_for(own, make_settings("knn", {"crop": 20}))
 

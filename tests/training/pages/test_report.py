@@ -97,7 +97,7 @@ def test_the_page_says_what_was_run_and_what_came_out(whole_run):
             "event 24",
             "5 earlier events",
             "dinov2 export",
-            "checkpoint.safetensors --out",
+            "checkpoint.safetensors   # then: dinov2 serve",
         ),
     ):
         assert words in checked.text, words

@@ -1,0 +1,64 @@
+"""Describes pydantic's errors in this project's words.
+
+pydantic's own messages contain type names, internal wording ("Input should be ...") and links to its website. Users who
+mistype a setting need the setting, its value and what is allowed.
+"""
+
+from collections.abc import Collection
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+_WORDS: Final = {
+    "greater_than": "must be more than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "multiple_of": "must be a multiple of {multiple_of}",
+    "finite_number": "must be a finite number",
+    "literal_error": "must be {expected}",
+    "string_pattern_mismatch": "must match the pattern {pattern}",
+    "string_type": "must be text",
+    "path_type": "must be a path",
+    "extra_forbidden": "is unknown here",
+    "tuple_type": "must be a list",
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "json_invalid": "is not JSON: {error}",
+}
+_KINDS: Final = {"int": "must be an integer", "float": "must be a number", "bool": "must be true or false"}
+
+
+def in_words(error: ValidationError, secret: Collection[str] = ()) -> str:
+    """Return one line that describes all problems in `error`, such as "port=70000: must be at most 65535".
+
+    `secret` contains the names of fields whose values are not shown.
+    """
+    return "; ".join(problem_in_words(problem, secret) for problem in error.errors(include_url=False))
+
+
+def problem_in_words(problem: Any, secret: Collection[str] = ()) -> str:
+    """Return the text for one entry of `ValidationError.errors()`. See `in_words`."""
+    name = ".".join(map(str, problem["loc"]))
+    text = _message(problem)
+    if not name:
+        return text
+    if problem["type"] == "missing":
+        return f"{name} is missing"
+    shown = "" if str(problem["loc"][0]) in secret else f"={_short(problem['input'])}"
+    return f"{name}{shown}: {text}"
+
+
+def _message(problem: Any) -> str:
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind in _WORDS:
+        return _WORDS[kind].format(**context)
+    if kind.partition("_")[0] in _KINDS:
+        return _KINDS[kind.partition("_")[0]]
+    return str(problem["msg"]).removeprefix("Value error, ").replace("Input should", "must")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,0 +1,253 @@
+"""Backs up all collections, their aliases and their stored images to a folder, and restores them.
+
+    OUT/backup.json                 what the backup contains; written last, in one step
+    OUT/snapshots/NAME/TIME.sqlite3 one snapshot for each collection
+    OUT/originals/                  the images to which the items of these snapshots refer
+
+The service may run during a backup. Each snapshot is consistent: it contains its collection as it was at one moment.
+Two collections may be from different moments. The images are copied after the snapshot that refers to them. Stored
+images are never changed or deleted, so the backup contains all of them.
+
+A backup to the folder of an older backup copies only the images that are missing there. The older backup stays complete
+until `backup.json` is replaced. An interrupted backup can therefore be run again. A restore is atomic: it restores all
+collections or none.
+
+Artifacts (exported models) are not copied, because they can be large and never change. `backup.json` lists them.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from model.files import lock_file, write_text
+from model.messages import in_words
+from service.errors import CollectionNotFound
+from service.originals import Originals
+from service.search import snapshots
+from service.search.store import CollectionInfo, SnapshotStore
+from service.search.transfer import Photos, copy_photos
+
+CONTENTS: Final = "backup.json"
+SNAPSHOTS: Final = "snapshots"
+ORIGINALS: Final = "originals"
+_LOCK: Final = ".lock"
+
+Report = Callable[[str], object]
+"""A function that is called with one line about the current step."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SavedCollection(_Record):
+    """One collection in a backup. `file` is relative to the backup's folder."""
+
+    name: str
+    file: str = Field(pattern=r"^snapshots/[a-z0-9][a-z0-9_-]{0,63}/[0-9TZ.]+\.sqlite3$")
+    count: int = Field(ge=0)
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    tag: str
+    originals: bool  # whether its images are in the backup
+
+
+class SavedArtifact(_Record):
+    """An artifact that the data folder contained. It is not in the backup."""
+
+    name: str
+    fingerprint: str
+
+
+class Contents(_Record):
+    """The content of a backup's `backup.json`."""
+
+    format_version: Literal[1] = 1
+    created: str  # ISO 8601, UTC
+    collections: list[SavedCollection]
+    aliases: dict[str, str]
+    artifacts: list[SavedArtifact]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The result of a backup: its contents, and counts of the images."""
+
+    contents: Contents
+    images: Photos
+
+
+async def back_up(
+    store: SnapshotStore,
+    originals: Originals | None,
+    artifacts: Sequence[SavedArtifact],
+    out: Path,
+    report: Report = lambda _: None,
+) -> Saved:
+    """Write a backup of all collections to the folder `out`, which is created if missing.
+
+    Args:
+        originals: the storage of the images, or None to leave them out.
+        artifacts: the list for `backup.json`.
+
+    Raises:
+        ValueError: the folder contains something else than a backup.
+        StorageFailed: a file cannot be written, for example because the disk is full.
+    """
+    _check_folder(out)
+    lock = lock_file(out / _LOCK)
+    if lock is None:
+        raise ValueError(f"another backup to {out} is running")
+    with lock:
+        for path in (out / SNAPSHOTS).glob("*/.*"):  # temporary files of a process that was killed
+            path.unlink()
+        return await _back_up(store, originals, artifacts, out, report)
+
+
+async def _back_up(
+    store: SnapshotStore, originals: Originals | None, artifacts: Sequence[SavedArtifact], out: Path, report: Report
+) -> Saved:
+    saved, images = [], Photos()
+    target = Originals(out / ORIGINALS)
+    try:
+        for info in await store.collections():
+            report(f"collection {info.name}: {info.count} items")
+            try:
+                path = await store.snapshot_to(info.name, out / SNAPSHOTS)
+            except CollectionNotFound:  # dropped since the list was made
+                continue
+            one = await asyncio.to_thread(_described, out, path, originals is not None)
+            saved.append(one)
+            if originals is not None and one.originals:
+                report(f"images of {info.name}")
+                await _copy_images(path, originals, target, images)
+    finally:
+        await target.close()
+    names = {one.name for one in saved}
+    aliases = {alias: name for alias, name in (await store.aliases()).items() if name in names}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    contents = Contents(created=now, collections=saved, aliases=aliases, artifacts=list(artifacts))
+    write_text(out / CONTENTS, contents.model_dump_json(indent=2) + "\n")
+    kept = {out / one.file for one in saved}
+    for path in (out / SNAPSHOTS).glob("*/*.sqlite3"):  # of the older backup, or of an interrupted one
+        if path not in kept:
+            path.unlink()
+    return Saved(contents, images)
+
+
+async def restore(
+    store: SnapshotStore, originals: Originals, source: Path, *, replace: bool = False, report: Report = lambda _: None
+) -> tuple[list[CollectionInfo], Photos]:
+    """Restore all collections and aliases of the backup in the folder `source`, and copy its images.
+
+    The images are copied first, so that no restored item refers to an image that is not there yet. Then all
+    collections and aliases appear at once.
+
+    Args:
+        replace: whether collections and aliases with the same names are replaced. Otherwise they are an error.
+
+    Raises:
+        Conflict: a collection or alias with one of the names exists, and `replace` is False.
+        ValueError: the folder contains no backup, or a file of the backup is damaged or missing.
+        StorageFailed: a snapshot is damaged, or a file cannot be written.
+    """
+    contents = read_contents(source)
+    for one in contents.collections:
+        report(f"checking {one.file}")
+        await asyncio.to_thread(_check, source, one)
+    files = {one.name: source / one.file for one in contents.collections}
+    images = Photos()
+    kept = Originals(source / ORIGINALS)
+    try:
+        for one in contents.collections:
+            if one.originals:
+                report(f"images of {one.name}")
+                await _copy_images(files[one.name], kept, originals, images)
+    finally:
+        await kept.close()
+    report(f"{len(files)} collections")
+    return await store.restore_files(files, contents.aliases, replace=replace), images
+
+
+def read_contents(source: Path) -> Contents:
+    """Read the `backup.json` in the folder `source`.
+
+    Raises:
+        ValueError: the folder contains no backup, or the file is damaged.
+    """
+    path = source / CONTENTS
+    try:
+        return Contents.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{source} contains no backup: {CONTENTS}: {error.strerror}") from error
+    except ValidationError as error:
+        raise ValueError(f"{path}: not the description of a backup: {in_words(error)}") from error
+
+
+def _check_folder(out: Path) -> None:
+    """Create the folder `out`, or check that it contains nothing but a backup, which may be incomplete.
+
+    Raises:
+        ValueError: the folder contains something else.
+    """
+    if (out / CONTENTS).exists():
+        read_contents(out)
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    others = sorted(path.name for path in out.iterdir() if path.name not in (SNAPSHOTS, ORIGINALS, _LOCK))
+    if others:
+        raise ValueError(
+            f"{out} contains {others[0]} but no {CONTENTS}: give a new or empty folder, or that of a backup"
+        )
+
+
+def _described(out: Path, path: Path, with_images: bool) -> SavedCollection:
+    row, pages = snapshots.read(path)
+    pages.close()
+    return SavedCollection(
+        name=path.parent.name,
+        file=path.relative_to(out).as_posix(),
+        count=row.count,
+        bytes=path.stat().st_size,
+        sha256=_sha256(path),
+        tag=row.spec.tag,
+        originals=row.spec.originals and with_images,
+    )
+
+
+def _check(source: Path, one: SavedCollection) -> None:
+    path = source / one.file
+    try:
+        size, found = path.stat().st_size, _sha256(path)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    if (size, found) != (one.bytes, one.sha256):
+        raise ValueError(
+            f"{path} is damaged: it has {size} bytes and sha256 {found}, but the backup had {one.bytes} bytes and "
+            f"{one.sha256}"
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+async def _copy_images(snapshot: Path, source: Originals, target: Originals, images: Photos) -> None:
+    """Copy the images to which the items in a snapshot refer, and count them in `images`.
+
+    Raises:
+        StorageFailed: an image cannot be written to the target.
+    """
+    pages = await asyncio.to_thread(snapshots.references, snapshot)
+    try:
+        while (page := await asyncio.to_thread(next, pages, None)) is not None:
+            await copy_photos(page, source, target, images)
+    finally:
+        pages.close()

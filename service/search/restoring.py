@@ -1,0 +1,107 @@
+"""Restores collections from snapshot files, all of them or none.
+
+The items of each snapshot are written to a hidden collection, page by page, so that other writes can run between two
+pages. When all snapshots have been read, one transaction gives the hidden collections their names and sets the aliases.
+After a crash, the maintenance of the store removes the hidden collections.
+"""
+
+import asyncio
+import sqlite3
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from service.errors import CollectionNotFound, Conflict, StorageFailed
+from service.search import database, snapshots
+from service.search.database import Row
+from service.search.store import CollectionInfo
+
+Write = Callable[[Callable[[sqlite3.Connection], Any]], Awaitable[Any]]
+
+
+class Restored(NamedTuple):
+    """The descriptions of the restored collections, and the keys of the collections that they replaced."""
+
+    infos: list[CollectionInfo]
+    replaced: set[int]
+
+
+async def restore(
+    root: Path, files: Mapping[str, Path], aliases: Mapping[str, str], *, replace: bool, write: Write
+) -> Restored:
+    """Create a collection from each snapshot file, and set aliases.
+
+    Args:
+        root: the folder of the store's snapshots, which also contains the lock files of restores.
+        files: the file for each name of a new collection.
+        aliases: the name of the collection for each alias.
+        replace: whether a collection or alias that has one of the names is replaced. The aliases of a replaced
+            collection then point to its replacement.
+        write: runs a function on the database in a write transaction.
+
+    Raises:
+        Conflict: a collection or alias has one of the names, and `replace` is False. A collection never replaces an
+            alias, nor an alias a collection.
+        CollectionNotFound: an alias should point to a collection that does not exist.
+        StorageFailed: a snapshot is damaged, or the disk is full.
+    """
+    await write(partial(_check, names=list(files), aliases=aliases, replace=replace))
+    rows: dict[str, Row] = {}
+    with ExitStack() as locks:
+        try:
+            for name, path in files.items():
+                kept, pages = await asyncio.to_thread(snapshots.read, path)
+                hidden = locks.enter_context(snapshots.restoring(root))
+                row = rows[name] = await write(partial(database.make, name=hidden, spec=kept.spec))
+                while (page := await asyncio.to_thread(next, pages, None)) is not None:
+                    await write(partial(snapshots.insert, row=row, items=page[0], vectors=page[1]))
+            restored: Restored = await write(partial(_publish, rows=rows, aliases=aliases, replace=replace))
+            return restored
+        except BaseException:
+            for row in rows.values():
+                with suppress(StorageFailed):  # raise the first error; maintenance removes the remains
+                    await asyncio.shield(asyncio.ensure_future(write(partial(database.drop, key=row.key))))
+            raise
+
+
+def _check(db: sqlite3.Connection, names: list[str], aliases: Mapping[str, str], replace: bool) -> None:
+    """Raise Conflict if a name is taken. The message lists all such names."""
+    collections = {row.name for row in database.every(db)}
+    existing = dict(db.execute("SELECT a.name, c.name FROM aliases a JOIN collections c ON c.id = a.collection"))
+    clashes = [f"{name!r} is an alias already" for name in names if name in existing]
+    clashes += [f"{alias!r} is a collection already" for alias in aliases if alias in collections]
+    if not replace:
+        clashes += [f"{name!r} is a collection already" for name in names if name in collections]
+        clashes += [
+            f"{alias!r} is an alias of {existing[alias]!r} already"
+            for alias, target in aliases.items()
+            if existing.get(alias, target) != target
+        ]
+    if clashes:
+        raise Conflict("; ".join(clashes))
+
+
+def _publish(db: sqlite3.Connection, rows: Mapping[str, Row], aliases: Mapping[str, str], replace: bool) -> Restored:
+    """Give the hidden collections `rows` their names, and set the aliases. If `replace` is true, collections that have
+    the names are dropped."""
+    _check(db, list(rows), aliases, replace)
+    replaced = set()
+    for name, row in rows.items():
+        old = _found(db, name)
+        if old is not None:
+            db.execute("UPDATE aliases SET collection = ? WHERE collection = ?", (row.key, old.key))
+            database.drop(db, old.key)
+            replaced.add(old.key)
+        db.execute("UPDATE collections SET name = ?, version = version + 1 WHERE id = ?", (name, row.key))
+    for alias, target in aliases.items():
+        db.execute("INSERT OR REPLACE INTO aliases VALUES (?, ?)", (alias, database.find(db, target).key))
+    return Restored([database.find(db, name).info for name in rows], replaced)
+
+
+def _found(db: sqlite3.Connection, name: str) -> Row | None:
+    try:
+        return database.find(db, name)
+    except CollectionNotFound:
+        return None
