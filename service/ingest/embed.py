@@ -24,6 +24,7 @@ from model.cpus import available_cpus
 from model.decode import DecodeLimits
 from model.engines.protocol import Engine
 from model.files import replacing
+from model.folder import Account, walk
 from model.pooling import DEFAULT_POOLING, Pooling, width
 from model.preprocess import preprocess
 from service.errors import BrokenImage
@@ -50,24 +51,35 @@ class EmbedReport:
         return self.embedded / self.seconds if self.seconds else 0.0
 
 
-def find_files(paths: Sequence[Path]) -> list[Path]:
-    """Return the files at these paths. For a folder, return all files in it at any depth, sorted by path, except hidden
-    files and files in hidden folders.
+def find_files(paths: Sequence[Path], account: Account | None = None) -> list[Path]:
+    """Return the images at these paths. For a folder, return all images in it at any depth, sorted by path.
+
+    `model/folder.py` decides which files of a folder are images. A path to a file is returned with any name.
+
+    Args:
+        paths: files and folders.
+        account: counts the files that are ignored, and those that cannot be read.
 
     Raises:
-        ValueError: a path does not exist, or no file was found.
+        ValueError: a path does not exist, or no image was found.
     """
+    account = account or Account()
     files: list[Path] = []
     for path in paths:
-        if path.is_dir():
-            below = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
-            files += [path / file for file in sorted(below) if not any(part.startswith(".") for part in file.parts)]
-        elif path.exists():
+        if not path.is_dir():
+            if not path.exists():
+                raise ValueError(f"{path}: no such file or folder")
             files.append(path)
-        else:
-            raise ValueError(f"{path}: no such file or folder")
+            continue
+        for listed in walk(path):
+            if listed.ignored is not None:
+                account.ignored[listed.ignored] += 1
+            elif listed.problem is not None:
+                account.fail(listed.path, listed.problem)
+            else:
+                files.append(Path(listed.path))
     if not files:
-        raise ValueError(f"no files in {', '.join(map(str, paths))}")
+        raise ValueError(f"no images in {', '.join(map(str, paths))}: {account}")
     return files
 
 
