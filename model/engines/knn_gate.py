@@ -17,7 +17,7 @@ import numpy.typing as npt
 from model.artifact import GateRecord
 from model.engines.parity import BATCH, Image, pixels_at, unit_length
 from model.engines.protocol import Engine, FloatArray
-from model.folder import split_folder
+from model.folder import split_folder, walk
 from model.preprocess import PreprocessSpec
 
 KNN_K: Final = 20  # usually the best of 10, 20, 100 and 200
@@ -60,8 +60,9 @@ def find_labelled(folder: Path, read: Callable[[Path], Image | None]) -> Labelle
     """
 
     def files_of(part: str) -> list[tuple[Path, str]]:
-        classes = sorted(path for path in split_folder(folder, part).glob("*") if path.is_dir())
-        return [(file, c.name) for c in classes for file in sorted(c.rglob("*")) if file.is_file()]
+        root = split_folder(folder, part)
+        paths = [Path(listed.path).relative_to(root) for listed in walk(root) if listed.is_image]
+        return [(root / path, path.parts[0]) for path in paths if len(path.parts) > 1]
 
     train, val = files_of("train"), files_of("val")
     return LabelledImages(train, val, read) if train and val else None
