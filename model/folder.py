@@ -228,9 +228,10 @@ class Account:
     def __str__(self) -> str:
         """Return the account as one line."""
         files = Counter({kind: n for kind, n in self.ignored.items() if kind not in _FOLDER_KINDS})
-        kinds = [f"{n} {printable(kind)[:40]}" for kind, n in sorted(files.items(), key=lambda row: (-row[1], row[0]))]
-        if len(kinds) > _KINDS_SHOWN:
-            kinds[_KINDS_SHOWN:] = [f"{len(kinds) - _KINDS_SHOWN} other kinds"]
+        ordered = sorted(files.items(), key=lambda row: (-row[1], row[0]))
+        kinds = [f"{n} {printable(kind)[:40]}" for kind, n in ordered[:_KINDS_SHOWN]]
+        n_others = sum(n for _, n in ordered[_KINDS_SHOWN:])
+        kinds += [f"{n_others} of other kinds"] if n_others else []
         names = [printable(name) for name, _ in self.problems[:_NAMES_SHOWN]]
         names += ["others"] if names and self.failed > len(names) else []
         total = self.used + files.total() + self.failed
