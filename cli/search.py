@@ -5,13 +5,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from cli.prune import folders_to_prune, prune_items
 from cli.shared import (
     DATA,
     CollectionOption,
@@ -33,9 +34,8 @@ if TYPE_CHECKING:
     from model.artifact import Artifact
     from model.engines.protocol import Engine
     from model.folder import Account
-    from service.ingest.folders import Place, Problem
+    from service.ingest.folders import Problem
     from service.ingest.index import IndexOptions, IndexReport
-    from service.ingest.prune import Sources
     from service.search.store import VectorStore
     from service.settings import Settings
 
@@ -113,7 +113,7 @@ def index(
         from service.ingest.prune import Sources
 
         info = await find_collection(vectors, collection)
-        folders = _folders_to_prune(sources, id_by) if prune else []
+        folders = folders_to_prune(sources, id_by) if prune else []
         found = Sources()
         images = _find_images(sources, image_column, folders_as, account, settings)
         if info is not None and pooling not in (None, pooling_of(info)):
@@ -135,7 +135,7 @@ def index(
         report = await _index(images, vectors, collection, artifact, loaded, options, settings, errors)
         _tell(report, collection)
         if prune:
-            await _prune(vectors, collection, folders, found, report, yes)
+            await prune_items(vectors, collection, folders, found, report, yes)
         return report
 
     report = run_with(store, data_dir, work, makes=True)
@@ -143,52 +143,6 @@ def index(
     account.problems = [(problem.source, problem.reason) for problem in report.problems]
     typer.echo(account)
     _finish(report, sources, errors)
-
-
-def _folders_to_prune(sources: list[str], id_by: str) -> "list[tuple[Place, str]]":
-    """Return the folders for `--prune`.
-
-    Raises:
-        ValueError: a source is not a folder, or the ids are hashes, so an item may stand for several files.
-        OSError: a source cannot be read.
-    """
-    from service.ingest.prune import find_folders
-
-    if id_by == "sha256":
-        raise ValueError("--prune needs --id path: with --id sha256, one item may stand for several files")
-    return find_folders(sources)
-
-
-async def _prune(
-    vectors: "VectorStore",
-    collection: str,
-    folders: "Sequence[tuple[Place, str]]",
-    found: "Sources",
-    report: "IndexReport",
-    yes: bool,
-) -> None:
-    """Remove the items whose file no longer exists, after the user has confirmed it.
-
-    Nothing is removed after an interrupted run, or if the folders contain no image, because they may not be mounted.
-    """
-    from service.ingest.prune import gone_items
-
-    info = await find_collection(vectors, collection)
-    if info is None:
-        return
-    if report.interrupted or not found.images:
-        reason = "the run was interrupted" if report.interrupted else "no image was found, so it may not be mounted"
-        typer.echo(f"nothing was removed: {reason}", err=True)
-        return
-    gone = [item_id async for item_id in gone_items(vectors, collection, folders, found)]
-    if gone and not yes:
-        first = ", ".join(gone[:3]) + (" and others" if len(gone) > 3 else "")
-        if not typer.confirm(f"Remove {len(gone)} of {info.count} items, whose files no longer exist ({first})?"):
-            gone = []
-    removed = 0
-    for start in range(0, len(gone), 1000):
-        removed += await vectors.delete(collection, gone[start : start + 1000])
-    typer.echo(f"{removed} removed from {collection}, because their files no longer exist")
 
 
 def _tell(report: "IndexReport", collection: str) -> None:
