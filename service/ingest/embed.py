@@ -21,10 +21,10 @@ import numpy.typing as npt
 
 from model.artifact import Artifact
 from model.cpus import available_cpus
-from model.decode import DecodeLimits
+from model.decode import DecodeLimits, sniff
 from model.engines.protocol import Engine
 from model.files import replacing
-from model.folder import Account, walk
+from model.folder import HEAD_BYTES, OTHER_SUFFIXES, Account, suffix_of, walk
 from model.pooling import DEFAULT_POOLING, Pooling, width
 from model.preprocess import preprocess
 from service.errors import BrokenImage
@@ -54,7 +54,8 @@ class EmbedReport:
 def find_files(paths: Sequence[Path], account: Account | None = None) -> list[Path]:
     """Return the images at these paths. For a folder, return all images in it at any depth, sorted by path.
 
-    `model/folder.py` decides which files of a folder are images. A path to a file is returned with any name.
+    `model/folder.py` decides which files of a folder are images. A path to a file is ignored only if its suffix is that
+    of other files and its content is not an image either.
 
     Args:
         paths: files and folders.
@@ -69,7 +70,10 @@ def find_files(paths: Sequence[Path], account: Account | None = None) -> list[Pa
         if not path.is_dir():
             if not path.exists():
                 raise ValueError(f"{path}: no such file or folder")
-            files.append(path)
+            if suffix_of(path.name) in OTHER_SUFFIXES and sniff(_head(path)) is None:
+                account.ignored[suffix_of(path.name)] += 1
+            else:
+                files.append(path)
             continue
         for listed in walk(path):
             if listed.ignored is not None:
@@ -79,8 +83,14 @@ def find_files(paths: Sequence[Path], account: Account | None = None) -> list[Pa
             else:
                 files.append(Path(listed.path))
     if not files:
-        raise ValueError(f"no images in {', '.join(map(str, paths))}: {account}")
+        hint = "" if any(path.is_dir() for path in paths) else "; `dinov2 index` also reads lists and archives"
+        raise ValueError(f"no images in {', '.join(map(str, paths))}: {account}{hint}")
     return files
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(HEAD_BYTES)
 
 
 def embed_files(

@@ -1,6 +1,7 @@
 """Find the images in the sources of `dinov2 index SOURCE...`: folders, archives, lists and addresses.
 
-    folder             all images at any depth, with `x.json` next to `x.jpg` as metadata, and all archives
+    folder             all images at any depth, with metadata from `x.json` next to `x.jpg` and from Hugging Face's
+                       `metadata.jsonl` or `metadata.csv`, and all archives
     image              one file
     .tar .tar.gz       `service/ingest/archives.py`
     .parquet           `service/ingest/archives.py`
@@ -15,7 +16,9 @@ The id of an image is its path relative to the SOURCE, with slashes: `shelf/a.jp
 an image or file cannot be read, a `Problem` is yielded and the search continues with the next one.
 """
 
-from collections.abc import Iterator, Sequence
+import posixpath
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
@@ -27,6 +30,8 @@ from service.ingest.folders import Content, Entry, File, Photo, Place, Problem, 
 from service.ingest.lists import LIST_SUFFIXES, read_list
 
 _TAR: Final = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+_METADATA_FILES: Final = ("metadata.jsonl", "metadata.csv")
+"""Names of files that describe images in their folder and its subfolders, as in Hugging Face's ImageFolder."""
 _WEB: Final = ("http://", "https://")
 _ADVICE: Final = {
     ".zip": "unpack it, or put the images into a .tar",
@@ -128,13 +133,13 @@ class _Finder:
             place, entry = root
             file = File(place, entry.path, entry.name, entry.stamp)
             if entry.is_folder:
-                yield from map(self._with_folders, self._below(place, entry.path, ""))
+                yield from map(self._with_folders, self._below(place, entry.path, "", {}))
             elif entry.name.lower().endswith(LIST_SUFFIXES):
                 yield from self._listed(file)
             elif (archived := self._archived(file, "")) is not None:
                 yield from map(self._with_folders, archived)
             else:
-                yield self._plain(file, None)
+                yield self._plain(file)
 
     def _with_folders(self, found: Photo | Problem) -> Photo | Problem:
         """Add the names of the folders in an image's id to the image's metadata."""
@@ -149,11 +154,19 @@ class _Finder:
 
         return replace(found, load=load_with_names)
 
-    def _below(self, place: Place, folder: str, prefix: str) -> Iterator[Photo | Problem]:
+    def _below(
+        self, place: Place, folder: str, prefix: str, described: Mapping[str, dict[str, Any]]
+    ) -> Iterator[Photo | Problem]:
         """Yield the images in a folder and its subfolders, depth first and sorted by name, including the images in
-        archives. Other files are counted. `prefix` is the folder's path relative to the source."""
+        archives. Other files are counted. `prefix` is the folder's path relative to the source. `described` contains
+        the metadata from files such as `metadata.jsonl` in the folders above."""
         rows = list(place.listing(folder))
         sidecars = {row.name: row for row in rows if isinstance(row, Entry) and row.ignored == ".json"}
+        for row in rows:
+            if isinstance(row, Entry) and row.name in _METADATA_FILES and not row.is_folder:
+                here: dict[str, dict[str, Any]] = {}
+                yield from self._describe(File(place, row.path, f"{prefix}{row.name}"), prefix, here)
+                described = ChainMap(here, dict(described)) if described else here
         for row in rows:
             if isinstance(row, Problem):
                 yield row
@@ -168,11 +181,31 @@ class _Finder:
                 else:
                     yield from archived
             elif row.is_folder:
-                yield from self._below(place, row.path, f"{name}/")
+                yield from self._below(place, row.path, f"{name}/", described)
             else:
                 stem = row.name.rpartition(".")[0] or row.name
-                sidecar = sidecars.get(f"{stem}.json")
-                yield self._plain(file, sidecar and File(place, sidecar.path, sidecar.name, sidecar.stamp or None))
+                entry = sidecars.get(f"{stem}.json")
+                sidecar = entry and File(place, entry.path, entry.name, entry.stamp or None)
+                yield self._plain(file, sidecar, described.get(name))
+
+    def _describe(self, file: File, prefix: str, described: dict[str, dict[str, Any]]) -> Iterator[Problem]:
+        """Read a file such as `metadata.jsonl`, and add the metadata of each image to `described`, by the image's path
+        relative to the source. Yield a `Problem` for each line that cannot be used.
+
+        A file with this name but without the field `file_name` in its first line is of another kind, and is ignored."""
+        try:
+            with file.open() as raw:
+                if b"file_name" not in raw.readline(2**16):
+                    return
+        except OSError as error:
+            yield Problem(file.address, str(error))
+            return
+        for line in read_list(file, "file_name"):
+            if isinstance(line, Problem):
+                yield line
+            else:
+                fields = line.metadata if line.id is None else {"id": line.id, **line.metadata}
+                described[posixpath.normpath(f"{prefix}{line.address}")] = fields
 
     def _archived(self, file: File, prefix: str) -> Iterator[Photo | Problem] | None:
         """Return an iterator over the images in an archive, or None if the file is not an archive."""
@@ -184,13 +217,13 @@ class _Finder:
             return parquet_photos(file, self._image_column, self._max_bytes, partial(self._at, file))
         return None
 
-    def _plain(self, file: File, sidecar: File | None) -> Photo:
-        return Photo(file.name, file.address, partial(self._content, file, sidecar), file.stamp)
+    def _plain(self, file: File, sidecar: File | None = None, described: Mapping[str, Any] | None = None) -> Photo:
+        return Photo(file.name, file.address, partial(self._content, file, sidecar, described or {}), file.stamp)
 
-    def _content(self, file: File, sidecar: File | None) -> Content:
-        metadata = {}
+    def _content(self, file: File, sidecar: File | None, described: Mapping[str, Any]) -> Content:
+        metadata = dict(described)
         if sidecar is not None:
-            metadata = json_object(sidecar.read(MAX_SIDECAR_BYTES), sidecar.name.rpartition("/")[2])
+            metadata |= json_object(sidecar.read(MAX_SIDECAR_BYTES), sidecar.name.rpartition("/")[2])
         return Content(file.read(self._max_bytes), metadata)
 
     def _listed(self, file: File) -> Iterator[Photo | Problem]:

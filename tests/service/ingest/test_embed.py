@@ -52,7 +52,16 @@ def test_finds_files_at_any_depth_but_hidden_ones(photos: Path) -> None:
     assert len(find_files([photos], account)) == 6
     assert account.ignored == {".txt": 1, "hidden": 1}
     assert account.problems == [(str(photos / "gone.jpg"), "No such file or directory")]
-    assert find_files([photos / "notes.txt"]) == [photos / "notes.txt"]
+
+
+def test_files_that_are_named_themselves(photos: Path) -> None:
+    account = Account()
+    (photos / "image.txt").write_bytes((photos / "a.png").read_bytes())
+    named = [photos / name for name in ("a.png", "notes.txt", "image.txt", "torn.jpg", ".hidden")]
+    assert [path.name for path in find_files(named, account)] == ["a.png", "image.txt", "torn.jpg", ".hidden"]
+    assert account.ignored == {".txt": 1}
+    with pytest.raises(ValueError, match=r"1 file: 0 used, 1 ignored .*`dinov2 index` also reads lists and archives"):
+        find_files([photos / "notes.txt"])
 
 
 def test_what_lies_in_a_hidden_folder_is_hidden(tmp_path: Path) -> None:

@@ -465,6 +465,29 @@ def test_dots_in_the_names_of_members(tmp_path: Path, mode: str) -> None:
     assert [content.metadata["n"] for content in contents.values()] == [*range(200), 7, 7]
 
 
+def test_metadata_files_of_hugging_face_describe_the_images_of_their_folder(tmp_path: Path) -> None:
+    for name in ("a.jpg", "train/b.jpg", "train/deep/c.jpg", "test/d.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"A")
+    lines = [{"file_name": "train/b.jpg", "text": "outer", "n": 1}, {"file_name": "./a.jpg", "id": 7, "text": "a"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n{torn\n")
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,text\nb.jpg,inner\ndeep/c.jpg,c\nnone.jpg,x\n")
+    (tmp_path / "a.json").write_text('{"text": "its own"}')
+    account = Account()
+    contents, problems = taken(tmp_path, account=account)
+    assert {name: content.metadata for name, content in contents.items()} == {
+        "a.jpg": {"id": "7", "text": "its own"},
+        "test/d.jpg": {},
+        "train/b.jpg": {"text": "inner"},
+        "train/deep/c.jpg": {"text": "c"},
+    }
+    assert list(problems) == [f"{tmp_path}/metadata.jsonl:3"]
+    assert account.ignored == {".jsonl": 1, ".csv": 1, ".json": 1}
+    for name, text in (("metadata.csv", "image_id,n\n7,1\n"), ("metadata.jsonl", '{"image_id": 7}\n')):
+        (tmp_path / "test" / name).write_text(text)  # of another kind
+    assert taken(tmp_path / "test") == ({"d.jpg": (b"A", {})}, {})
+
+
 def test_names_of_folders_as_metadata(tmp_path: Path) -> None:
     for name in ("top.jpg", "arla/milk/a.jpg", "arla/b.jpg"):
         (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
