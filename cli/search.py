@@ -47,7 +47,7 @@ def index(
         list[str],
         typer.Argument(
             help="Paths or addresses (s3://..., memory://...) of folders, images, .tar and .parquet files, or lists of "
-            "images (.txt, .jsonl)."
+            "images (.txt, .jsonl, .csv)."
         ),
     ],
     collection: CollectionOption,

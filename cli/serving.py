@@ -96,10 +96,10 @@ def embed(
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise fail(error) from error
     account.used = report.embedded
+    for name, reason in [*account.problems, *report.skipped]:
+        typer.echo(f"skipped {name}: {reason}", err=True)
     for path, reason in report.skipped:
         account.fail(str(path), reason)
-    for name, reason in account.problems:
-        typer.echo(f"skipped {name}: {reason}", err=True)
     typer.echo(f"{report.embedded} images -> {out} ({report.images_per_s:.1f} images/s), {account.failed} skipped")
     typer.echo(account)
     if not report.embedded:

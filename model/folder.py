@@ -7,7 +7,8 @@
 - Links to folders are followed, except a link to a folder that contains the link.
 - A file whose suffix is in `IMAGE_SUFFIXES` is an image. If it cannot be decoded, it is reported as failed.
 - A file whose suffix is in `OTHER_SUFFIXES` is not an image. It is ignored without being opened.
-- Any other file, for example one without a suffix, is an image if it begins like an image that `model/decode.py` knows.
+- Any other file, for example one without a suffix, is an image if its first bytes are those of an image format
+  (`model.decode.sniff`).
 
 The same rule applies to the members of an archive. An `Account` counts every file: used, ignored by kind, or failed.
 """
@@ -193,10 +194,10 @@ def split_folder(folder: Path, part: str) -> Path:
 
 
 def sample_names(member: str) -> list[str]:
-    """Return the names that another member of a tar may have, without its suffix, to belong to the same sample.
+    """Return the names, without suffixes, under which the label or the metadata of a tar's member may be stored.
 
-    The last name is the key of the sample in the WebDataset library: the path up to the first dot of the file name. A
-    label or metadata with a longer name is a better match. For `cats/2.left.png` the result is `cats/2.left`, `cats/2`.
+    The best match is first. For `cats/2.left.png`, the names are `cats/2.left` and `cats/2`. The last name is the key
+    of the sample in the WebDataset library: the member's path up to the first dot of the file name.
     """
     folder, slash, file = member.rpartition("/")
     parts = file.split(".")
@@ -215,7 +216,7 @@ def _on_one_line(name: str) -> str:
 
 @dataclass
 class Account:
-    """What became of every file: the number of images used, the ignored files by kind, and the failed files."""
+    """The number of files that were used, that were ignored (by kind), and that failed."""
 
     used: int = 0
     ignored: Counter[str] = field(default_factory=Counter)
@@ -224,7 +225,7 @@ class Account:
     archives: int = 0
 
     def fail(self, name: str, reason: str) -> None:
-        """Count a file that is an image by its name but could not be used."""
+        """Count an image that could not be used, and store its name and the reason."""
         self.failed += 1
         if len(self.problems) < _PROBLEMS_KEPT:
             self.problems.append((name, reason))

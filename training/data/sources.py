@@ -234,7 +234,10 @@ def _is_tar(name: str) -> bool:
     return stem.endswith((".tar", ".tgz")) or any(stem.endswith(".tar" + suffix) for suffix in COMPRESSED)
 
 
-def _open_shards(urls: Sequence[str], names: Sequence[str], index_dir: Path, spec: str) -> TarSource:
+def _open_shards(
+    urls: Sequence[str], names: Sequence[str], index_dir: Path, spec: str, others: Mapping[str, int] | None = None
+) -> TarSource:
+    """Open tar shards as a source. `others` counts the files next to them, by kind."""
     client = httpx.Client(follow_redirects=True, timeout=HTTP_TIMEOUT_S)
 
     def index(url: str, name: str) -> tuple[str, Any, Any]:
@@ -244,7 +247,7 @@ def _open_shards(urls: Sequence[str], names: Sequence[str], index_dir: Path, spe
         return name, blob, load_index(blob, name, index_dir)
 
     with ThreadPoolExecutor(INDEXING_THREADS) as pool:
-        source = TarSource(list(pool.map(index, urls, names)))
+        source = TarSource(list(pool.map(index, urls, names)), others)
     if not len(source):
         problems = "".join(f"; {item.name}: {item.reason}" for item in source.skipped[:1])
         raise ValueError(f"no images in {spec}{problems or _listed_kinds(source.ignored)}")
@@ -280,6 +283,16 @@ def _listed_kinds(ignored: Mapping[str, int]) -> str:
     """Return the end of an error message that lists the files that are not images."""
     kinds = ", ".join(f"{n} {printable(kind)}" for kind, n in Counter(ignored).most_common(5))
     return f"; it contains other files ({kinds})" if kinds else "; it is empty"
+
+
+def _other_files(folder: Path) -> Counter[str]:
+    """Count the files in a folder that are neither images nor tar shards, by kind."""
+    ignored = (listed for listed in walk_folder(folder) if listed.ignored is not None)
+    return Counter(
+        str(listed.ignored)
+        for listed in ignored
+        if listed.ignored in (HIDDEN, HIDDEN_FOLDERS, LOOPS) or not _is_tar(listed.name)
+    )
 
 
 def _local_shards(path: Path) -> list[str]:
@@ -318,11 +331,11 @@ def open_source(spec: str | Path, index_dir: Path) -> Source:
     shards = [
         shard for part in ([text] if path.exists() else expand_braces(text)) for shard in _local_shards(Path(part))
     ]
+    others = _other_files(path) if path.is_dir() else Counter()
     if path.is_dir() and not shards:
-        kinds = Counter(listed.ignored for listed in walk_folder(path) if listed.ignored is not None)
         raise ValueError(
             f"nothing to train on in {path}: it has no images at any depth, no tar shards (.tar), and no Hugging Face "
-            f"dataset of save_to_disk (dataset_info.json or dataset_dict.json){_listed_kinds(kinds)}"
+            f"dataset of save_to_disk (dataset_info.json or dataset_dict.json){_listed_kinds(others)}"
         )
     missing = [shard for shard in shards if not Path(shard).is_file()]
     if missing or not shards:
@@ -333,7 +346,7 @@ def open_source(spec: str | Path, index_dir: Path) -> Source:
         raise ValueError(
             f"{wrong[0]} is not a tar; {advice}data must be a folder of images, .tar shards, or a Hugging Face dataset"
         )
-    return _open_shards(shards, _relative_names([Path(shard).as_posix() for shard in shards]), index_dir, text)
+    return _open_shards(shards, _relative_names([Path(shard).as_posix() for shard in shards]), index_dir, text, others)
 
 
 def source_digest(source: Source, *, contents: bool) -> str:

@@ -157,3 +157,16 @@ def test_a_missing_output_folder_is_found_before_the_work(photos: Path, tmp_path
     )
     assert result.exit_code == 2
     assert "does not exist" in result.output
+
+
+def test_the_command_accounts_for_every_file_and_has_the_limits_of_the_service(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["embed", str(photos), "--out", str(tmp_path / "x.npz"), "--data-dir", str(tmp_path), "--threads", "1"]
+    result = runner.invoke(cli.app, words)
+    assert result.exit_code == 0, result.output
+    assert f"skipped {photos / 'torn.jpg'}: the JPEG is damaged" in result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[-1] == f"8 files: 5 used, 2 ignored (1 .txt, 1 hidden), 1 failed ({photos / 'torn.jpg'})"
+    monkeypatch.setenv("DINOV2_MAX_IMAGE_PIXELS", str(41 * 60))
+    assert "8 files: 2 used, 2 ignored (1 .txt, 1 hidden), 4 failed" in runner.invoke(cli.app, words).stdout

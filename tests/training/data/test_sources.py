@@ -223,8 +223,11 @@ def test_every_form_of_tar_gives_what_tarfile_gives(tmp_path, index_dir, form):
 def test_shards_by_folder_and_by_pattern(tmp_path, index_dir, spec):
     for number in range(3):
         write_tar(tmp_path / "shards" / f"s-00{number}.tar", samples(10 * number, 4))
+    (tmp_path / "shards" / "._s-000.tar").write_text("of macOS")
+    (tmp_path / "shards" / "README.md").write_text("no shard")
     source = open_source(tmp_path / "shards" / spec, index_dir)
     assert values(source) == [0, 1, 2, 3, 10, 11, 12, 13, 20, 21, 22, 23]
+    assert source.ignored == ({} if spec else {"hidden": 1, ".md": 1})
     assert source.name(5) == "s-001.tar/0011.png"
     with pytest.raises(IndexError):
         source.name(12)
