@@ -84,7 +84,7 @@ def find_files(paths: Sequence[Path], account: Account | None = None) -> list[Pa
                 files.append(Path(listed.path))
     if not files:
         hint = "" if any(path.is_dir() for path in paths) else "; `dinov2 index` also reads lists and archives"
-        raise ValueError(f"no images in {', '.join(map(str, paths))}: {account}{hint}")
+        raise ValueError(f"no images in {', '.join(map(str, paths))} ({account}){hint}")
     return files
 
 

@@ -134,6 +134,8 @@ def test_an_empty_part_is_an_error(tmp_path, index_dir):
         ("a-{0..2}.tar", r"a-1\.tar does not exist"),
         ("none-*.tar", r"none-\*\.tar does not exist"),
         ("notes.txt", r"notes\.txt is not a tar; data must be a folder of images"),
+        ("photos.zip", r"photos\.zip is not a tar; unpack it first; data must be a folder of images"),
+        ("lists", r"nothing to train on in .*; it contains other files \(2 \.txt, 1 hidden, 1 without suffix\)"),
         ("text.tar", r"no images in .*; text\.tar: not a tar, or damaged, or truncated"),
         ("zero.tar", r"no images in .*; zero\.tar: not a tar, or damaged, or truncated: empty file"),
         ("noimages.tar", r"no images in .*noimages\.tar; it contains other files \(1 \.json\)"),
@@ -146,7 +148,9 @@ def test_an_empty_part_is_an_error(tmp_path, index_dir):
 def test_what_does_not_fit_is_said(tmp_path, index_dir, spec, words):
     (tmp_path / "empty").mkdir()
     write_tar(tmp_path / "a-0.tar", samples(0, 1))
-    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "lists").mkdir()
+    for name in ("notes.txt", "photos.zip", "lists/a.txt", "lists/b.txt", "lists/c", "lists/.d"):
+        (tmp_path / name).write_text("hello")
     (tmp_path / "text.tar").write_text("hello " * 1000)
     (tmp_path / "zero.tar").write_bytes(b"")
     write_tar(tmp_path / "noimages.tar", [("a.json", b"{}")])
