@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from cli.prune import folders_to_prune, prune_items
 from cli.shared import (
     DATA,
     CollectionOption,
@@ -32,6 +33,7 @@ from model.pooling import DEFAULT_POOLING
 if TYPE_CHECKING:
     from model.artifact import Artifact
     from model.engines.protocol import Engine
+    from model.folder import Account
     from service.ingest.folders import Problem
     from service.ingest.index import IndexOptions, IndexReport
     from service.search.store import VectorStore
@@ -45,7 +47,7 @@ def index(
         list[str],
         typer.Argument(
             help="Paths or addresses (s3://..., memory://...) of folders, images, .tar and .parquet files, or lists of "
-            "images (.txt, .jsonl)."
+            "images (.txt, .jsonl, .csv)."
         ),
     ],
     collection: CollectionOption,
@@ -74,8 +76,17 @@ def index(
         Literal["path", "sha256"],
         typer.Option("--id", help="Id of an image: its path within SOURCE, or the SHA-256 hash of its content."),
     ] = "path",
+    folders_as: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY[/KEY]",
+            help="Metadata keys for the names of the folders within SOURCE that contain an image, outermost first, "
+            "e.g. brand or brand/kind.",
+        ),
+    ] = None,
     image_column: Annotated[
-        str | None, typer.Option(help="Column of Parquet files with the images. Default: detected automatically.")
+        str | None,
+        typer.Option(help="Column of Parquet and .csv files with the images. Default: detected automatically."),
     ] = None,
     force: Annotated[
         bool, typer.Option(help="Index unchanged images again, and replace items of other files with the same id.")
@@ -84,15 +95,27 @@ def index(
         Path | None,
         typer.Option(help="File that lists the images that could not be indexed, as one JSON object per line."),
     ] = None,
+    prune: Annotated[
+        bool,
+        typer.Option("--prune", help="Then remove the items whose file no longer exists in SOURCE, which is a folder."),
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Let --prune remove items without asking.")] = False,
 ) -> None:
     """Embed images and add them to a collection. To resume an interrupted run, run the command again. If some
-    images cannot be read, they are skipped and reported, and the exit status is 1."""
+    images cannot be read, they are skipped and reported, and the exit status is 1. The last line accounts for every
+    file."""
+    from model.folder import Account
+
+    account = Account()
 
     async def work(vectors: "VectorStore", settings: "Settings") -> "IndexReport":
         from service.ingest.index import IndexOptions, pooling_of
+        from service.ingest.prune import Sources
 
         info = await find_collection(vectors, collection)
-        images = _find_images(sources, image_column, settings)
+        folders = folders_to_prune(sources, id_by) if prune else []
+        found = Sources()
+        images = _find_images(sources, image_column, folders_as, account, settings)
         if info is not None and pooling not in (None, pooling_of(info)):
             raise ValueError(f"collection {info.name!r} holds {pooling_of(info)} vectors, not {pooling}")
         if originals and info is not None and not info.spec.originals:
@@ -108,23 +131,38 @@ def index(
             metadata=_pairs(metadata or []),
             limits=decode_limits(settings),
         )
-        return await _index(images, vectors, collection, artifact, loaded, options, settings, errors)
+        images = found.recorded(images) if prune else images
+        report = await _index(images, vectors, collection, artifact, loaded, options, settings, errors)
+        _tell(report, collection)
+        if prune:
+            await prune_items(vectors, collection, folders, found, report, yes)
+        return report
 
-    _tell(run_with(store, data_dir, work, makes=True), collection, errors)
+    report = run_with(store, data_dir, work, makes=True)
+    account.used, account.failed = report.indexed + report.present, report.failed
+    account.problems = [(problem.source, problem.reason) for problem in report.problems]
+    typer.echo(account)
+    _finish(report, sources, errors)
 
 
-def _tell(report: "IndexReport", collection: str, errors: Path | None) -> None:
-    """Print the result of an indexing run.
-
-    Raises:
-        typer.Exit: some images failed or no image was found (status 1), or the run was interrupted (status 130).
-    """
+def _tell(report: "IndexReport", collection: str) -> None:
+    """Print the result of an indexing run."""
     for problem in report.problems[:_LISTED]:
         typer.echo(f"failed {problem.source}: {problem.reason}", err=True)
     typer.echo(
         f"{report.indexed} indexed, {report.present} already there, {report.failed} failed -> {collection} "
         f"({report.images_per_s:.1f} images/s){'; interrupted: run again to resume' if report.interrupted else ''}"
     )
+
+
+def _finish(report: "IndexReport", sources: list[str], errors: Path | None) -> None:
+    """Say where the failed images are listed, and end the command with its exit status.
+
+    Raises:
+        typer.Exit: some images failed or no image was found (status 1), or the run was interrupted (status 130).
+    """
+    if not (report.indexed or report.present or report.failed):
+        typer.echo(f"there are no images in {', '.join(sources)}", err=True)
     if report.failed:
         above = "see the list above" if report.failed <= _LISTED else f"the first {_LISTED} are listed above"
         where = f"see the list in {errors}" if errors is not None else f"{above}; --errors FILE saves the whole list"
@@ -229,11 +267,22 @@ def search(
         typer.echo(f"{hit['score']:7.4f}  {hit['id']:<{width}}  {hit['source'] or ''}")
 
 
-def _find_images(sources: list[str], image_column: str | None, settings: "Settings") -> "Iterator[Any]":
-    """Return an iterator over the images in all sources. It yields a `Problem` in place of an unreadable image."""
+def _find_images(
+    sources: list[str], image_column: str | None, folders_as: str | None, account: "Account", settings: "Settings"
+) -> "Iterator[Any]":
+    """Return an iterator over the images in all sources. For an image that cannot be read, it yields a `Problem`.
+
+    Raises:
+        ValueError: a source cannot be read, or `folders_as` contains an empty key.
+    """
     from service.ingest.sources import find_photos
 
-    return find_photos(sources, max_bytes=settings.max_image_bytes, image_column=image_column)
+    keys = folders_as.split("/") if folders_as is not None else []
+    if not all(keys):
+        raise ValueError(f"--folders-as {folders_as!r} must be one or more keys, separated by slashes")
+    return find_photos(
+        sources, max_bytes=settings.max_image_bytes, image_column=image_column, folders_as=keys, account=account
+    )
 
 
 def _pairs(texts: list[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli.shared import DATA, ArtifactsDirOption, fail
+from cli.shared import DATA, ArtifactsDirOption, decode_limits, fail, settings_for
 from model.pooling import DEFAULT_POOLING, Pooling
 
 ModelOption = Annotated[
@@ -60,11 +60,13 @@ def embed(
     normalize: Annotated[bool, typer.Option(help="Scale each vector to length 1.")] = True,
     batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Number of images per forward pass.")] = 16,
 ) -> None:
-    """Embed images and write the vectors to one .npz file. Files that cannot be read are skipped and listed."""
+    """Embed images and write the vectors to one .npz file. Images that cannot be read are skipped and listed. The
+    last line accounts for every file. Limits on images are read from the same settings as those of `dinov2 serve`."""
     from rich.progress import Progress
 
     from model.artifact import load_artifact
     from model.engines.choice import load_engine
+    from model.folder import Account
     from service.artifact_choice import choose_artifact
     from service.ingest.embed import embed_files, find_files, save_vectors
     from service.ingest.index import vector_tag
@@ -72,7 +74,9 @@ def embed(
     try:
         if not out.parent.is_dir():
             raise ValueError(f"{out}: the folder {out.parent} does not exist")
-        files = find_files(paths)
+        limits = decode_limits(settings_for(None, data_dir))
+        account = Account()
+        files = find_files(paths, account)
         artifact = load_artifact(choose_artifact(model, data_dir), derived_dir=data_dir / "derived")
         loaded = load_engine(artifact, engine, threads=threads)
         with Progress(disable=not sys.stderr.isatty()) as progress:
@@ -84,15 +88,20 @@ def embed(
                 pooling=pooling,
                 normalize=normalize,
                 batch_size=batch_size,
+                limits=limits,
                 advance=lambda count: progress.advance(task, count),
             )
         tag = {"tag": vector_tag(artifact, loaded, pooling), "pooling": pooling, "normalize": normalize}
         save_vectors(out, done, vectors, artifact, tag)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise fail(error) from error
+    account.used = report.embedded
+    for name, reason in [*account.problems, *report.skipped]:
+        typer.echo(f"skipped {name}: {reason}", err=True)
     for path, reason in report.skipped:
-        typer.echo(f"skipped {path}: {reason}", err=True)
-    typer.echo(f"{report.embedded} images -> {out} ({report.images_per_s:.1f} images/s), {len(report.skipped)} skipped")
+        account.fail(str(path), reason)
+    typer.echo(f"{report.embedded} images -> {out} ({report.images_per_s:.1f} images/s), {account.failed} skipped")
+    typer.echo(account)
     if not report.embedded:
         raise typer.Exit(code=1)
 

@@ -1,9 +1,9 @@
 """Decodes untrusted bytes to RGB pixels for serving, indexing, training and evaluation.
 
-The steps are: byte limit -> format from the first bytes (allow-list) -> JPEG scan count -> header -> pixel and shape
-limits -> pixels -> 8-bit RGB -> EXIF orientation. Nothing is decompressed until the limits have been checked. Pillow
-reads the files. Hostile bytes can make Pillow raise almost any exception. `_translated` turns each exception into one
-of three errors:
+The steps are: byte limit -> format from the first bytes (allow-list) -> JPEG scan count, PNG chunks -> header -> pixel
+and shape limits -> pixels -> 8-bit RGB -> EXIF orientation. No pixel is decompressed until the limits have been
+checked. Pillow reads the files. Hostile bytes can make Pillow raise almost any exception. `_translated` turns each
+exception into one of three errors:
 
     TooLarge     too many bytes, pixels or JPEG scans, or too extreme an aspect ratio
     Unsupported  an unknown format or pixel type
@@ -18,10 +18,13 @@ How pixels are interpreted:
   features must match theirs. CMYK is converted without a profile for the same reason.
 - Only the first frame of an animation or a multi-page file is decoded.
 - The orientation in EXIF (or XMP) is applied in every format. Unreadable EXIF is ignored, because the pixels are
-  intact. HEIC files describe the orientation outside EXIF, and the decoder applies it.
+  intact. The same holds for a PNG's text, colour profile and damaged optional chunks, of any size. HEIC files describe
+  the orientation outside EXIF, and the decoder applies it.
 """
 
 import re
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,6 +110,14 @@ libtiff enforces the same limit for JPEG data in TIFF files.
 JPEG_MAX_SEGMENTS = 2000
 """The maximum number of segments in a JPEG. 20 MB of metadata fill about 300 segments of the largest possible size."""
 
+PNG_MAX_CHUNKS = 100_000
+"""The maximum number of chunks in a PNG. Encoders write 20 MB of pixels in about 2,500 chunks."""
+
+_PNG_HEAD = struct.Struct(">I4s")  # length and name of a chunk; the content and its CRC (4 bytes) follow
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+_PNG_ORIENTATION_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif")
+_PNG_TEXT_BYTES = 2**20  # Pillow's limit for one text or profile
+
 # Matches any marker except a stuffed zero, padding, a restart and TEM.
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
 _SOI, _EOI, _SOS = b"\xd8", b"\xd9", b"\xda"
@@ -190,6 +201,8 @@ def decode_stored(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS, *, least_s
         raise Unsupported(_why_unsupported(data, name))
     if name == "JPEG":
         _check_scans(data)
+    if name == "PNG":
+        data = _without_texts(data)
     with _translated(name, limits), Image.open(BytesIO(data), formats=[PILLOW_NAMES.get(name, name)]) as image:
         _check_header(image, limits)
         size = image.size
@@ -273,6 +286,56 @@ def _check_scans(data: bytes) -> None:
             raise TooLarge(f"the JPEG has more than {JPEG_MAX_SEGMENTS} segments; save it without its metadata")
         length = int.from_bytes(data[marker.end() : marker.end() + 2], "big")
         position = marker.end() + max(2, length)  # a length includes its own two bytes
+
+
+def _without_texts(data: bytes) -> bytes:
+    """Return a PNG without texts, colour profiles and damaged optional chunks, which do not affect its pixels.
+
+    Pillow calls a PNG damaged if its text or profile has more than 1 MiB. Texts that may contain the orientation are
+    kept if Pillow can read them. If there is nothing to remove, `data` itself is returned.
+
+    Raises:
+        TooLarge: there are more than `PNG_MAX_CHUNKS` chunks.
+    """
+    parts: list[bytes] = []
+    kept_from, start, n_chunks = 0, 8, 0
+    while start + 12 <= len(data):
+        length, name = _PNG_HEAD.unpack_from(data, start)
+        end = start + 12 + length
+        n_chunks += 1
+        if n_chunks > PNG_MAX_CHUNKS:
+            raise TooLarge(f"the PNG has more than {PNG_MAX_CHUNKS} chunks; save it again")
+        is_optional = name[0] & 0x20 and name != b"tRNS"  # lower case; tRNS is transparency
+        if is_optional and end <= len(data) and _is_removed(name, data, start, end):
+            parts.append(data[kept_from:start])
+            kept_from = end
+        start = end
+    return b"".join([*parts, data[kept_from:]]) if parts else data
+
+
+def _is_removed(name: bytes, data: bytes, start: int, end: int) -> bool:
+    """Return whether `_without_texts` removes the optional chunk at data[start:end]."""
+    if name == b"iCCP":
+        return True
+    if name in _PNG_TEXTS:
+        keyword, _, text = data[start + 8 : end - 4].partition(b"\0")
+        if keyword not in _PNG_ORIENTATION_TEXTS or len(text) > _PNG_TEXT_BYTES:
+            return True
+        if name == b"iTXt" and text[:1] != b"\0":  # compressed, which XMP never is
+            return True
+        if name == b"zTXt" and not _is_small_when_unpacked(text[1:]):
+            return True
+    is_small = end - start <= _PNG_TEXT_BYTES
+    return is_small and zlib.crc32(data[start + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big")
+
+
+def _is_small_when_unpacked(packed: bytes) -> bool:
+    unpacker = zlib.decompressobj()
+    try:
+        unpacker.decompress(packed, _PNG_TEXT_BYTES)
+    except zlib.error:
+        return False
+    return not unpacker.unconsumed_tail
 
 
 def _check_header(image: Image.Image, limits: DecodeLimits) -> None:

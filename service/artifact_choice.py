@@ -12,6 +12,7 @@ import numpy.typing as npt
 from model.artifact import MANIFEST, ArtifactError, find_artifacts, read_manifest
 from model.decode import DecodeError, decode
 from model.files import expanded, publish, waiting_lock
+from model.folder import walk
 from model.zoo import DownloadOptions, download, resolve
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def read_photos(folder: Path, limit: int, tell: Callable[[str], object] = log.wa
     Raises:
         ValueError: fewer than two images can be decoded.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    paths = [Path(listed.path) for listed in walk(folder) if listed.is_image]
     images: list[npt.NDArray[np.uint8]] = []
     first_pass = paths[:: max(1, len(paths) // limit)]
     for path in [*first_pass, *(path for path in paths if path not in first_pass)]:

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from service.features.images import decode as decode_for_serving
 from training.data.dataset import decode as decode_for_training
@@ -34,6 +34,12 @@ def transparent() -> Image.Image:
     return image
 
 
+def much_text() -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Comment", "x" * 2**21, zip=True)
+    return info
+
+
 FILES = {
     "alpha": encode(transparent(), "PNG"),
     "alpha, WebP": encode(transparent(), "WEBP", lossless=True, exact=True),
@@ -47,6 +53,9 @@ FILES = {
     "grey": encode(GREY, "PNG"),
     "grey JPEG": encode(GREY, "JPEG"),
     "colour JPEG": encode(RGB, "JPEG", quality=95),
+    "much text": encode(RGB, "PNG", pnginfo=much_text()),
+    "large colour profile": encode(RGB, "PNG", icc_profile=np.random.default_rng(0).bytes(1_200_000)),
+    "torn EXIF": encode(RGB, "JPEG", quality=95, exif=b"Exif\0\0II*\0\xf0\xff\xff\xff"),
     "one bit": encode(RGB.convert("1"), "PNG"),
     **{f"EXIF orientation {orientation}": turned(orientation) for orientation in range(1, 9)},
 }

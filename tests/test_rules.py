@@ -20,6 +20,21 @@ ROOT = Path(__file__).resolve().parents[1]
         ),
         (["service", "training", "model"], r"\btorchvision\b.*import|import torchvision", set()),
         (["training"], r"torch\.distributed", {"training/distributed.py"}),
+        # Decoding images: everything else uses model/decode.py. The other modules read maps of evaluations and
+        # images that they have written themselves.
+        (
+            ["service", "training", "model", "cli"],
+            r"Image\.open\(|ImageFile\b|\bcv2\b|imread\(|imageio|decode_(jpeg|png)\(|\btorchvision\.io\b",
+            {
+                "model/decode.py",
+                "training/evaluate/depth.py",
+                "training/evaluate/robustness.py",
+                "training/evaluate/segmentation.py",
+                "training/pages/report.py",
+            },
+        ),
+        # Listing images: everything else uses model/folder.py.
+        (["service", "training", "model", "cli"], r"\.rglob\(|os\.walk\(|scandir\(", {"model/folder.py"}),
         (["service", "model", "training"], r"weights_only\s*=\s*False|pickle\.loads?\(", set()),
     ],
 )

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from model.artifact import GateRecord
 from model.engines.parity import BATCH, Image, pixels_at, unit_length
 from model.engines.protocol import Engine, FloatArray
+from model.folder import split_folder, walk
 from model.preprocess import PreprocessSpec
 
 KNN_K: Final = 20  # usually the best of 10, 20, 100 and 200
@@ -55,12 +56,13 @@ class ClassTokens:
 def find_labelled(folder: Path, read: Callable[[Path], Image | None]) -> LabelledImages | None:
     """Return the labelled images in `folder`, or None if its subfolder `train/` or `val/` contains no files.
 
-    `train/` and `val/` each contain one folder per class.
+    `train/` and `val/` each contain one folder per class. Their names may be any that `model/folder.py` lists.
     """
 
     def files_of(part: str) -> list[tuple[Path, str]]:
-        classes = sorted(path for path in (folder / part).glob("*") if path.is_dir())
-        return [(file, c.name) for c in classes for file in sorted(c.rglob("*")) if file.is_file()]
+        root = split_folder(folder, part)
+        paths = [Path(listed.path).relative_to(root) for listed in walk(root) if listed.is_image]
+        return [(root / path, path.parts[0]) for path in paths if len(path.parts) > 1]
 
     train, val = files_of("train"), files_of("val")
     return LabelledImages(train, val, read) if train and val else None

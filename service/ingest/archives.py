@@ -1,7 +1,8 @@
 """Read the images in tar and Parquet files for `dinov2 index`. Nothing is unpacked to disk.
 
-Tar files follow the webdataset convention: the member `x.json` contains the metadata of the image `x.jpg`. An
-uncompressed tar on the local disk is read with seeks, so the content of skipped members is never read, and several
+Tar files follow the WebDataset convention: adjacent members with the same path up to the first dot of the file name
+form a sample, and the member `x.json` contains the metadata of the sample's images, such as `x.jpg` and `x.left.jpg`.
+An uncompressed tar on the local disk is read with seeks, so the content of skipped members is never read, and several
 threads can read images at once. A compressed or remote tar is read once, from start to end.
 
 In a Parquet file, one column contains the images (as bytes, or as {bytes, path} in files from Hugging Face) or their
@@ -21,11 +22,12 @@ import threading
 import weakref
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
+from model.folder import HEAD_BYTES, HIDDEN, OTHER_SUFFIXES, Account, ignored_as, sample_names, suffix_of
 from service.errors import ImageTooLarge
 from service.ingest.folders import Content, File, Photo, Problem, iso_time
 from service.parquet import need_parquet
@@ -33,15 +35,12 @@ from service.parquet import need_parquet
 if TYPE_CHECKING:
     import pyarrow as pa
 
-IMAGE_SUFFIXES: Final = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif"}
-)
 MAX_SIDECAR_BYTES: Final = 2**20
 _ROWS: Final = 16
 """The number of rows of a Parquet file's image column that are read in one batch. A reader has up to `_BATCHES_KEPT`
 batches in memory."""
 _BATCHES_KEPT: Final = 4
-_URI_COLUMNS: Final = (
+ADDRESS_COLUMNS: Final = (
     "image",
     "photo",
     "path",
@@ -53,13 +52,12 @@ _URI_COLUMNS: Final = (
     "image_path",
     "image_url",
 )
+_MAX_SAMPLE: Final = 64
+"""The number of images after which a sample ends at the next name, because the images of a sample in a compressed tar
+are in memory together."""
 _DAMAGED: Final = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
 
 Read = Callable[[], bytes]
-
-
-def suffix_of(name: str) -> str:
-    return posixpath.splitext(name)[1].lower()
 
 
 def json_object(data: bytes | str, what: str) -> dict[str, Any]:
@@ -82,21 +80,21 @@ def json_object(data: bytes | str, what: str) -> dict[str, Any]:
 
 @dataclass
 class _Group:
-    """Adjacent members of a tar with the same name except for the suffix: images, and possibly a JSON file with the
-    metadata of these images."""
+    """Adjacent members of a tar with the same key: images, and JSON files with the metadata of these images."""
 
-    stem: str = ""
+    key: str = ""
+    stem: str = ""  # the name of the last member, without its suffix
     photos: list[tuple[tarfile.TarInfo, str, Read, int]] = field(default_factory=list)  # (member, name, reader, bytes)
-    sidecar: tuple[str, Read] | None = None
+    sidecars: dict[str, tuple[str, Read]] = field(default_factory=dict)  # (name, reader) by the name without suffix
 
 
-def tar_photos(file: File, prefix: str, max_bytes: int) -> Iterator[Photo | Problem]:
+def tar_photos(file: File, prefix: str, max_bytes: int, account: Account) -> Iterator[Photo | Problem]:
     """Yield the images in a tar. Yield a `Problem` for each rejected member, and one if the tar is damaged. The id of
-    an image is `prefix` followed by the member's name."""
+    an image is `prefix` followed by the member's name. Members that are not images are counted in `account`."""
     by_position = file.place.is_local and suffix_of(file.name) == ".tar"
     try:
         with file.open() as raw, tarfile.open(fileobj=raw, mode="r:" if by_position else "r|*") as tar:
-            yield from _TarReader(file, prefix, max_bytes, tar, by_position).photos()
+            yield from _TarReader(file, prefix, max_bytes, tar, by_position, account).photos()
             if by_position and not _has_end_mark(raw, tar.offset):
                 yield Problem(file.address, "the tar has no end mark: it may be truncated, or damaged at this point")
     except _DAMAGED as error:
@@ -114,12 +112,15 @@ def _has_end_mark(raw: BinaryIO, offset: int) -> bool:
 class _TarReader:
     """A reader that goes through the members of a tar once and groups them into images with metadata."""
 
-    def __init__(self, file: File, prefix: str, max_bytes: int, tar: tarfile.TarFile, by_position: bool) -> None:
+    def __init__(
+        self, file: File, prefix: str, max_bytes: int, tar: tarfile.TarFile, by_position: bool, account: Account
+    ) -> None:
         self._file = file
         self._prefix = prefix
         self._max_bytes = max_bytes
         self._tar = tar
         self._by_position = by_position
+        self._account = account
 
     def photos(self) -> Iterator[Photo | Problem]:
         group = _Group()
@@ -127,20 +128,31 @@ class _TarReader:
             while (member := self._tar.next()) is not None:
                 self._tar.members.clear()  # type: ignore[attr-defined]  # tarfile's list would grow with every member
                 name = posixpath.normpath(member.name)
-                if member.isdir() or any(part[:1] == "." and part != ".." for part in name.split("/")):
+                if member.isdir():
+                    continue
+                is_json = suffix_of(name) == ".json"
+                if any(part[:1] == "." and part != ".." for part in name.split("/")):
+                    self._account.ignored[HIDDEN] += 1
+                    continue
+                if suffix_of(name) in OTHER_SUFFIXES and not is_json:
+                    self._account.ignored[suffix_of(name)] += 1
                     continue
                 reason = self._refused(member, name)
                 if reason is not None:
                     yield Problem(self._address(name), reason)
                     continue
-                stem, suffix = posixpath.splitext(name)
-                if stem != group.stem:
+                stem, key = sample_names(name)[0], sample_names(name)[-1]
+                if key != group.key or (len(group.photos) >= _MAX_SAMPLE and stem != group.stem):
                     yield from self._of(group)
-                    group = _Group(stem)
-                if suffix.lower() == ".json":
-                    group.sidecar = (name, self._reader(member)[0])
-                elif suffix.lower() in IMAGE_SUFFIXES:
-                    group.photos.append((member, name, *self._reader(member)))
+                    group = _Group(key)
+                group.stem = stem
+                read, held = self._reader(member)
+                if is_json:
+                    group.sidecars[stem] = (name, read)
+                elif (kind := self._ignored_as(member, name, read)) is not None:
+                    self._account.ignored[kind] += 1
+                else:
+                    group.photos.append((member, name, read, held))
         except _DAMAGED:
             yield from self._of(group)
             raise
@@ -154,6 +166,10 @@ class _TarReader:
         limit = MAX_SIDECAR_BYTES if suffix_of(name) == ".json" else self._max_bytes
         return f"has {member.size} bytes; the limit is {limit}" if member.size > limit else None
 
+    def _ignored_as(self, member: tarfile.TarInfo, name: str, read: Read) -> str | None:
+        head = partial(_read_at, self._file, member.offset_data, min(member.size, HEAD_BYTES))
+        return ignored_as(posixpath.basename(name), head if self._by_position else read)
+
     def _reader(self, member: tarfile.TarInfo) -> tuple[Read, int]:
         """Return two values: a function that returns the member's bytes, and the number of bytes that this function
         keeps in memory. The number is 0 if the function reads the bytes from the file when it is called."""
@@ -164,14 +180,18 @@ class _TarReader:
         return (lambda: data), len(data)
 
     def _of(self, group: _Group) -> Iterator[Photo | Problem]:
-        if group.sidecar is not None and not group.photos:
-            reason = "metadata without an image: x.jpg and x.json must be adjacent in the tar (tar --sort=name)"
-            yield Problem(self._address(group.sidecar[0]), reason)
-        for member, name, read, held in group.photos:
+        found = [(photo, _sidecar_of(photo[1], group.sidecars)) for photo in group.photos]
+        used = {sidecar[0] for _, sidecar in found if sidecar is not None}
+        self._account.ignored.update({".json": len(used)} if used else {})
+        for name, _ in group.sidecars.values():
+            if name not in used:
+                reason = "metadata without an image: x.jpg and x.json must be adjacent in the tar (tar --sort=name)"
+                yield Problem(self._address(name), reason)
+        for (member, name, read, held), sidecar in found:
             yield Photo(
                 id=f"{self._prefix}{name}",
                 source=self._address(name),
-                load=partial(_content, read, group.sidecar),
+                load=partial(_content, read, sidecar),
                 stamp={"bytes": member.size, "modified": iso_time(member.mtime)},
                 held_bytes=held,
             )
@@ -179,6 +199,11 @@ class _TarReader:
     def _address(self, name: str) -> str:
         """Return the address of a member as a chained URL, `tar://member::archive`, which fsspec can open."""
         return f"tar://{name}::{self._file.address}"
+
+
+def _sidecar_of(name: str, sidecars: Mapping[str, tuple[str, Read]]) -> tuple[str, Read] | None:
+    """Return the JSON file of an image: the one whose name, without its suffix, is the longest of `sample_names`."""
+    return next((sidecars[other] for other in sample_names(name) if other in sidecars), None)
 
 
 def _content(read: Read, sidecar: tuple[str, Read] | None) -> Content:
@@ -263,7 +288,7 @@ def image_column(schema: "pa.Schema", wanted: str | None) -> str:
         raise ValueError(f"several columns may contain images: {', '.join(candidates)}; choose one with --image-column")
     if candidates:
         return str(candidates[0])
-    for name in _URI_COLUMNS:
+    for name in ADDRESS_COLUMNS:
         if name in schema.names and _is_text(schema.field(name).type):
             return name
     raise ValueError(f"no image column among {listed}; choose one with --image-column")

@@ -21,9 +21,10 @@ import numpy.typing as npt
 
 from model.artifact import Artifact
 from model.cpus import available_cpus
-from model.decode import DecodeLimits
+from model.decode import DecodeLimits, sniff
 from model.engines.protocol import Engine
 from model.files import replacing
+from model.folder import HEAD_BYTES, OTHER_SUFFIXES, Account, suffix_of, walk
 from model.pooling import DEFAULT_POOLING, Pooling, width
 from model.preprocess import preprocess
 from service.errors import BrokenImage
@@ -50,25 +51,46 @@ class EmbedReport:
         return self.embedded / self.seconds if self.seconds else 0.0
 
 
-def find_files(paths: Sequence[Path]) -> list[Path]:
-    """Return the files at these paths. For a folder, return all files in it at any depth, sorted by path, except hidden
-    files and files in hidden folders.
+def find_files(paths: Sequence[Path], account: Account | None = None) -> list[Path]:
+    """Return the images at these paths. For a folder, return all images in it at any depth, sorted by path.
+
+    `model/folder.py` decides which files of a folder are images. A path to a file is ignored only if its suffix is that
+    of other files and its content is not an image either.
+
+    Args:
+        paths: files and folders.
+        account: counts the files that are ignored, and those that cannot be read.
 
     Raises:
-        ValueError: a path does not exist, or no file was found.
+        ValueError: a path does not exist, or no image was found.
     """
+    account = account or Account()
     files: list[Path] = []
     for path in paths:
-        if path.is_dir():
-            below = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
-            files += [path / file for file in sorted(below) if not any(part.startswith(".") for part in file.parts)]
-        elif path.exists():
-            files.append(path)
-        else:
-            raise ValueError(f"{path}: no such file or folder")
+        if not path.is_dir():
+            if not path.exists():
+                raise ValueError(f"{path}: no such file or folder")
+            if suffix_of(path.name) in OTHER_SUFFIXES and sniff(_head(path)) is None:
+                account.ignored[suffix_of(path.name)] += 1
+            else:
+                files.append(path)
+            continue
+        for listed in walk(path):
+            if listed.ignored is not None:
+                account.ignored[listed.ignored] += 1
+            elif listed.problem is not None:
+                account.fail(listed.path, listed.problem)
+            else:
+                files.append(Path(listed.path))
     if not files:
-        raise ValueError(f"no files in {', '.join(map(str, paths))}")
+        hint = "" if any(path.is_dir() for path in paths) else "; `dinov2 index` also reads lists and archives"
+        raise ValueError(f"no images in {', '.join(map(str, paths))} ({account}){hint}")
     return files
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(HEAD_BYTES)
 
 
 def embed_files(

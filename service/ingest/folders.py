@@ -1,8 +1,8 @@
 """Read files for `dinov2 index` from the local disk, from any file system that fsspec supports, and from the web.
 
 `Disk` and `Remote` implement the interface `Place`. `Web` only reads files at given URLs and cannot list folders.
-`Disk` does not use fsspec, because fsspec's local file system does not follow links to files, and it silently omits a
-file that vanishes during a listing. `Disk` follows links to files but not links to folders. It yields a `Problem` for a
+`model/folder.py` decides which files are images. `Disk` does not use fsspec, because fsspec's local file system does
+not follow links to files, and it silently omits a file that vanishes during a listing. `Disk` yields a `Problem` for a
 broken link and for a file that vanishes.
 
 The file systems of fsspec raise exceptions of many types. `translated` converts all of them to OSError.
@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, Final, NamedTuple, Protocol, cast
 import fsspec
 import httpx
 
+from model.folder import HEAD_BYTES, HIDDEN, HIDDEN_FOLDERS, ignored_as, list_folder
 from service.errors import ImageTooLarge
 
 Stamp = Mapping[str, int | str]
@@ -59,12 +60,14 @@ class Problem:
 
 
 class Entry(NamedTuple):
-    """A file or folder in the listing of its parent folder."""
+    """A file or folder in the listing of its parent folder. If it is not used, `ignored` is the kind under which it is
+    counted (see `model.folder.Listed`)."""
 
     path: str
     name: str
     is_folder: bool
     stamp: Stamp
+    ignored: str | None = None
 
 
 class Place(Protocol):
@@ -74,8 +77,8 @@ class Place(Protocol):
     is_local: bool
 
     def listing(self, folder: str) -> Iterator[Entry | Problem]:
-        """Yield the entries of a folder, sorted by name, except hidden entries. Yield a `Problem` for an entry that
-        cannot be read, or for the folder if it cannot be listed."""
+        """Yield the entries of a folder, sorted by name. Yield a `Problem` for an entry that cannot be read, or for the
+        folder if it cannot be listed."""
 
     def entry(self, path: str) -> Entry:
         """Return an `Entry` that describes the file or folder at `path`."""
@@ -125,25 +128,25 @@ class File:
 
 
 class Disk:
-    """The file system of this machine. `listing` includes links to files and leaves out links to folders."""
+    """The file system of this machine."""
 
     is_local = True
 
     def listing(self, folder: str) -> Iterator[Entry | Problem]:
         try:
-            with os.scandir(folder) as entries:
-                visible = sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
+            listed = list(list_folder(folder))
         except OSError as error:
             yield Problem(self.address(folder), error.strerror or str(error))
             return
-        for entry in visible:
+        for path, name, is_folder, ignored, problem in listed:
+            if problem is not None:
+                yield Problem(self.address(path), problem)
+                continue
             try:
-                if entry.is_dir(follow_symlinks=False):
-                    yield Entry(entry.path, entry.name, True, {})
-                elif entry.is_file() or not os.path.exists(entry.path):
-                    yield Entry(entry.path, entry.name, False, _disk_stamp(entry.stat()))
+                needs_stamp = ignored is None and not is_folder
+                yield Entry(path, name, is_folder, _disk_stamp(os.stat(path)) if needs_stamp else {}, ignored)
             except OSError as error:
-                yield Problem(self.address(entry.path), error.strerror or str(error))
+                yield Problem(self.address(path), error.strerror or str(error))
 
     def entry(self, path: str) -> Entry:
         return Entry(path, os.path.basename(path), os.path.isdir(path), _disk_stamp(os.stat(path)))
@@ -179,8 +182,23 @@ class Remote:
             return
         for row in rows:
             entry = _remote_entry(row)
-            if entry.name and entry.name[0] != "." and entry.path.rstrip("/") != folder.rstrip("/"):
-                yield entry
+            if not entry.name or entry.path.rstrip("/") == folder.rstrip("/"):
+                continue
+            try:
+                yield entry._replace(ignored=self._ignored_as(entry))
+            except OSError as error:
+                yield Problem(self.address(entry.path), str(error))
+
+    def _ignored_as(self, entry: Entry) -> str | None:
+        """Return the kind under which an entry is ignored, or None. Raises OSError if its bytes cannot be read."""
+
+        def head() -> bytes:
+            with translated(entry.path):
+                return bytes(self._system.cat_file(entry.path, 0, HEAD_BYTES))
+
+        if entry.name.startswith("."):
+            return HIDDEN_FOLDERS if entry.is_folder else HIDDEN
+        return None if entry.is_folder else ignored_as(entry.name, head)
 
     def entry(self, path: str) -> Entry:
         with translated(path):

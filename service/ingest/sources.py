@@ -1,11 +1,11 @@
 """Find the images in the sources of `dinov2 index SOURCE...`: folders, archives, lists and addresses.
 
-    folder             all images at any depth, with `x.json` next to `x.jpg` as metadata, and all archives
+    folder             all images at any depth, with metadata from `x.json` next to `x.jpg` and from Hugging Face's
+                       `metadata.jsonl` or `metadata.csv`, and all archives
     image              one file
     .tar .tar.gz       `service/ingest/archives.py`
     .parquet           `service/ingest/archives.py`
-    .txt               one path or address per line
-    .jsonl             {"image": "...", "id": "...", ...} per line; other keys are metadata
+    .txt .jsonl .csv   `service/ingest/lists.py`
 
 A source may be on this machine or on any file system that fsspec supports (s3://, gs://, memory://, file://). A single
 image may also be at an http or https address. Images are yielded one by one. An image is read when its `load` function
@@ -16,29 +16,41 @@ The id of an image is its path relative to the SOURCE, with slashes: `shelf/a.jp
 an image or file cannot be read, a `Problem` is yielded and the search continues with the next one.
 """
 
-from collections.abc import Iterator, Sequence
+import posixpath
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
-from service.ingest.archives import (
-    IMAGE_SUFFIXES,
-    MAX_SIDECAR_BYTES,
-    json_object,
-    parquet_photos,
-    suffix_of,
-    tar_photos,
-)
-from service.ingest.folders import Content, Entry, File, Photo, Place, Problem, Web, find_place
+from model.decode import sniff
+from model.folder import HEAD_BYTES, HIDDEN, HIDDEN_FOLDERS, OTHER_SUFFIXES, Account, suffix_of
+from service.ingest.archives import MAX_SIDECAR_BYTES, json_object, parquet_photos, tar_photos
+from service.ingest.folders import Content, Entry, File, Photo, Place, Problem, Web, find_place, translated
+from service.ingest.lists import LIST_SUFFIXES, read_list
 
 _TAR: Final = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-_LISTS: Final = (".txt", ".jsonl", ".ndjson")
-_ADDRESS_KEYS: Final = ("image", "uri", "url", "path", "source")
+_METADATA_FILES: Final = ("metadata.jsonl", "metadata.csv")
+"""Names of files that describe images in their folder and its subfolders, as in Hugging Face's ImageFolder."""
 _WEB: Final = ("http://", "https://")
-_MAX_LINE_BYTES: Final = 2**20
+_ADVICE: Final = {
+    ".zip": "unpack it, or put the images into a .tar",
+    ".7z": "unpack it, or put the images into a .tar",
+    ".rar": "unpack it, or put the images into a .tar",
+    ".zst": "unpack it (unzstd)",
+    ".json": "a list must be a .jsonl file with one object per line",
+    ".xlsx": "save it as .csv",
+    ".xls": "save it as .csv",
+}
 
 
 def find_photos(
-    sources: Sequence[str], *, max_bytes: int = 20 * 2**20, image_column: str | None = None
+    sources: Sequence[str],
+    *,
+    max_bytes: int = 20 * 2**20,
+    image_column: str | None = None,
+    folders_as: Sequence[str] = (),
+    account: Account | None = None,
 ) -> Iterator[Photo | Problem]:
     """Return an iterator over the images of all sources, in order. It yields a `Problem` for anything that cannot be
     read.
@@ -46,11 +58,13 @@ def find_photos(
     Args:
         sources: paths or addresses.
         max_bytes: size limit of one image. Larger images are not read.
-        image_column: name of the image column of Parquet files. If it is None, the column is detected.
+        image_column: name of the image column of Parquet and .csv files. If it is None, the column is detected.
+        folders_as: metadata keys for the names of the folders within a source that contain an image, outermost first.
+        account: counts the files that are ignored.
 
     Raises:
-        ValueError: `sources` is empty, or a source does not exist or cannot be reached. The error is raised before the
-            iterator is returned.
+        ValueError: `sources` is empty, or a source does not exist, cannot be reached or is of a kind that cannot be
+            read. The error is raised before the iterator is returned.
     """
     if not sources:
         raise ValueError("no source was given")
@@ -61,12 +75,32 @@ def find_photos(
             continue
         place, path = find_place(source)
         try:
-            roots.append((place, place.entry(path)))
+            entry = place.entry(path)
+            _check_kind(source, place, entry)
         except FileNotFoundError as error:
             raise ValueError(f"{source}: no such file or folder") from error
         except OSError as error:
             raise ValueError(f"{source}: {error}") from error
-    return _Finder(max_bytes, image_column).photos(roots)
+        roots.append((place, entry))
+    return _Finder(max_bytes, image_column, folders_as, account or Account()).photos(roots)
+
+
+def _check_kind(source: str, place: Place, entry: Entry) -> None:
+    """Check that a source may contain images. A file that is neither a list nor an archive must be an image.
+
+    Raises:
+        ValueError: the suffix is that of other files, and the content is not an image.
+        OSError: the file cannot be read.
+    """
+    suffix = suffix_of(entry.name)
+    readable = (*_TAR, ".parquet", *LIST_SUFFIXES)
+    if entry.is_folder or suffix not in OTHER_SUFFIXES or entry.name.lower().endswith(readable):
+        return
+    with translated(entry.path), place.open(entry.path) as file:
+        if sniff(file.read(HEAD_BYTES)) is None:
+            advice = _ADVICE.get(suffix, "it is not an image")
+            kinds = f"a folder, an image, an archive or a list ({', '.join(readable)})"
+            raise ValueError(f"{source}: a {suffix} file cannot be indexed; {advice}. A source is {kinds}")
 
 
 def read_photo(source: str, *, max_bytes: int = 20 * 2**20) -> bytes:
@@ -84,9 +118,11 @@ def read_photo(source: str, *, max_bytes: int = 20 * 2**20) -> bytes:
 class _Finder:
     """A search for the images in sources. The same options apply to every source."""
 
-    def __init__(self, max_bytes: int, image_column: str | None) -> None:
+    def __init__(self, max_bytes: int, image_column: str | None, folders_as: Sequence[str], account: Account) -> None:
         self._max_bytes = max_bytes
         self._image_column = image_column
+        self._folders_as = folders_as
+        self._account = account
         self._web = Web()
 
     def photos(self, roots: Sequence[str | tuple[Place, Entry]]) -> Iterator[Photo | Problem]:
@@ -95,87 +131,104 @@ class _Finder:
                 yield self._on_web(root, {}, root)
                 continue
             place, entry = root
-            if entry.is_folder:
-                yield from self._below(place, entry.path, "")
-                continue
             file = File(place, entry.path, entry.name, entry.stamp)
-            if entry.name.lower().endswith(_LISTS):
+            if entry.is_folder:
+                yield from map(self._with_folders, self._below(place, entry.path, "", {}))
+            elif entry.name.lower().endswith(LIST_SUFFIXES):
                 yield from self._listed(file)
+            elif (archived := self._archived(file, "")) is not None:
+                yield from map(self._with_folders, archived)
             else:
-                yield from self._archived(file, "") or [self._plain(file, None)]
+                yield self._plain(file)
 
-    def _below(self, place: Place, folder: str, prefix: str) -> Iterator[Photo | Problem]:
+    def _with_folders(self, found: Photo | Problem) -> Photo | Problem:
+        """Add the names of the folders in an image's id to the image's metadata."""
+        if not self._folders_as or isinstance(found, Problem) or "://" in found.id:
+            return found
+        names = dict(zip(self._folders_as, found.id.split("/")[:-1], strict=False))
+        load = found.load
+
+        def load_with_names() -> Content:
+            data, metadata = load()
+            return Content(data, {**metadata, **names})
+
+        return replace(found, load=load_with_names)
+
+    def _below(
+        self, place: Place, folder: str, prefix: str, described: Mapping[str, dict[str, Any]]
+    ) -> Iterator[Photo | Problem]:
         """Yield the images in a folder and its subfolders, depth first and sorted by name, including the images in
-        archives. Other files are ignored. `prefix` is the folder's path relative to the source."""
+        archives. Other files are counted. `prefix` is the folder's path relative to the source. `described` contains
+        the metadata from files such as `metadata.jsonl` in the folders above."""
         rows = list(place.listing(folder))
-        sidecars = {row.name: row for row in rows if isinstance(row, Entry) and suffix_of(row.name) == ".json"}
+        sidecars = {row.name: row for row in rows if isinstance(row, Entry) and row.ignored == ".json"}
+        for row in rows:
+            if isinstance(row, Entry) and row.name in _METADATA_FILES and not row.is_folder:
+                here: dict[str, dict[str, Any]] = {}
+                yield from self._describe(File(place, row.path, f"{prefix}{row.name}"), prefix, here)
+                described = ChainMap(here, dict(described)) if described else here
         for row in rows:
             if isinstance(row, Problem):
                 yield row
                 continue
             name = f"{prefix}{row.name}"
             file = File(place, row.path, name, row.stamp)
-            if row.is_folder:
-                yield from self._below(place, row.path, f"{name}/")
-            elif suffix_of(name) in IMAGE_SUFFIXES:
-                sidecar = sidecars.get(f"{row.name.rpartition('.')[0]}.json")
-                yield self._plain(file, sidecar and File(place, sidecar.path, sidecar.name, sidecar.stamp))
+            if row.ignored is not None:
+                is_hidden = row.ignored in (HIDDEN, HIDDEN_FOLDERS)
+                archived = None if is_hidden else self._archived(file, f"{name}/")
+                if archived is None:
+                    self._account.ignored[row.ignored] += 1
+                else:
+                    yield from archived
+            elif row.is_folder:
+                yield from self._below(place, row.path, f"{name}/", described)
             else:
-                yield from self._archived(file, f"{name}/") or ()
+                stem = row.name.rpartition(".")[0] or row.name
+                entry = sidecars.get(f"{stem}.json")
+                sidecar = entry and File(place, entry.path, entry.name, entry.stamp or None)
+                yield self._plain(file, sidecar, described.get(name))
+
+    def _describe(self, file: File, prefix: str, described: dict[str, dict[str, Any]]) -> Iterator[Problem]:
+        """Read a file such as `metadata.jsonl`, and add the metadata of each image to `described`, by the image's path
+        relative to the source. Yield a `Problem` for each line that cannot be used.
+
+        A file with this name but without the field `file_name` in its first line is of another kind, and is ignored."""
+        try:
+            with file.open() as raw:
+                if b"file_name" not in raw.readline(2**16):
+                    return
+        except OSError as error:
+            yield Problem(file.address, str(error))
+            return
+        for line in read_list(file, "file_name"):
+            if isinstance(line, Problem):
+                yield line
+            else:
+                fields = line.metadata if line.id is None else {"id": line.id, **line.metadata}
+                described[posixpath.normpath(f"{prefix}{line.address}")] = fields
 
     def _archived(self, file: File, prefix: str) -> Iterator[Photo | Problem] | None:
         """Return an iterator over the images in an archive, or None if the file is not an archive."""
         if file.name.lower().endswith(_TAR):
-            return tar_photos(file, prefix, self._max_bytes)
+            self._account.archives += 1
+            return tar_photos(file, prefix, self._max_bytes, self._account)
         if suffix_of(file.name) == ".parquet":
+            self._account.archives += 1
             return parquet_photos(file, self._image_column, self._max_bytes, partial(self._at, file))
         return None
 
-    def _plain(self, file: File, sidecar: File | None) -> Photo:
-        return Photo(file.name, file.address, partial(self._content, file, sidecar), file.stamp)
+    def _plain(self, file: File, sidecar: File | None = None, described: Mapping[str, Any] | None = None) -> Photo:
+        return Photo(file.name, file.address, partial(self._content, file, sidecar, described or {}), file.stamp)
 
-    def _content(self, file: File, sidecar: File | None) -> Content:
-        metadata = {}
+    def _content(self, file: File, sidecar: File | None, described: Mapping[str, Any]) -> Content:
+        metadata = dict(described)
         if sidecar is not None:
-            metadata = json_object(sidecar.read(MAX_SIDECAR_BYTES), sidecar.name.rpartition("/")[2])
+            metadata |= json_object(sidecar.read(MAX_SIDECAR_BYTES), sidecar.name.rpartition("/")[2])
         return Content(file.read(self._max_bytes), metadata)
 
     def _listed(self, file: File) -> Iterator[Photo | Problem]:
-        is_json = not file.name.lower().endswith(".txt")
-        try:
-            with file.open() as lines:
-                number = 0
-                while line := lines.readline(_MAX_LINE_BYTES + 1):
-                    number += 1
-                    where = f"{file.address}:{number}"
-                    if len(line) > _MAX_LINE_BYTES:
-                        yield Problem(
-                            where, f"the line has more than {_MAX_LINE_BYTES} bytes; the rest of the file was not read"
-                        )
-                        return
-                    if line.strip():
-                        yield self._line(file, line, where, is_json)
-        except OSError as error:
-            yield Problem(file.address, str(error))
-
-    def _line(self, file: File, line: bytes, where: str, is_json: bool) -> Photo | Problem:
-        try:
-            text = line.decode().strip()
-            if not is_json:
-                return self._at(file, text, {})
-            fields = json_object(text, "the line")
-            key = next((key for key in _ADDRESS_KEYS if isinstance(fields.get(key), str) and fields[key]), None)
-            if key is None:
-                raise ValueError(f"the line has no address of an image: add one of {', '.join(_ADDRESS_KEYS)}")
-            address, item_id = fields.pop(key), fields.pop("id", None)
-            if item_id is not None and not isinstance(item_id, str):
-                raise ValueError("the id is not a string")
-            inner = fields.pop("metadata", {})
-            if not isinstance(inner, dict):
-                raise ValueError("the metadata is not a JSON object")
-            return self._at(file, address, {**fields, **inner}, item_id)
-        except ValueError as error:
-            return Problem(where, str(error))
+        for line in read_list(file, self._image_column):
+            yield line if isinstance(line, Problem) else self._at(file, line.address, line.metadata, line.id)
 
     def _on_web(self, url: str, metadata: dict[str, Any], item_id: str) -> Photo:
         return Photo(item_id, url, lambda: Content(self._web.read(url, self._max_bytes), metadata))

@@ -211,6 +211,10 @@ def test_index_exit_status(kept: Kept, photos: Path, tmp_path: Path) -> None:
         (["PHOTOS", "-c", "means", "--originals"], "stores no images"),
         (["PHOTOS", "-c", "other"], "cannot be compared"),
         (["PHOTOS", "-c", "foreign"], "no local model makes"),
+        (["PHOTOS/a.json", "-c", "shop"], "a list must be a .jsonl file"),
+        (["PHOTOS/a.png", "-c", "shop", "--prune"], "is not a folder"),
+        (["PHOTOS", "-c", "shop", "--prune", "--id", "sha256"], "--prune needs --id path"),
+        (["PHOTOS", "-c", "shop", "--folders-as", "a//b"], "separated by slashes"),
     ],
 )
 def test_index_says_what_is_wrong(kept: Kept, photos: Path, words: list[str], said: str) -> None:
@@ -218,8 +222,43 @@ def test_index_says_what_is_wrong(kept: Kept, photos: Path, words: list[str], sa
     kept.ok("collections", "create", "other", "--tag", TAG.replace("a", "b"), "--dimension", DIMS)
     kept.ok("collections", "create", "foreign", "--tag", "mine", "--dimension", DIMS)
     places = {"PHOTOS": str(photos), "NONE": str(photos / "none"), "NONE/x": str(photos / "none" / "x")}
+    places |= {f"PHOTOS/{name}": str(photos / name) for name in ("a.json", "a.png")}
     assert said in kept.refused("index", *(places.get(word, word) for word in words))
     assert not kept.engine.batches
+
+
+def test_prune_removes_items_whose_file_is_gone(kept: Kept, photos: Path) -> None:
+    kept.ok("index", photos, "-c", "shop")
+    (photos / "b.png").unlink()
+    words = ("index", photos, "-c", "shop", "--prune")
+    said = kept.ok(*words, input="n\n")
+    assert "Remove 1 of 3 items, whose files no longer exist (b.png)?" in said
+    assert "0 removed from shop" in said
+    assert kept.invoke(*words, input="").exit_code == 1  # nobody answers
+    assert len(kept.store()._collections["shop"].items) == 3
+    said = kept.ok(*words, "--yes")
+    assert "1 removed from shop, because their files no longer exist" in said
+    assert said.splitlines()[-1] == "3 files: 2 used, 1 ignored (1 .json), 0 failed"
+    assert kept.store()._collections["shop"].items.keys() == {"a.png", "deep/c.png"}
+    assert "0 removed" in kept.ok(*words)  # no question
+
+
+def test_prune_does_not_empty_a_collection_when_a_folder_is_not_mounted(kept: Kept, photos: Path) -> None:
+    kept.ok("index", photos, "-c", "shop")
+    for path in photos.rglob("*.*"):
+        path.unlink()
+    result = kept.invoke("index", photos, "-c", "shop", "--prune", "--yes")
+    assert result.exit_code == 1
+    assert "nothing was removed: no image was found, so it may not be mounted" in result.stderr
+    assert len(kept.store()._collections["shop"].items) == 3
+    assert f"there are no images in {photos}" in result.stderr
+
+
+def test_folders_become_metadata_and_a_list_has_its_own(kept: Kept, photos: Path) -> None:
+    kept.ok("index", photos, "-c", "shop", "--folders-as", "shelf/part", "--metadata", "part=x")
+    items = kept.store()._collections["shop"].items
+    found = {key: {name: item.metadata.get(name) for name in ("shelf", "part")} for key, item in items.items()}
+    assert found == {name: {"shelf": "deep" if "/" in name else None, "part": "x"} for name in items}
 
 
 def test_index_follows_the_collection(kept: Kept, photos: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from model.decode import (
     TooLarge,
     Unsupported,
     decode,
+    decode_stored,
     sniff,
 )
 
@@ -297,12 +298,94 @@ def test_png_text_bombs_are_refused_or_skipped_cheaply(kind: bytes, peak_memory_
         decode(data)
 
 
-def test_many_text_chunks_are_bounded() -> None:
+def test_many_text_chunks_cost_nothing(peak_memory_bytes) -> None:
     text = PngImagePlugin.PngInfo()
     for i in range(80):
         text.add_text(f"k{i}", "x" * 2**20, zip=True)
+    data = encode(RGB, "PNG", pnginfo=text)
+    np.testing.assert_array_equal(decode(data), np.asarray(RGB))
+    assert peak_memory_bytes(DECODE.format(data)) - peak_memory_bytes(DECODE.format(b"")) < 20 * 2**20
+
+
+def test_a_png_of_a_million_chunks_is_refused() -> None:
+    plain = CORPUS["png"]
+    with pytest.raises(TooLarge, match="more than 100000 chunks"):
+        decode(plain[:33] + png_chunk(b"tIME", b"") * 1_000_000 + plain[33:])
+
+
+# ---- metadata of any size, and damaged metadata
+
+NOISE = np.random.default_rng(0).bytes(1_500_000)
+
+
+def with_text(kind: str, keyword: str, text: str) -> bytes:
+    info = PngImagePlugin.PngInfo()
+    if kind.startswith("iTXt"):
+        info.add_itxt(keyword, text, zip=kind == "iTXt, packed")
+    else:
+        info.add_text(keyword, text, zip=kind == "zTXt")
+    return encode(RGB, "PNG", pnginfo=info)
+
+
+@pytest.mark.parametrize("kind", ["tEXt", "zTXt", "iTXt", "iTXt, packed"])
+@pytest.mark.parametrize("keyword", ["Comment", "XML:com.adobe.xmp", "Raw profile type exif"])
+def test_a_png_with_much_text_is_whole(kind: str, keyword: str) -> None:
+    data = with_text(kind, keyword, NOISE.hex())
+    for one in (data, data.replace(NOISE.hex()[:20].encode(), b"?" * 20)):  # a wrong checksum, if not packed
+        np.testing.assert_array_equal(decode(one), np.asarray(RGB))
+
+
+def test_text_that_turns_an_image_is_read() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    profile = f"\nexif\n{len(exif.tobytes()):8}\n{exif.tobytes().hex()}\n"
+    upright = np.asarray(RGB.transpose(Image.Transpose.ROTATE_270))
+    for kind in ("tEXt", "zTXt"):
+        np.testing.assert_array_equal(decode(with_text(kind, "Raw profile type exif", profile)), upright)
+    xmp = '<x tiff:Orientation="6"/>'
+    np.testing.assert_array_equal(decode(with_text("iTXt", "XML:com.adobe.xmp", xmp)), upright)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF"])
+def test_a_large_colour_profile_is_no_damage(kind: str) -> None:
+    if kind not in FORMATS:
+        pytest.skip(f"this Pillow reads no {kind}")
+    np.testing.assert_array_equal(decode(encode(RGB, kind, icc_profile=NOISE)), decode(encode(RGB, kind)))
+
+
+WHOLE_EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"
+TORN_EXIF = {
+    "cut": WHOLE_EXIF[:20],
+    "no header": b"Exif\0\0" + bytes(30),
+    "noise": WHOLE_EXIF[:14] + b"\xff" * 40,
+    "empty": b"Exif\0\0",
+    "offset": b"Exif\0\0II*\0\xf0\xff\xff\xff",
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns
+@pytest.mark.parametrize("name", TORN_EXIF)
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_torn_exif_costs_only_the_orientation(kind: str, name: str) -> None:
+    plain = decode(encode(RGB, kind))
+    data = encode(RGB, kind, exif=TORN_EXIF[name])
+    np.testing.assert_array_equal(decode(data), plain)
+    assert decode_stored(data, least_side=4).orientation == 1
+    assert decode(encode(RGB, kind, exif=WHOLE_EXIF)).shape == (plain.shape[1], plain.shape[0], 3)
+
+
+@pytest.mark.parametrize("kind", [b"eXIf", b"iCCP", b"tEXt", b"pHYs"])
+def test_a_damaged_optional_chunk_of_a_png_costs_only_itself(kind: bytes) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Comment", "hello")
+    data = encode(RGB, "PNG", exif=WHOLE_EXIF, icc_profile=b"abc", pnginfo=info, dpi=(72, 72))
+    place = data.index(kind)
+    torn = data[: place + 6] + bytes([data[place + 6] ^ 1]) + data[place + 7 :]
+    expected = np.asarray(RGB) if kind == b"eXIf" else decode(data)
+    np.testing.assert_array_equal(decode(torn), expected)
+    pixels = data.index(b"IDAT")
     with pytest.raises(Broken):
-        decode(encode(RGB, "PNG", pnginfo=text))
+        decode(data[: pixels + 8] + bytes([data[pixels + 8] ^ 1]) + data[pixels + 9 :])
 
 
 # ---- broken files

@@ -10,7 +10,6 @@ squashed to a square, so that a batch is one tensor. Its original width / height
 `training/data/augment.py`).
 """
 
-import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +25,8 @@ from torch import Tensor
 
 from model.decode import PILLOW_MAX_PIXELS, DecodeLimits, Pixels, decode_stored, upright
 from model.decode import decode as decode_image
+from model.folder import Listed, walk
 from model.preprocess import PreprocessSpec, output_size
-
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
 
 MAX_BYTES = 256 * 2**20
 """The maximum size of one encoded image in bytes. A larger file is not read into memory."""
@@ -54,9 +52,10 @@ class Skipped:
 class Source(Protocol):
     """A numbered collection of encoded images. All methods may be called from any thread.
 
-    The order of the images depends only on the data. If the data has a split into `train` and `val`, `parts` maps these
-    two names to the numbers of their images. Otherwise `parts` is empty. `skipped` lists the images that were found to
-    be unreadable when the source was opened. They have no number.
+    The order of the images depends only on the data. If the data is divided into a training part and a held-out part
+    (`model.folder.HELD_OUT` lists the names of the latter), `parts` maps `train` and `val` to the numbers of their
+    images. Otherwise `parts` is empty. `skipped` lists the images that were found to be unreadable when the source was
+    opened. They have no number. `ignored` counts the files that are not images, by kind.
     """
 
     @property
@@ -64,6 +63,9 @@ class Source(Protocol):
 
     @property
     def skipped(self) -> Sequence[Skipped]: ...
+
+    @property
+    def ignored(self) -> Mapping[str, int]: ...
 
     def __len__(self) -> int: ...
 
@@ -121,6 +123,11 @@ class Subset:
     def skipped(self) -> Sequence[Skipped]:
         """Return the skipped images of the source from which the images were selected."""
         return self._source.skipped
+
+    @property
+    def ignored(self) -> Mapping[str, int]:
+        """Return the counts of the source from which the images were selected."""
+        return self._source.ignored
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -238,46 +245,18 @@ def read_photo(photo: Path | Photo) -> Pixels:
 # Folders of files
 
 
-def _walk(folder: str, above: frozenset[tuple[int, int]], suffixes: tuple[str, ...]) -> Iterator[str]:
-    """Yield the path of each file with one of `suffixes`, at any depth below `folder`, sorted by path component.
-
-    `above` contains the device and inode numbers of all folders that contain `folder`. A link to one of them would be a
-    loop, so it is not followed.
-    """
-    status = os.stat(folder)
-    above |= {(status.st_dev, status.st_ino)}
-    with os.scandir(folder) as entries:
-        ordered = sorted(entries, key=lambda entry: entry.name)
-    for entry in ordered:
-        try:
-            if entry.is_dir():
-                target = entry.stat()
-                if (target.st_dev, target.st_ino) not in above:
-                    yield from _walk(entry.path, above, suffixes)
-            elif entry.name.lower().endswith(suffixes) and entry.is_file():
-                yield entry.path
-        except PermissionError as error:
-            raise ValueError(f"{entry.path} cannot be listed: {error.strerror}") from error
-        except OSError as error:
-            if not entry.is_symlink():  # skip a link to a missing file or to itself
-                raise ValueError(f"{entry.path} cannot be listed: {error.strerror}") from error
-
-
-def walk_files(folder: Path, suffixes: frozenset[str]) -> Iterator[str]:
-    """Yield the path of each file with one of `suffixes`, at any depth below `folder`.
-
-    The paths are sorted by path component. `suffixes` are in lower case and also match upper-case suffixes. Links are
-    followed, except links to a folder that contains the link.
+def walk_folder(folder: Path) -> Iterator[Listed]:
+    """Yield every file at any depth below `folder`, as `model.folder.walk` does.
 
     Raises:
         ValueError: the folder does not exist, or a folder in it cannot be listed.
-        OSError: the folder itself cannot be listed.
     """
     if not folder.is_dir():
         raise ValueError(f"data folder {folder} does not exist or is not a folder")
-    above = [parent.stat() for parent in folder.resolve().parents]
-    loops = frozenset((status.st_dev, status.st_ino) for status in above)
-    return _walk(str(folder), loops, tuple(sorted(suffixes)))
+    for listed in walk(folder):
+        if listed.is_folder and listed.problem is not None:  # a class that is silently missing would spoil a run
+            raise ValueError(f"{listed.path} cannot be listed: {listed.problem}")
+        yield listed
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -285,11 +264,10 @@ def find_images(folder: Path) -> list[Path]:
 
     Raises:
         ValueError: the folder does not exist, a folder in it cannot be listed, or there are no images.
-        OSError: the folder itself cannot be listed.
     """
-    images = [Path(path) for path in walk_files(folder, SUFFIXES)]
+    images = [Path(listed.path) for listed in walk_folder(folder) if listed.is_image]
     if not images:
-        raise ValueError(f"no images below {folder}: supported suffixes are {', '.join(sorted(SUFFIXES))}")
+        raise ValueError(f"no images below {folder}")
     return images
 
 

@@ -39,7 +39,8 @@ Plan = Callable[[int, int], Tensor]
 """A function of the number of images and the step that returns the numbers of this rank's images, int64 [b]."""
 
 MIN_TRIES = 100
-"""The number of images that are tried before the share of broken images is checked."""
+"""The number of images that are tried before the share of broken images is checked, or all images if there are fewer.
+"""
 
 CHUNK = 32
 """The number of images that a thread of `MemoryLoader` gets at a time."""
@@ -126,14 +127,23 @@ class MemoryLoader:
     The images are stored in memory as squares, which take 3 * side^2 bytes each.
 
     Raises:
-        ValueError: no image could be read.
+        ValueError: no image could be read, or more than the share `max_broken_share` of the images is broken.
         OSError: the images cannot be reached.
     """
 
     in_memory = True
     fetching_share = 0.0
 
-    def __init__(self, source: Source, side: int, plan: Plan, *, workers: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        source: Source,
+        side: int,
+        plan: Plan,
+        *,
+        workers: int,
+        device: torch.device,
+        max_broken_share: float = Reading.max_broken_share,
+    ) -> None:
         self._plan, self._device = plan, device
         self.waited_s = 0.0
         pixels, aspect = torch.empty(len(source), 3, side, side, dtype=torch.uint8), torch.empty(len(source))
@@ -158,6 +168,7 @@ class MemoryLoader:
         good = np.array([i for i, problem in enumerate(outcome) if problem is None], np.int64)
         if not len(good):
             raise ValueError(_none_readable(len(source), self.skipped))
+        _check_broken(self.skipped, len(source), len(source), max_broken_share)
         if self.skipped:
             _compact(pixels, aspect, good)
         self.source: Source = Subset(source, good) if self.skipped else source
@@ -186,6 +197,22 @@ class MemoryLoader:
 def _none_readable(n: int, skipped: Sequence[Skipped]) -> str:
     first = f"; the first: {skipped[0].name}: {skipped[0].reason}" if skipped else ""
     return f"none of {n} images could be read{first}"
+
+
+def _check_broken(skipped: Sequence[Skipped], n_tried: int, n: int, max_broken_share: float) -> None:
+    """Check the share of broken images among the `n_tried` images that have been tried so far, of `n` images.
+
+    Raises:
+        ValueError: the share is larger than `max_broken_share`, and enough images have been tried.
+    """
+    if n_tried >= min(MIN_TRIES, n) and len(skipped) > max_broken_share * n_tried:
+        if len(skipped) == n:
+            raise ValueError(_none_readable(n, skipped))
+        first = skipped[0]
+        raise ValueError(
+            f"{len(skipped)} of the {n_tried} images tried so far cannot be read, more than "
+            f"max_broken_share={max_broken_share:g}; the first: {first.name}: {first.reason}"
+        )
 
 
 def _compact(pixels: Tensor, aspect: Tensor, good: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
@@ -223,7 +250,7 @@ class StreamLoader:
         ahead_steps: maximum number of steps that are decoded ahead.
         ahead_bytes: maximum total size of the squares that are decoded ahead, bytes.
         max_broken_share: the run stops if more than this share of the images tried so far is broken. The check begins
-            when 100 images have been tried.
+            when 100 images, or all images, have been tried.
         device: the device of the batches.
     """
 
@@ -346,13 +373,7 @@ class StreamLoader:
             if square is None and self._found[index] != BROKEN:  # two threads may try the same image at the same time
                 self.skipped.append(Skipped(self.source.name(index), reason))
             self._found[index] = BROKEN if square is None else GOOD
-            n_broken, n_tried = len(self.skipped), self._n_tried
-        if n_tried >= MIN_TRIES and n_broken > self._max_broken_share * n_tried:
-            first = self.skipped[0]
-            raise ValueError(
-                f"{n_broken} of the {n_tried} images tried so far cannot be read, more than "
-                f"max_broken_share={self._max_broken_share:g}; the first: {first.name}: {first.reason}"
-            )
+            _check_broken(self.skipped, self._n_tried, len(self.source), self._max_broken_share)
         return square
 
     def close(self) -> None:
@@ -395,7 +416,8 @@ def open_loader(
         device: the device of the batches; None: the CPU.
 
     Raises:
-        ValueError: there are no images, no image could be read, or a setting is out of range.
+        ValueError: there are no images, no image could be read, too many images are broken, or a setting is out of
+            range.
         OSError: the images cannot be reached.
     """
     if not len(source):
@@ -409,7 +431,8 @@ def open_loader(
         )
     device = device or torch.device("cpu")
     if len(source) * 3 * side**2 <= cache_bytes:
-        return MemoryLoader(source, side, plan, workers=workers, device=device)
+        share = reading.max_broken_share
+        return MemoryLoader(source, side, plan, workers=workers, device=device, max_broken_share=share)
     return StreamLoader(
         source,
         side,

@@ -1,15 +1,18 @@
 """The images of one run: training images, held-out images for evaluation, and a list of the unreadable images."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from model.cpus import available_cpus
+from model.decode import Pixels
 from model.files import write_text
+from model.folder import Account
 from training.data.dataset import Photo, Skipped, Source, split_source
 from training.data.loader import Loader, Reading, open_loader, shuffled
 from training.data.sources import open_source, source_digest
@@ -40,21 +43,37 @@ class ImageSettings:
     reading: Reading
 
 
+@dataclass(frozen=True)
+class HeldOut(Photo):
+    """A held-out image. If it cannot be read, its name and the reason are added to `broken`."""
+
+    broken: dict[str, str] = field(compare=False, repr=False)
+
+    def read(self) -> Pixels:
+        try:
+            return super().read()
+        except ValueError as error:
+            self.broken[self.name] = str(error)
+            raise
+
+
 @dataclass
 class Data:
     """The images of a run.
 
     `loader` loads the training images. k-NN classifies the images in `held_out` by their neighbours in `train_sample`,
     a sample of the training images. `digest` is a sha256 that identifies the training images, and `source` is the path
-    or URL of the data.
+    or URL of the data. `held_out_broken` maps the names of unreadable held-out images to the reasons.
     """
 
     loader: Loader
     train_sample: list[Photo]
-    held_out: list[Photo]
+    held_out: Sequence[Photo]
     digest: str
     source: str
+    held_out_broken: dict[str, str] = field(default_factory=dict)
     _n_listed: int = 0  # number of the loader's unreadable images that `unlisted` has already returned
+    _n_held_out_listed: int = 0  # the same for held-out images
 
     @property
     def has_classes(self) -> bool:
@@ -80,7 +99,9 @@ class Data:
         """Return the unreadable images that were found since this method was last called."""
         skipped = self.loader.skipped[self._n_listed :]
         self._n_listed += len(skipped)
-        return skipped
+        held_out = [Skipped(*item) for item in self.held_out_broken.items()][self._n_held_out_listed :]
+        self._n_held_out_listed += len(held_out)
+        return [*skipped, *held_out]
 
 
 def check_apart(data: str, out: Path) -> None:
@@ -102,11 +123,12 @@ def check_apart(data: str, out: Path) -> None:
 def open_data(settings: ImageSettings, world: World, console: Console) -> Iterator[Data]:
     """Open the images of a run for the duration of a `with` block.
 
-    Unreadable images are listed in `skipped.txt` in the run's folder, and their number is printed on the console.
+    Unreadable images are listed in `skipped.txt` in the run's folder, and their number is printed on the console. At
+    the end, one line that accounts for every file is printed.
 
     Raises:
-        ValueError: there are no images, no image is readable, there are fewer images than one batch contains, or a
-            batch cannot be split evenly over ranks and micro-batches.
+        ValueError: there are no images, too many images are unreadable, there are fewer images than one batch contains,
+            or a batch cannot be split evenly over ranks and micro-batches.
         OSError: the images cannot be reached.
     """
     out, batch_size = settings.out, settings.batch_size
@@ -134,7 +156,9 @@ def open_data(settings: ImageSettings, world: World, console: Console) -> Iterat
         if len(loader) < batch_size:
             raise ValueError(f"batch_size={batch_size} is more than the {len(loader)} readable images")
         digest = from_main(world, source_digest(loader.source, contents=loader.in_memory) if world.is_main else "")
-        data = Data(loader, sample(loader.source, KNN_PHOTOS), sample(held_out, ASKED_PHOTOS), digest, settings.data)
+        broken: dict[str, str] = {}
+        asked = [HeldOut(photo.source, photo.index, broken) for photo in sample(held_out, ASKED_PHOTOS)]
+        data = Data(loader, sample(loader.source, KNN_PHOTOS), asked, digest, settings.data, broken)
         if world.is_main:
             list_skipped([*source.skipped, *data.unlisted()], out, console)
         try:
@@ -142,6 +166,32 @@ def open_data(settings: ImageSettings, world: World, console: Console) -> Iterat
         finally:  # also if too many broken images have ended the run
             if world.is_main:
                 list_skipped(data.unlisted(), out, console)
+                n_asked = len(asked) if data.has_classes else 0
+                account = account_of(source, len(train), len(held_out), n_asked, out)
+                console.print(str(account), markup=False, highlight=False, soft_wrap=True)
+
+
+def account_of(source: Source, n_train: int, n_held_out: int, n_asked: int, out: Path) -> Account:
+    """Return the account of every file of a run.
+
+    Args:
+        source: the source of all images.
+        n_train: number of images to train on.
+        n_held_out: number of held-out images.
+        n_asked: number of held-out images that k-NN classifies. The others are not read.
+        out: the run's folder, which may contain `skipped.txt`.
+    """
+    account = Account(ignored=Counter(source.ignored))
+    listing = out / "skipped.txt"
+    for line in listing.read_text().splitlines() if listing.exists() else ():
+        account.fail(*line.partition(": ")[::2])
+    account.used = n_train + n_asked - (account.failed - len({item.name for item in source.skipped}))
+    others = {
+        "held out but not read": n_held_out - n_asked,
+        "outside the training and held-out parts": len(source) - n_train - n_held_out,
+    }
+    account.ignored.update({kind: n for kind, n in others.items() if n})
+    return account
 
 
 def share_of_a_batch(batch_size: int, n_ranks: int, micro_batches: Mapping[str, int | None]) -> int:

@@ -8,7 +8,9 @@ a buffer.
 
 In WebDataset (https://github.com/webdataset/webdataset), members with the same path up to the first dot of the file
 name form one sample. Here each image of a sample is a separate image of the source. Its label is the content of the
-sample's `.cls` member. If the sample has no such member, the label is the name of the folder that contains the image.
+sample's `.cls` member. File names that contain dots, such as `img.0001.jpg` and `img.0001.cls`, would all belong to the
+sample `img`, so an image prefers the member with the longest name in common. If there is no `.cls` member, the label is
+the name of the folder that contains the image.
 
 If a shard is truncated, its complete images are used, and `skipped` says that it is truncated.
 """
@@ -20,9 +22,11 @@ import io
 import json
 import lzma
 import os
+import re
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +35,9 @@ from typing import IO, Any, cast
 import numpy as np
 
 from model.files import replacing
+from model.folder import HEAD_BYTES, HELD_OUT, HIDDEN, TRAIN, ignored_as, printable, sample_names, split_names
 from training.data.blobs import Blob, LocalBlob, MemoryBlob
-from training.data.dataset import MAX_BYTES, SUFFIXES, Indices, Skipped
+from training.data.dataset import MAX_BYTES, Indices, Skipped
 
 COMPRESSED = {".gz": "gunzip", ".tgz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd"}
 """The suffixes of compressed tars, and the commands that unpack them."""
@@ -48,7 +53,8 @@ MAX_HEADER = 2**20
 """The maximum number of bytes of one read by tarfile. A damaged header may give any length for a long name."""
 
 MAX_LABEL = 256
-INDEX_VERSION = 1
+LABEL = ".cls"
+INDEX_VERSION = 2
 BLOCK = 512
 
 
@@ -109,7 +115,7 @@ class ShardIndex:
     """The index of the n images of one shard: their names, the positions of their bytes, and their labels.
 
     A label is a number in `classes`, or -1 for an image without a label. `skipped` lists the members that cannot be
-    used.
+    used, and `ignored` counts the members that are not images, by kind.
     """
 
     names: Names
@@ -118,11 +124,7 @@ class ShardIndex:
     labels: Indices  # [n] numbers in `classes`, or -1
     classes: list[str]
     skipped: list[Skipped]
-
-
-def printable(name: str) -> str:
-    """Return a name in which undecodable bytes are escaped, so that it can be logged and stored."""
-    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    ignored: dict[str, int]
 
 
 def common_folder(names: Sequence[str]) -> int:
@@ -130,12 +132,6 @@ def common_folder(names: Sequence[str]) -> int:
     first, last = min(names, default=""), max(names, default="")
     differ = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return first.rfind("/", 0, differ) + 1
-
-
-def _key(name: str) -> str:
-    """Return a member's path up to the first dot in its file name: the key of its WebDataset sample."""
-    folder, slash, file = name.rpartition("/")
-    return folder + slash + file.partition(".")[0]
 
 
 def _members(reader: _Reader, size: int, problems: list[str]) -> Iterator[tarfile.TarInfo]:
@@ -176,14 +172,19 @@ def index_shard(blob: Blob, shard: str) -> ShardIndex:
     """
     reader = _Reader(blob, READ_AHEAD_LOCAL if isinstance(blob, LocalBlob | MemoryBlob) else READ_AHEAD_REMOTE)
     images: list[tuple[str, int, int]] = []
-    by_key: dict[str, str] = {}
+    labels_by_name: dict[str, str] = {}
     problems: list[str] = []
     skipped: list[Skipped] = []
+    ignored: Counter[str] = Counter()
     for member in _members(reader, blob.size, problems):
         name = printable(member.name.removeprefix("./").lstrip("/"))
-        is_image = os.path.splitext(name)[1].lower() in SUFFIXES
+        if member.isdir():
+            continue
+        kind = _ignored_as(reader, member, name)
+        if kind is not None:
+            ignored[kind] += 1
         cut = member.offset_data + member.size > blob.size
-        if member.isdir() or not (is_image or name.endswith(".cls")):
+        if kind not in (None, LABEL):
             continue
         if not member.isreg() or member.issparse():
             skipped.append(
@@ -191,13 +192,14 @@ def index_shard(blob: Blob, shard: str) -> ShardIndex:
             )
         elif cut:
             skipped.append(Skipped(f"{shard}/{name}", f"truncated: the shard ends inside it, at byte {blob.size}"))
-        elif is_image:
+        elif kind is None:
             images.append((name, member.offset_data, member.size))
         elif member.size <= MAX_LABEL:
             reader.seek(member.offset_data)
-            by_key[_key(name)] = reader.read(member.size).decode(errors="replace").strip()
+            label = reader.read(member.size).decode(errors="replace").strip()
+            labels_by_name[name[: -len(LABEL)]] = label
     skipped += [Skipped(shard, problem) for problem in problems]
-    labels = [by_key.get(_key(name)) or _folder_of(name) for name, _, _ in images]
+    labels = [_label_of(name, labels_by_name) for name, _, _ in images]
     classes = sorted({label for label in labels if label})
     numbers = {label: number for number, label in enumerate(classes)}
     return ShardIndex(
@@ -207,7 +209,29 @@ def index_shard(blob: Blob, shard: str) -> ShardIndex:
         np.array([numbers.get(label, -1) for label in labels], np.int64),
         classes,
         skipped,
+        dict(ignored),
     )
+
+
+def _ignored_as(reader: _Reader, member: tarfile.TarInfo, name: str) -> str | None:
+    """Return the kind under which a member is ignored, or None if it is an image (see `model.folder.ignored_as`)."""
+
+    def head() -> bytes:
+        reader.seek(member.offset_data)
+        return reader.read(min(member.size, HEAD_BYTES)) if member.isreg() else b""
+
+    if any(part.startswith(".") for part in name.split("/")):
+        return HIDDEN
+    return ignored_as(name.rpartition("/")[2], head)
+
+
+def _label_of(name: str, labels_by_name: Mapping[str, str]) -> str:
+    """Return the label of an image: the content of its `.cls` member, or else the name of the folder that contains it.
+
+    The name of the `.cls` member, without its suffix, is the longest of `sample_names(name)` that exists.
+    """
+    labels = (labels_by_name.get(other) for other in sample_names(name))
+    return next((label for label in labels if label), None) or _folder_of(name)
 
 
 # The index on disk
@@ -236,13 +260,19 @@ def _saved(path: Path, identity: list[object]) -> ShardIndex | None:
                 return None
             names = Names(bytes(file["names"]), file["ends"])
             skipped = [Skipped(*item) for item in facts["skipped"]]
-            return ShardIndex(names, file["offsets"], file["sizes"], file["labels"], facts["classes"], skipped)
+            columns = (file["offsets"], file["sizes"], file["labels"])
+            return ShardIndex(names, *columns, facts["classes"], skipped, facts["ignored"])
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
 
 
 def _save(path: Path, identity: list[object], index: ShardIndex) -> None:
-    facts = {"identity": identity, "classes": index.classes, "skipped": [[s.name, s.reason] for s in index.skipped]}
+    facts = {
+        "identity": identity,
+        "classes": index.classes,
+        "skipped": [[s.name, s.reason] for s in index.skipped],
+        "ignored": index.ignored,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {
         "facts": np.frombuffer(json.dumps(facts).encode(), np.uint8),
@@ -312,38 +342,48 @@ def unpacked(blob: Blob) -> MemoryBlob:
 
 
 def _word(shard: str) -> str | None:
-    """Return `train` or `val` if exactly one of them is a word in a shard's path. Otherwise return None.
+    """Return the only word in a shard's path that names a part of a data set, such as `train` or `val`.
 
-    Words are separated by slashes, dashes, underscores and dots. The word `validation` counts as `val`.
+    Words are separated by slashes, dashes, underscores and dots, and may have any case. `test` counts only if there is
+    no other such word, because it is also a common name of folders. Return None if there is no such word, or more than
+    one.
     """
-    words = shard.lower().replace("/", "-").replace("_", "-").replace(".", "-").split("-")
-    parts = {"train" if word == "train" else "val" for word in words if word in ("train", "val", "validation")}
-    return parts.pop() if len(parts) == 1 else None
+    words = set(re.split(r"[-/_.]", shard.lower())) & {TRAIN, *HELD_OUT}
+    if len(words) > 1:
+        words.discard("test")
+    return words.pop() if len(words) == 1 else None
 
 
 class TarSource:
     """A source of the images in tar shards, in the order of the shards and of their members.
 
-    The name of an image is `shard/member`. If the paths of some shards contain the word `train` and those of others the
-    word `val`, these words divide the images into train and val (`parts`). Otherwise folders named `train` and `val`
-    inside the shards do so. They must directly follow the folders that the paths of all images have in common.
+    The name of an image is `shard/member`. If the paths of some shards contain the word `train` and those of others a
+    word for held-out data, such as `val` (`model.folder.HELD_OUT`), these words divide the images into train and val
+    (`parts`). Otherwise folders with such names inside the shards do so. They must directly follow the folders that the
+    paths of all images have in common.
     """
 
-    def __init__(self, shards: Sequence[tuple[str, Blob, ShardIndex]]) -> None:
+    def __init__(
+        self, shards: Sequence[tuple[str, Blob, ShardIndex]], ignored: Mapping[str, int] | None = None
+    ) -> None:
         self._shards = list(shards)
         self._ends = np.cumsum([len(index.names) for _, _, index in shards], dtype=np.int64)
         self.skipped: Sequence[Skipped] = [s for _, _, index in shards for s in index.skipped]
+        self.ignored = sum((Counter(index.ignored) for _, _, index in shards), Counter(ignored))
         self.parts: Mapping[str, Indices] = self._parts()
 
     def _parts(self) -> dict[str, Indices]:
         words = [_word(shard) for shard, _, _ in self._shards]
-        if {"train", "val"} <= set(words):
+        if (two := split_names(word for word in words if word is not None)) is not None:
             of_item = np.repeat([str(word) for word in words], [len(index.names) for _, _, index in self._shards])
         else:
             names = [name for _, _, index in self._shards for name in (index.names[i] for i in range(len(index.names)))]
             start = common_folder(names)
             of_item = np.array([name[start:].partition("/")[0] for name in names])
-        parts = {part: np.flatnonzero(of_item == part) for part in ("train", "val")}
+            two = split_names(set(of_item.tolist()))
+        if two is None:
+            return {}
+        parts = {part: np.flatnonzero(of_item == name) for part, name in zip(("train", "val"), two, strict=True)}
         return parts if all(len(part) for part in parts.values()) else {}
 
     def _find(self, index: int) -> tuple[str, Blob, ShardIndex, int]:

@@ -9,6 +9,7 @@ import glob
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,17 +18,14 @@ from typing import Any
 import httpx
 import numpy as np
 
+from model.folder import HIDDEN, HIDDEN_FOLDERS, LOOPS, printable, split_folders, split_names
 from training.data.blobs import HTTP_TIMEOUT_S, file_system, open_blob
-from training.data.dataset import SUFFIXES, Indices, Skipped, Source, read_file, walk_files
-from training.data.shards import COMPRESSED, TarSource, common_folder, is_compressed, load_index, printable, unpacked
+from training.data.dataset import Indices, Skipped, Source, read_file, walk_folder
+from training.data.shards import COMPRESSED, TarSource, common_folder, is_compressed, load_index, unpacked
 
 MAX_BRACES = 1_000_000
 INDEXING_THREADS = 8
 """The number of shards that are indexed at the same time, each by a thread. The threads mostly wait for servers."""
-
-HF_HELD_OUT = ("validation", "val", "valid", "test")
-"""The possible names of the held-out part of a Hugging Face dataset. The first name that the dataset has is used. Some
-datasets have only `test`."""
 
 
 # Folders
@@ -36,29 +34,38 @@ datasets have only `test`."""
 class FolderSource:
     """A source of the images in a folder and its subfolders at any depth, sorted by path.
 
-    The label of an image is the name of the folder that directly contains it. If the folder has the subfolders `train`
-    and `val`, `parts` contains the numbers of the images in each of them. Images outside both subfolders are in neither
-    part.
+    `model/folder.py` decides which files are images. The label of an image is the name of the folder that directly
+    contains it. If the folder has a subfolder `train` and one for held-out images, such as `val` or `test`, `parts`
+    maps `train` and `val` to the numbers of the images in these two. Images outside both are in neither part.
 
     Raises:
         ValueError: the folder does not exist, a subfolder cannot be listed, or there are no images in the folder or in
-            one of `train` and `val`.
+            one of its two parts.
     """
-
-    skipped: Sequence[Skipped] = ()
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         start = len(os.path.join(folder, ""))
-        self._paths = [path[start:] for path in walk_files(folder, SUFFIXES)]
+        self._paths: list[str] = []
+        self.skipped: list[Skipped] = []
+        self.ignored: Counter[str] = Counter()
+        for listed in walk_folder(folder):
+            if listed.ignored is not None:
+                self.ignored[listed.ignored] += 1
+            elif listed.problem is not None:
+                self.skipped.append(Skipped(printable(Path(listed.path[start:]).as_posix()), listed.problem))
+            else:
+                self._paths.append(listed.path[start:])
+        if not self._paths:
+            raise ValueError(f"no images below {folder}")
         self.parts: Mapping[str, Indices] = {}
-        if all((folder / part).is_dir() for part in ("train", "val")):
+        if (folders := split_folders(folder)) is not None:
             tops = np.array([path.partition(os.sep)[0] for path in self._paths])
-            self.parts = {part: np.flatnonzero(tops == part) for part in ("train", "val")}
-        for subfolder, n in ({"": len(self._paths)} | {part: len(items) for part, items in self.parts.items()}).items():
-            if not n:
-                suffixes = ", ".join(sorted(SUFFIXES))
-                raise ValueError(f"no images below {folder / subfolder}: supported suffixes are {suffixes}")
+            named = zip(("train", "val"), folders, strict=True)
+            self.parts = {part: np.flatnonzero(tops == subfolder.name) for part, subfolder in named}
+            for items, subfolder in zip(self.parts.values(), folders, strict=True):
+                if not len(items):
+                    raise ValueError(f"no images below {subfolder}, although {folders[0]} and {folders[1]} exist")
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -103,8 +110,9 @@ class HuggingFaceSource:
     dataset has one. The rows stay on disk (memory-mapped Arrow). The name of an image is its split (`data` if there are
     no splits) and its row number, such as `train/12`.
 
-    For a DatasetDict, `parts` maps `train` to the images of the split `train`, and `val` to those of the first existing
-    split among validation, val, valid and test. If there is no such pair of splits, `parts` is empty.
+    For a DatasetDict, `parts` maps `train` to the images of the split `train`, and `val` to those of its held-out
+    split, such as `validation` or `test` (`model.folder.HELD_OUT`). If there is no such pair of splits, `parts` is
+    empty.
 
     Raises:
         ValueError: the library `datasets` is missing, the folder is damaged, or the dataset does not have exactly one
@@ -112,6 +120,7 @@ class HuggingFaceSource:
     """
 
     skipped: Sequence[Skipped] = ()
+    ignored: Mapping[str, int] = {}
 
     def __init__(self, path: Path) -> None:
         try:
@@ -123,7 +132,6 @@ class HuggingFaceSource:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"the Hugging Face dataset in {path} cannot be opened: {error}") from error
         named = {"data": loaded} if isinstance(loaded, Dataset) else dict(loaded)
-        held_out = next((name for name in HF_HELD_OUT if name in named), None)
         self._rows: list[tuple[str, Any, str, str | None, list[str]]] = []  # part, dataset, columns, classes
         ends, parts = [0], {}
         for part, rows in named.items():
@@ -137,8 +145,8 @@ class HuggingFaceSource:
         self._ends = np.array(ends[1:])
         self._labels = [rows.select_columns([label]) if label else None for _, rows, _, label, _ in self._rows]
         self._sizes: dict[int, Any] = {}
-        two = "train" in parts and held_out is not None
-        self.parts: Mapping[str, Indices] = {"train": parts["train"], "val": parts[str(held_out)]} if two else {}
+        two = split_names(parts)
+        self.parts: Mapping[str, Indices] = {"train": parts[two[0]], "val": parts[two[1]]} if two is not None else {}
 
     def _find(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
@@ -226,7 +234,10 @@ def _is_tar(name: str) -> bool:
     return stem.endswith((".tar", ".tgz")) or any(stem.endswith(".tar" + suffix) for suffix in COMPRESSED)
 
 
-def _open_shards(urls: Sequence[str], names: Sequence[str], index_dir: Path, spec: str) -> TarSource:
+def _open_shards(
+    urls: Sequence[str], names: Sequence[str], index_dir: Path, spec: str, others: Mapping[str, int] | None = None
+) -> TarSource:
+    """Open tar shards as a source. `others` counts the files next to them, by kind."""
     client = httpx.Client(follow_redirects=True, timeout=HTTP_TIMEOUT_S)
 
     def index(url: str, name: str) -> tuple[str, Any, Any]:
@@ -236,10 +247,10 @@ def _open_shards(urls: Sequence[str], names: Sequence[str], index_dir: Path, spe
         return name, blob, load_index(blob, name, index_dir)
 
     with ThreadPoolExecutor(INDEXING_THREADS) as pool:
-        source = TarSource(list(pool.map(index, urls, names)))
+        source = TarSource(list(pool.map(index, urls, names)), others)
     if not len(source):
         problems = "".join(f"; {item.name}: {item.reason}" for item in source.skipped[:1])
-        raise ValueError(f"no images in {spec}: members must end in one of {', '.join(sorted(SUFFIXES))}{problems}")
+        raise ValueError(f"no images in {spec}{problems or _listed_kinds(source.ignored)}")
     return source
 
 
@@ -268,9 +279,26 @@ def _remote_shards(url: str) -> list[str]:
     return [str(system.unstrip_protocol(name)) for name in sorted(matches) if _is_tar(name)]
 
 
+def _listed_kinds(ignored: Mapping[str, int]) -> str:
+    """Return the end of an error message that lists the files that are not images."""
+    kinds = ", ".join(f"{n} {printable(kind)}" for kind, n in Counter(ignored).most_common(5))
+    return f"; it contains other files ({kinds})" if kinds else "; it is empty"
+
+
+def _other_files(folder: Path) -> Counter[str]:
+    """Count the files in a folder that are neither images nor tar shards, by kind."""
+    ignored = (listed for listed in walk_folder(folder) if listed.ignored is not None)
+    return Counter(
+        str(listed.ignored)
+        for listed in ignored
+        if listed.ignored in (HIDDEN, HIDDEN_FOLDERS, LOOPS) or not _is_tar(listed.name)
+    )
+
+
 def _local_shards(path: Path) -> list[str]:
     if path.is_dir():
-        return [name for name in walk_files(path, frozenset({".tar", ".tgz", *COMPRESSED})) if _is_tar(name)]
+        visible = (listed for listed in walk_folder(path) if listed.ignored not in (HIDDEN, HIDDEN_FOLDERS, LOOPS))
+        return [listed.path for listed in visible if _is_tar(listed.name)]
     return sorted(glob.glob(str(path))) if "*" in path.name and not path.exists() else [str(path)]
 
 
@@ -298,25 +326,27 @@ def open_source(spec: str | Path, index_dir: Path) -> Source:
     path = Path(text)
     if (path / "dataset_dict.json").is_file() or all((path / f).is_file() for f in ("dataset_info.json", "state.json")):
         return HuggingFaceSource(path)
-    if path.is_dir() and next(walk_files(path, SUFFIXES), None) is not None:
+    if path.is_dir() and any(listed.is_image for listed in walk_folder(path)):
         return FolderSource(path)
     shards = [
         shard for part in ([text] if path.exists() else expand_braces(text)) for shard in _local_shards(Path(part))
     ]
+    others = _other_files(path) if path.is_dir() else Counter()
     if path.is_dir() and not shards:
         raise ValueError(
-            f"nothing to train on in {path}: it has no images ({', '.join(sorted(SUFFIXES))}) at any depth, no tar "
-            "shards (.tar), and no Hugging Face dataset of save_to_disk (dataset_info.json or dataset_dict.json)"
+            f"nothing to train on in {path}: it has no images at any depth, no tar shards (.tar), and no Hugging Face "
+            f"dataset of save_to_disk (dataset_info.json or dataset_dict.json){_listed_kinds(others)}"
         )
     missing = [shard for shard in shards if not Path(shard).is_file()]
     if missing or not shards:
         raise ValueError(f"{missing[0] if missing else text} does not exist; data must be a folder, a .tar or a URL")
     wrong = [shard for shard in shards if not _is_tar(shard)]
     if wrong:
+        advice = "unpack it first; " if wrong[0].lower().endswith((".zip", ".7z", ".rar")) else ""
         raise ValueError(
-            f"{wrong[0]} is not a tar; data must be a folder of images, .tar shards, or a Hugging Face dataset"
+            f"{wrong[0]} is not a tar; {advice}data must be a folder of images, .tar shards, or a Hugging Face dataset"
         )
-    return _open_shards(shards, _relative_names([Path(shard).as_posix() for shard in shards]), index_dir, text)
+    return _open_shards(shards, _relative_names([Path(shard).as_posix() for shard in shards]), index_dir, text, others)
 
 
 def source_digest(source: Source, *, contents: bool) -> str:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.folder import split_folder
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 from training.data.dataset import Skipped, find_images
@@ -53,12 +54,12 @@ def find_pairs(folder: Path, split: str, kind: str, suffixes: Sequence[str]) -> 
     """Return the images below `folder/images/split`, sorted, each with its map (a mask or a depth map).
 
     The map of an image has the same relative path below `folder/kind/split`, except that its suffix is one of
-    `suffixes`.
+    `suffixes`. `split` is `train` or `val`; the folder for `val` may have any name in `model.folder.HELD_OUT`.
 
     Raises:
         ValueError: the folders do not exist, there are no images, or an image has no map.
     """
-    images, targets = folder / "images" / split, folder / kind / split
+    images, targets = split_folder(folder / "images", split), split_folder(folder / kind, split)
     pairs, missing = [], []
     for image in find_images(images):
         stem = image.relative_to(images).with_suffix("")

@@ -87,11 +87,13 @@ def test_few_photos_let_nothing_pass(n_val: int, n_train: int) -> None:
     assert knn_gate(*[tokens(0, 0, n_val=200, n_train=500)] * 2).status == "passed"
 
 
-def test_labelled_folders(tmp_path: Path) -> None:
+@pytest.mark.parametrize("held_out", ["val", "Validation", "test"])
+def test_labelled_folders(tmp_path: Path, held_out: str) -> None:
     assert find_labelled(tmp_path, lambda path: None) is None
-    for name in ("train/pear/1.jpg", "train/apple/x/2.jpg", "val/pear/3.jpg"):
-        (tmp_path / name).parent.mkdir(parents=True)
+    for name in ("train/pear/1.jpg", "train/apple/x/2.jpg", f"{held_out}/pear/3.jpg", "train/.x/4.jpg", "train/5.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
+    (tmp_path / "train" / "pear" / "notes.txt").touch()
     found = find_labelled(tmp_path, lambda path: None)
     assert found is not None
     assert [(path.name, label) for path, label in found.train] == [("2.jpg", "apple"), ("1.jpg", "pear")]

@@ -14,6 +14,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from model.folder import Account
 from service.errors import ImageTooLarge
 from service.ingest.archives import MAX_SIDECAR_BYTES
 from service.ingest.folders import Content, Entry, File, Photo, Problem, Remote, find_place
@@ -324,7 +325,7 @@ def test_lists(tmp_path: Path) -> None:
         {"image": "photos/a b.jpg", "id": "one", "brand": "x", "n": 0, "metadata": {"n": 1}},  # the inner one wins
         {"url": "memory://lists/none.jpg"},
         {"brand": "x"},
-        {"image": "photos/a b.jpg", "id": 7},
+        {"image": "photos/a b.jpg", "id": 7.5},
         [1],
     ]
     text = "\n".join(json.dumps(line) for line in lines)
@@ -334,12 +335,62 @@ def test_lists(tmp_path: Path) -> None:
     where = f"{tmp_path / 'list.jsonl'}:"
     assert {source.removeprefix(where): reason for source, reason in problems.items()} == {
         "memory:///lists/none.jpg": "/lists/none.jpg: no such file or folder",
-        "3": "the line has no address of an image: add one of image, uri, url, path, source",
-        "4": "the id is not a string",
+        "3": problems[f"{where}3"],
+        "4": "the id 7.5 is not a string or an integer",
         "5": "the line: not a JSON object",
         "6": problems[f"{where}6"],
     }
     assert "not JSON" in problems[f"{where}6"]
+    assert problems[f"{where}3"].startswith("the line has no address of an image: add one of image, uri, url, path")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_lists_as_other_programs_write_them(tmp_path: Path, encoding: str, ending: str) -> None:
+    for name in ("ä.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(name.encode())
+    texts = {
+        "list.txt": ["ä.jpg", "b.jpg"],
+        "metadata.jsonl": ['{"file_name": "ä.jpg", "id": 7, "source": "flickr"}', '{"file_name": "b.jpg"}'],
+        "list.csv": ["id,file_name,brand", '7,ä.jpg,"Arla, Sweden"', ",b.jpg,"],
+        "excel.csv": ["id;file_name;brand", '7;ä.jpg;"Arla, Sweden"', ";b.jpg;"],
+        "list.tsv": ["file_name\tid\tbrand", "ä.jpg\t7\tArla, Sweden", "b.jpg"],
+    }
+    for name, lines in texts.items():
+        (tmp_path / name).write_bytes((ending.join(lines) + ending).encode(encoding))
+    read = {name: taken(tmp_path / name) for name in texts}
+    assert not [problems for _, problems in read.values() if problems]
+    contents = {name: found for name, (found, _) in read.items()}
+    a, b = "ä.jpg".encode(), b"b.jpg"
+    assert contents["list.txt"] == {"ä.jpg": (a, {}), "b.jpg": (b, {})}
+    assert contents["metadata.jsonl"] == {"7": (a, {"source": "flickr"}), "b.jpg": (b, {})}
+    for name in ("list.csv", "excel.csv", "list.tsv"):
+        assert contents[name] == {"7": (a, {"brand": "Arla, Sweden"}), "b.jpg": (b, {})}, name
+    assert taken(tmp_path / "list.csv", image_column="brand")[1].keys() == {"Arla, Sweden", f"{tmp_path}/list.csv:3"}
+
+
+def test_a_table_without_a_column_of_images_and_lines_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a.jpg,1\nb.jpg,2\n")
+    assert "no image column among a.jpg, 1; its first row" in taken(tmp_path / "a.csv")[1][str(tmp_path / "a.csv")]
+    (tmp_path / "empty.csv").write_bytes(b"")
+    assert "among no columns" in taken(tmp_path / "empty.csv")[1][str(tmp_path / "empty.csv")]
+    (tmp_path / "a.txt").write_bytes(b"\xff.jpg\nb.jpg\n")
+    (tmp_path / "b.jpg").write_bytes(b"B")
+    assert taken(tmp_path / "a.txt") == ({"b.jpg": (b"B", {})}, {f"{tmp_path}/a.txt:1": "the line is not UTF-8"})
+    (tmp_path / "cut.txt").write_bytes(b"\xff\xfea\0b")
+    assert taken(tmp_path / "cut.txt")[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("x.zip", "unpack it"), ("x.json", r"must be a \.jsonl file"), ("x.xlsx", r"\.csv"), ("x.pdf", "not an image")],
+)
+def test_kinds_of_sources_that_are_not_read_are_named_at_once(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / name).write_bytes(b"[]")
+    with pytest.raises(ValueError, match=rf"a \.{name[2:]} file cannot be indexed; .*{said}.*A source is a folder"):
+        find_photos([str(tmp_path / name)])
+    (tmp_path / name).write_bytes(photo())  # the content decides
+    assert list(taken(tmp_path / name)[0]) == [name]
 
 
 class Listed:
@@ -360,8 +411,10 @@ class Listed:
 
 
 def test_a_listing_of_an_object_store() -> None:
-    (entry,) = Remote(Listed()).listing("bucket/shelf")  # type: ignore[arg-type]
+    hidden, entry = Remote(Listed()).listing("bucket/shelf")  # type: ignore[arg-type]
     assert isinstance(entry, Entry)
+    assert isinstance(hidden, Entry)
+    assert (entry.ignored, hidden.ignored) == (None, "hidden")
     assert (entry.path, entry.name, entry.is_folder) == ("bucket/shelf/a.jpg", "a.jpg", False)
     assert entry.stamp == {"bytes": 5, "modified": "2026-01-01T11:00:00+00:00", "etag": '"e1"'}
 
@@ -375,11 +428,82 @@ def test_a_file_of_unknown_size_is_not_read_beyond_the_limit(tmp_path: Path) -> 
         File(place, str(tmp_path / "b.jpg"), "b.jpg").read(10)
 
 
-def test_a_link_to_a_folder_is_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "a.jpg").write_bytes(b"A")
+def test_links_to_folders_are_followed_but_loops_are_not(tmp_path: Path) -> None:
+    for name in ("photos/a.jpg", "elsewhere/b.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"A")
     (tmp_path / "photos" / "round.jpg").symlink_to(tmp_path / "photos")
-    assert taken(tmp_path / "photos") == ({"a.jpg": (b"A", {})}, {})
+    (tmp_path / "photos" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "photos")
+    account = Account()
+    assert list(taken(tmp_path / "photos", account=account)[0]) == ["a.jpg", "linked/b.jpg"]
+    assert account.ignored == {"links to a folder above": 2}
+
+
+def test_members_of_a_tar_follow_the_rule_of_folders(tmp_path: Path) -> None:
+    image = photo()
+    names = ["a.jfif", "b", "v1.2/c.jpg", "d.txt", "e.dng", "._f.jpg", ".x/g.jpg"]
+    members = [*((name, image) for name in names), ("h", b"no image"), ("a.json", b"{}"), ("a.png", image)]
+    for mode, name in (("w", "x.tar"), ("w:gz", "x.tgz")):
+        account = Account()
+        contents, problems = taken(write_tar(tmp_path / name, members, mode), account=account)
+        assert list(contents) == ["a.jfif", "b", "v1.2/c.jpg", "a.png"]
+        assert not problems
+        assert account.ignored == {".txt": 1, ".dng": 1, "hidden": 2, "without suffix": 1, ".json": 1}
+        assert account.archives == 1
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_dots_in_the_names_of_members(tmp_path: Path, mode: str) -> None:
+    """`img` is the key of all members in WebDataset, but each image keeps its own metadata."""
+    members: list[tuple[str, bytes]] = []
+    for n in range(200):
+        members += [(f"img.{n:04}.jpg", b"A"), (f"img.{n:04}.json", json.dumps({"n": n}).encode())]
+    members += [("b.depth.png", b"D"), ("b.jpg", b"B"), ("b.json", b'{"n": 7}')]
+    contents, problems = taken(write_tar(tmp_path / ("x.tar" if mode == "w" else "x.tgz"), members, mode))
+    assert not problems
+    assert [content.metadata["n"] for content in contents.values()] == [*range(200), 7, 7]
+
+
+def test_metadata_files_of_hugging_face_describe_the_images_of_their_folder(tmp_path: Path) -> None:
+    for name in ("a.jpg", "train/b.jpg", "train/deep/c.jpg", "test/d.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"A")
+    lines = [{"file_name": "train/b.jpg", "text": "outer", "n": 1}, {"file_name": "./a.jpg", "id": 7, "text": "a"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n{torn\n")
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,text\nb.jpg,inner\ndeep/c.jpg,c\nnone.jpg,x\n")
+    (tmp_path / "a.json").write_text('{"text": "its own"}')
+    account = Account()
+    contents, problems = taken(tmp_path, account=account)
+    assert {name: content.metadata for name, content in contents.items()} == {
+        "a.jpg": {"id": "7", "text": "its own"},
+        "test/d.jpg": {},
+        "train/b.jpg": {"text": "inner"},
+        "train/deep/c.jpg": {"text": "c"},
+    }
+    assert list(problems) == [f"{tmp_path}/metadata.jsonl:3"]
+    assert account.ignored == {".jsonl": 1, ".csv": 1, ".json": 1}
+    for name, text in (("metadata.csv", "image_id,n\n7,1\n"), ("metadata.jsonl", '{"image_id": 7}\n')):
+        (tmp_path / "test" / name).write_text(text)  # of another kind
+    assert taken(tmp_path / "test") == ({"d.jpg": (b"A", {})}, {})
+
+
+def test_names_of_folders_as_metadata(tmp_path: Path) -> None:
+    for name in ("top.jpg", "arla/milk/a.jpg", "arla/b.jpg"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(b"A")
+    (tmp_path / "photos" / "arla" / "b.json").write_text('{"brand": "none", "n": 1}')
+    write_tar(tmp_path / "photos" / "x.tar", [("cats/c.jpg", b"C")])
+    (tmp_path / "list.txt").write_text("photos/arla/b.jpg\n")
+    contents = taken(tmp_path / "photos", folders_as=("brand", "kind"))[0]
+    assert {name: content.metadata for name, content in contents.items()} == {
+        "arla/b.jpg": {"brand": "arla", "n": 1},
+        "arla/milk/a.jpg": {"brand": "arla", "kind": "milk"},
+        "top.jpg": {},
+        "x.tar/cats/c.jpg": {"brand": "x.tar", "kind": "cats"},
+    }
+    assert taken(tmp_path / "list.txt", folders_as=("brand",))[0]["photos/arla/b.jpg"].metadata == {}
+    assert taken(tmp_path / "photos" / "x.tar", folders_as=("brand",))[0]["cats/c.jpg"].metadata == {"brand": "cats"}
 
 
 def test_places_behind_fsspec(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from training.data.dataset import (
     split_source,
     squash,
 )
-from training.data.loader import open_loader, shuffled
+from training.data.loader import Reading, open_loader, shuffled
 from training.data.run_images import Data, sample
 from training.data.sources import FolderSource
 
@@ -36,7 +36,7 @@ def save(path, size=(20, 10), color=(200, 10, 10), **options):
 
 
 def load(folder):
-    return open_loader(FolderSource(folder), 16, shuffled(1, seed=0))
+    return open_loader(FolderSource(folder), 16, shuffled(1, seed=0), reading=Reading(max_broken_share=1))
 
 
 def names(source):
@@ -93,11 +93,26 @@ def test_photos_are_upright_rgb_squares_with_their_aspect(tmp_path):
     assert read_photo(tmp_path / "turned.jpg").shape == (40, 10, 3)
 
 
-def test_a_folder_with_train_and_val_is_taken_at_its_word(tmp_path):
-    save(tmp_path / "train" / "a" / "1.png")
-    save(tmp_path / "val" / "a" / "2.png")
-    train, held_out = split_source(FolderSource(tmp_path), 0.1, seed=0)
-    assert (names(train), names(held_out)) == (["train/a/1.png"], ["val/a/2.png"])
+@pytest.mark.parametrize("held_out", ["val", "validation", "valid", "test", "Val", "TEST"])
+@pytest.mark.parametrize("train", ["train", "Train"])
+def test_a_folder_with_train_and_held_out_images_is_taken_at_its_word(tmp_path, train, held_out):
+    save(tmp_path / train / "a" / "1.png")
+    save(tmp_path / held_out / "a" / "2.png")
+    source = FolderSource(tmp_path)
+    assert [names(part) for part in split_source(source, 0.1, seed=0)] == [
+        [f"{train}/a/1.png"],
+        [f"{held_out}/a/2.png"],
+    ]
+
+
+def test_of_several_held_out_folders_the_first_is_used_and_the_others_are_in_no_part(tmp_path):
+    for name in ("train", "test", "val", "VAL", "extra"):
+        save(tmp_path / name / "a" / "1.png")
+    source = FolderSource(tmp_path)
+    assert {part: source.name(int(*items)) for part, items in source.parts.items()} == {
+        "train": "train/a/1.png",
+        "val": "val/a/1.png",
+    }
 
 
 def test_otherwise_a_share_is_held_out_by_seed(tmp_path):
@@ -219,6 +234,27 @@ def test_links_are_followed_once_and_loops_are_not(tmp_path):
     (data / "self.png").symlink_to(data / "self.png")
     (data / "nowhere").symlink_to(tmp_path / "nothing")
     assert find_images(data) == [data / "a" / "near.png", data / "b" / "far.png"]
+
+
+def test_a_folder_is_listed_by_one_rule(tmp_path):
+    image = save(tmp_path / "a.png").read_bytes()
+    for name in ("b.jfif", "scan", "c.backup", "._a.png", ".ipynb_checkpoints/a.png", "thumb.dng", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(image)
+    (tmp_path / "README").write_text("no image")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    source = FolderSource(tmp_path)
+    assert names(source) == ["a.png", "b.jfif", "c.backup", "scan"]
+    assert source.ignored == {
+        "hidden": 1,
+        "hidden folders": 1,
+        ".dng": 1,
+        ".txt": 1,
+        "without suffix": 1,
+        "pipes and devices": 1,
+    }
+    assert [(s.name, s.reason) for s in source.skipped] == [("gone.png", "No such file or directory")]
 
 
 def test_the_order_is_that_of_sorted_paths_whatever_the_names(tmp_path):

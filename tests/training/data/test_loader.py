@@ -27,7 +27,7 @@ SIDE = 8
 class Fake:
     """Image i is a plane of (i, i, i), twice as wide as high; some are broken, some places do not answer."""
 
-    parts, skipped = {}, ()
+    parts, skipped, ignored = {}, (), {}
 
     def __init__(self, n, broken=(), down=(), delay=0.0):
         self.n, self.broken, self.down, self.delay = n, set(broken), set(down), delay
@@ -215,6 +215,23 @@ def test_no_broken_share_stops_a_run_only_where_something_is_broken():
 def test_a_few_broken_ones_at_the_start_do_not():
     with streaming(Fake(1000, broken=range(60))) as loader:
         assert numbers(loader.batch(0)) == [60, 60, 60, 60]
+
+
+@pytest.mark.parametrize("cache_bytes", [2**30, 0])
+@pytest.mark.parametrize(("n", "limit"), [(200, 0.5), (20, 0.5), (20, 0.0)])
+def test_too_many_broken_images_stop_a_run_in_memory_and_streamed(cache_bytes, n, limit):
+    source = Fake(n, broken=range(n * 3 // 4))
+    with (
+        pytest.raises(ValueError, match=rf"tried so far cannot be read, more than max_broken_share={limit:g}; .*photo"),
+        open_loader(
+            source, SIDE, all_once(n), cache_bytes=cache_bytes, reading=Reading(max_broken_share=limit)
+        ) as loader,
+    ):
+        run(loader, 1)
+    with open_loader(
+        source, SIDE, all_once(n), cache_bytes=cache_bytes, reading=Reading(max_broken_share=0.75)
+    ) as loader:
+        assert len(loader.skipped) == (n * 3 // 4 if cache_bytes else 0)
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_bytes": 0}])

@@ -129,14 +129,16 @@ def test_an_empty_part_is_an_error(tmp_path, index_dir):
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("empty", "nothing to train on in .*empty: it has no images .*jpg.* tar shards .* Hugging Face"),
+        ("empty", "nothing to train on in .*empty: it has no images .* tar shards .* Hugging Face .*; it is empty"),
         ("missing", "missing does not exist; data must be a folder, a .tar or a URL"),
         ("a-{0..2}.tar", r"a-1\.tar does not exist"),
         ("none-*.tar", r"none-\*\.tar does not exist"),
         ("notes.txt", r"notes\.txt is not a tar; data must be a folder of images"),
+        ("photos.zip", r"photos\.zip is not a tar; unpack it first; data must be a folder of images"),
+        ("lists", r"nothing to train on in .*; it contains other files \(2 \.txt, 1 hidden, 1 without suffix\)"),
         ("text.tar", r"no images in .*; text\.tar: not a tar, or damaged, or truncated"),
         ("zero.tar", r"no images in .*; zero\.tar: not a tar, or damaged, or truncated: empty file"),
-        ("noimages.tar", r"no images in .*noimages\.tar: members must end in one of \.avif"),
+        ("noimages.tar", r"no images in .*noimages\.tar; it contains other files \(1 \.json\)"),
         ("a-{3..1}.tar", r"\{3\.\.1\} must count up"),
         ("bogus://x/y.tar", "bogus"),
         ("http://[::/a.tar", "Invalid"),
@@ -146,7 +148,9 @@ def test_an_empty_part_is_an_error(tmp_path, index_dir):
 def test_what_does_not_fit_is_said(tmp_path, index_dir, spec, words):
     (tmp_path / "empty").mkdir()
     write_tar(tmp_path / "a-0.tar", samples(0, 1))
-    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "lists").mkdir()
+    for name in ("notes.txt", "photos.zip", "lists/a.txt", "lists/b.txt", "lists/c", "lists/.d"):
+        (tmp_path / name).write_text("hello")
     (tmp_path / "text.tar").write_text("hello " * 1000)
     (tmp_path / "zero.tar").write_bytes(b"")
     write_tar(tmp_path / "noimages.tar", [("a.json", b"{}")])
@@ -186,6 +190,32 @@ def test_members_of_a_tar_with_labels_by_the_rules_of_webdataset(tmp_path, index
     assert source.fingerprint(0) == str(len(png(1)))
 
 
+def test_dots_in_the_names_of_members_do_not_mix_labels_and_the_suffix_may_have_any_case(tmp_path, index_dir):
+    members = []
+    for i in range(3):
+        members += [(f"img.{i:04}.left.png", png(i)), (f"img.{i:04}.CLS" if i else "img.0000.cls", str(i).encode())]
+    members += [("v1.5/a.png", png(3)), ("v1.5/a.Cls", b"seven"), ("img.0009.png", png(4)), ("b.png", png(5))]
+    source = open_source(write_tar(tmp_path / "a.tar", members), index_dir)
+    assert dict(zip(values(source), labels(source), strict=True)) == {
+        0: "0",
+        1: "1",
+        2: "2",
+        3: "seven",
+        4: None,
+        5: None,
+    }
+    with_key = open_source(write_tar(tmp_path / "b.tar", [*members, ("img.cls", b"any")]), index_dir)
+    assert labels(with_key) == ["0", "1", "2", "seven", "any", None]
+
+
+def test_members_follow_the_rule_of_folders(tmp_path, index_dir):
+    members = [(name, png(i)) for i, name in enumerate(["a.jfif", "b", "c.heic", "._d.png", "x/.y/e.png", "f.txt"])]
+    source = open_source(write_tar(tmp_path / "a.tar", [*members, ("g", b"no image")]), index_dir)
+    assert names(source) == ["a.tar/a.jfif", "a.tar/b", "a.tar/c.heic"]
+    assert source.ignored == {"hidden": 2, ".txt": 1, "without suffix": 1}
+    assert open_source(tmp_path / "a.tar", index_dir).ignored == source.ignored  # from the stored index
+
+
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_every_form_of_tar_gives_what_tarfile_gives(tmp_path, index_dir, form):
     members = [(f"{'d' * 60}/{i}/{'f' * 60}{i}.png", png(i)) for i in range(5)]
@@ -197,8 +227,11 @@ def test_every_form_of_tar_gives_what_tarfile_gives(tmp_path, index_dir, form):
 def test_shards_by_folder_and_by_pattern(tmp_path, index_dir, spec):
     for number in range(3):
         write_tar(tmp_path / "shards" / f"s-00{number}.tar", samples(10 * number, 4))
+    (tmp_path / "shards" / "._s-000.tar").write_text("of macOS")
+    (tmp_path / "shards" / "README.md").write_text("no shard")
     source = open_source(tmp_path / "shards" / spec, index_dir)
     assert values(source) == [0, 1, 2, 3, 10, 11, 12, 13, 20, 21, 22, 23]
+    assert source.ignored == ({} if spec else {"hidden": 1, ".md": 1})
     assert source.name(5) == "s-001.tar/0011.png"
     with pytest.raises(IndexError):
         source.name(12)
@@ -220,6 +253,14 @@ def test_parts_by_the_names_of_shards_and_by_folders_in_them(tmp_path, index_dir
     tar = write_tar(tmp_path / "b.tar", samples(0, 3, "set/train/x/") + samples(5, 2, "set/val/x/"))
     train, val = split_source(open_source(tar, index_dir), 0.5, seed=0)
     assert (values(train), values(val)) == ([0, 1, 2], [5, 6])
+    for held_out in ("Validation", "valid", "test"):
+        for name, first in (("test-set-TRAIN-0.tar", 0), (f"test-set-{held_out}-0.tar", 20)):
+            write_tar(tmp_path / held_out / name, samples(first, 2))
+        train, val = split_source(open_source(tmp_path / held_out, index_dir), 0.5, seed=0)
+        assert (values(train), values(val)) == ([0, 1], [20, 21])
+        tar = write_tar(tmp_path / "d.tar", samples(0, 3, "set/Train/x/") + samples(5, 2, f"set/{held_out}/x/"))
+        train, val = split_source(open_source(tar, index_dir), 0.5, seed=0)
+        assert (values(train), values(val)) == ([0, 1, 2], [5, 6])
     tar = write_tar(tmp_path / "c.tar", samples(0, 8, "set/train/x/"))
     train, val = split_source(open_source(tar, index_dir), 0.25, seed=0)
     assert (len(train), len(val)) == (6, 2)

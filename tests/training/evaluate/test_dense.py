@@ -1,6 +1,7 @@
 """Segmentation and depth: metrics and losses against plain loops, files that are refused, heads that learn."""
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,18 @@ def make(model, folder, kind, split="train", memory_bytes=10**9, n_blocks=1):
     }[kind]
     pairs = find_pairs(folder, split, kind, suffixes)
     return DenseData(model, pairs, SPEC, read, TokenSettings(n_blocks, kind == "depth"), memory_bytes=memory_bytes)
+
+
+def test_held_out_images_and_their_maps_may_be_in_folders_of_any_known_name(scenes, tmp_path):
+    shutil.copytree(scenes / "images", tmp_path / "images")
+    shutil.copytree(scenes / "masks", tmp_path / "masks")
+    (tmp_path / "images" / "val").rename(tmp_path / "images" / "Validation")
+    (tmp_path / "masks" / "val").rename(tmp_path / "masks" / "test")
+    pairs = find_pairs(tmp_path, "val", "masks", segmentation.SUFFIXES)
+    assert [(pair.image.parts[-3:], pair.target.parts[-3:]) for pair in pairs] == [
+        (("Validation", "deep", f"{i}.jpg"), ("test", "deep", f"{i}.png")) for i in range(3)
+    ]
+    assert len(find_pairs(tmp_path, "train", "masks", segmentation.SUFFIXES)) == 6
 
 
 def test_tokens_are_the_models_and_memory_changes_nothing(model, scenes):
