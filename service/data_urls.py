@@ -58,6 +58,7 @@ def image_from_text(value: Any, max_bytes: int) -> bytes:
 
 def image_text(value: Any, nested: int = 0) -> str:
     """Return the text that contains an image: `value` itself, or a field of the object `value`.
+    `nested` is the number of objects that contain `value`.
 
     Raises:
         InvalidRequest: there is no such text, or there are several.
@@ -126,8 +127,8 @@ def _lenient(payload: str) -> bytes:
 
 
 def _is_prose(text: str) -> bool:
-    """Return whether a text that is not a data URL looks like words or a file name, and not like base64. It does not if
-    it begins with the signature of an image format."""
+    """Return whether a text that is not a data URL looks like words or a file name rather than base64. The result is
+    False if the decoded text begins with the signature of an image format."""
     with suppress(BrokenImage):
         if sniff(_lenient("".join(text[:128].split())[:64])) is not None:
             return False

@@ -33,7 +33,7 @@ class Sources:
 
 
 def find_folders(sources: Sequence[str]) -> list[tuple[Place, str]]:
-    """Return the file systems and paths of folders.
+    """Return the file system and the path of each folder in `sources`.
 
     Raises:
         ValueError: a source is not a folder.

@@ -186,8 +186,8 @@ async def _read(request: Request, settings: Settings) -> tuple[list[Outcome[NewI
 
 
 def _per_image(options: UploadOptions, count: int) -> list[list[str]]:
-    """Return a list for each field in `_PER_IMAGE`. It contains the value of the field for each of the `count` images,
-    or empty strings if the request does not have the field.
+    """Return a list for each field in `_PER_IMAGE`. The list contains the value of this field for each of the `count`
+    images, or empty strings if the request does not have the field.
 
     Raises:
         InvalidRequest: the number of values differs from the number of images.

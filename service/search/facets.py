@@ -24,7 +24,7 @@ class ValueCounts:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._counts: Counter[tuple[bool, bool, Scalar]] = Counter()  # 1 and True are equal, but not as keys
+        self._counts: Counter[tuple[bool, bool, Scalar]] = Counter()  # `_key` distinguishes 1 from True
 
     def add(self, metadata: Mapping[str, Any]) -> None:
         """Count the values of one more item. Raises InvalidRequest if there are more than `MAX_DISTINCT` values."""

@@ -35,16 +35,16 @@ async def restore(
 
     Args:
         root: the folder of the store's snapshots, which also contains the lock files of restores.
-        files: the file for each name of a new collection.
-        aliases: the name of the collection for each alias.
-        replace: whether a collection or alias that has one of the names is replaced. The aliases of a replaced
+        files: maps the name of each new collection to its snapshot file.
+        aliases: maps each alias to the name of its collection.
+        replace: whether to replace existing collections and aliases that have these names. The aliases of a replaced
             collection then point to its replacement.
         write: runs a function on the database in a write transaction.
 
     Raises:
         Conflict: a collection or alias has one of the names, and `replace` is False. A collection never replaces an
             alias, nor an alias a collection.
-        CollectionNotFound: an alias should point to a collection that does not exist.
+        CollectionNotFound: the collection for an alias does not exist.
         StorageFailed: a snapshot is damaged, or the disk is full.
     """
     await write(partial(_check, names=list(files), aliases=aliases, replace=replace))

@@ -29,6 +29,6 @@ def texts_with_prefix(prefix: str) -> list[tuple[str, str]]:
     stem = prefix.rstrip(chr(sys.maxunicode))
     if stem:
         following = ord(stem[-1]) + 1
-        following = 0xE000 if 0xD800 <= following < 0xE000 else following  # surrogates are no characters
+        following = 0xE000 if 0xD800 <= following < 0xE000 else following  # surrogates are not characters
         comparisons.append(("<", stem[:-1] + chr(following)))
     return comparisons
