@@ -97,7 +97,8 @@ async def back_up(
         artifacts: the artifacts to list in `backup.json`.
 
     Raises:
-        ValueError: the folder contains something other than a backup, or another backup to it is running.
+        ValueError: the folder contains something other than a backup, or a damaged one, or another backup to it is
+            running.
         StorageFailed: a file cannot be written, for example because the disk is full.
     """
     _check_folder(out)
@@ -144,7 +145,7 @@ async def _back_up(
 async def restore(
     store: SnapshotStore, originals: Originals, source: Path, *, replace: bool = False, report: Report = lambda _: None
 ) -> tuple[list[CollectionInfo], Photos]:
-    """Restore all collections and aliases of the backup in the folder `source`, and copy its images.
+    """Restore all collections and aliases from the backup in the folder `source`, and copy its images.
 
     The images are copied first, so that no restored item refers to an image that is not there yet. Then all
     collections and aliases appear at once.

@@ -20,7 +20,7 @@ from service.settings import Settings
 _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(;[^,]*)?,", re.ASCII | re.IGNORECASE)
 _LINK = re.compile(r"[a-z][a-z0-9+.-]{1,15}://", re.ASCII | re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/_=\s-]*", re.ASCII)
-_SPACE = re.compile(r"\S[ \t]+\S")  # base64 contains line breaks, but no spaces within a line
+_SPACE = re.compile(r"\S[ \t]+\S")  # base64 may contain line breaks, but no spaces within a line
 _WORD = re.compile(r"[A-Z]?[a-z_-]{2,62}", re.ASCII)  # base64 of an image mixes upper and lower case
 _SHORTEST: Final = 64
 """A text with fewer characters may be a word. The smallest PNG has 67 bytes, which are 92 characters as base64."""

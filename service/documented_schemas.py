@@ -1,5 +1,5 @@
 """The schemas of filters and images, which are only for the OpenAPI document. `service/search/filters.py` and
-`service/data_urls.py` parse filters and images, because their error messages are better than those of pydantic."""
+`service/data_urls.py` parse filters and images, because their error messages are better than pydantic's."""
 
 from typing import Annotated, Any, Literal
 
@@ -10,7 +10,7 @@ from service.schema_base import DocumentedAs, Schema
 
 class FilterIn(Schema):
     """A condition on the metadata or the ids of items: `key` or `field` with one operator, or one of `and`, `or` and
-    `not`. A condition on a list is true if it is true for one of its elements."""
+    `not`. If a value is a list, a condition is true if it is true for one of the list's elements."""
 
     key: str | None = Field(
         None, description="metadata key; dots separate nested keys; each operator requires `key` or `field`"

@@ -170,7 +170,7 @@ def client_address(peer: str, forwarded_for: bytes, proxies: int) -> str:
 
 
 def shortened(text: str) -> str:
-    """Return a text. If it has more than `MAX_LOGGED_CHARS` characters, replace the others with `...`."""
+    """Return a text. If it has more than `MAX_LOGGED_CHARS` characters, replace the rest with `...`."""
     return text if len(text) <= MAX_LOGGED_CHARS else f"{text[:MAX_LOGGED_CHARS]}..."
 
 

@@ -45,7 +45,7 @@ class Line(NamedTuple):
 
 
 def read_list(file: File, image_column: str | None) -> Iterator[Line | Problem]:
-    """Yield the lines of a list. Yield a `Problem` for each line that cannot be used, and for a list that cannot be
+    """Yield the lines of a list. Yield a `Problem` for each line that cannot be used, and one if the list cannot be
     read.
 
     Args:

@@ -190,8 +190,8 @@ class _Finder:
                 yield self._plain(file, sidecar, described.get(name))
 
     def _describe(self, file: File, prefix: str, described: dict[str, dict[str, Any]]) -> Iterator[Problem]:
-        """Read a file such as `metadata.jsonl`, and add the metadata of each image to `described`, by the image's path
-        relative to the source. Yield a `Problem` for each line that cannot be used.
+        """Read a file such as `metadata.jsonl`, and add the metadata of each image to `described`, under the image's
+        path relative to the source. Yield a `Problem` for each line that cannot be used.
 
         A file with this name but without the field `file_name` in its first line is of another kind, and is ignored."""
         try:

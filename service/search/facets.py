@@ -4,7 +4,7 @@ If the value of a key is a list, each of its elements counts, but equal elements
 numbers and booleans count. The most frequent value comes first. Values with equal counts are sorted: numbers, then
 strings, then booleans.
 
-A store with a query language counts the values itself. The other stores use the class `ValueCounts`.
+The embedded store counts the values in SQL (`reading.value_counts`). The Milvus store uses the class `ValueCounts`.
 """
 
 from collections import Counter

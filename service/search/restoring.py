@@ -67,7 +67,7 @@ async def restore(
 
 
 def _check(db: sqlite3.Connection, names: list[str], aliases: Mapping[str, str], replace: bool) -> None:
-    """Raise Conflict if a name is taken. The message lists all such names."""
+    """Raise Conflict if a name is taken and may not be replaced. The message lists all such names."""
     collections = {row.name for row in database.every(db)}
     existing = dict(db.execute("SELECT a.name, c.name FROM aliases a JOIN collections c ON c.id = a.collection"))
     clashes = [f"{name!r} is an alias already" for name in names if name in existing]
@@ -84,8 +84,8 @@ def _check(db: sqlite3.Connection, names: list[str], aliases: Mapping[str, str],
 
 
 def _publish(db: sqlite3.Connection, rows: Mapping[str, Row], aliases: Mapping[str, str], replace: bool) -> Restored:
-    """Give the hidden collections `rows` their names, and set the aliases. If `replace` is true, collections that have
-    the names are dropped."""
+    """Give the hidden collections `rows` their names, and set the aliases. If `replace` is true, existing
+    collections that have these names are dropped first."""
     _check(db, list(rows), aliases, replace)
     replaced = set()
     for name, row in rows.items():

@@ -1,4 +1,5 @@
-"""Decides which characters ids, sources and metadata keys may contain, and finds the range of texts with a prefix.
+"""Decides which characters ids, sources and metadata keys may contain, and finds the range of texts that have a
+prefix.
 
 People copy ids from file names, and file names contain all kinds of characters: macOS writes U+202F (a narrow no-break
 space) into the names of screenshots, Persian and Hindi need U+200C and U+200D, and Japanese uses U+3000 as a space.
