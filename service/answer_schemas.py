@@ -35,7 +35,8 @@ class Identity(TypedDict):
 
 
 class SnapshotIdentity(TypedDict):
-    """The model whose vectors a snapshot contains. Both fields are null if the snapshot is damaged."""
+    """The model whose vectors a snapshot contains. Both fields are null if it is unknown, for example because the
+    snapshot is damaged."""
 
     model: str | None
     fingerprint: str | None
@@ -246,7 +247,7 @@ class ItemFields(TypedDict):
     id: str
     metadata: Metadata
     source: str | None
-    digest: Annotated[str | None, Field(description="sha256 of the image's bytes; null if a vector was sent")]
+    digest: Annotated[str | None, Field(description="sha256 of the image's bytes; null if a vector was sent instead")]
     vector: NotRequired[Vector]
 
 

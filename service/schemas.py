@@ -63,7 +63,7 @@ class SegmentOptions(Options):
     """The options of a request to `/v1/segment`."""
 
     format: Literal["png", "rle", "overlay"] = Field(
-        "png", description="mask as PNG, mask as COCO RLE in JSON, or the image with the foreground tinted as PNG"
+        "png", description="mask as PNG, mask as COCO RLE in JSON, or the image with tinted foreground as PNG"
     )
     include: Annotated[list[Literal["embedding"]], FailFast()] = Field(
         default_factory=list,
