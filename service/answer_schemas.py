@@ -35,7 +35,8 @@ class Identity(TypedDict):
 
 
 class SnapshotIdentity(TypedDict):
-    """The model whose vectors a snapshot contains. Both fields are null if the snapshot is damaged."""
+    """The model whose vectors a snapshot contains. Both fields are null if it is unknown, for example because the
+    snapshot is damaged."""
 
     model: str | None
     fingerprint: str | None
@@ -117,8 +118,8 @@ class SegmentAnswer(Identity):
     """The answer to `POST /v1/segment` as JSON."""
 
     segmentation: NotRequired[RunLengths]
-    png: NotRequired[Annotated[str, Field(description="the mask as PNG, in base64")]]
-    overlay: NotRequired[Annotated[str, Field(description="the image with the foreground tinted as PNG, in base64")]]
+    png: NotRequired[Annotated[str, Field(description="the mask as a PNG in base64")]]
+    overlay: NotRequired[Annotated[str, Field(description="the image with tinted foreground, as a PNG in base64")]]
     embedding: NotRequired[FloatVector]
     contrast: float
     crop_box: Box
@@ -175,7 +176,7 @@ class StatsAnswer(Identity):
     """The answer to `GET /v1/collections/{name}/stats`."""
 
     collection: str
-    stats: Annotated[dict[str, Any], Field(description="statistics about the index; they depend on the store")]
+    stats: Annotated[dict[str, Any], Field(description="statistics about the index; the fields depend on the store")]
 
 
 class Snapshot(TypedDict):
@@ -225,7 +226,9 @@ class AliasesAnswer(Identity):
 class MovedAlias(Alias, Identity):
     """The answer to `PUT /v1/aliases/{alias}`."""
 
-    before: Annotated[str | None, Field(description="collection that the alias pointed to before; null: none")]
+    before: Annotated[
+        str | None, Field(description="collection that the alias pointed to before; null for a new alias")
+    ]
 
 
 class DroppedAlias(Identity):
@@ -244,7 +247,7 @@ class ItemFields(TypedDict):
     id: str
     metadata: Metadata
     source: str | None
-    digest: Annotated[str | None, Field(description="sha256 of the image's bytes; null for a vector")]
+    digest: Annotated[str | None, Field(description="sha256 of the image's bytes; null if a vector was sent instead")]
     vector: NotRequired[Vector]
 
 
@@ -256,7 +259,7 @@ class ItemAnswer(ItemFields, Identity):
 
 
 class PatchedItem(ItemFields, Identity):
-    """One item after a change of its metadata, and the collection that contains it."""
+    """One item after a change to its metadata or source, and the collection that contains it."""
 
     collection: str
 
@@ -303,7 +306,7 @@ class FacetsAnswer(Identity):
     tag: str
     key: str
     data: list[FacetValue]
-    distinct: Annotated[int, Field(description="number of all values, including those beyond the limit")]
+    distinct: Annotated[int, Field(description="number of all distinct values, including those beyond the limit")]
 
 
 class ItemsAnswer(Identity):
@@ -339,7 +342,7 @@ class DeletedItems(Identity):
 
 
 class PatchMatch(TypedDict):
-    """A pair of matching parts of the query's image and the result's image."""
+    """A part of the query's image (`query_box`) and the part of the result's image (`box`) that matches it."""
 
     query_box: Box
     box: Box

@@ -5,8 +5,8 @@
     OUT/originals/                  the images to which the items of these snapshots refer
 
 The service may run during a backup. Each snapshot is consistent: it contains its collection as it was at one moment.
-Two collections may be from different moments. The images are copied after the snapshot that refers to them. Stored
-images are never changed or deleted, so the backup contains all of them.
+Two collections may be from different moments. The images are copied after the snapshot that refers to them. They still
+exist then, because stored images are never changed or deleted.
 
 A backup to the folder of an older backup copies only the images that are missing there. The older backup stays complete
 until `backup.json` is replaced. An interrupted backup can therefore be run again. A restore is atomic: it restores all
@@ -77,7 +77,7 @@ class Contents(_Record):
 
 @dataclass(frozen=True)
 class Saved:
-    """The result of a backup: its contents, and counts of the images."""
+    """The result of a backup: its contents, and how many images were copied, already there, missing or unreadable."""
 
     contents: Contents
     images: Photos
@@ -94,10 +94,11 @@ async def back_up(
 
     Args:
         originals: the storage of the images, or None to leave them out.
-        artifacts: the list for `backup.json`.
+        artifacts: the artifacts to list in `backup.json`.
 
     Raises:
-        ValueError: the folder contains something else than a backup.
+        ValueError: the folder contains something other than a backup, or a damaged one, or another backup to it is
+            running.
         StorageFailed: a file cannot be written, for example because the disk is full.
     """
     _check_folder(out)
@@ -144,16 +145,17 @@ async def _back_up(
 async def restore(
     store: SnapshotStore, originals: Originals, source: Path, *, replace: bool = False, report: Report = lambda _: None
 ) -> tuple[list[CollectionInfo], Photos]:
-    """Restore all collections and aliases of the backup in the folder `source`, and copy its images.
+    """Restore all collections and aliases from the backup in the folder `source`, and copy its images.
 
     The images are copied first, so that no restored item refers to an image that is not there yet. Then all
     collections and aliases appear at once.
 
     Args:
-        replace: whether collections and aliases with the same names are replaced. Otherwise they are an error.
+        replace: whether to replace existing collections and aliases that have the same names.
 
     Raises:
-        Conflict: a collection or alias with one of the names exists, and `replace` is False.
+        Conflict: a collection or alias with one of the names exists, and `replace` is False. This is also raised if
+            a collection in the backup has the name of an existing alias, or an alias that of an existing collection.
         ValueError: the folder contains no backup, or a file of the backup is damaged or missing.
         StorageFailed: a snapshot is damaged, or a file cannot be written.
     """
@@ -191,10 +193,10 @@ def read_contents(source: Path) -> Contents:
 
 
 def _check_folder(out: Path) -> None:
-    """Create the folder `out`, or check that it contains nothing but a backup, which may be incomplete.
+    """Create the folder `out`, or check that it is empty or contains a backup, which may be incomplete.
 
     Raises:
-        ValueError: the folder contains something else.
+        ValueError: the folder contains something else, or its `backup.json` is damaged.
     """
     if (out / CONTENTS).exists():
         read_contents(out)

@@ -1,8 +1,8 @@
 """Cross-origin resource sharing (CORS): let web pages of other origins call the service.
 
-A page may read the answer to a request to another origin only if a header of the answer names the page's origin. Before
-most such requests, the browser asks for permission with a *preflight*, which is an OPTIONS request. The service has no
-cookies, so it never allows credentials.
+A page may read the answer to a request to another origin only if a header of the answer allows the page's origin.
+Before most such requests, the browser asks for permission with a *preflight*, which is an OPTIONS request. The service
+has no cookies, so it never allows credentials.
 """
 
 import re
@@ -37,7 +37,7 @@ def parse_origins(text: str) -> frozenset[str]:
 
 
 class Cors:
-    """Makes the CORS headers of answers for a set of allowed origins."""
+    """Makes the CORS headers for answers, given a set of allowed origins."""
 
     def __init__(self, origins: frozenset[str]) -> None:
         self._origins = frozenset(origin.encode() for origin in origins)

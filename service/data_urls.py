@@ -20,7 +20,7 @@ from service.settings import Settings
 _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(;[^,]*)?,", re.ASCII | re.IGNORECASE)
 _LINK = re.compile(r"[a-z][a-z0-9+.-]{1,15}://", re.ASCII | re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/_=\s-]*", re.ASCII)
-_SPACE = re.compile(r"\S[ \t]+\S")  # base64 contains line breaks, but no spaces within a line
+_SPACE = re.compile(r"\S[ \t]+\S")  # base64 may contain line breaks, but no spaces within a line
 _WORD = re.compile(r"[A-Z]?[a-z_-]{2,62}", re.ASCII)  # base64 of an image mixes upper and lower case
 _SHORTEST: Final = 64
 """A text with fewer characters may be a word. The smallest PNG has 67 bytes, which are 92 characters as base64."""
@@ -58,6 +58,7 @@ def image_from_text(value: Any, max_bytes: int) -> bytes:
 
 def image_text(value: Any, nested: int = 0) -> str:
     """Return the text that contains an image: `value` itself, or a field of the object `value`.
+    `nested` is the number of objects that contain `value`.
 
     Raises:
         InvalidRequest: there is no such text, or there are several.
@@ -126,8 +127,8 @@ def _lenient(payload: str) -> bytes:
 
 
 def _is_prose(text: str) -> bool:
-    """Return whether a text that is not a data URL looks like words or a file name, and not like base64. It does not if
-    it begins with the signature of an image format."""
+    """Return whether a text that is not a data URL looks like words or a file name rather than base64. The result is
+    False if the decoded text begins with the signature of an image format."""
     with suppress(BrokenImage):
         if sniff(_lenient("".join(text[:128].split())[:64])) is not None:
             return False

@@ -1,5 +1,5 @@
 """The schemas of filters and images, which are only for the OpenAPI document. `service/search/filters.py` and
-`service/data_urls.py` parse filters and images, because their error messages are better than those of pydantic."""
+`service/data_urls.py` parse filters and images, because their error messages are better than pydantic's."""
 
 from typing import Annotated, Any, Literal
 
@@ -10,19 +10,21 @@ from service.schema_base import DocumentedAs, Schema
 
 class FilterIn(Schema):
     """A condition on the metadata or the ids of items: `key` or `field` with one operator, or one of `and`, `or` and
-    `not`. A condition on a list is true if it is true for one of its elements."""
+    `not`. If a value is a list, a condition is true if it is true for one of the list's elements."""
 
     key: str | None = Field(
-        None, description="metadata key; dots separate nested keys; each operator requires a key or a field"
+        None, description="metadata key; dots separate nested keys; each operator requires `key` or `field`"
     )
     field: Literal["id"] | None = Field(None, description="id: the condition is about the item's id")
     eq: str | float | bool | None = Field(None, description="the value equals this string, number or boolean")
-    ne: str | float | bool | None = Field(None, description="the value is present and does not equal this value")
+    ne: str | float | bool | None = Field(
+        None, description="the value is present, and neither it nor an element of it equals this value"
+    )
     in_: list[str | float | bool] | None = Field(None, alias="in", description="the value equals one of these")
     gt: str | float | None = Field(None, description="the value is greater than this number or string")
-    gte: str | float | None = Field(None, description="the value is greater than this number or string, or equal")
+    gte: str | float | None = Field(None, description="the value is greater than or equal to this number or string")
     lt: str | float | None = Field(None, description="the value is less than this number or string")
-    lte: str | float | None = Field(None, description="the value is less than this number or string, or equal")
+    lte: str | float | None = Field(None, description="the value is less than or equal to this number or string")
     contains: str | None = Field(None, description="the value is a string that contains this text")
     prefix: str | None = Field(None, description="the value is a string that begins with this text")
     exists: bool | None = Field(None, description="true: the value is present and not null; false: the opposite")
@@ -35,7 +37,7 @@ Where = Annotated[dict[str, Any], DocumentedAs(FilterIn)]
 
 
 class ImageUrl(Schema):
-    """The object in the field `image_url` of an image."""
+    """The object in the field `image_url` of an image object."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -43,8 +45,8 @@ class ImageUrl(Schema):
 
 
 class ImageObject(Schema):
-    """An image as an object, in the forms that clients of other services send. Apart from `type`, it has exactly one of
-    these fields."""
+    """An image as an object, in one of the forms that clients of other services send. Exactly one of the fields other
+    than `type` must be set."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -57,7 +59,7 @@ class ImageObject(Schema):
     bytes: str | None = Field(None, description="data URL or base64")
     url: str | None = Field(None, description="data URL; a link is an error")
     source: dict[str, Any] | None = Field(None, description="object with the base64 text in `data`")
-    content: list[dict[str, Any]] | None = Field(None, description="list of one such object")
+    content: list[dict[str, Any]] | None = Field(None, description="list with one image object")
 
 
 Image = Annotated[Any, DocumentedAs(str | ImageObject)]

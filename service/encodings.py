@@ -74,8 +74,8 @@ class BodyDecoder:
             raise BadRequest(f"the gzip body has more than {MAX_MEMBERS} members")
         if self._name == "gzip":
             return zlib.decompressobj(_GZIP)
-        # RFC 9110 requires zlib's header, but some clients omit it. Its first byte ends in 8, which no encoder writes
-        # at the start of data without the header.
+        # RFC 9110 requires zlib's header, but some clients omit it. In hex, its first byte ends in 8. No encoder
+        # begins data without the header with such a byte.
         return zlib.decompressobj(_ZLIB if self._received[0] & 0x0F == 8 else _RAW)
 
 

@@ -13,8 +13,9 @@ this module changes four things:
   the class does so.
 - **Malformed requests.** uvicorn answers them itself, in plain text. The class passes them on to the application, with
   the error in `scope["refusal"]`. The application answers, logs and counts them like all others.
-- **Early answers.** If a request is answered before its body was read, uvicorn closes the connection immediately. The
-  operating system then sends a reset, and the client may lose the answer. The class first closes only the sending side.
+- **Early answers.** If a request is answered before its body has been read, uvicorn closes the connection immediately.
+  The operating system then sends a reset, and the client may lose the answer. The class first closes only the sending
+  side.
 """
 
 import asyncio
@@ -241,7 +242,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
 
 class _StagedTransport:
-    """The transport that uvicorn uses to answer a request. Its `close` calls `close_in_steps` of the protocol."""
+    """The transport that uvicorn uses to answer a request. Its `close` calls the protocol's `close_in_steps`."""
 
     def __init__(self, protocol: BoundedHttpProtocol) -> None:
         self.write = protocol.transport.write
@@ -271,6 +272,6 @@ def _shown(value: bytes) -> str:
 
 def _reason(error: httptools.HttpParserError) -> str:
     """Return why a request cannot be parsed."""
-    if isinstance(error, httptools.HttpParserCallbackError):  # only `on_headers_complete` fails, at the target
+    if isinstance(error, httptools.HttpParserCallbackError):  # `on_headers_complete` could not parse the target
         return "the request target is not a path"
     return str(error)

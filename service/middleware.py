@@ -172,7 +172,8 @@ class _Exchange:
         return {"fields": {"request_id": self.request_id}}
 
     async def _answer_preflight(self, cors: Cors) -> bool:
-        """Answer the request if it is a preflight (service/cors.py) from an allowed origin. Return whether it is."""
+        """Answer the request if it is a preflight (service/cors.py) from an allowed origin. Return whether it was
+        answered."""
         headers = cors.preflight(self._headers) if self._scope["method"] == "OPTIONS" else None
         if headers is None:
             return False

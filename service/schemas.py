@@ -63,7 +63,7 @@ class SegmentOptions(Options):
     """The options of a request to `/v1/segment`."""
 
     format: Literal["png", "rle", "overlay"] = Field(
-        "png", description="mask as PNG, mask as COCO RLE in JSON, or the image with the foreground tinted as PNG"
+        "png", description="mask as PNG, mask as COCO RLE in JSON, or the image with tinted foreground as PNG"
     )
     include: Annotated[list[Literal["embedding"]], FailFast()] = Field(
         default_factory=list,
@@ -77,7 +77,7 @@ class SegmentOptions(Options):
 class SegmentIn(SegmentOptions):
     """The JSON body of `POST /v1/segment`."""
 
-    image: Image = Field(description="image as a data URL or base64")
+    image: Image = Field(description="image as a data URL, as base64, or as an object that contains one of them")
 
 
 class Body(Schema):
@@ -93,7 +93,11 @@ class ItemIn(Body):
     id: ItemId | None = Field(
         None, description="id of the item; default: the sha256 of the image's bytes; required with a vector"
     )
-    image: Image = Field(None, description="image as a data URL or base64; required if there is no vector")
+    image: Image = Field(
+        None,
+        description="image as a data URL, as base64, or as an object that contains one of them; required if there "
+        "is no vector",
+    )
     vector: Vector = Field(None, description="vector that was computed elsewhere; the service scales it to length 1")
     fingerprint: Fingerprint | None = Field(
         None, description="fingerprint of the model that made `vector`; must be that of the collection"
@@ -125,7 +129,7 @@ class UploadOptions(Options):
 
     on_error: Literal["fail", "partial"] = "fail"
     id: PerImage = Field(
-        default_factory=list, description="id of each image; default, and for an empty id: the sha256 of its bytes"
+        default_factory=list, description="id of each image; default, also for an empty id: the sha256 of its bytes"
     )
     metadata: PerImage = Field(default_factory=list, description="metadata of each image, as the text of a JSON object")
     source: PerImage = Field(default_factory=list, description="source of each image")
@@ -175,7 +179,7 @@ class OrderIn(Body):
 class ScrollIn(Body):
     """The body of `POST /v1/collections/{name}/items/scroll`."""
 
-    filter: Where | None = Field(None, description="condition on the metadata")
+    filter: Where | None = Field(None, description="condition on the items' metadata or ids")
     order_by: OrderIn | None = Field(None, description="order of the items; unset: the store's own order")
     cursor: str | None = Field(
         None, max_length=100_000, description="cursor from the answer with the previous page; unset: first page"
@@ -188,14 +192,14 @@ class ScrollIn(Body):
 class CountIn(Body):
     """The body of `POST /v1/collections/{name}/items/count`."""
 
-    filter: Where | None = Field(None, description="condition on the metadata")
+    filter: Where | None = Field(None, description="condition on the items' metadata or ids")
 
 
 class FacetsIn(Body):
     """The body of `POST /v1/collections/{name}/items/facets`."""
 
     key: str = Field(description="metadata key whose values are counted")
-    filter: Where | None = Field(None, description="condition on the metadata")
+    filter: Where | None = Field(None, description="condition on the items' metadata or ids")
     limit: Whole = Field(
         100, ge=1, le=1000, description="highest number of values in the answer; the most frequent first"
     )
@@ -205,7 +209,7 @@ class DeleteIn(Body):
     """The body of `POST /v1/collections/{name}/items/delete`. It has either `ids` or `filter`."""
 
     ids: Annotated[list[ItemId] | None, FailFast()] = Field(None, min_length=1, max_length=10_000)
-    filter: Where | None = Field(None, description="condition on the metadata")
+    filter: Where | None = Field(None, description="condition on the items' metadata or ids")
 
 
 class IndexIn(Body):
@@ -259,7 +263,7 @@ class CollectionPatchIn(Body):
     """The body of `PATCH /v1/collections/{name}`."""
 
     indexed: Annotated[list[str], FailFast()] = Field(
-        max_length=MAX_INDEXED, description="metadata keys with an index; replaces the present list"
+        max_length=MAX_INDEXED, description="metadata keys that have an index; replaces the current list"
     )
 
 
@@ -301,7 +305,7 @@ Score = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 class PartIn(Body):
     """One part of a combined query. It has exactly one of `image`, `vector` and `id`."""
 
-    image: Image = Field(None, description="image as a data URL or base64")
+    image: Image = Field(None, description="image as a data URL, as base64, or as an object that contains one of them")
     vector: QueryVector = None
     fingerprint: ModelPrint | None = Field(None, description="fingerprint of the model that made `vector`")
     id: ItemId | None = Field(None, description="id of an item of the collection")
@@ -349,7 +353,7 @@ class MaskIn(Body):
 class RegionIn(Body):
     """A region of an image. It has either `box` or `mask`."""
 
-    image: Image = Field(description="image as a data URL or base64")
+    image: Image = Field(description="image as a data URL, as base64, or as an object that contains one of them")
     box: Annotated[list[Side] | None, FailFast()] = Field(
         None, min_length=4, max_length=4, description="[x, y, width, height] in pixels of the upright image"
     )
@@ -376,7 +380,7 @@ class Ranking(Schema):
     offset: Whole = Field(
         0, ge=0, le=10_000, description="number of best results to skip; k + offset is at most 10,000"
     )
-    filter: Annotated[Any, DocumentedAs(FilterIn)] = Field(None, description="condition on the metadata")
+    filter: Annotated[Any, DocumentedAs(FilterIn)] = Field(None, description="condition on the items' metadata or ids")
     score_threshold: Score | None = Field(None, description="lowest score (cosine similarity) of a result")
     group_by: str | None = Field(None, min_length=1, max_length=256, description="metadata key to group results by")
     group_size: OptionalWhole = Field(None, ge=1, le=100, description="highest number of items in a group; default: 1")
@@ -394,7 +398,7 @@ class QueryIn(Ranking):
 
     model_config = ConfigDict(strict=True)
 
-    image: Image = Field(None, description="image as a data URL or base64")
+    image: Image = Field(None, description="image as a data URL, as base64, or as an object that contains one of them")
     vector: QueryVector = None
     fingerprint: ModelPrint | None = Field(None, description="fingerprint of the model that made `vector`")
     id: ItemId | None = Field(
@@ -436,7 +440,7 @@ class DuplicatesIn(Options):
     threshold: float | None = Field(
         None, ge=0.5, le=1, allow_inf_nan=False, description="lowest cosine similarity of duplicates; default: 0.95"
     )
-    filter: Annotated[Any, DocumentedAs(FilterIn)] = Field(None, description="condition on the metadata")
+    filter: Annotated[Any, DocumentedAs(FilterIn)] = Field(None, description="condition on the items' metadata or ids")
     params: ParamsIn | None = None
     limit: Whole = Field(
         100, ge=1, le=1000, description="highest number of groups in the answer; the largest come first"

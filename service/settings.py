@@ -121,7 +121,7 @@ class Settings(BaseSettings):
     gzip_min_bytes: int = Field(
         1024,
         ge=0,
-        description="size from which JSON and text are compressed if the client accepts gzip; 0: never",
+        description="JSON and text of at least this size are compressed if the client accepts gzip; 0: never",
     )
     cors_origins: str | None = Field(
         None,

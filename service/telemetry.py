@@ -20,7 +20,8 @@ STAGES: Final = ("decode", "preprocess", "queue", "infer", "post")
 SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 BATCH: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MOST_COLLECTIONS: Final = 100
-"""The number of collections that have their own values of the label `collection`: those with the most items."""
+"""The highest number of collections that have their own values of the label `collection`. These are the collections
+with the most items."""
 OTHERS: Final = "_others"  # not allowed as the name of a collection
 _OTHERS_TEXT: Final = f"Collections beyond the {MOST_COLLECTIONS} largest are added up as {OTHERS}."
 
@@ -101,7 +102,8 @@ class Metrics:
 
     def set_usage(self, collections: Sequence[tuple[str, int, int | None]], parts: Mapping[str, int]) -> None:
         """Set the metrics of all collections and of the store. Each collection is a tuple of its name, its number of
-        items, and its disk space in bytes, which is None if unknown. `parts` is the disk space of the store's parts."""
+        items, and its disk space in bytes, which is None if unknown. `parts` maps the parts of the store to their disk
+        space."""
         for metric in (self.collection_items, self.collection_bytes, self.store_bytes):
             metric.clear()
         ordered = sorted(collections, key=lambda collection: (-collection[1], collection[0]))
@@ -168,7 +170,7 @@ def client_address(peer: str, forwarded_for: bytes, proxies: int) -> str:
 
 
 def shortened(text: str) -> str:
-    """Return a text, cut to `MAX_LOGGED_CHARS` characters."""
+    """Return a text. If it has more than `MAX_LOGGED_CHARS` characters, replace the rest with `...`."""
     return text if len(text) <= MAX_LOGGED_CHARS else f"{text[:MAX_LOGGED_CHARS]}..."
 
 

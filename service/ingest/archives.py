@@ -2,8 +2,8 @@
 
 Tar files follow the WebDataset convention: adjacent members with the same path up to the first dot of the file name
 form a sample, and the member `x.json` contains the metadata of the sample's images, such as `x.jpg` and `x.left.jpg`.
-An uncompressed tar on the local disk is read with seeks, so the content of skipped members is never read, and several
-threads can read images at once. A compressed or remote tar is read once, from start to end.
+An uncompressed tar on the local disk is read with seeks, so at most the first bytes of ignored members are read, and
+several threads can read images at once. A compressed or remote tar is read once, from start to end.
 
 In a Parquet file, one column contains the images (as bytes, or as {bytes, path} in files from Hugging Face) or their
 addresses. The other columns become metadata. The image column is read a few rows at a time, and only from row groups
@@ -53,8 +53,8 @@ ADDRESS_COLUMNS: Final = (
     "image_url",
 )
 _MAX_SAMPLE: Final = 64
-"""The number of images after which a sample ends at the next name, because the images of a sample in a compressed tar
-are in memory together."""
+"""A sample with this number of images ends before the next member with another name. This limits the memory, because
+all images of a sample in a compressed tar are in memory at the same time."""
 _DAMAGED: Final = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
 
 Read = Callable[[], bytes]
@@ -80,12 +80,13 @@ def json_object(data: bytes | str, what: str) -> dict[str, Any]:
 
 @dataclass
 class _Group:
-    """Adjacent members of a tar with the same key: images, and JSON files with the metadata of these images."""
+    """Adjacent members of a tar that form a sample: images, and JSON files with their metadata. `key` is the path that
+    the members share, up to the first dot of the file name."""
 
     key: str = ""
     stem: str = ""  # the name of the last member, without its suffix
     photos: list[tuple[tarfile.TarInfo, str, Read, int]] = field(default_factory=list)  # (member, name, reader, bytes)
-    sidecars: dict[str, tuple[str, Read]] = field(default_factory=dict)  # (name, reader) by the name without suffix
+    sidecars: dict[str, tuple[str, Read]] = field(default_factory=dict)  # (name, reader) for each name without suffix
 
 
 def tar_photos(file: File, prefix: str, max_bytes: int, account: Account) -> Iterator[Photo | Problem]:
@@ -202,7 +203,8 @@ class _TarReader:
 
 
 def _sidecar_of(name: str, sidecars: Mapping[str, tuple[str, Read]]) -> tuple[str, Read] | None:
-    """Return the JSON file of an image: the one whose name, without its suffix, is the longest of `sample_names`."""
+    """Return the JSON file that contains the metadata of the image `name`, or None. If there are several, such as
+    `x.left.json` and `x.json` for `x.left.jpg`, return the one with the longest name."""
     return next((sidecars[other] for other in sample_names(name) if other in sidecars), None)
 
 

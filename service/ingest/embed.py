@@ -54,8 +54,8 @@ class EmbedReport:
 def find_files(paths: Sequence[Path], account: Account | None = None) -> list[Path]:
     """Return the images at these paths. For a folder, return all images in it at any depth, sorted by path.
 
-    `model/folder.py` decides which files of a folder are images. A path to a file is ignored only if its suffix is that
-    of other files and its content is not an image either.
+    `model/folder.py` decides which files of a folder are images. A file in `paths` is ignored only if it has the suffix
+    of another kind of file, such as `.txt`, and its content is not an image.
 
     Args:
         paths: files and folders.

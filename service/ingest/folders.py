@@ -60,8 +60,8 @@ class Problem:
 
 
 class Entry(NamedTuple):
-    """A file or folder in the listing of its parent folder. If it is not used, `ignored` is the kind under which it is
-    counted (see `model.folder.Listed`)."""
+    """A file or folder in the listing of its parent folder. If the entry is not used, `ignored` is the kind under which
+    it is counted (see `model.folder.Listed`)."""
 
     path: str
     name: str

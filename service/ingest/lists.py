@@ -5,7 +5,7 @@
     .csv, .tsv      the first row names the columns; one of them contains paths or addresses
 
 The other fields and columns are metadata. A list may be in UTF-8, with or without a byte order mark, or in UTF-16 with
-one. Such files are common on Windows.
+one. Files with a byte order mark are common on Windows.
 """
 
 import codecs
@@ -36,7 +36,7 @@ _MAX_LINE_CHARACTERS: Final = 2**20
 
 
 class Line(NamedTuple):
-    """An image in a list. `where` is the position of its line. If `id` is None, the address is the image's id."""
+    """An image in a list. `where` is the position of its line. If `id` is None, `address` is also the image's id."""
 
     where: str
     address: str
@@ -45,7 +45,7 @@ class Line(NamedTuple):
 
 
 def read_list(file: File, image_column: str | None) -> Iterator[Line | Problem]:
-    """Yield the lines of a list. Yield a `Problem` for each line that cannot be used, and for a list that cannot be
+    """Yield the lines of a list. Yield a `Problem` for each line that cannot be used, and one if the list cannot be
     read.
 
     Args:

@@ -33,7 +33,7 @@ class Sources:
 
 
 def find_folders(sources: Sequence[str]) -> list[tuple[Place, str]]:
-    """Return the file systems and paths of folders.
+    """Return the file system and the path of each folder in `sources`.
 
     Raises:
         ValueError: a source is not a folder.
@@ -92,7 +92,7 @@ def _file_of(source: str) -> tuple[str, bool]:
 
 
 def _path_in(place: Place, address: str) -> str | None:
-    """Return the path of an address in a file system, or None if it is in another file system."""
+    """Return the path of an address in the file system `place`, or None if the address is in another file system."""
     if place.is_local:
         if address.startswith("file://"):
             return url2pathname(address.removeprefix("file://"))

@@ -59,7 +59,8 @@ def find_photos(
         sources: paths or addresses.
         max_bytes: size limit of one image. Larger images are not read.
         image_column: name of the image column of Parquet and .csv files. If it is None, the column is detected.
-        folders_as: metadata keys for the names of the folders within a source that contain an image, outermost first.
+        folders_as: metadata keys. Their values are the names of the folders on the path from a source to an image,
+            outermost first.
         account: counts the files that are ignored.
 
     Raises:
@@ -89,7 +90,7 @@ def _check_kind(source: str, place: Place, entry: Entry) -> None:
     """Check that a source may contain images. A file that is neither a list nor an archive must be an image.
 
     Raises:
-        ValueError: the suffix is that of other files, and the content is not an image.
+        ValueError: the file has the suffix of another kind of file, and its content is not an image.
         OSError: the file cannot be read.
     """
     suffix = suffix_of(entry.name)
@@ -189,8 +190,8 @@ class _Finder:
                 yield self._plain(file, sidecar, described.get(name))
 
     def _describe(self, file: File, prefix: str, described: dict[str, dict[str, Any]]) -> Iterator[Problem]:
-        """Read a file such as `metadata.jsonl`, and add the metadata of each image to `described`, by the image's path
-        relative to the source. Yield a `Problem` for each line that cannot be used.
+        """Read a file such as `metadata.jsonl`, and add the metadata of each image to `described`, under the image's
+        path relative to the source. Yield a `Problem` for each line that cannot be used.
 
         A file with this name but without the field `file_name` in its first line is of another kind, and is ignored."""
         try:

@@ -117,7 +117,7 @@ def _checked(query: Query, service: Service, target: Target) -> Query:
 
     Raises:
         ModelMismatch: the query and the collection have vectors from different models, or the query requests re-ranking
-            and the collection has vectors of another model than the served one.
+            and the collection has vectors from a model other than the served one.
         Conflict: the query and the collection have vectors with different dimensions.
         InvalidRequest: the query has the form `region`, but the pooling of the collection is not "mean".
     """

@@ -150,7 +150,7 @@ async def _read(service: Service, digest: str) -> tuple[str, bytes]:
 
 
 def _shares(patches: Patches, spec: PreprocessSpec) -> Floats:
-    """Return the fraction of each patch that shows the image, float32 [N]. The rest is padding."""
+    """Return the fraction of each patch that shows the image, float32 [N]. The rest of a patch is padding."""
     return image_weights(patches.size, crop_box(*patches.size, spec), patches.grid).ravel()
 
 

@@ -92,9 +92,9 @@ async def add_items(request: Request, name: str) -> JsonAnswer[AddedItems]:
 )
 async def put_item(request: Request, name: str, item_id: str) -> JsonAnswer[PutItem]:
     """Create the item with the id in the path, or replace the existing item as a whole. Send one image as the raw body
-    or as a file of a form, or JSON with an image or a vector. With a raw image, `metadata` (JSON text) and `source` are
-    query parameters. The status is 201 if the item is new, and 200 if it was replaced. If the collection does not
-    exist, it is created."""
+    or as a file in a form, or JSON with an image or a vector. In a form, `metadata` (JSON text) and `source` are
+    fields. With a raw image, they are query parameters. The status is 201 if the item is new, and 200 if it was
+    replaced. If the collection does not exist, it is created."""
     started = time.perf_counter()
     service = service_of(request)
     check_name(name), check_id(item_id)
@@ -186,8 +186,8 @@ async def _read(request: Request, settings: Settings) -> tuple[list[Outcome[NewI
 
 
 def _per_image(options: UploadOptions, count: int) -> list[list[str]]:
-    """Return a list for each field in `_PER_IMAGE`. It contains the value of the field for each of the `count` images,
-    or empty strings if the request does not have the field.
+    """Return a list for each field in `_PER_IMAGE`. The list contains the value of this field for each of the `count`
+    images, or empty strings if the request does not have the field.
 
     Raises:
         InvalidRequest: the number of values differs from the number of images.

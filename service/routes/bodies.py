@@ -51,8 +51,9 @@ def media_type(request: Request) -> str:
 
 
 async def read_upload(request: Request, settings: Settings, *, key: str, fields_per_image: int = 0) -> Upload:
-    """Read a request body with images and return its parts. In a JSON body, the field `key` contains the images, as one
-    string or a list of strings. `fields_per_image` is the number of form fields that may occur once for each image.
+    """Read a request body with images and return its parts. In a JSON body, the field `key` contains the images: one
+    string or object, or a list of them. `fields_per_image` is the number of form fields that may occur once for each
+    image.
 
     Raises:
         BadRequest, InvalidRequest, UnsupportedMediaType, PayloadTooLarge: the body is not accepted.
@@ -113,7 +114,7 @@ async def json_of(request: Request) -> dict[str, Any]:
 async def read_exact_json(request: Request, metadata_in: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
     """Parse the body of a request and return its JSON object, like `read_json`. orjson converts an integer beyond 64
     bits to a float without an error. If this may have happened in the part of the body that `metadata_in` returns, the
-    body is parsed again, and such integers stay integers, which stores refuse.
+    body is parsed again without this conversion, so stores can refuse such integers.
 
     Raises:
         ServiceError: the same errors as those of `read_json`.
@@ -142,8 +143,9 @@ class _MemoryParser(MultiPartParser):
     """A form parser that differs from Starlette's in three ways. First, it keeps files in memory and never writes them
     to disk. The size limit for the body also limits this memory. Second, it records in `ended` whether the form is
     complete, because Starlette's parser silently drops an incomplete last part. Third, a part without the parameter
-    `filename` may be a file: if it has the parameter `filename*`, which older clients send for names that are not
-    ASCII, or if its content type is that of an image."""
+    `filename` can also be a file. This is the case if it has the parameter `filename*`, which older clients send for
+    names that are not ASCII, if its content type is that of an image, or if its content type is
+    `application/octet-stream` and its name is in `_FILES`."""
 
     spool_max_size = 2**62
     ended = False

@@ -111,8 +111,8 @@ async def get_collection(request: Request, name: str) -> JsonAnswer[CollectionAn
 @describe(Operation(errors=(*BODY, *COLLECTION), body=CollectionPatchIn))
 async def patch_collection(request: Request, name: str) -> JsonAnswer[CollectionAnswer]:
     """Replace the list of the metadata keys that have an index (`indexed`). The other settings cannot be changed. The
-    answer is sent when the indexes are built. Until then, searches run as before, and other writes wait. The status is
-    422 if the vector store has no such indexes."""
+    answer is sent after the indexes have been built. Until then, searches run as before, and other writes wait. The
+    status is 422 if the vector store has no such indexes."""
     service = service_of(request)
     check_name(name)
     body = parse_options(CollectionPatchIn, await read_json(request))
@@ -161,7 +161,7 @@ async def take_snapshot(request: Request, name: str) -> JsonAnswer[SnapshotAnswe
     deleted when the collection is deleted. The status is 422 if the vector store does not support snapshots.
 
     With the content type `application/octet-stream`, the body is the file of a snapshot from another server. It becomes
-    a snapshot of the collection in the path, which need not exist, and can then be restored."""
+    a snapshot of the collection in the path and can then be restored. The collection need not exist."""
     service = service_of(request)
     store = _snapshots(service, name)
     taken = None

@@ -1,6 +1,6 @@
 """Describe what a route accepts and how it can fail, for the OpenAPI document (`service/routes/openapi.py`).
 
-What a route answers is not described here: it is the type in the return annotation of the route function.
+The type of a route's answer is not described here, because it is the return annotation of the route function.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ Errors = tuple[type[ServiceError], ...]
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 ALWAYS: Final[Errors] = (PayloadTooLarge, ServiceError, Unavailable, ShuttingDown, DeadlineExceeded)
-"""The errors that `service/middleware.py` may raise on every route."""
+"""The errors that `service/middleware.py` may raise on every route, apart from those for malformed requests."""
 BODY: Final[Errors] = (BadRequest, UnsupportedMediaType, InvalidRequest)
 IMAGES: Final[Errors] = (
     *BODY,
@@ -62,7 +62,7 @@ class Operation:
 
     errors: Errors = ()  # in addition to ALWAYS
     body: type[Schema] | None = None  # the JSON body
-    file: str | None = None  # the media type of a file that the body may be instead of JSON
+    file: str | None = None  # the media type of a file that may be sent instead of JSON
     body_required: bool = True
     upload: Upload | None = None
     query: type[Schema] | None = None
@@ -83,7 +83,7 @@ def describe(operation: Operation) -> Callable[[Endpoint], Endpoint]:
 
 
 def operation_of(endpoint: Callable[..., Any]) -> Operation:
-    """Return the description of a route function, or the description of a route without a body if there is none."""
+    """Return the description of a route function. If it has none, return an `Operation` with the default values."""
     operation = getattr(endpoint, "operation", Operation())
     assert isinstance(operation, Operation)
     return operation

@@ -87,7 +87,7 @@ async def metrics(request: Request) -> Response:
 
 async def _usage(store: VectorStore) -> tuple[list[tuple[str, int, int | None]], Mapping[str, int]]:
     """Return the name, the number of items and the disk space of each collection, and the disk space of the store's
-    parts. A store that cannot measure disk space gets none."""
+    parts. If the store cannot measure disk space, it is None for each collection, and there are no parts."""
     if "usage" in store.capabilities:
         usage = await cast(UsageStore, store).usage()
         return [(one.name, one.items, one.disk_bytes) for one in usage.collections], usage.parts

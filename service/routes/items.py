@@ -185,7 +185,7 @@ async def count_items(request: Request, name: str) -> JsonAnswer[CountAnswer]:
 async def count_values(request: Request, name: str) -> JsonAnswer[FacetsAnswer]:
     """Return the distinct values of a metadata key, each with the number of items that have it, most frequent first.
     With a `filter`, count only the matching items. If the value is a list, each of its elements counts. `distinct` is
-    the number of all values, including those beyond `limit`."""
+    the number of all distinct values, including those beyond `limit`."""
     service = service_of(request)
     check_name(name)
     body, where = await _read_query(request, FacetsIn)

@@ -59,7 +59,7 @@ class _Generator(GenerateJsonSchema):
 
 
 def document(routes: Iterable[BaseRoute], *, title: str, version: str, description: str) -> Json:
-    """Return the OpenAPI document of the routes that are instances of `DirectRoute`."""
+    """Return the OpenAPI document for the routes that are instances of `DirectRoute`."""
     direct = [route for route in routes if isinstance(route, DirectRoute) and route.include_in_schema]
     schemas = _Schemas(direct)
     paths: dict[str, Json] = {}
@@ -116,8 +116,8 @@ class _Schemas:
             del self.components[name]
 
     def texts(self, model: type[Schema]) -> dict[str, Json]:
-        """Return the schema of each field of a request, as a form or query string contains it. An object is a text that
-        contains JSON. There is no null."""
+        """Return the schema of each field of a request for use in a form or a query string. There, an object is sent as
+        JSON text, and null does not exist."""
         whole = self.components[self._of[model]["$ref"].removeprefix(_REF)]
         return {name: self._text(field) for name, field in whole["properties"].items()}
 

@@ -370,7 +370,7 @@ def _object(line: bytes | str, where: str) -> dict[str, Any]:
             value = loads_exactly(line)
     except ValueError:
         try:
-            value = loads_exactly(line)  # accepts NaN, and so the error names the field
+            value = loads_exactly(line)  # accepts NaN, so a later error can name the field
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON: {error}") from error
     if not isinstance(value, dict):

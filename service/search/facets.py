@@ -4,7 +4,7 @@ If the value of a key is a list, each of its elements counts, but equal elements
 numbers and booleans count. The most frequent value comes first. Values with equal counts are sorted: numbers, then
 strings, then booleans.
 
-A store with a query language counts the values itself. The other stores use the class `ValueCounts`.
+The embedded store counts the values in SQL (`reading.value_counts`). The Milvus store uses the class `ValueCounts`.
 """
 
 from collections import Counter
@@ -24,7 +24,7 @@ class ValueCounts:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._counts: Counter[tuple[bool, bool, Scalar]] = Counter()  # 1 and True are equal, but not as keys
+        self._counts: Counter[tuple[bool, bool, Scalar]] = Counter()  # `_key` distinguishes 1 from True
 
     def add(self, metadata: Mapping[str, Any]) -> None:
         """Count the values of one more item. Raises InvalidRequest if there are more than `MAX_DISTINCT` values."""

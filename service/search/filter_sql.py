@@ -9,8 +9,9 @@ NULL, which is neither true nor false. Therefore, an expression is negated with 
 Unlike NOT, CASE also stops at the first operand of an AND or OR that decides the result.
 
 A condition on a key is an OR of two parts: the first compares the value itself, and the second the elements of a list.
-The text of a list begins with `[`, so the second part begins with a comparison that excludes all other values. SQLite
-uses the index on the key for both parts, and reads the metadata only of items whose value is a list.
+The text of a list begins with `[`, so the second part begins with a comparison that excludes most other values. SQLite
+uses the index on the key for both parts. For the second part, it reads the metadata only of items whose value begins
+with `[`.
 """
 
 from typing import Final
@@ -116,5 +117,5 @@ def _kinds(wanted: Scalar) -> str:
 
 
 def json_path(path: Path) -> str:
-    """Return `path` as a string literal with a path in the syntax of SQLite's JSON functions."""
+    """Return `path` as an SQL string literal, in the syntax of SQLite's JSON functions."""
     return "'$" + "".join(f'."{key}"' for key in path) + "'"

@@ -12,8 +12,8 @@ A filter is a tree. Each leaf is a condition on one key of the metadata, or on t
     {"field": "id", "prefix": "shelf-3/"}              the same operators, except `exists`, on the item's id
     {"and": [...]}, {"or": [...]}, {"not": {...}}
 
-If the value of a key is a list, a condition is true if it is true for an element of the list. `ne` is the negation of
-`eq`, so it requires that no element is equal. Conditions do not look into lists or objects within a list.
+If the value of a key is a list, a condition is true if it is true for an element of the list. The exception is `ne`: it
+is true if no element is equal. Conditions do not look into lists or objects within a list.
 
 A condition is true or false, never unknown. If an item does not have the key, `exists: false` is true, and every
 other condition on the key is false. The negation (`not`) of a false condition is true. The function `matches` defines

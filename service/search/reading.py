@@ -70,8 +70,8 @@ def page_by_number(db: sqlite3.Connection, row: Row, where: Filter | None, after
 
 
 def value_counts(db: sqlite3.Connection, row: Row, path: MetadataPath, where: Filter | None, limit: int) -> Facets:
-    """Count the values of a metadata key. Return the `limit` most frequent values and the number of all values.
-    `service/search/facets.py` defines what counts as a value."""
+    """Count the values of a metadata key. Return the `limit` most frequent values and the number of all distinct
+    values. `service/search/facets.py` defines what counts as a value."""
     condition, parameters = condition_of(where)
     at = json_path(path)
     query = f"""WITH found AS (

@@ -35,16 +35,16 @@ async def restore(
 
     Args:
         root: the folder of the store's snapshots, which also contains the lock files of restores.
-        files: the file for each name of a new collection.
-        aliases: the name of the collection for each alias.
-        replace: whether a collection or alias that has one of the names is replaced. The aliases of a replaced
+        files: maps the name of each new collection to its snapshot file.
+        aliases: maps each alias to the name of its collection.
+        replace: whether to replace existing collections and aliases that have these names. The aliases of a replaced
             collection then point to its replacement.
         write: runs a function on the database in a write transaction.
 
     Raises:
         Conflict: a collection or alias has one of the names, and `replace` is False. A collection never replaces an
             alias, nor an alias a collection.
-        CollectionNotFound: an alias should point to a collection that does not exist.
+        CollectionNotFound: the collection for an alias does not exist.
         StorageFailed: a snapshot is damaged, or the disk is full.
     """
     await write(partial(_check, names=list(files), aliases=aliases, replace=replace))
@@ -67,7 +67,7 @@ async def restore(
 
 
 def _check(db: sqlite3.Connection, names: list[str], aliases: Mapping[str, str], replace: bool) -> None:
-    """Raise Conflict if a name is taken. The message lists all such names."""
+    """Raise Conflict if a name is taken and may not be replaced. The message lists all such names."""
     collections = {row.name for row in database.every(db)}
     existing = dict(db.execute("SELECT a.name, c.name FROM aliases a JOIN collections c ON c.id = a.collection"))
     clashes = [f"{name!r} is an alias already" for name in names if name in existing]
@@ -84,8 +84,8 @@ def _check(db: sqlite3.Connection, names: list[str], aliases: Mapping[str, str],
 
 
 def _publish(db: sqlite3.Connection, rows: Mapping[str, Row], aliases: Mapping[str, str], replace: bool) -> Restored:
-    """Give the hidden collections `rows` their names, and set the aliases. If `replace` is true, collections that have
-    the names are dropped."""
+    """Give the hidden collections `rows` their names, and set the aliases. If `replace` is true, existing
+    collections that have these names are dropped first."""
     _check(db, list(rows), aliases, replace)
     replaced = set()
     for name, row in rows.items():

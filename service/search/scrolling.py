@@ -54,7 +54,8 @@ def position_in(order: Order, cursor: str | None) -> Position | None:
 def page_in_order(
     db: sqlite3.Connection, row: Row, where: Filter | None, order: Order, after: Position | None, limit: int
 ) -> Page:
-    """Return the page of up to `limit` items that follow the position `after`. If it is None, return the first page."""
+    """Return the page of up to `limit` items that follow the position `after`. If `after` is None, return the first
+    page."""
     rows: list[tuple[Any, ...]] = []
     if after is None or after.value is not None:
         rows = _with_value(db, row, where, order, after, limit + 1)

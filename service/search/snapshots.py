@@ -180,9 +180,9 @@ def path_of(root: Path, collection: str, name: str) -> Path:
 
 
 def read(path: Path, what: str | None = None) -> tuple[Row, Generator[tuple[list[ItemRow], list[VectorRow]]]]:
-    """Open the snapshot at `path`. Return the state of its collection, and a generator of pages of rows. Each page is a
-    pair of lists: rows of the table `items`, and rows of the table `vectors`. `what` names the snapshot in error
-    messages.
+    """Open the snapshot at `path`. Return two things: the state of its collection, and a generator of pages of rows.
+    Each page is a pair of lists: rows of the table `items`, and rows of the table `vectors`. `what` names the snapshot
+    in error messages.
 
     The file may come from anywhere, so its contents are checked as strictly as the items in a request.
 
@@ -232,7 +232,7 @@ class Reference(NamedTuple):
 
 
 def references(path: Path) -> Generator[list[Reference]]:
-    """Open the snapshot at `path`, and return a generator of pages with the references to images of its items.
+    """Open the snapshot at `path`, and return a generator of pages. Each page lists the references of some items.
 
     Raises:
         StorageFailed: see `read`.

@@ -340,7 +340,7 @@ class SnapshotStore(VectorStore, Protocol):
         removed later."""
 
     async def add_snapshot(self, collection: str, file: Path) -> SnapshotInfo:
-        """Make a snapshot file from another store a snapshot of `collection`, and return its description. The
+        """Add a snapshot file from another store to the snapshots of `collection`, and return its description. The
         collection need not exist. The file is moved.
 
         Raises:
@@ -356,7 +356,9 @@ class SnapshotStore(VectorStore, Protocol):
         these names are replaced.
 
         Raises:
-            Conflict: a collection or alias with one of the names exists, and `replace` is false.
+            Conflict: a collection or alias with one of the names exists, and `replace` is false. A collection never
+                replaces an alias, nor an alias a collection.
+            CollectionNotFound: the collection for an alias does not exist.
         """
 
     async def restore(self, collection: str, source: str, name: str) -> CollectionInfo:

@@ -1,4 +1,5 @@
-"""Decides which characters ids, sources and metadata keys may contain, and finds the range of texts with a prefix.
+"""Decides which characters ids, sources and metadata keys may contain, and finds the range of texts that have a
+prefix.
 
 People copy ids from file names, and file names contain all kinds of characters: macOS writes U+202F (a narrow no-break
 space) into the names of screenshots, Persian and Hindi need U+200C and U+200D, and Japanese uses U+3000 as a space.
@@ -29,6 +30,6 @@ def texts_with_prefix(prefix: str) -> list[tuple[str, str]]:
     stem = prefix.rstrip(chr(sys.maxunicode))
     if stem:
         following = ord(stem[-1]) + 1
-        following = 0xE000 if 0xD800 <= following < 0xE000 else following  # surrogates are no characters
+        following = 0xE000 if 0xD800 <= following < 0xE000 else following  # surrogates are not characters
         comparisons.append(("<", stem[:-1] + chr(following)))
     return comparisons
