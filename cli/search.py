@@ -80,8 +80,8 @@ def index(
         str | None,
         typer.Option(
             metavar="KEY[/KEY]",
-            help="Metadata keys for the names of the folders within SOURCE that contain an image, outermost first, "
-            "e.g. brand or brand/kind.",
+            help="Metadata keys under which to store the names of the folders within SOURCE that contain an image, "
+            "outermost first, e.g. brand or brand/kind.",
         ),
     ] = None,
     image_column: Annotated[
