@@ -3,7 +3,7 @@
 The parity check of an export shows that a graph computes what the reference forward pass computes. It cannot show that
 the weights, the preprocessing and the forward pass are those of the published model. This module can: the numbers in
 `published_numbers.json` come from the tests of Hugging Face's transformers, which has its own forward pass. The image
-is not part of this project, because its licence does not allow that.
+is not part of this project, because its licence does not allow redistribution.
 """
 
 import json
