@@ -1,9 +1,9 @@
-"""Make a data set in which the object is at the edge of a wide image, to compare the ways to fit images into a square.
+"""Make wide images with the object at one end, to compare the ways in which an image can be fitted into a square.
 
     python benchmarks/wide_images.py GROCERY OUT
-    dinov2 eval auto --task knn --data OUT              # crop; also with fit=pad and fit=squash
+    dinov2 eval auto --task knn --data OUT              # fit=crop; repeat with fit=pad and fit=squash
 
-Each image is pasted at the left or right end of a white canvas that is four times as wide as the image is high.
+Each image is pasted at the left or right end of a white canvas of the same height that is four times as wide as high.
 docs/models.md has the results.
 """
 

@@ -24,7 +24,7 @@ app = typer.Typer(
     help="DINOv2 image features: train, export and serve models, embed images, and search for similar images."
 )
 def check_environment() -> None:
-    """Refuse unknown DINOV2_* names before any command runs, so that a mistyped name is not silently ignored."""
+    """Refuse unknown environment variables named DINOV2_* before any command runs, so that a typo is not ignored."""
     if any(name.upper().startswith("DINOV2_") for name in os.environ) and "--help" not in sys.argv:
         from service.settings import check_names
 

@@ -20,17 +20,17 @@ def backup(
     out: Annotated[
         Path,
         typer.Argument(
-            help="Folder of the backup. If it contains an older backup, only the missing images are copied, and the "
-            "older backup is replaced at the end."
+            help="Folder for the backup. If it contains an older backup, only the images that are missing there are "
+            "copied, and the older backup is replaced at the end."
         ),
     ],
     images: Annotated[
-        bool, typer.Option(help="Copy the stored images too. Turn this off if they are backed up in another way.")
+        bool, typer.Option(help="Copy the stored images too. Turn this off if you back them up in another way.")
     ] = True,
     data_dir: DataDirOption = DATA,
     store: StoreOption = None,
 ) -> None:
-    """Back up all collections with their aliases and stored images, while the service may be running. To resume an
+    """Back up all collections with their aliases and stored images. The service may keep running. To resume an
     interrupted backup, run the command again."""
 
     async def work(vectors: "VectorStore", settings: "Settings") -> "Saved":
@@ -52,13 +52,13 @@ def backup(
 def restore(
     source: Annotated[Path, typer.Argument(metavar="BACKUP", help="Folder that `dinov2 backup` wrote.")],
     replace: Annotated[
-        bool, typer.Option("--replace", help="Replace collections and aliases that have the same names.")
+        bool, typer.Option("--replace", help="Replace existing collections and aliases that have the same names.")
     ] = False,
     data_dir: DataDirOption = DATA,
     store: StoreOption = None,
 ) -> None:
-    """Restore all collections, aliases and stored images from a backup, while the service may be running. All
-    collections appear at once, or none if the restore fails."""
+    """Restore all collections, aliases and stored images from a backup. The service may keep running. All collections
+    appear at once, or none if the restore fails."""
     from service.backup import read_contents
 
     try:
@@ -109,7 +109,7 @@ def _artifacts(data_dir: Path) -> "list[SavedArtifact]":
 
 
 def _tell(line: str) -> None:
-    """Show the current step on a terminal."""
+    """Print a line about the current step if standard error is a terminal."""
     if sys.stderr.isatty():
         typer.echo(line, err=True)
 
@@ -120,7 +120,7 @@ def _tell_images(images: "Photos") -> None:
 
 
 def _exit_if_unreadable(images: "Photos") -> None:
-    """Raise typer.Exit with status 1 if images could not be read."""
+    """If images could not be read, print their number and raise typer.Exit with status 1."""
     if images.unreadable:
         many = "1 image was" if images.unreadable == 1 else f"{images.unreadable} images were"
         typer.echo(f"{many} left out because of a read error: {images.reason}", err=True)

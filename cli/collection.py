@@ -334,7 +334,7 @@ def able(store: "VectorStore", capability: str) -> object:
 def _vectors_of(model: str, engine: str, pooling: Pooling, data_dir: Path) -> tuple[str, int]:
     """Return the tag and the dimension of the vectors that a local model computes with this engine and pooling.
 
-    The model is not loaded, unless only loading tells which precision the engine has on this host.
+    The model is loaded only if the engine's precision on this host cannot be known otherwise.
     """
     from model.artifact import read_manifest
     from model.engines.choice import known_precision

@@ -1,4 +1,4 @@
-"""`dinov2 index FOLDER --prune`: ask before items are removed whose file no longer exists, and remove them."""
+"""`dinov2 index FOLDER --prune`: remove the items whose file no longer exists, after asking the user."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ _BATCH = 1000  # items that are removed in one call
 
 
 def folders_to_prune(sources: list[str], id_by: str) -> "list[tuple[Place, str]]":
-    """Return the folders for `--prune`.
+    """Return the file system and path of each source, all of which must be folders.
 
     Raises:
         ValueError: a source is not a folder, or the ids are hashes, so an item may stand for several files.
@@ -38,9 +38,10 @@ async def prune_items(
     report: "IndexReport",
     yes: bool,
 ) -> None:
-    """Remove the items whose file no longer exists, after the user has confirmed it.
+    """Remove the items whose file no longer exists. Unless `yes` is true, ask the user first.
 
-    Nothing is removed after an interrupted run, or if the folders contain no image, because they may not be mounted.
+    Nothing is removed after an interrupted run. The same holds if no image was found, because the folders may not be
+    mounted.
     """
     from service.ingest.prune import gone_items
 
@@ -48,7 +49,9 @@ async def prune_items(
     if info is None:
         return
     if report.interrupted or not found.images:
-        reason = "the run was interrupted" if report.interrupted else "no image was found, so it may not be mounted"
+        reason = (
+            "the run was interrupted" if report.interrupted else "no image was found, so the folder may not be mounted"
+        )
         typer.echo(f"nothing was removed: {reason}", err=True)
         return
     gone = [item_id async for item_id in gone_items(vectors, collection, folders, found)]

@@ -80,8 +80,8 @@ def index(
         str | None,
         typer.Option(
             metavar="KEY[/KEY]",
-            help="Metadata keys for the names of the folders within SOURCE that contain an image, outermost first, "
-            "e.g. brand or brand/kind.",
+            help="Metadata keys under which to store the names of the folders within SOURCE that contain an image, "
+            "outermost first, e.g. brand or brand/kind.",
         ),
     ] = None,
     image_column: Annotated[
@@ -97,13 +97,15 @@ def index(
     ] = None,
     prune: Annotated[
         bool,
-        typer.Option("--prune", help="Then remove the items whose file no longer exists in SOURCE, which is a folder."),
+        typer.Option(
+            "--prune", help="Afterwards, remove items whose file no longer exists in SOURCE, which must be a folder."
+        ),
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Let --prune remove items without asking.")] = False,
 ) -> None:
     """Embed images and add them to a collection. To resume an interrupted run, run the command again. If some
-    images cannot be read, they are skipped and reported, and the exit status is 1. The last line accounts for every
-    file."""
+    images cannot be read, they are skipped and reported, and the exit status is 1. The last line on standard output
+    counts the files that were used, ignored (by kind) and failed."""
     from model.folder import Account
 
     account = Account()

@@ -61,7 +61,7 @@ def embed(
     batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Number of images per forward pass.")] = 16,
 ) -> None:
     """Embed images and write the vectors to one .npz file. Images that cannot be read are skipped and listed. The
-    last line accounts for every file. Limits on images are read from the same settings as those of `dinov2 serve`."""
+    last line counts the files that were used, ignored (by kind) and failed. The service's settings limit the images."""
     from rich.progress import Progress
 
     from model.artifact import load_artifact

@@ -25,7 +25,12 @@ T = TypeVar("T")
 
 
 def _expanded(path: Path) -> Path:
-    """Replace `~` at the start of the path with the home folder. A shell does not do this for environment variables."""
+    """Replace `~` at the start of a path with the home folder. Shells do not do this in every place where a path can be
+    given, such as `--data-dir=~/data`.
+
+    Raises:
+        typer.BadParameter: the home folder is unknown.
+    """
     from model.files import expanded
 
     try:
@@ -79,7 +84,7 @@ DATA = Path("data")
 def fail(message: object) -> typer.Exit:
     """Print an error message and return the exception that ends the command with status 2. The caller raises it."""
     if isinstance(message, OSError) and message.filename is not None and message.strerror:
-        message = f"{message.filename}: {message.strerror}"  # without the number, and with the file first
+        message = f"{message.filename}: {message.strerror}"  # the file first, and no error number
     typer.echo(f"error: {message}", err=True)
     return typer.Exit(code=2)
 

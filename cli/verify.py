@@ -21,12 +21,12 @@ def verify(
         ),
     ],
     engine: Annotated[
-        str, typer.Option(help="Engine: runtime[:precision]. Engines other than float32 may differ more.")
+        str, typer.Option(help="Engine: runtime[:precision]. With a lower precision than fp32, fewer places may agree.")
     ] = "onnxruntime:fp32",
     data_dir: ArtifactsDirOption = DATA,
 ) -> None:
-    """Compare a model's features of a well-known image with the numbers that transformers' own tests contain. Print how
-    many decimal places of each number agree. The exit status is 1 if a number agrees to fewer than two places."""
+    """Compare a model's features of a well-known image with the numbers in the tests of Hugging Face's transformers.
+    Print to how many decimal places each number agrees. The exit status is 1 if it is fewer than two for any number."""
     from model.artifact import load_artifact
     from model.engines.choice import load_engine
     from model.published_numbers import agreeing_rules

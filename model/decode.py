@@ -18,8 +18,8 @@ How pixels are interpreted:
   features must match theirs. CMYK is converted without a profile for the same reason.
 - Only the first frame of an animation or a multi-page file is decoded.
 - The orientation in EXIF (or XMP) is applied in every format. Unreadable EXIF is ignored, because the pixels are
-  intact. The same holds for a PNG's text, colour profile and damaged optional chunks, of any size. HEIC files describe
-  the orientation outside EXIF, and the decoder applies it.
+  intact. For the same reason, a PNG's texts and colour profile are ignored, and so are its damaged optional chunks of
+  up to 1 MiB. HEIC files describe the orientation outside EXIF, and their decoder applies it.
 """
 
 import re
@@ -68,8 +68,8 @@ HEIC, HEIC_EXTRA = "HEIC", "pip install 'dinov2-service[heif]'"
 def _has_heic() -> bool:
     """Return whether HEIC images can be decoded, and if so, make Pillow able to open them.
 
-    pi-heif checks the coded size of an image against the size in its header before it decodes. The decoding threads of
-    the service run in parallel, so pi-heif itself uses only one thread.
+    Before pi-heif decodes an image, it compares the coded size with the size in the header. The service decodes several
+    images in parallel, so pi-heif uses only one thread for each.
     """
     try:
         import pi_heif
@@ -83,7 +83,7 @@ FORMATS = (
     *(name for name in SIGNATURES if name not in BUILD_FEATURES or features.check(BUILD_FEATURES[name])),
     *([HEIC] if _has_heic() else []),
 )
-PILLOW_NAMES = {HEIC: "HEIF"}  # where Pillow's name of a format differs from ours
+PILLOW_NAMES = {HEIC: "HEIF"}  # the formats for which Pillow has another name
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
 ORIENTATIONS = {  # EXIF tag 0x0112 -> the operation that turns the image upright
@@ -289,10 +289,11 @@ def _check_scans(data: bytes) -> None:
 
 
 def _without_texts(data: bytes) -> bytes:
-    """Return a PNG without texts, colour profiles and damaged optional chunks, which do not affect its pixels.
+    """Return a PNG without its texts, colour profile and damaged optional chunks, which do not affect the pixels.
 
-    Pillow calls a PNG damaged if its text or profile has more than 1 MiB. Texts that may contain the orientation are
-    kept if Pillow can read them. If there is nothing to remove, `data` itself is returned.
+    Pillow rejects a PNG in which a text or profile is larger than 1 MiB. Texts that may contain the orientation are
+    kept if Pillow can read them. Other chunks of more than 1 MiB are kept even if they are damaged. If there is nothing
+    to remove, `data` itself is returned.
 
     Raises:
         TooLarge: there are more than `PNG_MAX_CHUNKS` chunks.

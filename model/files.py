@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 
 def expanded(path: Path) -> Path:
-    """Return the path with `~` or `~name` at its start replaced with the home folder of the user.
+    """Return the path with `~` or `~name` at its start replaced with the home folder of the current or the named user.
 
     Raises:
         ValueError: the home folder is unknown.

@@ -1,6 +1,6 @@
-"""Which files of a folder are images, and which of its folders are the split: one rule for training and serving.
+"""Decides which files in a folder are images, and which subfolders contain training images and held-out images.
 
-`dinov2 train`, `dinov2 index` and `dinov2 embed` use the same files of a folder:
+`dinov2 train`, `dinov2 index` and `dinov2 embed` share these rules, so they use the same files:
 
 - Files and folders whose names begin with a dot are hidden and ignored. Examples are `._a.jpg` and
   `.ipynb_checkpoints/`.
@@ -10,7 +10,7 @@
 - Any other file, for example one without a suffix, is an image if its first bytes are those of an image format
   (`model.decode.sniff`).
 
-The same rule applies to the members of an archive. An `Account` counts every file: used, ignored by kind, or failed.
+The same rules apply to the members of an archive. An `Account` counts every file: used, ignored (by kind) or failed.
 """
 
 import os
@@ -31,7 +31,7 @@ _ARCHIVES = "tar tgz gz bz2 xz zst zip 7z rar iso dmg apk jar dll so exe"
 _DATA = "parquet arrow feather tfrecord tfrecords h5 hdf5 mat npy npz pkl pickle db sqlite sqlite3"
 _WEIGHTS = "pt pth ckpt safetensors onnx"
 _SOUND_AND_VIDEO = "mp3 wav flac ogg m4a aac mp4 m4v mov avi mkv webm mpg mpeg wmv 3gp"
-# Raw images of cameras and their side files. A raw file often begins like a TIFF, but this TIFF is only a thumbnail.
+# Cameras' raw images and the files stored next to them. Many raw images begin like a TIFF, but it is only a thumbnail.
 _RAW = "dng cr2 cr3 crw nef nrw arw sr2 srf orf rw2 raf pef srw x3f 3fr iiq xmp aae thm"
 
 
@@ -51,7 +51,8 @@ _FOLDER_KINDS: Final = (HIDDEN_FOLDERS, LOOPS)
 
 TRAIN: Final = "train"
 HELD_OUT: Final = ("val", "validation", "valid", "test")
-"""The names of the held-out part of a data set, in any case. If a data set has several of them, the first is used."""
+"""The possible names of the held-out part of a data set, in upper or lower case. If a data set has several parts with
+these names, the one whose name is first in this list is used."""
 
 _KINDS_SHOWN: Final = 12
 _NAMES_SHOWN: Final = 3
@@ -61,8 +62,8 @@ _PROBLEMS_KEPT: Final = 1000
 class Listed(NamedTuple):
     """An entry of a folder.
 
-    If `ignored` is not None, the entry is not used, and `ignored` is the kind under which it is counted. If `problem`
-    is not None, the entry cannot be read, and `problem` is the reason. A file with neither is an image.
+    If the entry is not used, `ignored` is the kind under which it is counted. If it cannot be read, `problem` is the
+    reason. A file is an image if both are None.
     """
 
     path: str
@@ -83,12 +84,12 @@ def suffix_of(name: str) -> str:
 
 
 def ignored_as(name: str, head: Callable[[], bytes]) -> str | None:
-    """Return the kind under which a file is ignored, or None if it is an image.
+    """Return the kind under which a file is ignored, such as `.txt` or `hidden`, or None if the file is an image.
 
     Args:
         name: the file's name, without its folder.
         head: a function that returns the first `HEAD_BYTES` bytes of the file. It is called only if the name does not
-            decide.
+            show whether the file is an image.
     """
     if name.startswith("."):
         return HIDDEN
@@ -164,9 +165,8 @@ def walk(folder: str | Path) -> Iterator[Listed]:
 
 
 def split_names(names: Iterable[str]) -> tuple[str, str] | None:
-    """Return the two of `names` that are the training part and the held-out part of a data set.
-
-    Return None if there is no such pair. The names may have any case.
+    """Return the two names that stand for the training part and the held-out part of a data set, such as `train` and
+    `val`, exactly as `names` spells them. Upper and lower case are not distinguished. Return None if either is missing.
     """
     by_name: dict[str, str] = {}
     for name in sorted(names, reverse=True):  # `val` before `Val`
@@ -176,28 +176,28 @@ def split_names(names: Iterable[str]) -> tuple[str, str] | None:
 
 
 def split_folders(folder: Path) -> tuple[Path, Path] | None:
-    """Return the two folders in `folder` that are its training part and its held-out part, such as `train` and `val`.
+    """Return the two subfolders with the training images and the held-out images, such as `train` and `val`.
 
-    Return None if there is no such pair.
+    Return None if either is missing.
     """
     names = split_names(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else None
     return None if names is None else (folder / names[0], folder / names[1])
 
 
 def split_folder(folder: Path, part: str) -> Path:
-    """Return the folder in `folder` that is its part `part`, which is `train` or `val`.
+    """Return the subfolder with the training images if `part` is `train`, or with the held-out images if it is `val`.
 
-    If `folder` has no such pair of folders, return `folder / part`, which may not exist.
+    If `split_folders` finds no such subfolders, return `folder / part`, which may not exist.
     """
     folders = split_folders(folder)
     return folder / part if folders is None else folders[part != TRAIN]
 
 
 def sample_names(member: str) -> list[str]:
-    """Return the names, without suffixes, under which the label or the metadata of a tar's member may be stored.
+    """Return the paths, without suffixes, at which a tar may store the label or metadata of an image.
 
-    The best match is first. For `cats/2.left.png`, the names are `cats/2.left` and `cats/2`. The last name is the key
-    of the sample in the WebDataset library: the member's path up to the first dot of the file name.
+    `member` is the image's path in the tar. The best match is first: for `cats/2.left.png`, the result is `cats/2.left`
+    and `cats/2`. The last one, up to the first dot of the file name, identifies the sample in the WebDataset library.
     """
     folder, slash, file = member.rpartition("/")
     parts = file.split(".")

@@ -1,7 +1,7 @@
 """Describes pydantic's errors in this project's words.
 
-pydantic's own messages contain type names, internal wording ("Input should be ...") and links to its website. Users who
-mistype a setting need the setting, its value and what is allowed.
+pydantic's own messages contain type names, internal wording ("Input should be ...") and links to its website. A user
+who mistypes a setting needs to know its name, the given value and what is allowed.
 """
 
 from collections.abc import Collection
@@ -33,13 +33,13 @@ _KINDS: Final = {"int": "must be an integer", "float": "must be a number", "bool
 def in_words(error: ValidationError, secret: Collection[str] = ()) -> str:
     """Return one line that describes all problems in `error`, such as "port=70000: must be at most 65535".
 
-    `secret` contains the names of fields whose values are not shown.
+    `secret` contains the names of fields whose values must not be shown.
     """
     return "; ".join(problem_in_words(problem, secret) for problem in error.errors(include_url=False))
 
 
 def problem_in_words(problem: Any, secret: Collection[str] = ()) -> str:
-    """Return the text for one entry of `ValidationError.errors()`. See `in_words`."""
+    """Describe one entry of `ValidationError.errors()`, in the same way as `in_words`."""
     name = ".".join(map(str, problem["loc"]))
     text = _message(problem)
     if not name:

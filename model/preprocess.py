@@ -12,7 +12,7 @@ module round it to the nearest even number.
 channel has only 256 values, so `(value / 255 - mean) / std` is computed once per value, without loss. Pillow's own
 shortcuts (`box=`, `reducing_gap=`, JPEG draft mode) are not used, because they change pixels.
 
-An image that is not square can be fitted into the square input in three ways (`Fit`). Only the crop is DINOv2's own.
+There are three ways to fit an image that is not square into a square input (`Fit`). DINOv2 itself only crops.
 
 Legend: H, W height and width of the image; h, w height and width of the network's input; p the patch size; all in
 pixels. Sizes are (height, width).
@@ -47,8 +47,8 @@ Triple = tuple[float, float, float]
 Fit = Literal["crop", "pad", "squash"]
 """How an image that is not square becomes a square.
 
-crop    The short side is resized, and the centre is cut out. What is outside the centre is lost.
-pad     The long side is resized to the side of the square, and the rest is filled with the mean colour.
+crop    The short side is resized, and the centre is cut out. The rest of the image is lost.
+pad     The long side is resized to the side of the square. The rest of the square is filled with the mean colour.
 squash  Both sides are resized to the side of the square, so the aspect ratio changes.
 """
 
@@ -56,14 +56,14 @@ squash  Both sides are resized to the side of the square, so the aspect ratio ch
 class PreprocessSpec(BaseModel):
     """The settings of the transform from an image to the network's input. They are part of an artifact's fingerprint.
 
-    If `crop` is set, the input is a square with sides of `crop` pixels. `fit` is the way an image becomes square.
-    `resize` is the length of the short side before the centre is cut out. It must be None if `fit` is pad or squash.
+    If `crop` is set, the input is a square with sides of `crop` pixels, and `fit` says how an image becomes a square.
+    If `fit` is "crop", the short side is first resized to `resize` pixels. Otherwise `resize` must be None.
 
     If `crop` is None, the whole image is resized so that the short side becomes `resize` pixels long, or keeps its
     length if `resize` is None. Both sides are then rounded to the nearest multiple of `patch_size`, but not to zero, so
     the aspect ratio can change slightly.
 
-    `fit` is left out of a serialised spec if it is crop. The fingerprint of an artifact, which is a hash of the
+    A serialised spec contains `fit` only if it is not "crop". An artifact's fingerprint, a hash that includes the
     serialised spec, is therefore the same as before this setting existed.
 
     Raises:
@@ -123,7 +123,7 @@ def changed_spec(
 ) -> PreprocessSpec:
     """Return the transform with some settings changed. None means that a setting stays as it is.
 
-    If `fit` is pad or squash, the old value of `resize` is dropped, because these need none.
+    If the new transform's `fit` is "pad" or "squash", the old value of `resize` is dropped, because it has no effect.
 
     Raises:
         ValueError: the settings contradict each other. The message names them.
@@ -187,7 +187,7 @@ def output_size(height: int, width: int, spec: PreprocessSpec) -> tuple[int, int
 def crop_box(height: int, width: int, spec: PreprocessSpec) -> tuple[float, float, float, float]:
     """Return the part of an image of this size that the network sees, as (x, y, width, height) in the image's pixels.
 
-    If `spec.fit` is pad, the part is larger than the image, and x or y is negative.
+    If `spec.fit` is "pad", this part extends beyond an image that is not square, so x or y is negative.
 
     The four numbers may be fractions, because the image is resized before it is cropped, and the crop is mapped back to
     the original size. If `output_size` returns (h, w), pixel (X, Y) of the network's input has its centre at this point
@@ -207,7 +207,7 @@ def crop_box(height: int, width: int, spec: PreprocessSpec) -> tuple[float, floa
 def _margins(new_h: int, new_w: int, out_h: int, out_w: int) -> tuple[int, int]:
     """Return the (top, left) corner of the centre crop of out_h x out_w pixels in an image of new_h x new_w pixels.
 
-    Both are 0 without a crop, and one is negative if the image is padded.
+    Both numbers are 0 if nothing is cropped or padded. If the image is padded, one of them is negative.
 
     Halves are rounded to even, as in torchvision's CenterCrop.
     """

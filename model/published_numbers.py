@@ -3,7 +3,7 @@
 The parity check of an export shows that a graph computes what the reference forward pass computes. It cannot show that
 the weights, the preprocessing and the forward pass are those of the published model. This module can: the numbers in
 `published_numbers.json` come from the tests of Hugging Face's transformers, which has its own forward pass. The image
-is not part of this project, because its licence does not allow that.
+is not part of this project, because its licence does not allow redistribution.
 """
 
 import json
@@ -25,13 +25,13 @@ NUMBERS: Final = Path(__file__).parent / "published_numbers.json"
 
 
 class Number(NamedTuple):
-    """One published number, and the model's own value of it."""
+    """A published number, and the number that the model computes in its place."""
 
     token: str  # such as "class token" or "patch 0"
     feature: int
     published: float
     computed: float
-    decimals: int  # the number of decimal places to which both agree, at most those that were published
+    decimals: int  # the number of published decimal places to which both numbers agree
 
 
 class Verification(NamedTuple):
@@ -54,16 +54,17 @@ class Verification(NamedTuple):
 
 
 def verify(artifact: Artifact, engine: Engine, image: npt.NDArray[np.uint8]) -> Verification:
-    """Compare the features that `engine` computes from the reference image with the published numbers of the model.
+    """Compare the features that `engine` computes from the reference image with the numbers published for the model.
 
     Args:
-        artifact: the model. Its name must be that of a model in the table, and its preprocessing the one with which the
-            numbers were computed.
+        artifact: the model. Its name must be in `published_numbers.json`, and its preprocessing must be the one with
+            which the numbers were computed.
         engine: the artifact's engine.
         image: the reference image, RGB [H, W, 3].
 
     Raises:
-        ValueError: there are no numbers for this model or this preprocessing, or the image has another size.
+        ValueError: there are no numbers for this model or this preprocessing, or the image does not have the size of
+            the reference image.
     """
     content = _content()
     model = _model(content, artifact)
@@ -73,7 +74,7 @@ def verify(artifact: Artifact, engine: Engine, image: npt.NDArray[np.uint8]) -> 
 def agreeing_rules(artifact: Artifact, image: npt.NDArray[np.uint8]) -> list[str]:
     """Return the rules for resizing position embeddings with which the model's weights give the published numbers.
 
-    A model that disagrees only because it resizes its position embedding by another rule has the right weights. The
+    If there is such a rule, the weights are right, and the model disagrees only because it uses another rule. The
     features are computed in float64.
 
     Raises:
@@ -107,7 +108,8 @@ def _pixels(content: dict[str, Any], artifact: Artifact, image: npt.NDArray[np.u
     """Return the reference image as the network's input, [1, 3, h, w].
 
     Raises:
-        ValueError: the image is not the reference image, or the artifact has another preprocessing than the numbers.
+        ValueError: the image does not have the size of the reference image, or the artifact's preprocessing is not the
+            one with which the numbers were computed.
     """
     expected, shape = content["image"], image.shape[:2]
     if shape != (expected["height"], expected["width"]):
@@ -140,7 +142,7 @@ def _compare(content: dict[str, Any], model: dict[str, Any], features: Features)
 
 def agreed_decimals(computed: float, published: float, most: int) -> int:
     """Return the number of decimal places, from 0 to `most`, to which two numbers agree. They agree to n places if they
-    differ by at most half a unit of the n-th place."""
+    differ by at most half a unit in the n-th place."""
     difference = abs(computed - published)
     if not math.isfinite(difference):
         return 0

@@ -62,8 +62,9 @@ class TrainConfig(BaseModel):
 
     # data, output and device
     data: Address = Field(
-        description="folder of images (any depth; subfolders such as `train` and `val` are used as the split), tar "
-        "shards (a folder, a file, `name-{000..099}.tar`, a URL) or a Hugging Face dataset saved on disk"
+        description="folder of images (any depth; subfolders such as `train` and `val` separate training images from "
+        "held-out images), tar shards (a folder, a file, `name-{000..099}.tar`, a URL) or a Hugging Face dataset saved "
+        "on disk"
     )
     out: Path = Field(description="folder for checkpoints and logs")
     recipe: str = "none"

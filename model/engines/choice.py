@@ -116,9 +116,9 @@ def choose_engine(
 
 
 def known_precision(name: str) -> str | None:
-    """Return the precision of the engine that `choose_engine` chooses for this name, without loading an engine.
+    """Return the precision of the engine that `choose_engine` would choose for this name, without loading an engine.
 
-    Return None if the precision depends on the host: `auto` on a host with a GPU, and `fastest`.
+    Return None if only loading can tell: for `fastest`, and for `auto` on a host with a GPU.
 
     Raises:
         ValueError: the engine name is unknown.

@@ -54,9 +54,9 @@ class ClassTokens:
 
 
 def find_labelled(folder: Path, read: Callable[[Path], Image | None]) -> LabelledImages | None:
-    """Return the labelled images in `folder`, or None if its subfolder `train/` or `val/` contains no files.
+    """Return the labelled images in `folder`, or None if its subfolder `train/` or `val/` contains no images.
 
-    `train/` and `val/` each contain one folder per class. Their names may be any that `model/folder.py` lists.
+    Both subfolders contain one folder per class. Instead of `val/`, any name in `model.folder.HELD_OUT` may be used.
     """
 
     def files_of(part: str) -> list[tuple[Path, str]]:

@@ -92,8 +92,8 @@ def compare(reference: Features, candidate: Features) -> tuple[float, float, flo
 def pixels_at(images: Sequence[Image], spec: PreprocessSpec, size: tuple[int, int]) -> FloatArray:
     """Preprocess images for a graph with input size `size` (H, W), and return the pixels [B, 3, H, W].
 
-    The sizes in `spec` are scaled so that each image becomes a square of side max(H, W). If H and W
-    differ, the central H x W pixels of the square are returned.
+    The sizes in `spec` are scaled so that each image becomes a square of side max(H, W). If H and W differ, the central
+    H x W pixels of the square are returned.
     """
     assert spec.crop is not None  # an artifact's input is always a square
     side = max(size)

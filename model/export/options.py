@@ -94,7 +94,8 @@ class CheckpointOptions:
         name: the artifact's name. If None, it is the name in the checkpoint's provenance, else the name of the
             architecture, else the file's name without its extension.
         resize, crop, fit: the values for these fields of `PreprocessSpec`. If one is None, the value with which the
-            checkpoint was evaluated is used, or the default (256, 224 and "crop") if it is unknown.
+            checkpoint was evaluated is used. If that is unknown, the default is used: 256, 224 and "crop". If `fit` is
+            "pad" or "squash", `resize` must be None, and the model has no `resize`.
         licence: the SPDX identifier of the weights' licence. It is ignored for a published model.
         download: the options for downloading a published model.
         graphs: the graphs to export in addition to `model.onnx`.

@@ -249,7 +249,7 @@ def test_prune_does_not_empty_a_collection_when_a_folder_is_not_mounted(kept: Ke
         path.unlink()
     result = kept.invoke("index", photos, "-c", "shop", "--prune", "--yes")
     assert result.exit_code == 1
-    assert "nothing was removed: no image was found, so it may not be mounted" in result.stderr
+    assert "nothing was removed: no image was found, so the folder may not be mounted" in result.stderr
     assert len(kept.store()._collections["shop"].items) == 3
     assert f"there are no images in {photos}" in result.stderr
 

@@ -53,9 +53,9 @@ class Source(Protocol):
     """A numbered collection of encoded images. All methods may be called from any thread.
 
     The order of the images depends only on the data. If the data is divided into a training part and a held-out part
-    (`model.folder.HELD_OUT` lists the names of the latter), `parts` maps `train` and `val` to the numbers of their
-    images. Otherwise `parts` is empty. `skipped` lists the images that were found to be unreadable when the source was
-    opened. They have no number. `ignored` counts the files that are not images, by kind.
+    (`model.folder.HELD_OUT` lists the names of the latter), `parts` maps `train` and `val` to the numbers of the images
+    in these two parts. Otherwise `parts` is empty. `skipped` lists the images that were found to be unreadable when the
+    source was opened. They have no number. `ignored` counts the files that are not images, by kind.
     """
 
     @property
@@ -126,7 +126,7 @@ class Subset:
 
     @property
     def ignored(self) -> Mapping[str, int]:
-        """Return the counts of the source from which the images were selected."""
+        """Return the counts of ignored files in the source from which the images were selected."""
         return self._source.ignored
 
     def __len__(self) -> int:
@@ -254,7 +254,7 @@ def walk_folder(folder: Path) -> Iterator[Listed]:
     if not folder.is_dir():
         raise ValueError(f"data folder {folder} does not exist or is not a folder")
     for listed in walk(folder):
-        if listed.is_folder and listed.problem is not None:  # a class that is silently missing would spoil a run
+        if listed.is_folder and listed.problem is not None:  # training without a class, unnoticed, would spoil a run
             raise ValueError(f"{listed.path} cannot be listed: {listed.problem}")
         yield listed
 

@@ -39,8 +39,7 @@ Plan = Callable[[int, int], Tensor]
 """A function of the number of images and the step that returns the numbers of this rank's images, int64 [b]."""
 
 MIN_TRIES = 100
-"""The number of images that are tried before the share of broken images is checked, or all images if there are fewer.
-"""
+"""The share of broken images is checked only after this number of images, or all if there are fewer, has been tried."""
 
 CHUNK = 32
 """The number of images that a thread of `MemoryLoader` gets at a time."""
@@ -127,7 +126,7 @@ class MemoryLoader:
     The images are stored in memory as squares, which take 3 * side^2 bytes each.
 
     Raises:
-        ValueError: no image could be read, or more than the share `max_broken_share` of the images is broken.
+        ValueError: no image could be read, or the share of broken images is larger than `max_broken_share`.
         OSError: the images cannot be reached.
     """
 
@@ -200,10 +199,11 @@ def _none_readable(n: int, skipped: Sequence[Skipped]) -> str:
 
 
 def _check_broken(skipped: Sequence[Skipped], n_tried: int, n: int, max_broken_share: float) -> None:
-    """Check the share of broken images among the `n_tried` images that have been tried so far, of `n` images.
+    """Check the share of broken images. `n_tried` of the `n` images have been tried so far, and `skipped` are broken.
 
     Raises:
-        ValueError: the share is larger than `max_broken_share`, and enough images have been tried.
+        ValueError: at least `MIN_TRIES` images, or all, have been tried, and the share is larger than
+            `max_broken_share`.
     """
     if n_tried >= min(MIN_TRIES, n) and len(skipped) > max_broken_share * n_tried:
         if len(skipped) == n:
@@ -250,7 +250,7 @@ class StreamLoader:
         ahead_steps: maximum number of steps that are decoded ahead.
         ahead_bytes: maximum total size of the squares that are decoded ahead, bytes.
         max_broken_share: the run stops if more than this share of the images tried so far is broken. The check begins
-            when 100 images, or all images, have been tried.
+            when 100 images, or all if there are fewer, have been tried.
         device: the device of the batches.
     """
 

@@ -73,7 +73,7 @@ class Data:
     source: str
     held_out_broken: dict[str, str] = field(default_factory=dict)
     _n_listed: int = 0  # number of the loader's unreadable images that `unlisted` has already returned
-    _n_held_out_listed: int = 0  # the same for held-out images
+    _n_held_out_listed: int = 0  # the same number for held-out images
 
     @property
     def has_classes(self) -> bool:
@@ -124,7 +124,7 @@ def open_data(settings: ImageSettings, world: World, console: Console) -> Iterat
     """Open the images of a run for the duration of a `with` block.
 
     Unreadable images are listed in `skipped.txt` in the run's folder, and their number is printed on the console. At
-    the end, one line that accounts for every file is printed.
+    the end, one line with the numbers of used, ignored and failed files is printed.
 
     Raises:
         ValueError: there are no images, too many images are unreadable, there are fewer images than one batch contains,
@@ -172,10 +172,10 @@ def open_data(settings: ImageSettings, world: World, console: Console) -> Iterat
 
 
 def account_of(source: Source, n_train: int, n_held_out: int, n_asked: int, out: Path) -> Account:
-    """Return the account of every file of a run.
+    """Return how many files of a run were used, ignored and failed.
 
     Args:
-        source: the source of all images.
+        source: the source of all images, including the held-out images.
         n_train: number of images to train on.
         n_held_out: number of held-out images.
         n_asked: number of held-out images that k-NN classifies. The others are not read.

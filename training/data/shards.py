@@ -8,9 +8,10 @@ a buffer.
 
 In WebDataset (https://github.com/webdataset/webdataset), members with the same path up to the first dot of the file
 name form one sample. Here each image of a sample is a separate image of the source. Its label is the content of the
-sample's `.cls` member. File names that contain dots, such as `img.0001.jpg` and `img.0001.cls`, would all belong to the
-sample `img`, so an image prefers the member with the longest name in common. If there is no `.cls` member, the label is
-the name of the folder that contains the image.
+sample's `.cls` member. If file names contain further dots, such as `img.0001.jpg` and `img.0002.jpg`, all of them would
+belong to the sample `img`. So if several `.cls` members match, the one that shares the longest name with the image is
+used: `img.0001.cls` for `img.0001.jpg`. If there is no `.cls` member, the label is the name of the folder that contains
+the image.
 
 If a shard is truncated, its complete images are used, and `skipped` says that it is truncated.
 """
@@ -342,11 +343,10 @@ def unpacked(blob: Blob) -> MemoryBlob:
 
 
 def _word(shard: str) -> str | None:
-    """Return the only word in a shard's path that names a part of a data set, such as `train` or `val`.
+    """Return the word in a shard's path that names a part of a data set, such as `train` or `val`, in lower case.
 
-    Words are separated by slashes, dashes, underscores and dots, and may have any case. `test` counts only if there is
-    no other such word, because it is also a common name of folders. Return None if there is no such word, or more than
-    one.
+    Words are separated by slashes, dashes, underscores and dots. `test` counts only if there is no other such word,
+    because folders are often called `test`. Return None if there is no such word, or more than one.
     """
     words = set(re.split(r"[-/_.]", shard.lower())) & {TRAIN, *HELD_OUT}
     if len(words) > 1:
@@ -359,8 +359,8 @@ class TarSource:
 
     The name of an image is `shard/member`. If the paths of some shards contain the word `train` and those of others a
     word for held-out data, such as `val` (`model.folder.HELD_OUT`), these words divide the images into train and val
-    (`parts`). Otherwise folders with such names inside the shards do so. They must directly follow the folders that the
-    paths of all images have in common.
+    (`parts`). Otherwise, folders with such names inside the shards divide the images. In the images' paths, these
+    folders must directly follow the folders that all paths have in common.
     """
 
     def __init__(

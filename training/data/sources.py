@@ -36,11 +36,11 @@ class FolderSource:
 
     `model/folder.py` decides which files are images. The label of an image is the name of the folder that directly
     contains it. If the folder has a subfolder `train` and one for held-out images, such as `val` or `test`, `parts`
-    maps `train` and `val` to the numbers of the images in these two. Images outside both are in neither part.
+    maps `train` and `val` to the numbers of the images in these two subfolders. Other images are in neither part.
 
     Raises:
         ValueError: the folder does not exist, a subfolder cannot be listed, or there are no images in the folder or in
-            one of its two parts.
+            one of these two subfolders.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -237,7 +237,7 @@ def _is_tar(name: str) -> bool:
 def _open_shards(
     urls: Sequence[str], names: Sequence[str], index_dir: Path, spec: str, others: Mapping[str, int] | None = None
 ) -> TarSource:
-    """Open tar shards as a source. `others` counts the files next to them, by kind."""
+    """Open tar shards as a source. `others` counts the other files in the folder of the shards, by kind."""
     client = httpx.Client(follow_redirects=True, timeout=HTTP_TIMEOUT_S)
 
     def index(url: str, name: str) -> tuple[str, Any, Any]:
@@ -280,7 +280,7 @@ def _remote_shards(url: str) -> list[str]:
 
 
 def _listed_kinds(ignored: Mapping[str, int]) -> str:
-    """Return the end of an error message that lists the files that are not images."""
+    """Return the end of an error message about missing images: which other files there are."""
     kinds = ", ".join(f"{n} {printable(kind)}" for kind, n in Counter(ignored).most_common(5))
     return f"; it contains other files ({kinds})" if kinds else "; it is empty"
 

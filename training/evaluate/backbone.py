@@ -86,10 +86,11 @@ def load_backbone(
 def spec_for(own: PreprocessSpec, settings: TaskSettings) -> PreprocessSpec:
     """Return the preprocessing for a task: the model's own, with the task's `resize`, `crop` and `fit` if they are set.
 
-    The whole image is used, without a crop, if `crop` is 0 or the task is segmentation or depth.
+    If `crop` is 0, or the task is segmentation or depth, the whole image is used, and `fit` has no effect.
 
     Raises:
-        ValueError: `crop` is set without a `resize`, is larger than `resize`, or is not a multiple of the patch size.
+        ValueError: `crop` is larger than `resize` or is not a multiple of the patch size, `fit` is "crop" without a
+            `resize`, or `resize` is set although `fit` is "pad" or "squash".
     """
     if isinstance(settings, DenseSettings) or settings.crop == 0:
         resize = settings.resize or own.resize or own.crop

@@ -54,7 +54,7 @@ def find_pairs(folder: Path, split: str, kind: str, suffixes: Sequence[str]) -> 
     """Return the images below `folder/images/split`, sorted, each with its map (a mask or a depth map).
 
     The map of an image has the same relative path below `folder/kind/split`, except that its suffix is one of
-    `suffixes`. `split` is `train` or `val`; the folder for `val` may have any name in `model.folder.HELD_OUT`.
+    `suffixes`. `split` is `train` or `val`. The folder for `val` may have any of the names in `model.folder.HELD_OUT`.
 
     Raises:
         ValueError: the folders do not exist, there are no images, or an image has no map.

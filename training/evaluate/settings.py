@@ -22,7 +22,8 @@ Task = Literal["knn", "logistic", "linear", "segmentation", "depth", "retrieval"
 class TaskSettings(BaseModel):
     """The settings that every task has.
 
-    If `resize`, `crop` or `fit` is None, the model's own value is used. If `crop` is 0, the whole image is used.
+    If `resize`, `crop` or `fit` is None, the model's own value is used. If `crop` is 0, the whole image is used, and
+    `fit` has no effect.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
