@@ -138,6 +138,7 @@ class UploadOptions(Options):
 class ItemPutIn(ItemIn):
     """The JSON body of `PUT /v1/collections/{name}/items/{id}`. If it has an `id`, this must be the id in the path."""
 
+    id: ItemId | None = Field(None, description="may be omitted; otherwise it must be the id in the path")
     model: str = Field(
         "auto", max_length=256, description="name of the served model; auto and an empty value also mean this model"
     )

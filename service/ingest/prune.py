@@ -1,9 +1,9 @@
 """Find the items whose file no longer exists in an indexed folder: `dinov2 index FOLDER --prune`.
 
 An item belongs to a folder if its source is a file in this folder. The item is gone if the run has not come across its
-source and the file does not exist. An item from a tar or Parquet file is also gone if this archive was read without a
-problem and no longer contains the image. If it is uncertain whether a file exists, for example because a folder cannot
-be read, the item is kept.
+source and the file does not exist. An item from a tar or Parquet file is also gone if the run has read other images of
+this archive, without a problem, and has not come across the item. If it is uncertain whether a file exists, for example
+because a folder cannot be read, the item is kept.
 """
 
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
@@ -24,11 +24,18 @@ class Sources:
 
     images: set[str] = field(default_factory=set)
     problems: set[str] = field(default_factory=set)
+    archives: set[str] = field(default_factory=set)  # archives from which an image was read
 
     def recorded(self, images: Iterable[Photo | Problem]) -> Iterator[Photo | Problem]:
         """Yield all of `images`, and record their sources."""
         for image in images:
-            (self.problems if isinstance(image, Problem) else self.images).add(image.source)
+            if isinstance(image, Problem):
+                self.problems.add(image.source)
+            else:
+                self.images.add(image.source)
+                file, is_member = _file_of(image.source)
+                if is_member:
+                    self.archives.add(file)
             yield image
 
 
@@ -80,7 +87,7 @@ def _is_gone(source: str, place: Place, folder: str, found: Sources) -> bool:
         return True
     except OSError:
         return False
-    return is_member and file not in found.problems
+    return is_member and file in found.archives and file not in found.problems
 
 
 def _file_of(source: str) -> tuple[str, bool]:

@@ -91,6 +91,15 @@ async def test_members_of_archives(folder: Path) -> None:
     assert await gone(store, str(folder)) == {"y.tar/f.png"}
 
 
+async def test_members_of_an_archive_that_was_not_opened_stay(folder: Path) -> None:
+    store = await store_of(str(folder))
+    found = Sources()
+    images = [image for image in find_photos([str(folder)]) if "x.tar" not in image.source]  # as if it were unlisted
+    for _ in found.recorded(images):
+        pass
+    assert [item_id async for item_id in gone_items(store, "shop", find_folders([str(folder)]), found)] == []
+
+
 async def test_folders_of_an_object_store() -> None:
     memory = fsspec.filesystem("memory")
     memory.pipe({"/prune/a.png": photo(), "/prune/b.png": photo()})
