@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sqlite3
@@ -108,6 +109,7 @@ def test_openais_client_parses_errors(client):
     assert bundled_artifact().name in other.value.message
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_the_line_in_the_greeting_works(server):
     line = next(line for line in server.greeting.splitlines() if '{"input"' in line)
     answer = subprocess.run(line.strip(), shell=True, capture_output=True, check=True, timeout=20)
