@@ -297,7 +297,7 @@ def load_artifact(path: Path, *, derived_dir: Path | None = None) -> Artifact:
         location = path / name
         if record.derived and not location.exists():
             location = _derived(path, manifest, name, (derived_dir or path.parent) / path.name)
-        _verify(location, record)
+        verify_file(location, record)
         locations[name] = location
     if WEIGHTS not in locations:
         raise ArtifactError(f"{path / MANIFEST}: does not list {WEIGHTS}")
@@ -344,7 +344,7 @@ def _created(path: Path) -> tuple[str, str]:
         return "", path.name
 
 
-def _verify(path: Path, record: FileRecord) -> None:
+def verify_file(path: Path, record: FileRecord) -> None:
     try:
         found = describe_file(path)
     except OSError as error:
@@ -371,7 +371,7 @@ def _derived(path: Path, manifest: Manifest, name: str, directory: Path) -> Path
     target = directory / name
     if target.exists() and describe_file(target).sha256 == manifest.files[name].sha256:
         return target
-    _verify(path / WEIGHTS, manifest.files[WEIGHTS])
+    verify_file(path / WEIGHTS, manifest.files[WEIGHTS])
     derive_graph(StoredWeights(path / WEIGHTS), manifest.config, specs[name], target)
     return target
 

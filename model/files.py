@@ -8,11 +8,17 @@ killed, temporary files named `.<name>.<...>.part` can remain.
 
 import fcntl
 import os
+import shutil
+import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
+
+_LOCK: Final = ".lock"
+_SURELY_LOCKED_S: Final = 60  # a folder of this age has its lock, if its process still runs
 
 
 def expanded(path: Path) -> Path:
@@ -131,3 +137,25 @@ def waiting_lock(path: Path, on_wait: Callable[[], object]) -> Iterator[None]:
     assert file is not None
     with file:
         yield
+
+
+@contextmanager
+def working_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """Yield a new folder in `parent` whose name begins with `prefix`, and delete it at the end.
+
+    Folders that killed processes have left are deleted first. A folder in use is recognised by its lock.
+
+    Raises:
+        OSError: the folder cannot be created.
+    """
+    for old in parent.glob(f"{prefix}*"):
+        if time.time() - old.stat().st_mtime > _SURELY_LOCKED_S:
+            lock = lock_file(old / _LOCK)
+            if lock is not None:
+                with lock:
+                    shutil.rmtree(old, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as folder:
+        lock = lock_file(Path(folder) / _LOCK)
+        assert lock is not None
+        with lock:
+            yield Path(folder)

@@ -12,6 +12,7 @@ raise an error.
 import io
 import math
 import pickle
+import pickletools
 import struct
 import zipfile
 import zlib
@@ -26,10 +27,46 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-MAX_PICKLE_BYTES: Final = 64 << 20
+MAX_PICKLE_BYTES: Final = 2 << 20
 """The largest `data.pkl` that is read. The one of ViT-g has less than 100 kB."""
 
 _LOCAL_HEADER: Final = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field; 30 bytes
+_OPERATIONS: Final = frozenset(
+    [
+        "PROTO",
+        "MARK",
+        "STOP",
+        "EMPTY_DICT",
+        "EMPTY_LIST",
+        "EMPTY_TUPLE",
+        "TUPLE",
+        "TUPLE1",
+        "TUPLE2",
+        "TUPLE3",
+        "APPEND",
+        "APPENDS",
+        "SETITEM",
+        "SETITEMS",
+        "BINUNICODE",
+        "BINPUT",
+        "LONG_BINPUT",
+        "BINGET",
+        "LONG_BINGET",
+        "GLOBAL",
+        "REDUCE",
+        "BUILD",
+        "BINPERSID",
+        "NONE",
+        "NEWTRUE",
+        "NEWFALSE",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG1",
+        "BINFLOAT",
+    ]
+)
+"""The operations of pickle's protocol 2 that `torch.save` writes for tensors and plain values."""
 _CRC_CHUNK: Final = 1 << 24
 _DTYPES: Final = {
     "DoubleStorage": np.dtype("<f8"),
@@ -95,6 +132,7 @@ def _read(path: Path, archive: zipfile.ZipFile) -> Any:
 
     data = _small_file(archive, entries["data.pkl"], limit=MAX_PICKLE_BYTES)
     try:
+        _check_operations(data)
         return _Unpickler(data, storage).load()
     except TorchFileError:
         raise
@@ -102,7 +140,18 @@ def _read(path: Path, archive: zipfile.ZipFile) -> Any:
         raise TorchFileError(f"its pickle is damaged: {type(error).__name__}: {str(error)[:200]}") from error
 
 
+def _check_operations(data: bytes) -> None:
+    """Check the operations of a pickle before any is executed, because some can take any amount of memory."""
+    for operation, argument, _ in pickletools.genops(data):
+        if operation.name not in _OPERATIONS:
+            raise TorchFileError(f"its pickle has the operation {operation.name}, which torch does not write")
+        if "BINPUT" in operation.name and int(argument or 0) > len(data):
+            raise TorchFileError(f"its pickle refers to object {argument} of at most {len(data)}")
+
+
 def _small_file(archive: zipfile.ZipFile, info: zipfile.ZipInfo, *, limit: int) -> bytes:
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise TorchFileError(f"{info.filename} is compressed, which torch never does")
     if info.file_size > limit:
         raise TorchFileError(f"{info.filename} has {info.file_size} bytes; at most {limit} are read")
     return archive.read(info)

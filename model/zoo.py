@@ -37,6 +37,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from safetensors import SafetensorError, safe_open
 
 from model.files import publish, waiting_lock
 from model.torch_file import TorchFileError, read_torch_file
@@ -289,11 +290,15 @@ def _check_file(path: Path, size_bytes: int | None, sha256: str | None, remedy: 
             actual = hashlib.file_digest(file, "sha256").hexdigest()
         if actual != sha256:
             raise DownloadError(f"{path} has sha256 {actual} instead of {sha256}: {remedy}")
-    elif path.suffix == ".pth" or ".pth." in path.name:
-        try:
+        return
+    try:
+        if ".pth" in path.suffixes:
             read_torch_file(path)  # checks the checksum of each tensor
-        except TorchFileError as error:
-            raise DownloadError(f"{path}: {error}: {remedy}") from error
+        else:
+            with safe_open(path, framework="numpy"):  # checks the header and the length
+                pass
+    except (TorchFileError, SafetensorError) as error:
+        raise DownloadError(f"{path}: {error}: {remedy}") from error
 
 
 class _Part:

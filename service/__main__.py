@@ -179,7 +179,9 @@ class DrainingServer(uvicorn.Server):
             await super().startup(sockets)
         except SystemExit as stop:  # uvicorn cannot listen; the cause is in the context
             where = f"{self.config.host}:{self.config.port}"
-            raise OSError(f"cannot listen on {where}: {stop.__context__}") from stop
+            raise OSError(
+                f"cannot listen on {where}: {stop.__context__}. Another port is set with DINOV2_PORT or --port"
+            ) from stop
         try:
             loading = loop.run_in_executor(None, self._load, self._starting.report)
             while not (loading.done() or self.should_exit):

@@ -2,16 +2,15 @@
 which engines are checked."""
 
 import logging
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from model.artifact import MANIFEST, ArtifactError, find_artifacts, read_manifest
+from model.artifact import MANIFEST, ArtifactError, find_artifacts, read_manifest, verify_file
 from model.decode import DecodeError, decode
-from model.files import expanded, publish, waiting_lock
+from model.files import expanded, publish, waiting_lock, working_folder
 from model.folder import walk
 from model.zoo import DownloadOptions, download, resolve
 
@@ -103,7 +102,8 @@ def _name(path: Path) -> str | None:
 def _export(name: str, data_dir: Path, report: Report) -> Path:
     """Download and export a published model, and return its artifact folder.
 
-    The downloaded file is deleted afterwards, because the artifact contains the same weights. A lock ensures that
+    A downloaded file is deleted afterwards, because the artifact contains the same weights. A file that was already in
+    the folder stays. A lock ensures that
     several services with the same data folder do this only once.
     """
     from model.export.checkpoint import export_checkpoint  # only here, because it imports onnx
@@ -121,11 +121,19 @@ def _export(name: str, data_dir: Path, report: Report) -> Path:
             if _name(path) == name:  # exported by the other process
                 return path
         options = DownloadOptions(downloads, on_progress=on_progress)
+        files = set(downloads.iterdir())
         weights = download(resolve(name), options)
         report(f"exporting {name}: writing the graph and comparing it with a reference")
         checkpoint = CheckpointOptions(download=options)
-        artifact = export_checkpoint(name, data_dir / "artifacts", checkpoint, ExportOptions())
-        weights.unlink()
+        try:
+            artifact = export_checkpoint(name, data_dir / "artifacts", checkpoint, ExportOptions())
+        except ValueError as error:
+            if weights in files:  # it may have been put there by hand
+                raise ValueError(f"{error}. To download the weights again, delete {weights}") from error
+            weights.unlink()
+            raise
+        if weights not in files:
+            weights.unlink()
     for record in artifact.manifest.parity:
         log.info(
             "%s agrees with %s: the largest error is %.1e on %d images",
@@ -140,10 +148,11 @@ def _export(name: str, data_dir: Path, report: Report) -> Path:
 def _fetch(url: str, data_dir: Path, report: Report) -> Path:
     """Copy an artifact from a URL of fsspec, such as `s3://bucket/artifact`, and return its local folder.
 
-    A folder of the same name is used if its manifest is the same. Loading checks the hash of every file.
+    The local folder has the name and the fingerprint of the artifact in its name. If it exists, nothing is copied. The
+    hash of every file is checked before the folder gets its name.
 
     Raises:
-        ValueError: the URL's scheme is unknown, or it needs a package that is not installed.
+        ValueError: the URL's scheme is unknown or needs a package that is not installed, or a file is damaged.
         OSError: a file cannot be read or written.
     """
     import fsspec
@@ -152,22 +161,23 @@ def _fetch(url: str, data_dir: Path, report: Report) -> Path:
         remote, root = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{url}: cannot be opened: {error}") from error
-    root = root.rstrip("/")
-    manifest = remote.cat_file(f"{root}/{MANIFEST}")
-    target: Path = data_dir / "artifacts" / root.rpartition("/")[2]
-    if (target / MANIFEST).is_file() and (target / MANIFEST).read_bytes() == manifest:
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".copying-") as temporary:
-        folder = Path(temporary) / target.name
+    root, artifacts = root.rstrip("/"), data_dir / "artifacts"
+    artifacts.mkdir(parents=True, exist_ok=True)
+    with working_folder(artifacts, ".copying-") as temporary:
+        folder = temporary / "artifact"
         folder.mkdir()
-        (folder / MANIFEST).write_bytes(manifest)
-        for file, record in read_manifest(folder).files.items():
+        (folder / MANIFEST).write_bytes(remote.cat_file(f"{root}/{MANIFEST}"))
+        manifest = read_manifest(folder)
+        target = artifacts / f"{manifest.name}-{manifest.fingerprint[:8]}"
+        if target.exists():
+            if read_manifest(target).fingerprint != manifest.fingerprint:
+                raise ArtifactError(f"{target} is another artifact than {url}: rename it or delete it")
+            return target
+        for file, record in manifest.files.items():
             if record.derived and not remote.exists(f"{root}/{file}"):
                 continue
             report(f"copying {file} ({record.bytes / 1e6:.0f} MB) from {url}")
             remote.get_file(f"{root}/{file}", str(folder / file))
-        if target.exists():
-            target.rename(Path(temporary) / "replaced")
+            verify_file(folder / file, record)
         publish(folder, target)
     return target

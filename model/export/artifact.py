@@ -13,7 +13,6 @@ import datetime
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -41,7 +40,7 @@ from model.artifact import (
 from model.engines import parity
 from model.export.comparison import Comparison
 from model.export.options import Backbone, ExportOptions, WeightsDtype
-from model.files import publish, write_text
+from model.files import publish, working_folder, write_text
 from model.onnx_graph.build import GraphSpec, write_onnx
 
 log = logging.getLogger(__name__)
@@ -70,8 +69,8 @@ def export_artifact(
     size = input_size(backbone.preprocess)
     specs = {ONNX: GraphSpec(size=size)} | {graph_name(spec.size, spec.precision): spec for spec in graphs}
     out_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir, prefix=".exporting-") as temporary:
-        folder, digest = _write_weights(backbone, Path(temporary), options.weights_dtype)
+    with working_folder(out_dir, ".exporting-") as temporary:
+        folder, digest = _write_weights(backbone, temporary, options.weights_dtype)
         onnx_files = _write_graphs(backbone, folder, specs, keep_onnx=options.keep_onnx)
         images = list(options.images) if options.images is not None else parity.sample_photos()
         comparison = Comparison(folder, backbone.config, backbone.preprocess, images, options.labelled)

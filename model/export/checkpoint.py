@@ -5,6 +5,7 @@ from typing import Any
 
 from model import zoo
 from model.artifact import Artifact, input_size
+from model.config import config_for
 from model.export.artifact import export_artifact
 from model.export.graphs import wanted_graphs
 from model.export.options import Backbone, CheckpointOptions, ExportOptions
@@ -55,8 +56,11 @@ def read_backbone(source: str, asked: CheckpointOptions) -> Backbone:
             entry = zoo.resolve(source)
         except ValueError as error:
             raise ValueError(f"{source}: no such file; {error}") from error
-        weights, config = read_weights(entry.name, download=asked.download)
-        provenance, arch, licence = {"url": entry.url}, entry.name, entry.licence
+        path = zoo.download(entry, asked.download)
+        weights, config = read_weights(entry.name, path, pos_embed_rule=config_for(entry.name).pos_embed_rule)
+        sources = entry.sources(asked.download.hosts or zoo.Hosts.from_environment())
+        url = next(source.url for source in sources if source.filename == path.name)
+        provenance, arch, licence = {"url": url}, entry.name, entry.licence
     evaluated = read_spec(provenance.get("preprocess", {"patch_size": config.patch_size}))
     return Backbone(
         name=asked.name or provenance.get("name") or arch or path.stem,

@@ -138,6 +138,16 @@ def test_a_huge_pickle_is_not_read(path: Path, monkeypatch: pytest.MonkeyPatch) 
         read_torch_file(path)
 
 
+def test_operations_that_take_memory_are_refused_before_they_run(path: Path) -> None:
+    with pytest.raises(TorchFileError, match="refers to object 200000000 of at most 9"):
+        read_torch_file(with_pickle(path, b"\x80\x02}r" + (200_000_000).to_bytes(4, "little") + b"."))
+    with pytest.raises(TorchFileError, match="has the operation EMPTY_SET, which torch does not write"):
+        read_torch_file(with_pickle(path, b"\x80\x04(" + b"\x8f" * 1000 + b"l."))
+    small = changed(path, lambda name, content: content, compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(TorchFileError, match="is compressed, which torch never does"):
+        read_torch_file(small)
+
+
 def tensor(offset: int, size: tuple[object, ...], stride: tuple[object, ...]) -> bytes:
     """Return a pickle of one tensor in the storage of `weight`, of 12 elements."""
     storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuJ\x0c\0\0\0tQ"

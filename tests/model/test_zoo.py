@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from model import zoo
 from model.config import CONFIGS
@@ -21,6 +22,7 @@ from tests.model.torch_files import torch_file
 from tests.model.weights_server import Server, weights_server
 
 CONTENT = torch_file({"weight": np.arange(1 << 18, dtype=np.float32)})  # about 1 MiB
+SAFETENSORS = safetensors.numpy.save({"weight": np.arange(1 << 18, dtype=np.float32)})
 ENTRY = replace(ENTRIES["dinov2_vits14"], size_bytes=len(CONTENT), sha256=hashlib.sha256(CONTENT).hexdigest())
 
 
@@ -208,7 +210,7 @@ def test_without_a_known_hash_the_checksums_inside_the_file_are_checked(server: 
 
 
 def test_hugging_face_is_asked_if_meta_does_not_deliver(server: Server, tmp_path: Path) -> None:
-    server.statuses = [404]
+    server.statuses, server.content = [404], SAFETENSORS
     path = download(ENTRY, DownloadOptions(tmp_path, Hosts(server.url, server.url)), retry_wait_s=0.001)
     assert path == tmp_path / "dinov2-small.safetensors"
     assert [request[0] for request in server.requests] == [
@@ -221,14 +223,23 @@ def test_hugging_face_is_asked_if_meta_does_not_deliver(server: Server, tmp_path
 
 @pytest.mark.parametrize("wrong", [1, 2])
 def test_the_hash_that_hugging_face_sends_is_checked(server: Server, tmp_path: Path, wrong: int) -> None:
-    server.redirect_etag = f'"{ENTRY.sha256}"'
+    server.content, sha256 = SAFETENSORS, hashlib.sha256(SAFETENSORS).hexdigest()
+    server.redirect_etag = f'"{sha256}"'
     server.wrong_answers = wrong
     options = DownloadOptions(tmp_path, Hosts(None, server.url))
     if wrong == 1:
-        assert download(ENTRY, options, retry_wait_s=0.001).read_bytes() == CONTENT
+        assert download(ENTRY, options, retry_wait_s=0.001).read_bytes() == SAFETENSORS
     else:
-        with pytest.raises(DownloadError, match=f"has sha256 [0-9a-f]+ instead of {ENTRY.sha256}"):
+        with pytest.raises(DownloadError, match=f"has sha256 [0-9a-f]+ instead of {sha256}"):
             download(ENTRY, options, retry_wait_s=0.001)
+
+
+def test_a_page_instead_of_a_file_is_refused(server: Server, tmp_path: Path) -> None:
+    server.content = b"<html>log in to the hotel's network</html>"
+    entry = replace(ENTRY, size_bytes=None, sha256=None)
+    with pytest.raises(DownloadError, match=r"not a readable ZIP archive.*; nor from .*deserializing header"):
+        download(entry, DownloadOptions(tmp_path, Hosts(server.url, server.url)), retry_wait_s=0.001)
+    assert left_over(tmp_path) == set()
 
 
 def test_if_both_fail_both_reasons_are_given(server: Server, tmp_path: Path) -> None:

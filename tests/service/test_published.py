@@ -1,5 +1,7 @@
 """Tests that a published model is downloaded, exported and chosen, without torch, whatever the network does."""
 
+import os
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,9 +14,10 @@ import safetensors.numpy
 
 from model import config as model_config
 from model import zoo
-from model.artifact import MANIFEST, ArtifactError, load_artifact, read_manifest
+from model.artifact import MANIFEST, ArtifactError, bundled_artifact, load_artifact, read_manifest
 from model.config import CONFIGS, ViTConfig
 from model.convert import HUGGING_FACE, _file_names, backbone_shapes
+from model.files import lock_file
 from service.artifact_choice import choose_artifact
 from tests.model.torch_files import torch_file
 from tests.model.weights_server import Server, weights_server
@@ -51,7 +54,7 @@ def test_a_published_model_is_downloaded_exported_and_verified_without_torch(ser
     assert path.parent == tmp_path / "artifacts"
     assert artifact.manifest.name == NAME
     assert artifact.manifest.licence == "Apache-2.0"
-    assert artifact.manifest.provenance["url"] == zoo.ENTRIES[NAME].url
+    assert artifact.manifest.provenance["url"] == f"{server.url}/{zoo.ENTRIES[NAME].path}"
     assert [record.reference for record in artifact.manifest.parity] == ["numpy float64"]
     assert artifact.manifest.parity[0].max_abs_error < 1e-4
     for name, array in weights(CONFIG).items():
@@ -154,11 +157,67 @@ def test_an_artifact_is_copied_from_a_url_once(server: Server, tmp_path: Path) -
     assert [step.split(" ")[1] for step in steps] == ["weights.safetensors", "model.onnx"]
     assert choose_artifact(f"file://{remote}", tmp_path, steps.append) == path
     assert len(steps) == 2
+    shutil.rmtree(path)
     (remote / "model.onnx").unlink()  # a derived file may be absent
-    (path / MANIFEST).write_text("damaged")
     assert choose_artifact(f"file://{remote}", tmp_path) == path
     assert not (path / "model.onnx").exists()
     assert load_artifact(path).name == remote.name
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_a_damaged_artifact_at_a_url_leaves_nothing_and_no_other_artifact_is_replaced(
+    server: Server, tmp_path: Path
+) -> None:
+    remote = choose_artifact(NAME, tmp_path / "elsewhere")
+    whole = (remote / "model.onnx").read_bytes()
+    (remote / "model.onnx").write_bytes(whole[:-1])
+    with pytest.raises(ArtifactError, match=r"model\.onnx"):
+        choose_artifact(f"file://{remote}", tmp_path)
+    assert not list((tmp_path / "artifacts").glob("*"))
+    (remote / "model.onnx").write_bytes(whole)
+    other = tmp_path / "artifacts" / remote.name
+    shutil.copytree(bundled_artifact(), other)
+    with pytest.raises(ArtifactError, match="is another artifact than file://"):
+        choose_artifact(f"file://{remote}", tmp_path)
+    assert load_artifact(other).fingerprint == load_artifact(bundled_artifact()).fingerprint
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_weights_that_do_not_fit_are_not_used_again(server: Server, tmp_path: Path) -> None:
+    right = server.content
+    server.content = torch_file({"norm.bias": np.ones(24, np.float32), "cls_token": np.ones((1, 1, 24), np.float32)})
+    with pytest.raises(ValueError, match="missing keys"):
+        choose_artifact(NAME, tmp_path)
+    server.content = right
+    assert load_artifact(choose_artifact(NAME, tmp_path)).manifest.name == NAME
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_a_file_put_there_by_hand_stays(server: Server, tmp_path: Path) -> None:
+    place = tmp_path / "downloads" / "dinov2_vits14_reg4_pretrain.pth"
+    place.parent.mkdir()
+    place.write_bytes(torch_file({"cls_token": np.ones((1, 1, 24), np.float32)}))
+    with pytest.raises(ValueError, match=f"To download the weights again, delete {place}"):
+        choose_artifact(NAME, tmp_path)
+    place.write_bytes(server.content)
+    assert load_artifact(choose_artifact(NAME, tmp_path)).manifest.name == NAME
+    assert place.exists()
+    assert server.requests == []
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_what_a_killed_export_left_is_deleted(server: Server, tmp_path: Path) -> None:
+    left = tmp_path / "artifacts" / ".exporting-killed"
+    left.mkdir(parents=True)
+    (left / "weights.safetensors").write_bytes(b"x")
+    os.utime(left, (0, 0))
+    running = tmp_path / "artifacts" / ".exporting-running"
+    running.mkdir()
+    with lock_file(running / ".lock"):
+        os.utime(running, (0, 0))
+        choose_artifact(NAME, tmp_path)
+    assert not left.exists()
+    assert running.exists()
 
 
 def test_urls_without_an_artifact(tmp_path: Path) -> None:
