@@ -119,7 +119,7 @@ class Settings(BaseSettings):
         description="time limit of a forward pass, after which /livez fails",
     )
     gzip_min_bytes: int = Field(
-        1024,
+        16_384,
         ge=0,
         description="JSON and text of at least this size are compressed if the client accepts gzip; 0: never",
     )

@@ -203,7 +203,7 @@ async def raw(run, method: str, path: str, accept: str | None, **options) -> tup
 
 async def test_json_is_compressed_for_clients_that_accept_gzip(tmp_path):
     body = {"input": 8 * [f"data:image/png;base64,{photo_text()}"]}
-    async with running(tmp_path) as run:
+    async with running(tmp_path, gzip_min_bytes=1024) as run:
         plain, plain_body = await raw(run, "POST", EMBED, None, json=body)
         refused, refused_body = await raw(run, "POST", EMBED, "gzip;q=0, br", json=body)
         packed, packed_body = await raw(run, "POST", EMBED, "gzip, br", json=body)
@@ -232,7 +232,7 @@ def photo_text() -> str:
 
 
 async def test_images_and_files_are_not_compressed(tmp_path):
-    async with running(tmp_path) as run:
+    async with running(tmp_path, gzip_min_bytes=1024) as run:
         await run.client.put("/v1/collections/shop", json={"originals": True})
         added = await run.client.post("/v1/collections/shop/items", files={"file": photo()})
         item = added.json()["items"][0]["id"]
@@ -250,7 +250,10 @@ async def test_the_size_from_which_answers_are_compressed_is_a_setting(tmp_path)
         never, _ = await raw(run, "GET", "/openapi.json", "gzip")
     async with running(tmp_path / "b", gzip_min_bytes=10) as run:
         small, _ = await raw(run, "GET", "/livez", "gzip")
+    async with running(tmp_path / "c") as run:
+        default, _ = await raw(run, "GET", "/openapi.json", "gzip")
     assert "Content-Encoding" not in never.headers
+    assert default.headers["Content-Encoding"] == "gzip"
     assert small.headers["Content-Encoding"] == "gzip"
 
 
