@@ -40,25 +40,30 @@ async def prune_items(
 ) -> None:
     """Remove the items whose file no longer exists. Unless `yes` is true, ask the user first.
 
-    Nothing is removed after an interrupted run. The same holds if no image was found, because the folders may not be
-    mounted.
+    Nothing is removed after an interrupted run. Nothing is removed from a folder in which no image was found, because
+    the folder may not be mounted. After the user's answer, the files are looked for again.
     """
-    from service.ingest.prune import gone_items
+    from service.ingest.prune import gone_items, has_images
 
     info = await find_collection(vectors, collection)
     if info is None:
         return
-    if report.interrupted or not found.images:
-        reason = (
-            "the run was interrupted" if report.interrupted else "no image was found, so the folder may not be mounted"
-        )
-        typer.echo(f"nothing was removed: {reason}", err=True)
+    if report.interrupted:
+        typer.echo("nothing was removed: the run was interrupted", err=True)
+        return
+    empty = [place.address(path) for place, path in folders if not has_images(place, path, found)]
+    for address in empty:
+        typer.echo(f"nothing was removed from {address}: no image was found, so it may not be mounted", err=True)
+    if len(empty) == len(folders):
         return
     gone = [item_id async for item_id in gone_items(vectors, collection, folders, found)]
     if gone and not yes:
         first = ", ".join(gone[:3]) + (" and others" if len(gone) > 3 else "")
         if not typer.confirm(f"Remove {len(gone)} of {info.count} items, whose files no longer exist ({first})?"):
             gone = []
+        else:
+            still_gone = {item_id async for item_id in gone_items(vectors, collection, folders, found)}
+            gone = [item_id for item_id in gone if item_id in still_gone]
     removed = 0
     for start in range(0, len(gone), _BATCH):
         removed += await vectors.delete(collection, gone[start : start + _BATCH])

@@ -249,9 +249,38 @@ def test_prune_does_not_empty_a_collection_when_a_folder_is_not_mounted(kept: Ke
         path.unlink()
     result = kept.invoke("index", photos, "-c", "shop", "--prune", "--yes")
     assert result.exit_code == 1
-    assert "nothing was removed: no image was found, so the folder may not be mounted" in result.stderr
+    assert f"nothing was removed from {photos}: no image was found, so it may not be mounted" in result.stderr
     assert len(kept.store()._collections["shop"].items) == 3
     assert f"there are no images in {photos}" in result.stderr
+
+
+def test_prune_keeps_the_items_of_a_source_that_is_not_mounted(kept: Kept, photos: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (disk / "d.png").write_bytes(photo(3))
+    kept.ok("index", photos, disk, "-c", "shop")
+    (disk / "d.png").unlink()
+    (disk / "not-mounted.txt").write_text("")
+    (photos / "b.png").unlink()
+    said = kept.ok("index", photos, disk, "-c", "shop", "--prune", "--yes")
+    assert f"nothing was removed from {disk}: no image was found, so it may not be mounted" in said
+    assert kept.store()._collections["shop"].items.keys() == {"a.png", "deep/c.png", "d.png"}
+
+
+def test_prune_looks_for_the_files_again_after_the_answer(
+    kept: Kept, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept.ok("index", photos, "-c", "shop")
+    (photos / "a.png").unlink()
+    (photos / "b.png").unlink()
+
+    def confirm(question: str) -> bool:
+        (photos / "b.png").write_bytes(photo(1))
+        return True
+
+    monkeypatch.setattr(typer, "confirm", confirm)
+    assert "1 removed from shop" in kept.ok("index", photos, "-c", "shop", "--prune")
+    assert kept.store()._collections["shop"].items.keys() == {"b.png", "deep/c.png"}
 
 
 def test_folders_become_metadata_and_a_list_has_its_own(kept: Kept, photos: Path) -> None:
