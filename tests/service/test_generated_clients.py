@@ -5,7 +5,7 @@ The generators are not among the packages of the extra `test`, because their dep
 that other packages use. A test is skipped if its generator is not on the PATH:
 
     python -m venv generators && generators/bin/pip install openapi-python-client schemathesis
-    npm install --prefix generators openapi-typescript openapi-fetch typescript
+    npm install --prefix generators openapi-typescript openapi-fetch typescript@5
     export PATH=$PWD/generators/bin:$PWD/generators/node_modules/.bin:$PATH
     python -m pytest tests/service/test_generated_clients.py
 """
