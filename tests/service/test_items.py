@@ -375,6 +375,29 @@ async def test_ids_of_any_kind_in_the_path(tmp_path, item_id, safe):
     assert count == 1
 
 
+@pytest.mark.parametrize("bad", ["caf%E9", "caf%e8", "%ff", "%ED%A0%80", "%C3", "%2541%80"])
+async def test_a_path_or_query_that_is_not_utf_8_is_refused(tmp_path, bad):
+    """The server replaces such bytes with U+FFFD, so one item would overwrite another."""
+    async with running(tmp_path) as run:
+        await filled(run, 1)
+        answers = [
+            await run.client.put(f"{ITEMS}/{bad}", json={"vector": axis(0)}),
+            await run.client.get(f"{ITEMS}/{bad}"),
+            await run.client.delete(f"/v1/collections/{bad}"),
+            await run.client.post(f"{ITEMS}?id={bad}", content=photo(), headers={"Content-Type": "image/png"}),
+            await run.client.get(f"/v1/models?x={bad}"),
+            await run.client.get(f"/nothing/{bad}"),
+        ]
+        embeddings = await run.client.post(f"/v1/embeddings?x={bad}", content=photo())
+        good = await run.client.put(f"{ITEMS}/caf%C3%A9%2541", json={"vector": axis(0)})
+        count = (await run.client.get(SHOP)).json()["count"]
+    assert [answer.status_code for answer in answers] == [400] * len(answers)
+    assert all("is not valid UTF-8" in answer.json()["detail"] for answer in answers)
+    assert "the query is not valid UTF-8" in embeddings.json()["error"]["message"]
+    assert good.json()["id"] == "café%41"
+    assert count == 2
+
+
 @pytest.mark.parametrize(
     ("number", "is_allowed"),
     [(2**64 - 1, True), (-(2**63), True), (2**64, False), (-(2**63) - 1, False), (10**30, False), (1e300, True)],
