@@ -157,7 +157,8 @@ async def restore(
         Conflict: a collection or alias with one of the names exists, and `replace` is False. This is also raised if
             a collection in the backup has the name of an existing alias, or an alias that of an existing collection.
         ValueError: the folder contains no backup, or a file of the backup is damaged or missing.
-        StorageFailed: a snapshot is damaged, or a file cannot be written.
+        InvalidRequest: a snapshot is damaged.
+        StorageFailed: a file cannot be written.
     """
     contents = read_contents(source)
     for one in contents.collections:

@@ -337,7 +337,7 @@ class EmbeddedStore:
         Raises:
             Conflict: a collection or alias with the name `collection` already exists.
             NotFound: the snapshot does not exist.
-            StorageFailed: the snapshot is damaged.
+            InvalidRequest: the snapshot is damaged.
         """
         path = snapshots.path_of(self._snapshots, check_name(source), name)
         try:

@@ -315,7 +315,7 @@ class SnapshotStore(VectorStore, Protocol):
     """A store that can take and restore snapshots of a collection (capability `snapshots`).
 
     Methods that take the name of a snapshot raise InvalidRequest if the name is not a valid snapshot name, and NotFound
-    if the snapshot does not exist. `restore` raises StorageFailed if the snapshot is damaged.
+    if the snapshot does not exist. `restore` raises InvalidRequest if the snapshot is damaged.
     """
 
     async def snapshot(self, collection: str) -> SnapshotInfo:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from service.backup import Contents, SavedArtifact, back_up, read_contents, restore
-from service.errors import Conflict, StorageFailed
+from service.errors import Conflict, InvalidRequest, StorageFailed
 from service.originals import Originals, source_of
 from service.search.embedded import EmbeddedStore
 from service.search.store import CollectionSpec, Item
@@ -203,7 +203,7 @@ async def test_one_damaged_snapshot_restores_nothing(site: Site, other: Site, tm
             if one["name"] == "shop":
                 one |= {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
         (out / "backup.json").write_text(json.dumps(body))
-    with pytest.raises((StorageFailed, ValueError)) as caught:
+    with pytest.raises((InvalidRequest, ValueError)) as caught:
         await other.restore(out)
     assert ("metadata is not a JSON object" if hash_too else f"{path} is damaged: ") in str(caught.value)
     assert await other.content() == {"aliases": {}}
