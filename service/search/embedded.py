@@ -313,6 +313,10 @@ class EmbeddedStore:
 
     # ---- snapshots
 
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
     async def snapshot(self, collection: str) -> SnapshotInfo:
         """Take a snapshot of a collection in its current state, and return the description of the snapshot."""
         return await asyncio.to_thread(snapshots.take, self.path, check_name(collection), self._snapshots)

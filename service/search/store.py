@@ -318,6 +318,10 @@ class SnapshotStore(VectorStore, Protocol):
     if the snapshot does not exist. `restore` raises InvalidRequest if the snapshot is damaged.
     """
 
+    @property
+    def folder(self) -> Path:
+        """The folder in which the store keeps its data."""
+
     async def snapshot(self, collection: str) -> SnapshotInfo:
         """Take a snapshot of a collection and return its description. The snapshot contains the collection as it was at
         one moment. Writes may continue while the snapshot is taken."""
