@@ -17,7 +17,9 @@ Artifacts (exported models) are not copied, because they can be large and never 
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,16 +29,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from model.files import lock_file, write_text
 from model.messages import in_words
-from service.errors import CollectionNotFound
-from service.originals import Originals
+from service.errors import CollectionNotFound, ServiceError, StorageFailed
+from service.originals import Originals, photo_digest
 from service.search import snapshots
 from service.search.store import CollectionInfo, SnapshotStore
-from service.search.transfer import Photos, copy_photos
+from service.search.transfer import Photos, copy_photos, pages
 
 CONTENTS: Final = "backup.json"
 SNAPSHOTS: Final = "snapshots"
 ORIGINALS: Final = "originals"
 _LOCK: Final = ".lock"
+_WRITES: Final = 2  # of the bytes of a snapshot during a restore
 
 Report = Callable[[str], object]
 """A function that is called with one line about the current step."""
@@ -148,7 +151,7 @@ async def restore(
     """Restore all collections and aliases from the backup in the folder `source`, and copy its images.
 
     The images are copied first, so that no restored item refers to an image that is not there yet. Then all
-    collections and aliases appear at once.
+    collections and aliases appear at once. If the restore fails, the copied images are deleted again.
 
     Args:
         replace: whether to replace existing collections and aliases that have the same names.
@@ -157,24 +160,73 @@ async def restore(
         Conflict: a collection or alias with one of the names exists, and `replace` is False. This is also raised if
             a collection in the backup has the name of an existing alias, or an alias that of an existing collection.
         ValueError: the folder contains no backup, or a file of the backup is damaged or missing.
-        StorageFailed: a snapshot is damaged, or a file cannot be written.
+        InvalidRequest: a snapshot is damaged.
+        StorageFailed: a disk has not enough free space, or a file cannot be written.
     """
     contents = read_contents(source)
     for one in contents.collections:
         report(f"checking {one.file}")
         await asyncio.to_thread(_check, source, one)
     files = {one.name: source / one.file for one in contents.collections}
-    images = Photos()
+    images, added = Photos(), set[str]()
     kept = Originals(source / ORIGINALS)
     try:
+        await _check_space(store, originals, contents, kept)
         for one in contents.collections:
             if one.originals:
                 report(f"images of {one.name}")
-                await _copy_images(files[one.name], kept, originals, images)
+                await _copy_images(files[one.name], kept, originals, images, added)
+        report(f"{len(files)} collections")
+        return await store.restore_files(files, contents.aliases, replace=replace), images
+    except BaseException:
+        await _remove_images(store, originals, added)
+        raise
     finally:
         await kept.close()
-    report(f"{len(files)} collections")
-    return await store.restore_files(files, contents.aliases, replace=replace), images
+
+
+async def _check_space(store: SnapshotStore, originals: Originals, contents: Contents, kept: Originals) -> None:
+    """Check that the disks have enough free space for a restore. The store writes each snapshot twice: first to its
+    write-ahead log, then to its database.
+
+    Raises:
+        StorageFailed: a disk has not enough free space.
+    """
+    needs = {store.folder: _WRITES * sum(one.bytes for one in contents.collections)}
+    if originals.folder is not None and any(one.originals for one in contents.collections):
+        size = await kept.missing_bytes(originals)
+        needs[originals.folder] = needs.get(originals.folder, 0) + size
+    await asyncio.to_thread(_check_free, needs)
+
+
+def _check_free(needs: Mapping[Path, int]) -> None:
+    """Raise StorageFailed if a disk has not enough free space. `needs` maps folders to numbers of bytes. Folders on the
+    same disk share its space."""
+    disks: dict[int, tuple[Path, int]] = {}
+    for folder, size in needs.items():
+        place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        device = place.stat().st_dev
+        first, total = disks.get(device, (place, 0))
+        disks[device] = first, total + size
+    for place, needed in disks.values():
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            raise StorageFailed(
+                f"the restore needs {needed} bytes on the disk of {place}, but only {free} bytes are free; nothing was "
+                "restored"
+            )
+
+
+async def _remove_images(store: SnapshotStore, originals: Originals, added: set[str]) -> None:
+    """Delete the images `added` that a failed restore copied. Keep an image if an item refers to it, because the
+    service may have stored the same image meanwhile. If that cannot be found out, keep all images."""
+    with suppress(ServiceError):  # the caller raises the error of the restore
+        if added:
+            for info in await store.collections():
+                async for page in pages(store, info.name):
+                    added.difference_update(digest for item in page if (digest := photo_digest(item)) is not None)
+        for digest in added:
+            await originals.remove(digest)
 
 
 def read_contents(source: Path) -> Contents:
@@ -241,8 +293,11 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-async def _copy_images(snapshot: Path, source: Originals, target: Originals, images: Photos) -> None:
-    """Copy the images to which the items in a snapshot refer, and count them in `images`.
+async def _copy_images(
+    snapshot: Path, source: Originals, target: Originals, images: Photos, added: set[str] | None = None
+) -> None:
+    """Copy the images to which the items in a snapshot refer, and count them in `images`. Add the digests of the
+    images that the target did not have to `added`.
 
     Raises:
         StorageFailed: an image cannot be written to the target.
@@ -250,6 +305,6 @@ async def _copy_images(snapshot: Path, source: Originals, target: Originals, ima
     pages = await asyncio.to_thread(snapshots.references, snapshot)
     try:
         while (page := await asyncio.to_thread(next, pages, None)) is not None:
-            await copy_photos(page, source, target, images)
+            await copy_photos(page, source, target, images, added=added)
     finally:
         pages.close()

@@ -23,6 +23,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import orjson
 
@@ -30,6 +31,7 @@ from service.cors import Cors, parse_origins
 from service.encodings import BodyDecoder, accepts_gzip, body_decoder, gzipped
 from service.errors import (
     OPENAI_PATHS,
+    BadRequest,
     ClientGone,
     DeadlineExceeded,
     InvalidItems,
@@ -57,6 +59,7 @@ _NO_FAULTS = frozenset({503, 504})  # caused by load or shutdown, and too freque
 _WATCH_AFTER_S = 0.02  # seconds; starting and cancelling a task for every request costs more than a search
 _COMPRESSIBLE = frozenset({b"application/json", b"application/problem+json", b"text/plain", b"text/html"})
 _COLLECTION_ROUTES = "/v1/collections/{name}"
+_HIGH_BYTE = re.compile(rb"%[89A-Fa-f][0-9A-Fa-f]|[\x80-\xff]")  # not ASCII
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:+/=@-]{1,128}")
 log = logging.getLogger(__name__)
 
@@ -126,6 +129,7 @@ class _Exchange:
                 return
             if counted and self._lifecycle.draining:
                 raise ShuttingDown("the service is shutting down", retry_after_s=1)
+            _check_target(self._scope)
             self._check_length()
             async with asyncio.timeout(self._settings.request_deadline_s) as deadline:
                 self._scope["state"]["deadline"] = deadline
@@ -352,6 +356,23 @@ async def _compressed(start: Message, body: Message) -> tuple[Message, Message]:
 def _joined(headers: list[tuple[bytes, bytes]], name: bytes) -> bytes:
     """Join the values of all headers with this name, as RFC 9110 (5.3) allows."""
     return b", ".join(value for other, value in headers if other == name)
+
+
+def _check_target(scope: Scope) -> None:
+    """Check the percent-encoded characters in the path and the query of a request. The server replaces invalid UTF-8,
+    so two different ids could become the same one.
+
+    Raises:
+        BadRequest: the path or the query is not UTF-8.
+    """
+    for part, encoded in (("path", scope.get("raw_path") or b""), ("query", scope.get("query_string") or b"")):
+        if b"%" in encoded and _HIGH_BYTE.search(encoded):
+            try:
+                unquote_to_bytes(encoded).decode()
+            except UnicodeDecodeError as error:
+                raise BadRequest(
+                    f"the {part} is not valid UTF-8: percent-encode each character as UTF-8 ({error.reason})"
+                ) from error
 
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})

@@ -10,7 +10,8 @@ image is always complete. Object stores give the same guarantee. On other file s
 partial file. Reading a partial file raises an error, because the sha256 of its content differs from its name. The next
 write of the same image replaces the partial file, because its size is wrong.
 
-This module never deletes an image, because several items may share one image, even in different collections.
+Several items may share one image, even in different collections. Therefore, an image is deleted only if a restore that
+copied it fails (`remove`).
 
 Exceptions of the storage packages are translated to `StorageFailed` errors, which contain no paths or addresses.
 """
@@ -21,7 +22,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
@@ -106,6 +107,23 @@ class Originals:
         """
         return await self._call(self._size_of, digest)
 
+    async def remove(self, digest: str) -> None:
+        """Delete an image if it is stored. No item may refer to it.
+
+        Raises:
+            StorageFailed: the image cannot be deleted.
+        """
+        await self._call(self._remove, digest)
+
+    async def missing_bytes(self, target: "Originals") -> int:
+        """Return the total size of the images that `target` does not have, in bytes. This storage is a local folder."""
+        return await self._call(self._missing_bytes, target)
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder with the images, or None if they are elsewhere."""
+        return Path(self._root) if isinstance(self._fs, LocalFileSystem) else None
+
     def is_same_place(self, other: "Originals") -> bool:
         """Return True if both objects use the same storage. However, the result may be False if they use different URLs
         for the same storage."""
@@ -148,6 +166,16 @@ class Originals:
         if not isinstance(data, bytes) or hashlib.sha256(data).hexdigest() != digest:
             raise StorageFailed(f"the stored image {digest} is damaged: its sha256 differs")
         return data
+
+    def _remove(self, digest: str) -> None:
+        with _translated("deleted"), suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(digest))
+
+    def _missing_bytes(self, target: "Originals") -> int:
+        with _translated("looked up"):
+            images = ((path, path.stat().st_size) for path in Path(self._root).glob("*/*/*"))
+            found = ((path.name, size) for path, size in images if _DIGEST.fullmatch(path.name))
+            return sum(size for digest, size in found if target._size(target._path(digest)) != size)
 
     def _size_of(self, digest: str) -> int | None:
         with _translated("looked up"):

@@ -164,20 +164,19 @@ async def take_snapshot(request: Request, name: str) -> JsonAnswer[SnapshotAnswe
     a snapshot of the collection in the path and can then be restored. The collection need not exist."""
     service = service_of(request)
     store = _snapshots(service, name)
-    taken = None
     if media_type(request) in _FILES:
         taken = await _uploaded(request, store, name)
     else:
         parse_options(SnapshotIn, await read_optional_json(request))
-    if taken is None:
         request.state.deadline.reschedule(None)  # a large collection takes longer than the request deadline
         taken = await store.snapshot(name)
     answer: SnapshotAnswer = {**_snapshot(taken), **_identity(service, taken.tag)}
     return json_response(answer, status=201)
 
 
-async def _uploaded(request: Request, store: SnapshotStore, name: str) -> SnapshotInfo | None:
-    """Write the body of a request to disk as it arrives, and make it a snapshot. Return None if the body is empty."""
+async def _uploaded(request: Request, store: SnapshotStore, name: str) -> SnapshotInfo:
+    """Write the body of a request to disk as it arrives, and make it a snapshot. Raise InvalidRequest if the body is
+    empty or damaged."""
     request.state.deadline.reschedule(asyncio.get_running_loop().time() + _UPLOAD_S)
     path = store.upload_path()
     try:
@@ -186,7 +185,11 @@ async def _uploaded(request: Request, store: SnapshotStore, name: str) -> Snapsh
                 async for chunk in request.stream():
                     await asyncio.to_thread(file.write, chunk)
             size = path.stat().st_size
-        return await store.add_snapshot(name, path) if size else None
+        if not size:
+            raise InvalidRequest(
+                "the uploaded snapshot is empty: send the file of a snapshot, or leave out the content type to take one"
+            )
+        return await store.add_snapshot(name, path)
     finally:
         path.unlink(missing_ok=True)
 

@@ -31,6 +31,7 @@ from service.search.text import ALLOWED, is_allowed
 MAX_NESTING: Final = 256
 NAME_PATTERN: Final = "[a-z0-9][a-z0-9_-]{0,63}"
 _NAME: Final = re.compile(NAME_PATTERN)
+_MANY_DIGITS: Final = re.compile(r"[0-9]{19}")  # fewer digits are always within the range of an integer
 _ZERO: Final = re.compile(r"(?<!\\)(\\\\)*\\u0000")  # U+0000 as JSON; not a literal backslash and "u0000"
 
 
@@ -103,8 +104,9 @@ def metadata_text(metadata: Metadata) -> str:
 
     Raises:
         InvalidRequest: the metadata is not a JSON object, is too long, contains the character U+0000 or an integer
-            beyond 64 bits, or is nested so deeply that a response with it could not be encoded. U+0000 is not allowed
-            because SQLite before version 3.45 ends a string at that character, so filters would give wrong results.
+            below -2^63 or from 2^63 on, or is nested so deeply that a response with it could not be encoded. U+0000 is
+            not allowed because SQLite before version 3.45 ends a string at that character, so filters would give wrong
+            results.
     """
     try:
         text = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
@@ -112,9 +114,10 @@ def metadata_text(metadata: Metadata) -> str:
         # would also refuse every response with this item.
         orjson.dumps([[[[[[[dict(metadata)]]]]]]])
     except (TypeError, ValueError, RecursionError) as error:
-        large = _large_integer(metadata, MAX_NESTING)
-        why = f"metadata must be a JSON object: {error}" if large is None else f"metadata: {large}"
-        raise InvalidRequest(why, param="metadata") from error
+        _check_integers(metadata)
+        raise InvalidRequest(f"metadata must be a JSON object: {error}", param="metadata") from error
+    if _MANY_DIGITS.search(text):
+        _check_integers(metadata)
     if _ZERO.search(text):
         raise InvalidRequest("metadata must not hold the character U+0000", param="metadata")
     size = len(text.encode())
@@ -123,6 +126,12 @@ def metadata_text(metadata: Metadata) -> str:
             f"metadata has {size:,} bytes as JSON; at most {MAX_METADATA_BYTES:,} are accepted", param="metadata"
         )
     return text
+
+
+def _check_integers(metadata: Metadata) -> None:
+    large = _large_integer(metadata, MAX_NESTING)
+    if large is not None:
+        raise InvalidRequest(f"metadata: {large}", param="metadata")
 
 
 def may_have_lost_digits(value: Any) -> bool:
@@ -135,8 +144,8 @@ def may_have_lost_digits(value: Any) -> bool:
 
 
 def loads_exactly(text: str | bytes) -> Any:
-    """Parse JSON. Integers of any size stay integers, so `metadata_text` can refuse those beyond 64 bits. An integer
-    with more than 300 digits is cut to 300 digits, because Python takes quadratic time to parse it.
+    """Parse JSON. Integers of any size stay integers, so `metadata_text` can refuse those that are too large. An
+    integer with more than 300 digits is cut to 300 digits, because Python takes quadratic time to parse it.
 
     Raises:
         ValueError: the text is not JSON.
@@ -145,10 +154,12 @@ def loads_exactly(text: str | bytes) -> Any:
 
 
 def _large_integer(value: Any, levels: int, where: str = "") -> str | None:
-    """Return a text that describes the first integer beyond 64 bits in a JSON value, or None if there is none.
-    `levels` limits the depth of the search, and `where` is the path of the value."""
-    if isinstance(value, int) and not -(2**63) <= value < 2**64:
-        return f"{where[:80]} is {reprlib.repr(value)}, an integer beyond 64 bits; send it as a string"
+    """Return a text that describes the first integer in a JSON value that is not allowed, or None if there is none.
+    Filters and facets would lose digits of an integer below -2^63 or from 2^63 on. `levels` limits the depth of the
+    search, and `where` is the path of the value."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        number = reprlib.repr(value)
+        return f"{where[:80]} is {number}, but an integer must be from -2^63 to 2^63 - 1; send it as a string"
     inside: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, Mapping):
         inside = value.items()

@@ -271,8 +271,11 @@ def request_digest(rows: Sequence[tuple[Item, bytes, str]]) -> bytes:
 # ---- vectors
 
 
-def vectors_of(row: Row, rows: Sequence[tuple[int, bytes, int]]) -> tuple[Numbers, Floats]:
-    """Convert rows (number, vector, crc) to an array of numbers [n] and float32 vectors [n, D].
+def vectors_of(
+    row: Row, rows: Sequence[tuple[int, bytes, int]], what: str = "the vector store"
+) -> tuple[Numbers, Floats]:
+    """Convert rows (number, vector, crc) to an array of numbers [n] and float32 vectors [n, D]. `what` names the
+    database in error messages.
 
     Raises:
         StorageFailed: a vector does not match its checksum or has the wrong size.
@@ -280,7 +283,7 @@ def vectors_of(row: Row, rows: Sequence[tuple[int, bytes, int]]) -> tuple[Number
     size = row.spec.dimension * row.dtype.itemsize
     for number, vector, crc in rows:
         if not isinstance(vector, bytes) or len(vector) != size or zlib.crc32(vector) != crc:
-            raise StorageFailed(f"the vector store is damaged: the vector of item number {number} is broken")
+            raise StorageFailed(f"{what} is damaged: the vector of item number {number} is broken")
     numbers = np.fromiter((number for number, _, _ in rows), np.int64, len(rows))
     matrix = np.frombuffer(b"".join(vector for _, vector, _ in rows), row.dtype).reshape(-1, row.spec.dimension)
     return numbers, matrix.astype(np.float32)

@@ -313,6 +313,10 @@ class EmbeddedStore:
 
     # ---- snapshots
 
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
     async def snapshot(self, collection: str) -> SnapshotInfo:
         """Take a snapshot of a collection in its current state, and return the description of the snapshot."""
         return await asyncio.to_thread(snapshots.take, self.path, check_name(collection), self._snapshots)
@@ -337,7 +341,7 @@ class EmbeddedStore:
         Raises:
             Conflict: a collection or alias with the name `collection` already exists.
             NotFound: the snapshot does not exist.
-            StorageFailed: the snapshot is damaged.
+            InvalidRequest: the snapshot is damaged.
         """
         path = snapshots.path_of(self._snapshots, check_name(source), name)
         try:

@@ -45,7 +45,8 @@ async def restore(
         Conflict: a collection or alias has one of the names, and `replace` is False. A collection never replaces an
             alias, nor an alias a collection.
         CollectionNotFound: the collection for an alias does not exist.
-        StorageFailed: a snapshot is damaged, or the disk is full.
+        InvalidRequest: a snapshot is damaged.
+        StorageFailed: a snapshot cannot be read, or the disk is full.
     """
     await write(partial(_check, names=list(files), aliases=aliases, replace=replace))
     rows: dict[str, Row] = {}

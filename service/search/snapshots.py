@@ -41,6 +41,7 @@ _YOUNG_S: Final = 60.0
 """`tidy` does not remove files that are younger than this number of seconds, because the process that created such a
 file may not have locked it yet."""
 _LENGTH_ERROR: Final = 0.01  # many times the rounding error of float16 vectors with thousands of numbers
+_NO_DAMAGE: Final = tuple(f"SQLITE_{name}" for name in ("BUSY", "CANTOPEN", "FULL", "IOERR", "NOMEM"))
 _NO_VECTOR: Final = np.zeros(0, np.float32)
 
 ItemRow = tuple[int, str, str, str | None, str | None]
@@ -98,17 +99,13 @@ def upload_path(root: Path) -> Path:
 def add(root: Path, collection: str, file: Path) -> SnapshotInfo:
     """Check the snapshot in `file` and move it into the folder of the collection's snapshots. Return its description.
 
-    The settings and the structure of the file are checked. `read` checks the items when the snapshot is restored.
+    The whole file is checked: its structure, its settings, all items and vectors, and their number.
 
     Raises:
         InvalidRequest: the file is damaged or not a snapshot.
-        StorageFailed: the file cannot be moved.
+        StorageFailed: the file cannot be read or moved.
     """
-    try:
-        _, rows = read(file, "the uploaded snapshot")
-    except StorageFailed as error:
-        raise InvalidRequest(error.detail) from error  # the client's file is wrong, not this server's storage
-    rows.close()
+    _check_all(file, "the uploaded snapshot")
     now = time.time()
     with translated("the snapshot"):
         folder = root / collection
@@ -117,6 +114,20 @@ def add(root: Path, collection: str, file: Path) -> SnapshotInfo:
             now += 0.001
         publish(file, folder / f"{_name_at(now)}.sqlite3")
     return describe(root, collection, _name_at(now))
+
+
+def _check_all(file: Path, what: str) -> None:
+    """Raise InvalidRequest if a restore of the snapshot in `file` would fail, or if its number of items is wrong."""
+    row, pages = read(file, what)
+    count = sum(len(items) for items, _ in pages)
+    if count != row.count:
+        raise InvalidRequest(f"{what} is damaged: it has {count} items, but its settings say {row.count}")
+    with _reading(what), closing(_opened(file, what)) as db:
+        # The table is read without its index, because the index of a damaged file may be wrong.
+        query = f"SELECT id FROM items_{row.key} NOT INDEXED GROUP BY id HAVING count(*) > 1 LIMIT 1"
+        twice = db.execute(query).fetchone()
+    if twice is not None:
+        raise InvalidRequest(f"{what} is damaged: two items have the id {reprlib.repr(twice[0])}")
 
 
 def _name_at(seconds: float) -> str:
@@ -136,7 +147,7 @@ def listed(root: Path, collection: str) -> list[SnapshotInfo]:
         if _NAME.fullmatch(name):
             try:
                 infos.append(describe(root, collection, name))
-            except StorageFailed as error:
+            except (InvalidRequest, StorageFailed) as error:
                 log.error("%s", error)
                 infos.append(_info(root, collection, name, None, None))
             except NotFound:
@@ -149,11 +160,14 @@ def describe(root: Path, collection: str, name: str) -> SnapshotInfo:
 
     Raises:
         NotFound: the snapshot does not exist.
-        StorageFailed: the snapshot is damaged.
+        InvalidRequest: the snapshot is damaged.
+        StorageFailed: the file cannot be read.
     """
     path = path_of(root, collection, name)
-    with translated(f"snapshot {name}"), closing(_opened(path)) as db:
-        count, tag = db.execute("SELECT count, json_extract(spec, '$.tag') FROM collections").fetchone()
+    with _reading(f"snapshot {name}"), closing(_opened(path)) as db:
+        count, tag = db.execute("SELECT count, json_extract(spec, '$.tag') FROM collections").fetchone() or (None, None)
+    if not (isinstance(count, int) and isinstance(tag, str)):
+        raise InvalidRequest(f"snapshot {name} is damaged: its count or its tag cannot be read")
     return _info(root, collection, name, count, tag)
 
 
@@ -187,16 +201,17 @@ def read(path: Path, what: str | None = None) -> tuple[Row, Generator[tuple[list
     The file may come from anywhere, so its contents are checked as strictly as the items in a request.
 
     Raises:
-        StorageFailed: the file is damaged, is not a snapshot, or contains values that are not allowed. The generator
+        InvalidRequest: the file is damaged, is not a snapshot, or contains values that are not allowed. The generator
             may also raise this error.
+        StorageFailed: the file cannot be read.
     """
     what = what or f"snapshot {path.stem}"
-    with translated(what):
+    with _reading(what):
         db = _opened(path, what)
         try:
             (state,) = db.execute("PRAGMA quick_check(1)").fetchone()
             if state != "ok":
-                raise StorageFailed(f"{what} is damaged: {state}")
+                raise InvalidRequest(f"{what} is damaged: {state}")
             row = _only_collection(db, what)
         except BaseException:
             db.close()
@@ -204,18 +219,23 @@ def read(path: Path, what: str | None = None) -> tuple[Row, Generator[tuple[list
 
     def rows() -> Generator[tuple[list[ItemRow], list[VectorRow]]]:
         after = 0
-        with closing(db), translated(what):
+        with closing(db), _reading(what):
             while True:
                 page = f"_{row.key} WHERE number > {after} ORDER BY number LIMIT {_CHUNK}"
                 items = db.execute("SELECT number, id, metadata, source, digest FROM items" + page).fetchall()
                 vectors = db.execute("SELECT number, vector, crc FROM vectors" + page).fetchall()
                 numbers = [item[0] for item in items]
                 if numbers != [vector[0] for vector in vectors] or not all(map(_is_number, numbers)):
-                    raise StorageFailed(f"{what} is damaged: items and vectors differ")
-                _, matrix = database.vectors_of(row, vectors)
+                    raise InvalidRequest(f"{what} is damaged: items and vectors differ")
+                if len(set(numbers)) != len(numbers):
+                    raise InvalidRequest(f"{what} is damaged: two items have the same number")
+                try:
+                    _, matrix = database.vectors_of(row, vectors, what)
+                except StorageFailed as error:
+                    raise InvalidRequest(error.detail) from error
                 lengths = np.linalg.norm(matrix, axis=1)
                 if not (np.abs(lengths - 1) < _LENGTH_ERROR).all():
-                    raise StorageFailed(f"{what} is damaged: the length of a vector is not 1")
+                    raise InvalidRequest(f"{what} is damaged: the length of a vector is not 1")
                 if not items:
                     return
                 yield [_checked(item, what) for item in items], vectors
@@ -235,7 +255,7 @@ def references(path: Path) -> Generator[list[Reference]]:
     """Open the snapshot at `path`, and return a generator of pages. Each page lists the references of some items.
 
     Raises:
-        StorageFailed: see `read`.
+        InvalidRequest, StorageFailed: see `read`.
     """
     _, pages = read(path)
     return ([Reference(source, digest) for _, _, _, source, digest in items] for items, _ in pages)
@@ -246,11 +266,11 @@ def _check_schema(db: sqlite3.Connection, what: str) -> None:
     column or a check could use any amount of memory.
 
     Raises:
-        StorageFailed: the file contains anything else.
+        InvalidRequest: the file contains anything else.
     """
     for kind, name, sql in db.execute("SELECT type, name, sql FROM sqlite_master"):
         if kind not in ("table", "index") or (kind == "table" and _COMPUTED.search(sql or "")):
-            raise StorageFailed(f"{what} is damaged: {reprlib.repr(name)} is not a plain table")
+            raise InvalidRequest(f"{what} is damaged: {reprlib.repr(name)} is not a plain table")
 
 
 def _only_collection(db: sqlite3.Connection, what: str) -> Row:
@@ -258,9 +278,11 @@ def _only_collection(db: sqlite3.Connection, what: str) -> Row:
         (row,) = database.every(db)
         check_spec(row.spec)
     except InvalidRequest as error:
-        raise StorageFailed(f"{what} cannot be restored: {error.detail}") from error
+        raise InvalidRequest(f"{what} cannot be restored: {error.detail}") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # invalid JSON settings
-        raise StorageFailed(f"{what} is damaged: its settings cannot be read: {error}") from error
+        raise InvalidRequest(f"{what} is damaged: its settings cannot be read: {error}") from error
+    if type(row.count) is not int or row.count < 0:
+        raise InvalidRequest(f"{what} is damaged: its number of items is {reprlib.repr(row.count)}")
     return row
 
 
@@ -271,8 +293,8 @@ def _is_number(number: object) -> bool:
 
 
 def _checked(row: ItemRow, what: str) -> ItemRow:
-    """Check an item's row, and return it with its metadata in the format that a write would store. Raises StorageFailed
-    if a value in the row is not allowed."""
+    """Check an item's row, and return it with its metadata in the format that a write would store. Raises
+    InvalidRequest if a value in the row is not allowed."""
     number, item_id, metadata, source, digest = row
     try:
         if not (isinstance(item_id, str) and isinstance(metadata, str)) or not (
@@ -285,15 +307,23 @@ def _checked(row: ItemRow, what: str) -> ItemRow:
             raise ValueError("its metadata is not a JSON object")
         return number, item_id, metadata_text(value), source, digest
     except (InvalidRequest, ValueError, RecursionError) as error:
-        raise StorageFailed(f"{what} cannot be restored: item number {number}: {error}") from error
+        raise InvalidRequest(f"{what} cannot be restored: item number {number}: {error}") from error
 
 
 def insert(db: sqlite3.Connection, row: Row, items: list[ItemRow], vectors: list[VectorRow]) -> None:
     """Insert a page of rows from a snapshot into a collection that is being restored. `row` is the state of this
-    collection."""
+    collection.
+
+    Raises:
+        InvalidRequest: two items of the snapshot have the same id.
+    """
     database.check_exists(db, row)
-    db.executemany(f"INSERT INTO items_{row.key} (number, id, metadata, source, digest) VALUES (?, ?, ?, ?, ?)", items)
-    db.executemany(f"INSERT INTO vectors_{row.key} VALUES (?, ?, ?)", vectors)
+    query = f"INSERT INTO items_{row.key} (number, id, metadata, source, digest) VALUES (?, ?, ?, ?, ?)"
+    try:
+        db.executemany(query, items)
+        db.executemany(f"INSERT INTO vectors_{row.key} VALUES (?, ?, ?)", vectors)
+    except sqlite3.IntegrityError as error:
+        raise InvalidRequest(f"the snapshot is damaged: two items have the same id or number ({error})") from error
     db.execute("UPDATE collections SET count = count + ?, version = version + 1 WHERE id = ?", (len(items), row.key))
 
 
@@ -342,6 +372,20 @@ def _lock_path(root: Path, name: str) -> Path:
     return root / f".{name}.lock"
 
 
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Convert the errors of a snapshot file within a `with` block. A damaged file becomes InvalidRequest, because the
+    snapshot is wrong and not the store. A file that cannot be read becomes StorageFailed. The message begins with
+    `what`."""
+    with translated(what):
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            if getattr(error, "sqlite_errorname", "").startswith(_NO_DAMAGE):
+                raise
+            raise InvalidRequest(f"{what} is damaged or not a snapshot: {error}") from error
+
+
 def _read_only(path: Path) -> str:
     return f"{path.resolve().as_uri()}?mode=ro"
 
@@ -351,7 +395,10 @@ def _opened(path: Path, what: str | None = None) -> sqlite3.Connection:
     db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
     what = what or f"snapshot {path.stem}"
     try:
-        sqlite_file.check_ours(db, what)
+        try:
+            sqlite_file.check_ours(db, what)
+        except StorageFailed as error:
+            raise InvalidRequest(error.detail) from error  # the snapshot is wrong, not this server's storage
         _check_schema(db, what)
     except BaseException:
         db.close()

@@ -315,8 +315,12 @@ class SnapshotStore(VectorStore, Protocol):
     """A store that can take and restore snapshots of a collection (capability `snapshots`).
 
     Methods that take the name of a snapshot raise InvalidRequest if the name is not a valid snapshot name, and NotFound
-    if the snapshot does not exist. `restore` raises StorageFailed if the snapshot is damaged.
+    if the snapshot does not exist. `restore` raises InvalidRequest if the snapshot is damaged.
     """
+
+    @property
+    def folder(self) -> Path:
+        """The folder in which the store keeps its data."""
 
     async def snapshot(self, collection: str) -> SnapshotInfo:
         """Take a snapshot of a collection and return its description. The snapshot contains the collection as it was at

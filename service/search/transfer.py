@@ -104,16 +104,24 @@ async def copy_collection(
     return Copied(written, present, count, photos if originals is not None else None)
 
 
-async def copy_photos(items: Sequence[HasPhoto], source: Originals, target: Originals, photos: Photos) -> None:
+async def copy_photos(
+    items: Sequence[HasPhoto],
+    source: Originals,
+    target: Originals,
+    photos: Photos,
+    *,
+    added: set[str] | None = None,
+) -> None:
     """Copy the images to which the items refer, at most `THREADS` of them at the same time. Count the outcomes in
-    `photos`."""
+    `photos`. Add the digests of the images that the target did not have to `added`."""
     gate = asyncio.Semaphore(THREADS)  # limits the memory, because each image is in memory while it is copied
 
     async def copy(digest: str) -> None:
         async with gate:
             try:
                 size = await source.size(digest)
-                if size is not None and await target.size(digest) == size:
+                present = await target.size(digest)
+                if size is not None and present == size:
                     photos.present += 1
                     return
                 data = await source.get(digest)
@@ -124,11 +132,17 @@ async def copy_photos(items: Sequence[HasPhoto], source: Originals, target: Orig
                 photos.unreadable += 1
                 photos.reason = photos.reason or error.detail
                 return
+            if added is not None and present is None:
+                added.add(digest)
             await target.put(data)
             photos.copied += 1
 
     digests = dict.fromkeys(photo_digest(item) for item in items)
-    await asyncio.gather(*(copy(digest) for digest in digests if digest is not None))
+    copies = (copy(digest) for digest in digests if digest is not None)
+    results = await asyncio.gather(*copies, return_exceptions=True)  # no copy may still run when an error is raised
+    for error in results:
+        if error is not None:
+            raise error
 
 
 async def pages(store: VectorStore, collection: str) -> AsyncIterator[list[Item]]:

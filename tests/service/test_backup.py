@@ -1,6 +1,7 @@
 """Tests of the backup and restore of all collections, with real stores and image files."""
 
 import asyncio
+import hashlib
 import json
 import sqlite3
 from collections.abc import AsyncIterator
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from service.backup import Contents, SavedArtifact, back_up, read_contents, restore
-from service.errors import Conflict, StorageFailed
+from service.errors import Conflict, InvalidRequest, StorageFailed
 from service.originals import Originals, source_of
 from service.search.embedded import EmbeddedStore
 from service.search.store import CollectionSpec, Item
@@ -135,7 +136,7 @@ async def test_an_interrupted_backup_leaves_the_older_one_whole(
     await site.back_up(out)
     await site.fill("new", range(20, 23), images=True)
 
-    async def full(*_: object) -> None:
+    async def full(*_: object, **__: object) -> None:
         raise StorageFailed("no space left")
 
     with monkeypatch.context() as patched:
@@ -190,8 +191,6 @@ async def test_a_collection_never_replaces_an_alias(site: Site, tmp_path: Path, 
 @pytest.mark.parametrize("hash_too", [False, True])
 async def test_one_damaged_snapshot_restores_nothing(site: Site, other: Site, tmp_path: Path, hash_too: bool) -> None:
     """With `hash_too`, the hash in backup.json belongs to the changed file, so only the restore itself finds it."""
-    import hashlib
-
     out = tmp_path / "backup"
     contents = (await site.back_up(out)).contents
     path = out / next(one.file for one in contents.collections if one.name == "shop")
@@ -203,7 +202,7 @@ async def test_one_damaged_snapshot_restores_nothing(site: Site, other: Site, tm
             if one["name"] == "shop":
                 one |= {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
         (out / "backup.json").write_text(json.dumps(body))
-    with pytest.raises((StorageFailed, ValueError)) as caught:
+    with pytest.raises((InvalidRequest, ValueError)) as caught:
         await other.restore(out)
     assert ("metadata is not a JSON object" if hash_too else f"{path} is damaged: ") in str(caught.value)
     assert await other.content() == {"aliases": {}}
@@ -251,3 +250,47 @@ async def test_two_backups_to_one_folder_at_once_are_refused(site: Site, tmp_pat
     assert held is not None
     with held, pytest.raises(ValueError, match=r"another backup to .* is running"):
         await site.back_up(out)
+
+
+def free_space(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    import shutil
+
+    used = type(shutil.disk_usage("/"))(10**12, 10**12 - free, free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: used)
+
+
+async def test_a_restore_needs_free_space_before_it_copies(
+    site: Site, other: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restore that fills the disk would also stop the writes of the service."""
+    contents = (await site.back_up(tmp_path / "backup")).contents
+    images = sum(len(photo(n)) for n in range(5))
+    needed = 2 * sum(one.bytes for one in contents.collections) + images
+    free_space(monkeypatch, needed - 1)
+    with pytest.raises(StorageFailed, match=f"needs {needed} bytes on the disk of .*, but only {needed - 1} bytes are"):
+        await other.restore(tmp_path / "backup")
+    assert not (other.folder / "originals").exists()
+    assert await other.store._read(lambda db: db.execute("SELECT count(*) FROM collections").fetchone()) == (0,)
+    await other.originals.put(photo(0))  # an image that is there already needs no space
+    free_space(monkeypatch, needed - len(photo(0)))
+    restored, _ = await other.restore(tmp_path / "backup")
+    assert len(restored) == 2
+
+
+async def test_a_failed_restore_deletes_the_images_that_it_copied(
+    site: Site, other: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await site.back_up(tmp_path / "backup")
+    await other.originals.put(photo(0))  # it was there before
+
+    async def full(*_: object, **__: object) -> None:
+        digest = await other.originals.put(photo(1))  # the service stores the same image during the restore
+        item = Item("mine", np.ones(D, np.float32), {}, source_of(digest))
+        await other.store.upsert("live", [item], tag=TAG)
+        raise StorageFailed("the disk is full")
+
+    monkeypatch.setattr(other.store, "restore_files", full)
+    with pytest.raises(StorageFailed, match="the disk is full"):
+        await other.restore(tmp_path / "backup")
+    left = {path.name for path in (other.folder / "originals").glob("*/*/*")}
+    assert left == {hashlib.sha256(photo(n)).hexdigest() for n in (0, 1)}

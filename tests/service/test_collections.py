@@ -492,10 +492,27 @@ async def test_an_upload_that_is_no_snapshot_is_refused(tmp_path):
     assert all("the uploaded snapshot" in answer.json()["detail"] for answer in wrong)
     assert all(str(tmp_path) not in answer.text for answer in wrong)
     assert large.status_code == 413
-    assert empty.status_code == 201  # as without a body, a snapshot is taken
+    assert (empty.status_code, "the uploaded snapshot is empty" in empty.text) == (422, True)
     assert bad_name.status_code == 422
-    assert len(listed) == 2
+    assert len(listed) == 1
     assert not list((tmp_path / "snapshots").glob(".*"))
+
+
+async def test_a_flipped_bit_is_the_fault_of_the_snapshot(tmp_path):
+    async with running(tmp_path) as run:
+        vector = [0.5, 0.5, 0.5, 0.5] + [0.0] * (DIMS - 4)
+        await run.client.post(f"{SHOP}/items", json={"items": [{"id": "a", "vector": vector}]})
+        name = (await run.client.post(f"{SHOP}/snapshots")).json()["name"]
+        path = tmp_path / "snapshots" / "shop" / f"{name}.sqlite3"
+        file = path.read_bytes()
+        at = file.index(b"\0\0\0\x3f" * 4)
+        file = file[:at] + b"\x01" + file[at + 1 :]
+        sent = await run.client.post(f"{SHOP}/snapshots", content=file, headers=FILE)
+        path.write_bytes(file)
+        restored = await run.client.post("/v1/collections/new/restore", json={"snapshot": name, "from": "shop"})
+    assert (sent.status_code, restored.status_code) == (422, 422)
+    assert "the uploaded snapshot is damaged: the vector of item number 1" in sent.json()["detail"]
+    assert f"snapshot {name} is damaged: the vector of item number 1" in restored.json()["detail"]
 
 
 async def test_milvus_takes_no_uploads(tmp_path):

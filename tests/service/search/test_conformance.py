@@ -331,6 +331,8 @@ BAD_METADATA: Final[list[Any]] = [
     {"x": b"bytes"},
     {1: 2},
     {"x": 2**64},
+    {"x": 2**63},
+    {"x": [{"y": 2**64 - 1}]},
     {"x": -(2**63) - 1},
     {"x": "\ud800"},
     {"\udfff": 1},
@@ -460,7 +462,7 @@ LARGEST: Final = {"x": "é" * ((MAX_METADATA_BYTES - len('{"x":""}')) // 2)}
 METADATA: Final[list[dict[str, Any]]] = [
     {},
     {"a": 0.1, "b": 1e300, "c": -1e-300, "d": 5e-324, "e": 1.7976931348623157e308, "f": 1.0, "g": -0.0, "h": 1e16},
-    {"a": 2**53 + 1, "b": 2**63 - 1, "c": -(2**63), "d": 2**63, "e": 2**64 - 1, "f": 0, "g": -1},
+    {"a": 2**53 + 1, "b": 2**63 - 1, "c": -(2**63), "d": 2**31, "e": 2**32 - 1, "f": 0, "g": -1},
     {"a": True, "b": False, "c": None, "d": 1, "e": 0, "f": [True, 1, 1.0, None]},
     {"a": "", "b": [], "c": {}, "d": [[], {}, ""], "": "empty key", " ": "space"},
     {"a": {"b": {"c": {"d": [1, {"e": [2, 3]}]}}}, "a.b": "a dot", "a.b.c": {"d.e": 1}},
@@ -820,8 +822,10 @@ VALUES: Final[list[Any]] = [
     "e\u0301", "日本", "🍎", "\uffff", "1", "1.0", "0", "true", "null", "{}", '{"a":1}', "[]", "[1]", "a'b", 'a"b',
     "a\\b", "a\\", "\\n", "\n", "2024-01-31", "2024-02-01", "' OR '1'='1", '" or 1 == 1 or "', "x' --", "%", "{{x}}",
     [], [1], ["a"], [True], {}, {"a": 1}, {"b": "a"}, {"b": None}, {"b": {"c": 1}}, {"b": [1]},
-    ["a", 1, True, None], [["a"], {"b": 1}], [0.1, 2**64 - 1], ["[", "{}", "日本語"], [False, 0],
+    ["a", 1, True, None], [["a"], {"b": 1}], [0.1, 2**63 - 1], ["[", "{}", "日本語"], [False, 0],
 ]  # fmt: skip
+STORED: Final = [value for value in VALUES if not (isinstance(value, int) and value >= 2**63)]
+"""The values that metadata may contain."""
 KEYS: Final = ["a", "b", "a.b", "a.b.c", "日本", "with space", "it-s", "$", "id", "text", "metadata", "B"]
 
 
@@ -835,11 +839,11 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 def corpus(is_small: bool) -> list[Item]:
     """Return items with every value under a plain key, some values under each other key, and mixtures."""
     rng = np.random.default_rng(3)
-    metadata = [{}, *({"a": value, "n": n} for n, value in enumerate(VALUES))]
-    metadata += [nested("a.b", value) for value in VALUES[:: 7 if is_small else 2]]
-    metadata += [nested(key, value) for key in KEYS[3:] for value in VALUES[:: 25 if is_small else 6]]
+    metadata = [{}, *({"a": value, "n": n} for n, value in enumerate(STORED))]
+    metadata += [nested("a.b", value) for value in STORED[:: 7 if is_small else 2]]
+    metadata += [nested(key, value) for key in KEYS[3:] for value in STORED[:: 25 if is_small else 6]]
     for _ in range(10 if is_small else 100):
-        some = {key: VALUES[rng.integers(len(VALUES))] for key in rng.permutation(KEYS).tolist()[:4] if "." not in key}
+        some = {key: STORED[rng.integers(len(STORED))] for key in rng.permutation(KEYS).tolist()[:4] if "." not in key}
         metadata.append(some)
     metadata += [{"a.b": 1}, {"a": {"b.c": 1}}, {"a'b": 1, 'a"b': 1}, {"": {"": 1}}, {"a\x01": 1, "a\\": 1}]
     return [Item(f"i{n}", v, m) for n, (v, m) in enumerate(zip(vectors(len(metadata)), metadata, strict=True))]
@@ -1288,8 +1292,8 @@ def filters() -> st.SearchStrategy[dict[str, Any]]:
 def metadatas() -> st.SearchStrategy[dict[str, Any]]:
     text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=4)
     leaf = st.one_of(
-        st.sampled_from(VALUES),
-        st.integers(-(2**63), 2**64 - 1),
+        st.sampled_from(STORED),
+        st.integers(-(2**63), 2**63 - 1),
         st.floats(allow_nan=False, allow_infinity=False),
         text,
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service.errors import StorageFailed
+from service.errors import InvalidRequest
 from service.search.embedded import EmbeddedStore
 from service.search.store import Item
 
@@ -54,6 +54,9 @@ async def store(tmp_path: Path) -> AsyncIterator[EmbeddedStore]:
             [f"UPDATE vectors_1 SET vector = zeroblob(32), crc = {ZERO_CRC} WHERE number = 7"],
             "the length of a vector is not 1",
         ),
+        (["UPDATE vectors_1 SET vector = zeroblob(32) WHERE number = 7"], "the vector of item number 7 is broken"),
+        (["UPDATE vectors_1 SET crc = 'x' WHERE number = 7"], "the vector of item number 7 is broken"),
+        (["UPDATE collections SET count = 'abc'"], "its number of items is 'abc'"),
     ],
 )
 async def test_a_crafted_snapshot_is_refused_and_leaves_nothing(
@@ -66,9 +69,15 @@ async def test_a_crafted_snapshot_is_refused_and_leaves_nothing(
     with closing(sqlite3.connect(await store.snapshot_path("c", taken.name), isolation_level=None)) as db:
         for one in statement:
             assert db.execute(one).rowcount == 1
-    with pytest.raises(StorageFailed) as caught:
+    with pytest.raises(InvalidRequest) as caught:
         await store.restore("again", "c", taken.name)
     assert words in caught.value.detail
+    assert f"snapshot {taken.name} " in caught.value.detail
+    path = await store.snapshot_path("c", taken.name)
+    with pytest.raises(InvalidRequest, match="the uploaded snapshot") as caught:
+        await store.add_snapshot("d", path)
+    assert words in caught.value.detail
+    assert await store.snapshots("d") == []
     (hidden,) = await store._read(lambda db: db.execute("SELECT count(*) FROM collections").fetchone())
     assert hidden == 1
 
@@ -92,7 +101,7 @@ async def test_a_snapshot_contains_only_plain_tables(store: EmbeddedStore, state
     with closing(sqlite3.connect(await store.snapshot_path("c", taken.name), isolation_level=None)) as db:
         for statement in statements:
             db.execute(statement)
-    with pytest.raises(StorageFailed, match="is not a plain table"):
+    with pytest.raises(InvalidRequest, match="is not a plain table"):
         await store.restore("again", "c", taken.name)
 
 
@@ -104,3 +113,57 @@ async def test_an_endless_view_does_not_block_the_list_of_snapshots(store: Embed
         db.execute(f"CREATE VIEW collections AS SELECT sum(number) AS count FROM ({ENDLESS})")
     [listed] = await store.snapshots("c")
     assert listed.count is None
+
+
+@pytest.mark.parametrize(
+    ("statements", "words"),
+    [
+        (
+            [
+                "CREATE TABLE more AS SELECT * FROM items_1",
+                "DROP TABLE items_1",
+                "ALTER TABLE more RENAME TO items_1",
+                "UPDATE items_1 SET id = 'i3' WHERE number = 7",
+            ],
+            "two items have the",
+        ),
+        (
+            [
+                *(f"CREATE TABLE {name}_2 AS SELECT * FROM {name}_1" for name in ("items", "vectors")),
+                *(f"DROP TABLE {name}_1" for name in ("items", "vectors")),
+                *(f"ALTER TABLE {name}_2 RENAME TO {name}_1" for name in ("items", "vectors")),
+                *(f"UPDATE {name}_1 SET number = 6 WHERE number = 7" for name in ("items", "vectors")),
+            ],
+            "two items have the same number",
+        ),
+    ],
+)
+async def test_items_that_occur_twice_are_the_fault_of_the_snapshot(
+    store: EmbeddedStore, statements: list[str], words: str
+) -> None:
+    vectors = np.random.default_rng(0).normal(size=(20, D))
+    await store.upsert("c", [Item(f"i{n}", vector) for n, vector in enumerate(vectors)], tag=TAG)
+    taken = await store.snapshot("c")
+    path = await store.snapshot_path("c", taken.name)
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        for statement in statements:
+            db.execute(statement)
+    with pytest.raises(InvalidRequest, match=f"snapshot .*is damaged: {words}"):
+        await store.restore("again", "c", taken.name)
+    with pytest.raises(InvalidRequest, match=f"the uploaded snapshot is damaged: {words}"):
+        await store.add_snapshot("d", path)
+    assert await store._read(lambda db: db.execute("SELECT count(*) FROM collections").fetchone()) == (1,)
+
+
+@pytest.mark.parametrize("count", ["'abc'", "-1", "19", "20.5", "NULL"])
+async def test_an_uploaded_snapshot_has_the_count_of_its_items(store: EmbeddedStore, count: str) -> None:
+    vectors = np.random.default_rng(0).normal(size=(20, D))
+    await store.upsert("c", [Item(f"i{n}", vector) for n, vector in enumerate(vectors)], tag=TAG)
+    path = await store.snapshot_path("c", (await store.snapshot("c")).name)
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        if count == "NULL":
+            db.execute("ALTER TABLE collections RENAME TO old")
+            db.execute("CREATE TABLE collections AS SELECT * FROM old")
+        db.execute(f"UPDATE collections SET count = {count}")
+    with pytest.raises(InvalidRequest, match="the uploaded snapshot is damaged: "):
+        await store.add_snapshot("d", path)
