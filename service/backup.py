@@ -19,7 +19,6 @@ import asyncio
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,11 +28,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from model.files import lock_file, write_text
 from model.messages import in_words
-from service.errors import CollectionNotFound, ServiceError, StorageFailed
-from service.originals import Originals, photo_digest
+from service.errors import CollectionNotFound, StorageFailed
+from service.originals import Originals
 from service.search import snapshots
 from service.search.store import CollectionInfo, SnapshotStore
-from service.search.transfer import Photos, copy_photos, pages
+from service.search.transfer import Photos, copy_photos
 
 CONTENTS: Final = "backup.json"
 SNAPSHOTS: Final = "snapshots"
@@ -151,7 +150,8 @@ async def restore(
     """Restore all collections and aliases from the backup in the folder `source`, and copy its images.
 
     The images are copied first, so that no restored item refers to an image that is not there yet. Then all
-    collections and aliases appear at once. If the restore fails, the copied images are deleted again.
+    collections and aliases appear at once. If the restore fails, the copied images stay. They must not be deleted,
+    because the service may have stored items with the same images meanwhile.
 
     Args:
         replace: whether to replace existing collections and aliases that have the same names.
@@ -168,19 +168,16 @@ async def restore(
         report(f"checking {one.file}")
         await asyncio.to_thread(_check, source, one)
     files = {one.name: source / one.file for one in contents.collections}
-    images, added = Photos(), set[str]()
+    images = Photos()
     kept = Originals(source / ORIGINALS)
     try:
         await _check_space(store, originals, contents, kept)
         for one in contents.collections:
             if one.originals:
                 report(f"images of {one.name}")
-                await _copy_images(files[one.name], kept, originals, images, added)
+                await _copy_images(files[one.name], kept, originals, images)
         report(f"{len(files)} collections")
         return await store.restore_files(files, contents.aliases, replace=replace), images
-    except BaseException:
-        await _remove_images(store, originals, added)
-        raise
     finally:
         await kept.close()
 
@@ -215,18 +212,6 @@ def _check_free(needs: Mapping[Path, int]) -> None:
                 f"the restore needs {needed} bytes on the disk of {place}, but only {free} bytes are free; nothing was "
                 "restored"
             )
-
-
-async def _remove_images(store: SnapshotStore, originals: Originals, added: set[str]) -> None:
-    """Delete the images `added` that a failed restore copied. Keep an image if an item refers to it, because the
-    service may have stored the same image meanwhile. If that cannot be found out, keep all images."""
-    with suppress(ServiceError):  # the caller raises the error of the restore
-        if added:
-            for info in await store.collections():
-                async for page in pages(store, info.name):
-                    added.difference_update(digest for item in page if (digest := photo_digest(item)) is not None)
-        for digest in added:
-            await originals.remove(digest)
 
 
 def read_contents(source: Path) -> Contents:
@@ -293,11 +278,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-async def _copy_images(
-    snapshot: Path, source: Originals, target: Originals, images: Photos, added: set[str] | None = None
-) -> None:
-    """Copy the images to which the items in a snapshot refer, and count them in `images`. Add the digests of the
-    images that the target did not have to `added`.
+async def _copy_images(snapshot: Path, source: Originals, target: Originals, images: Photos) -> None:
+    """Copy the images to which the items in a snapshot refer, and count them in `images`.
 
     Raises:
         StorageFailed: an image cannot be written to the target.
@@ -305,6 +287,6 @@ async def _copy_images(
     pages = await asyncio.to_thread(snapshots.references, snapshot)
     try:
         while (page := await asyncio.to_thread(next, pages, None)) is not None:
-            await copy_photos(page, source, target, images, added=added)
+            await copy_photos(page, source, target, images)
     finally:
         pages.close()

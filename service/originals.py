@@ -10,8 +10,7 @@ image is always complete. Object stores give the same guarantee. On other file s
 partial file. Reading a partial file raises an error, because the sha256 of its content differs from its name. The next
 write of the same image replaces the partial file, because its size is wrong.
 
-Several items may share one image, even in different collections. Therefore, an image is deleted only if a restore that
-copied it fails (`remove`).
+This module never deletes an image, because several items may share one image, even in different collections.
 
 Exceptions of the storage packages are translated to `StorageFailed` errors, which contain no paths or addresses.
 """
@@ -22,7 +21,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
@@ -107,14 +106,6 @@ class Originals:
         """
         return await self._call(self._size_of, digest)
 
-    async def remove(self, digest: str) -> None:
-        """Delete an image if it is stored. No item may refer to it.
-
-        Raises:
-            StorageFailed: the image cannot be deleted.
-        """
-        await self._call(self._remove, digest)
-
     async def missing_bytes(self, target: "Originals") -> int:
         """Return the total size of the images that `target` does not have, in bytes. This storage is a local folder."""
         return await self._call(self._missing_bytes, target)
@@ -166,10 +157,6 @@ class Originals:
         if not isinstance(data, bytes) or hashlib.sha256(data).hexdigest() != digest:
             raise StorageFailed(f"the stored image {digest} is damaged: its sha256 differs")
         return data
-
-    def _remove(self, digest: str) -> None:
-        with _translated("deleted"), suppress(FileNotFoundError):
-            self._fs.rm_file(self._path(digest))
 
     def _missing_bytes(self, target: "Originals") -> int:
         with _translated("looked up"):

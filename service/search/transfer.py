@@ -109,11 +109,9 @@ async def copy_photos(
     source: Originals,
     target: Originals,
     photos: Photos,
-    *,
-    added: set[str] | None = None,
 ) -> None:
     """Copy the images to which the items refer, at most `THREADS` of them at the same time. Count the outcomes in
-    `photos`. Add the digests of the images that the target did not have to `added`."""
+    `photos`."""
     gate = asyncio.Semaphore(THREADS)  # limits the memory, because each image is in memory while it is copied
 
     async def copy(digest: str) -> None:
@@ -132,8 +130,6 @@ async def copy_photos(
                 photos.unreadable += 1
                 photos.reason = photos.reason or error.detail
                 return
-            if added is not None and present is None:
-                added.add(digest)
             await target.put(data)
             photos.copied += 1
 
