@@ -225,7 +225,7 @@ def test_a_traceparent_that_is_not_valid_is_ignored(value):
 
 async def test_an_error_before_a_held_answer_is_sent_replaces_it(tmp_path):
     async def inner(scope, receive, send):
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"5000")]
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"50000")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         raise ServiceError("late")
 
