@@ -47,7 +47,6 @@ def evaluate(
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from model.zoo import DownloadError
     from training.config import parse_overrides
     from training.evaluate.backbone import load_backbone
     from training.evaluate.run import evaluate as run_evaluation
@@ -68,7 +67,7 @@ def evaluate(
             report = run_evaluation(task, backbone, data, values, cache=cache, track=track)
         if out is not None:
             write_json(report, out)
-    except (ValueError, OSError, FloatingPointError, DownloadError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         raise fail(error) from error
     print_report(report, Console())
     if out is not None:

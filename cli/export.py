@@ -91,7 +91,6 @@ def export(
     from model.engines.knn_gate import find_labelled
     from model.export.checkpoint import export_checkpoint
     from model.export.options import CheckpointOptions, ExportOptions, GraphOptions
-    from model.zoo import DownloadError
     from service.artifact_choice import read_photo, read_photos
 
     tell = partial(typer.echo, err=True)
@@ -114,7 +113,7 @@ def export(
             arch=arch, name=name, resize=resize, crop=crop, fit=fit, licence=licence, graphs=graphs
         )
         artifact = export_checkpoint(source, out or data_dir / "artifacts", asked, options)
-    except (ValueError, OSError, DownloadError) as error:
+    except (ValueError, OSError) as error:
         raise fail(error) from error
     typer.echo(f"{artifact.path}\nfingerprint {artifact.fingerprint}")
     for line in _parity_lines(artifact.manifest):

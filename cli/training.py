@@ -29,13 +29,12 @@ def _early_end_handled() -> Iterator[None]:
         typer.Exit: one of these exceptions was caught. The status is `INTERRUPTED` after SIGTERM, and 2 after an
             error such as `RunStopped`.
     """
-    from model.zoo import DownloadError
     from training.run import Interrupted, RunStopped
     from training.train import INTERRUPTED
 
     try:
         yield
-    except (ValueError, OSError, RunStopped, DownloadError) as error:
+    except (ValueError, OSError, RunStopped) as error:
         raise fail(error) from error
     except Interrupted as interrupted:
         typer.echo(str(interrupted), err=True)

@@ -4,7 +4,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from model.zoo import DownloadError
 from training.config import load_config, recipe_names
 from training.run import Interrupted, RunStopped
 from training.train import INTERRUPTED, train
@@ -23,7 +22,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         train(load_config(arguments.recipe, arguments.data, arguments.out, arguments.overrides))
-    except (ValueError, OSError, RunStopped, DownloadError) as error:
+    except (ValueError, OSError, RunStopped) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Interrupted as interrupted:
