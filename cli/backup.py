@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from cli.collection import able
-from cli.shared import DATA, DataDirOption, StoreOption, artifact_with, fail, run_with
+from cli.shared import DATA, DataDirOption, StoreOption, artifact_with, fail, readable_artifacts, run_with
 
 if TYPE_CHECKING:
     from service.backup import Saved, SavedArtifact
@@ -94,18 +94,12 @@ def restore(
 
 def _artifacts(data_dir: Path) -> "list[SavedArtifact]":
     """Return the names and fingerprints of the local and bundled artifacts. Unreadable ones are left out."""
-    from model.artifact import ArtifactError, find_artifacts, read_manifest
     from service.backup import SavedArtifact
 
-    found = []
-    for path in find_artifacts(data_dir):
-        try:
-            manifest = read_manifest(path)
-        except ArtifactError as error:
-            typer.echo(f"warning: {error}", err=True)
-            continue
-        found.append(SavedArtifact(name=path.name, fingerprint=manifest.fingerprint))
-    return found
+    return [
+        SavedArtifact(name=path.name, fingerprint=manifest.fingerprint)
+        for path, manifest in readable_artifacts(data_dir)
+    ]
 
 
 def _tell(line: str) -> None:

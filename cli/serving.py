@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli.shared import DATA, ArtifactsDirOption, decode_limits, fail, settings_for
+from cli.shared import DATA, ArtifactsDirOption, decode_limits, fail, readable_artifacts, settings_for
 from model.pooling import DEFAULT_POOLING, Pooling
 
 ModelOption = Annotated[
@@ -111,17 +111,12 @@ def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """List the local artifacts, and the published models that can be downloaded."""
-    from model.artifact import ArtifactError, find_artifacts, read_manifest
     from model.zoo import ENTRIES
 
-    local = []
-    for path in find_artifacts(data_dir):
-        try:
-            manifest = read_manifest(path)
-        except ArtifactError as error:
-            typer.echo(f"warning: {error}", err=True)
-            continue
-        local.append({"path": str(path), "name": manifest.name, "fingerprint": manifest.fingerprint})
+    local = [
+        {"path": str(path), "name": manifest.name, "fingerprint": manifest.fingerprint}
+        for path, manifest in readable_artifacts(data_dir)
+    ]
     published = [{"name": entry.name, "licence": entry.licence, "url": entry.url} for entry in ENTRIES.values()]
     if as_json:
         typer.echo(json.dumps({"artifacts": local, "published": published}, indent=2))

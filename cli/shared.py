@@ -5,7 +5,7 @@ embedded store at the same time. Heavy packages are imported only when a command
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -15,7 +15,7 @@ import typer
 from model.pooling import Pooling
 
 if TYPE_CHECKING:
-    from model.artifact import Artifact
+    from model.artifact import Artifact, Manifest
     from model.decode import DecodeLimits
     from model.engines.protocol import Engine
     from service.search.store import CollectionInfo, VectorStore
@@ -215,15 +215,22 @@ def load_model(
 def artifact_with(fingerprint: str, data_dir: Path) -> Path | None:
     """Return the path of a local or bundled artifact whose fingerprint begins with `fingerprint`, or None if there is
     none."""
+    for path, manifest in readable_artifacts(data_dir):
+        if fingerprint and manifest.fingerprint.startswith(fingerprint):
+            return path
+    return None
+
+
+def readable_artifacts(data_dir: Path) -> "Iterator[tuple[Path, Manifest]]":
+    """Yield the path and the manifest of each local artifact and of the bundled one. Print a warning for an artifact
+    with an unreadable manifest."""
     from model.artifact import ArtifactError, find_artifacts, read_manifest
 
     for path in find_artifacts(data_dir):
         try:
-            if fingerprint and read_manifest(path).fingerprint.startswith(fingerprint):
-                return path
+            yield path, read_manifest(path)
         except ArtifactError as error:
             typer.echo(f"warning: {error}", err=True)
-    return None
 
 
 def decode_limits(settings: "Settings") -> "DecodeLimits":

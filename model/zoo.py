@@ -235,6 +235,12 @@ def download(
     raise DownloadError(_by_hand(entry, sources[0], cache_dir, reasons))
 
 
+def downloaded_source(entry: ZooEntry, options: DownloadOptions) -> Source:
+    """Return the source of the file that `download` returned for these arguments."""
+    sources = entry.sources(options.hosts or Hosts.from_environment())
+    return next(source for source in sources if (options.cache_dir / source.filename).exists())
+
+
 def _by_hand(entry: ZooEntry, source: Source, cache_dir: Path, reasons: Sequence[str]) -> str:
     expected = f" ({source.size_bytes} bytes, sha256 {source.sha256})" if source.sha256 is not None else ""
     return (

@@ -12,7 +12,7 @@ from model.artifact import MANIFEST, ArtifactError, find_artifacts, read_manifes
 from model.decode import DecodeError, decode
 from model.files import expanded, publish, waiting_lock, working_folder
 from model.folder import walk
-from model.zoo import DownloadOptions, download, resolve
+from model.zoo import DownloadOptions, Hosts, resolve
 
 log = logging.getLogger(__name__)
 
@@ -103,10 +103,10 @@ def _export(name: str, data_dir: Path, report: Report) -> Path:
     """Download and export a published model, and return its artifact folder.
 
     A downloaded file is deleted afterwards, because the artifact contains the same weights. A file that was already in
-    the folder stays. A lock ensures that
-    several services with the same data folder do this only once.
+    the folder stays. A lock ensures that several services with the same data folder do this only once.
     """
-    from model.export.checkpoint import export_checkpoint  # only here, because it imports onnx
+    from model.export.artifact import export_artifact  # only here, because it imports onnx
+    from model.export.checkpoint import read_backbone
     from model.export.options import CheckpointOptions, ExportOptions
 
     def on_progress(done: int, total: int | None) -> None:
@@ -120,20 +120,20 @@ def _export(name: str, data_dir: Path, report: Report) -> Path:
         for path in find_artifacts(data_dir):
             if _name(path) == name:  # exported by the other process
                 return path
-        options = DownloadOptions(downloads, on_progress=on_progress)
-        files = set(downloads.iterdir())
-        weights = download(resolve(name), options)
-        report(f"exporting {name}: writing the graph and comparing it with a reference")
-        checkpoint = CheckpointOptions(download=options)
+        files = [downloads / source.filename for source in resolve(name).sources(Hosts())]
+        placed = [file for file in files if file.exists()]
         try:
-            artifact = export_checkpoint(name, data_dir / "artifacts", checkpoint, ExportOptions())
+            options = CheckpointOptions(download=DownloadOptions(downloads, on_progress=on_progress))
+            backbone = read_backbone(name, options)
+            report(f"exporting {name}: writing the graph and comparing it with a reference")
+            artifact = export_artifact(backbone, data_dir / "artifacts", ExportOptions())
         except ValueError as error:
-            if weights in files:  # it may have been put there by hand
-                raise ValueError(f"{error}. To download the weights again, delete {weights}") from error
-            weights.unlink()
-            raise
-        if weights not in files:
-            weights.unlink()
+            if not placed:
+                _delete(files)
+                raise
+            raise ValueError(f"{error}. To download the weights again, delete {placed[0]}") from error
+        if not placed:
+            _delete(files)
     for record in artifact.manifest.parity:
         log.info(
             "%s agrees with %s: the largest error is %.1e on %d images",
@@ -143,6 +143,11 @@ def _export(name: str, data_dir: Path, report: Report) -> Path:
             record.images,
         )
     return artifact.path
+
+
+def _delete(files: list[Path]) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def _fetch(url: str, data_dir: Path, report: Report) -> Path:

@@ -5,7 +5,6 @@ from typing import Any
 
 from model import zoo
 from model.artifact import Artifact, input_size
-from model.config import config_for
 from model.export.artifact import export_artifact
 from model.export.graphs import wanted_graphs
 from model.export.options import Backbone, CheckpointOptions, ExportOptions
@@ -56,10 +55,8 @@ def read_backbone(source: str, asked: CheckpointOptions) -> Backbone:
             entry = zoo.resolve(source)
         except ValueError as error:
             raise ValueError(f"{source}: no such file; {error}") from error
-        path = zoo.download(entry, asked.download)
-        weights, config = read_weights(entry.name, path, pos_embed_rule=config_for(entry.name).pos_embed_rule)
-        sources = entry.sources(asked.download.hosts or zoo.Hosts.from_environment())
-        url = next(source.url for source in sources if source.filename == path.name)
+        weights, config = read_weights(entry.name, download=asked.download)
+        url = zoo.downloaded_source(entry, asked.download).url
         provenance, arch, licence = {"url": url}, entry.name, entry.licence
     evaluated = read_spec(provenance.get("preprocess", {"patch_size": config.patch_size}))
     return Backbone(
