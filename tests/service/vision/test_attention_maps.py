@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from service.vision.attention import (
+from service.vision.attention_maps import (
     class_weights,
     entropy,
     fuse_heads,
