@@ -25,7 +25,9 @@ def image(value: float = 0.0, side: int = 28) -> np.ndarray:
 @asynccontextmanager
 async def batching(engine: FakeEngine, *, metrics: Metrics | None = None, **bounds) -> AsyncIterator[Batcher]:
     settings = {"batch_max_patches": 32, "queue_max_images": 100, "queue_max_patches": 1000} | bounds
-    batcher = Batcher(lambda x: list(engine.run(x).cls), patch_size=14, metrics=metrics or Metrics(), **settings)
+    batcher = Batcher(
+        lambda x, outputs: list(engine.run(x).cls), patch_size=14, metrics=metrics or Metrics(), **settings
+    )
     try:
         yield batcher
     finally:
@@ -314,7 +316,7 @@ async def test_closing_fails_what_waits_and_refuses_more():
 @pytest.mark.parametrize("rows", [0, 2])
 async def test_wrong_number_of_rows_is_an_engine_failure(rows):
     batcher = Batcher(
-        lambda pixels: [0.0] * rows,
+        lambda pixels, outputs: [0.0] * rows,
         patch_size=14,
         metrics=Metrics(),
         batch_max_patches=8,

@@ -430,7 +430,7 @@ PNG = {"Content-Type": "image/png"}
     [
         ("/v1/embeddings", "service.features.pipeline.decode"),
         ("/v1/segment", "service.features.pipeline.decode"),
-        ("/v1/segment", "service.routes.segment.segment_foreground"),
+        ("/v1/segment", "service.vision.segment.segment_foreground"),
     ],
 )
 async def test_what_a_thread_still_does_keeps_its_place_in_the_queue(tmp_path, monkeypatch, path, where):
@@ -469,7 +469,7 @@ async def test_what_is_cached_waits_for_no_decode(tmp_path, monkeypatch):
         await asyncio.gather(*others)
 
 
-@pytest.mark.parametrize("where", ["the engine", "service.routes.segment.segment_foreground"])
+@pytest.mark.parametrize("where", ["the engine", "service.vision.segment.segment_foreground"])
 async def test_only_as_many_photos_are_kept_for_their_masks_as_there_are_decode_threads(tmp_path, monkeypatch, where):
     async with running(tmp_path, cache_bytes=0) as run:
         decodes = Blocked(monkeypatch, "service.features.pipeline.decode")
