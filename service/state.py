@@ -13,6 +13,7 @@ from model.zoo import ENTRIES
 from service.answer_schemas import Identity
 from service.errors import ModelNotFound
 from service.features.pipeline import Pipeline
+from service.features.served_model import ServedModel
 from service.originals import Originals
 from service.search.store import VectorStore
 from service.settings import Settings
@@ -44,6 +45,7 @@ class Service:
     store: VectorStore
     originals: Originals
     pipeline: Pipeline
+    model: ServedModel
 
     def tag(self, fingerprint: str | None = None, pooling: Pooling = DEFAULT_POOLING) -> str:
         """Return the tag of vectors that a model computed with this pooling. `fingerprint` identifies the model, and
