@@ -14,13 +14,15 @@ T = 1 + R + N tokens: class, registers, patches in row-major order.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 HeadFusion = Literal["mean", "max", "min"]
+
+_ROWS: Final = 256
 
 
 class PatchAttention(NamedTuple):
@@ -61,24 +63,31 @@ def rollout(
 def _step_back(
     row: Floats, queries: Floats, keys: Floats, num_heads: int, heads: Sequence[int], fusion: HeadFusion
 ) -> Floats:
-    """Return the product of `row` [T] and the matrix A + I of one block, whose rows are scaled to sum 1."""
+    """Return the product of `row` [T] and the matrix A + I of one block, whose rows are scaled to sum 1. The rows of A
+    are computed a few at a time, so that they stay in the CPU's cache and large inputs need little memory."""
+    stepped = np.zeros_like(row)
     used = np.flatnonzero(row)  # in the last block, only the class token
-    fused: Floats | None = None
-    for head in heads:
-        weights = _head_weights(queries[used], keys, num_heads, head)  # [used, T]
-        if fused is None:
-            fused = weights
-        elif fusion == "mean":
+    for start in range(0, len(used), _ROWS):
+        rows = used[start : start + _ROWS]
+        fused = _fused_weights(queries[rows], keys, num_heads, heads, fusion)  # [rows, T]
+        scale = row[rows] / (fused.sum(axis=1) + 1)  # a row of A + I sums to that of A, plus 1
+        stepped += scale @ fused
+        stepped[rows] += scale
+    return stepped
+
+
+def _fused_weights(queries: Floats, keys: Floats, num_heads: int, heads: Sequence[int], fusion: HeadFusion) -> Floats:
+    """Return the attention weights [Q, T] of the queries [Q, D] over the keys [T, D], fused over the chosen heads."""
+    fused = _head_weights(queries, keys, num_heads, heads[0])
+    for head in heads[1:]:
+        weights = _head_weights(queries, keys, num_heads, head)
+        if fusion == "mean":
             fused += weights
         else:
             (np.maximum if fusion == "max" else np.minimum)(fused, weights, out=fused)
-    assert fused is not None
     if fusion == "mean":
         fused /= len(heads)
-    scale = row[used] / (fused.sum(axis=1) + 1)  # each row of A + I sums to that of A, plus 1
-    stepped: Floats = scale @ fused  # [T]
-    stepped[used] += scale
-    return stepped
+    return fused
 
 
 def _head_weights(queries: Floats, keys: Floats, num_heads: int, head: int) -> Floats:

@@ -6,7 +6,7 @@ The sign of a principal component is arbitrary, and a different sign inverts a c
 sign by a rule that depends on the component alone: the dot product with a fixed reference direction is positive. Two
 similar components get the same sign, unless both are nearly orthogonal to the reference direction. Rules that depend on
 the largest number in a component, or on the distribution of the patches, change the sign more often when an image
-changes slightly. docs/decisions/0023-attention-maps.md compares nine rules.
+changes slightly. docs/decisions/0023-attention-maps.md compares the rule with others.
 
 Legend: n patches of all images together, D features, C components.
 """
