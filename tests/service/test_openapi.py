@@ -59,6 +59,9 @@ GOOD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("POST", "/v1/attention", 200, {"content": photo(), "headers": PNG}),
     ("POST", "/v1/attention?format=figure", 200, {"content": photo(), "headers": PNG}),
     ("POST", "/v1/attention", 200, {"json": {"image": text(photo()), "format": "npy", "blocks": "all", "heads": [0]}}),
+    ("POST", "/v1/features", 200, {"json": {"images": [text(photo()), text(photo(1))], "layers": [0], "norm": False}}),
+    ("POST", "/v1/features?format=pca", 200, {"content": photo(), "headers": PNG}),
+    ("POST", "/v1/features?format=pca_npy&foreground=true", 200, {"content": photo(), "headers": PNG}),
     (
         "PUT",
         SHOP,
@@ -147,6 +150,8 @@ BAD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("POST", "/v1/embeddings", 422, {"json": {"input": ["a red shoe", "https://example.com/a.jpg"]}}),
     ("POST", "/v1/segment", 415, {"content": b"x", "headers": {"Content-Type": "text/plain"}}),
     ("POST", "/v1/segment", 422, {"content": photo()[:60], "headers": PNG}),
+    ("POST", "/v1/attention?blocks=1", 422, {"content": photo(), "headers": PNG}),
+    ("POST", "/v1/features?layers=1", 422, {"content": photo(), "headers": PNG}),
     ("PUT", "/v1/collections/UP", 422, {}),
     ("PUT", "/v1/collections/bare", 409, {"json": {"dtype": "float16"}}),
     ("PUT", "/v1/collections/bare", 415, {"content": b"x"}),
