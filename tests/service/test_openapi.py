@@ -56,6 +56,9 @@ GOOD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("POST", "/v1/segment?format=rle", 200, {"content": photo(), "headers": PNG}),
     ("POST", "/v1/segment", 200, {"files": {"file": photo()}, "data": {"format": "overlay", "include": "embedding"}}),
     ("POST", "/v1/segment", 200, {"json": {"image": text(photo()), "include": ["embedding"], "format": "png"}}),
+    ("POST", "/v1/attention", 200, {"content": photo(), "headers": PNG}),
+    ("POST", "/v1/attention?format=figure", 200, {"content": photo(), "headers": PNG}),
+    ("POST", "/v1/attention", 200, {"json": {"image": text(photo()), "format": "npy", "blocks": "all", "heads": [0]}}),
     (
         "PUT",
         SHOP,
