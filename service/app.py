@@ -33,6 +33,7 @@ from service.originals import Originals
 from service.routes import (
     add_items,
     aliases,
+    classify,
     collections,
     duplicates,
     embeddings,
@@ -95,7 +96,19 @@ def create_app(
     app.state.border = partial(Border, settings=settings, metrics=start.metrics, lifecycle=start.lifecycle)
     app.state.lifecycle = start.lifecycle
     app.state.cache_status = "ok"  # the status that /readyz logged last
-    resources = (search, embeddings, models, collections, aliases, add_items, items, duplicates, vision, health)
+    resources = (
+        search,
+        embeddings,
+        models,
+        collections,
+        aliases,
+        add_items,
+        items,
+        duplicates,
+        vision,
+        classify,
+        health,
+    )
     routes = [route for resource in resources for route in resource.router.routes]
     for route in app.routes:  # the framework's own, for instance /docs
         accept_trailing_slash(route)

@@ -14,7 +14,7 @@ been run.
 
 Attention maps and heads need the results of inner layers (*inner outputs*, see `model/engines/protocol.py`). These
 tensors exist in every graph, and the engine marks them as outputs in memory. A pass returns only the outputs that the
-caller names. The other passes therefore take no longer, and their features stay the same to the last bit.
+caller names, so the other passes take no longer. An image's features do not depend on which outputs a pass returns.
 
 ONNX Runtime's official builds since 1.29 send telemetry to Microsoft (sessions, model hashes, a device id stored in
 ~/.cache) unless an environment variable disables it before the module loads. The API call that disables telemetry is
@@ -157,9 +157,11 @@ class OnnxEngine:
         options = _options(ort.SessionOptions(), threads, spinning, prepack, path)
         chosen = [provider] if provider != "tensorrt" else [provider, "cuda"]
         settings = [_settings(name, precision, self._shape, cache_dir or path.parent) for name in chosen]
+        graph = model.SerializeToString() if self.tiled or inner else str(path)
+        del model  # frees a copy of the weights before the session makes its own
         try:
             self._session: Any = ort.InferenceSession(
-                model.SerializeToString() if self.tiled or inner else str(path),
+                graph,
                 options,
                 providers=[_PROVIDERS[name] for name in chosen],
                 provider_options=settings,

@@ -115,6 +115,26 @@ GOOD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("POST", f"{SHOP}/search", 200, {"json": {"queries": [{"id": "p1"}, {"id": "no"}], "on_error": "partial"}}),
     ("POST", f"{SHOP}/search?k=3&include=vector", 200, {"content": photo(), "headers": PNG}),
     ("POST", f"{SHOP}/search", 200, {"files": {"file": photo()}, "data": {"filter": '{"key": "n", "gt": 0}'}}),
+    ("POST", "/v1/classify", 200, {"json": {"image": text(photo()), "collection": "shop", "label": "n"}}),
+    (
+        "POST",
+        "/v1/classify",
+        200,
+        {
+            "json": {
+                "image": [text(photo()), "a shoe"],
+                "on_error": "partial",
+                "classes": {"a": text(photo(1)), "b": [{"image": text(photo(2))}]},
+            }
+        },
+    ),
+    ("POST", "/v1/classify?collection=shop&label=n&k=3", 200, {"content": photo(), "headers": PNG}),
+    (
+        "POST",
+        "/v1/classify",
+        200,
+        {"files": {"file": photo()}, "data": {"collection": "shop", "label": "n", "filter": '{"key": "n", "gt": 0}'}},
+    ),
     ("POST", f"{SHOP}/duplicates", 200, {"json": {}}),
     ("POST", f"{SHOP}/duplicates", 200, {"json": {"by": "similarity", "threshold": 0.9}}),
     ("POST", f"{SHOP}/items/delete", 200, {"json": {"ids": ["w", "nobody"]}}),
@@ -144,6 +164,8 @@ BAD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("POST", "/v1/embeddings", 422, {"json": {"input": ["a red shoe", "https://example.com/a.jpg"]}}),
     ("POST", "/v1/segment", 415, {"content": b"x", "headers": {"Content-Type": "text/plain"}}),
     ("POST", "/v1/segment", 422, {"content": photo()[:60], "headers": PNG}),
+    ("POST", "/v1/classify", 404, {"json": {"image": text(photo()), "collection": "none", "label": "n"}}),
+    ("POST", "/v1/classify", 422, {"json": {"image": text(photo())}}),
     ("PUT", "/v1/collections/UP", 422, {}),
     ("PUT", "/v1/collections/bare", 409, {"json": {"dtype": "float16"}}),
     ("PUT", "/v1/collections/bare", 415, {"content": b"x"}),
