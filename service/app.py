@@ -175,7 +175,7 @@ class _Start:
             store=store,
             originals=originals,
             pipeline=pipeline,
-            model=ServedModel(self.artifact),
+            model=ServedModel(self.artifact, pipeline.forward_zeros),
         )
         self.lifecycle.warm = True
         manifest, engine = self.artifact.manifest, self.engine

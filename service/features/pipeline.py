@@ -199,6 +199,7 @@ class Pipeline:
         self._max_input_patches = limits.max_input_patches
         self._forward = Forward(engine, open_general)
         self._metrics = metrics
+        self._loop = asyncio.get_running_loop()
         self._flights: dict[str, _Flight] = {}
         self._decoders = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="decode")
         self._answerers = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="answer")
@@ -304,7 +305,19 @@ class Pipeline:
         """Run one forward pass on zeros, so that the first request does not have to wait until the runtime is
         initialised."""
         height, width = self.artifact.manifest.input_size
-        await self.batcher.submit(np.zeros((3, height, width), np.float32))
+        await self._zeros(height, width)
+
+    def forward_zeros(self, height: int, width: int) -> FloatArray:
+        """Run one forward pass on zeros, and return the patch features [N, D]. Call this method in a worker thread, as
+        it waits for the event loop.
+
+        Raises:
+            ServiceError: the forward pass failed, or the pipeline is closed.
+        """
+        return asyncio.run_coroutine_threadsafe(self._zeros(height, width), self._loop).result()
+
+    async def _zeros(self, height: int, width: int) -> FloatArray:
+        return (await self.batcher.submit(np.zeros((3, height, width), np.float32))).row.patches
 
     async def close(self) -> None:
         """Stop the pipeline. Images that are still in the queue fail with `ShuttingDown`."""
