@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from cli import backup, collection, engines, evaluate, export, search, serving, training, verify
+from cli import backup, classify, collection, engines, evaluate, export, search, serving, training, verify
 from cli.shared import fail
 
 app = typer.Typer(
@@ -39,6 +39,7 @@ for command in (
     serving.embed,
     search.index,
     search.search,
+    classify.classify,
     backup.backup,
     backup.restore,
     training.train,
