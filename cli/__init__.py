@@ -11,9 +11,11 @@ import typer
 
 from cli import backup, classify, collection, engines, evaluate, export, search, serving, training, verify
 from cli.shared import fail
+from cli.vision import Commands
 
 app = typer.Typer(
     name="dinov2",
+    cls=Commands,
     rich_markup_mode=None,  # rich would read [train] as markup
     no_args_is_help=True,
     pretty_exceptions_enable=False,

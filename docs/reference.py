@@ -117,8 +117,9 @@ def _group(group: Any, path: str) -> list[str]:
 
 def _command(command: Any, path: str) -> str:
     """Return the Markdown section of one command, which is a command object of click."""
-    arguments = [param for param in command.params if param.param_type_name == "argument"]
-    options = [param for param in command.params if param.param_type_name == "option" and not param.hidden]
+    params = [param for param in command.get_params(typer.Context(command)) if param.name != "help"]
+    arguments = [param for param in params if param.param_type_name == "argument"]
+    options = [param for param in params if param.param_type_name == "option" and not param.hidden]
     usage = " ".join([path, *map(_metavar, arguments), *(["[OPTIONS]"] if options else [])])
     lines = [f"## `{path}`", "", inspect.cleandoc(command.help or ""), "", f"    {usage}", ""]
     if arguments:

@@ -114,15 +114,9 @@ class RunLengths(TypedDict):
     counts: str
 
 
-class SegmentAnswer(Identity):
-    """The answer to `POST /v1/segment` as JSON."""
+class VisionAnswer(Identity):
+    """What the JSON answers of all vision tasks contain."""
 
-    segmentation: NotRequired[RunLengths]
-    png: NotRequired[Annotated[str, Field(description="the mask as a PNG in base64")]]
-    overlay: NotRequired[Annotated[str, Field(description="the image with tinted foreground, as a PNG in base64")]]
-    embedding: NotRequired[FloatVector]
-    contrast: float
-    crop_box: Box
     timings: Timings
 
 

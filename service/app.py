@@ -20,10 +20,13 @@ from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.types import ASGIApp
 
 from model.artifact import Artifact
+from model.cpus import available_cpus
+from model.engines.general import open_general
 from model.engines.protocol import Engine, Tried
 from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
 from service.features.cache import Cache, make_cache
 from service.features.pipeline import Pipeline, PipelineLimits
+from service.features.served_model import ServedModel
 from service.middleware import Border, error_body
 from service.originals import Originals
 from service.routes import (
@@ -38,7 +41,7 @@ from service.routes import (
     models,
     openapi,
     search,
-    segment,
+    vision,
 )
 from service.routes.direct import accept_trailing_slash, allowed_methods, answers_get, head_route
 from service.search import opening
@@ -49,7 +52,7 @@ from service.telemetry import Metrics
 
 log = logging.getLogger(__name__)
 
-DESCRIPTION = """DINOv2 image features: embeddings, similarity search, segmentation.
+DESCRIPTION = """DINOv2 image features: embeddings, similarity search, segmentation, attention maps, depth, classes.
 
 Errors are RFC 9457 problems (`application/problem+json`). On `/v1/embeddings` they have OpenAI's format."""
 
@@ -101,7 +104,7 @@ def create_app(
         add_items,
         items,
         duplicates,
-        segment,
+        vision,
         classify,
         health,
     )
@@ -154,7 +157,9 @@ class _Start:
         cache = self._cache() if self.cache is None else self.cache
         stack.push_async_callback(cache.close)
         limits = PipelineLimits.of(self.settings)
-        pipeline = Pipeline(self.artifact, self.engine, cache, self.metrics, limits)
+        threads = self.settings.threads or available_cpus()
+        general = partial(open_general, self.artifact, self.engine, threads=threads)
+        pipeline = Pipeline(self.artifact, self.engine, cache, self.metrics, limits, general)
         stack.push_async_callback(pipeline.close)
         await pipeline.warm_up()
         service = Service(
@@ -167,6 +172,7 @@ class _Start:
             store=store,
             originals=originals,
             pipeline=pipeline,
+            model=ServedModel(self.artifact),
         )
         self.lifecycle.warm = True
         manifest, engine = self.artifact.manifest, self.engine

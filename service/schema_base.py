@@ -7,6 +7,7 @@ be an integer arrives as `10.0` from languages with only one type of number.
 
 from typing import Annotated, Any
 
+import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, GetJsonSchemaHandler, TypeAdapter, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
@@ -58,6 +59,33 @@ FROM_FLOAT = BeforeValidator(_whole)
 Whole = Annotated[int, FROM_FLOAT]
 """An integer, which may also be sent as a number such as `10.0`."""
 OptionalWhole = Annotated[int | None, FROM_FLOAT]
+ONE_OR_MORE = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+"""Accepts a single text for a list of texts, as the parser of forms returns a field that occurs once."""
+
+
+def _listed(value: Any) -> Any:
+    """Return the parts of a comma-separated text as a list, and a single number as a list. Return any other value
+    unchanged."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+LISTED = BeforeValidator(_listed)
+"""Accepts `1,2` for a list, as forms, query strings and the command line have no lists."""
+
+
+def _from_json_text(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return orjson.loads(value)
+        except orjson.JSONDecodeError:
+            return value  # the schema then reports the wrong type
+    return value
+
+
+JSON_TEXT = BeforeValidator(_from_json_text)
+"""Accepts an object or a list as JSON text, as forms, query strings and the command line send them."""
 
 
 class DocumentedAs:

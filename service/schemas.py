@@ -2,12 +2,12 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, FailFast, Field, WithJsonSchema
+from pydantic import AfterValidator, ConfigDict, FailFast, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from model.pooling import DEFAULT_POOLING, POOLING_DESCRIPTION, Pooling
 from service.documented_schemas import FilterIn, Image, ImageObject, Where
-from service.schema_base import FROM_FLOAT, DocumentedAs, OptionalWhole, Schema, Whole
+from service.schema_base import FROM_FLOAT, LISTED, ONE_OR_MORE, DocumentedAs, OptionalWhole, Schema, Whole
 from service.search.checks import NAME_PATTERN
 from service.search.kinds import Kind, kinds_with
 from service.search.specs import EF_CONSTRUCTION, MAX_DIMENSION, MAX_INDEXED, N_LISTS, TARGET_RECALL, M
@@ -59,25 +59,27 @@ class EmbeddingsIn(EmbeddingOptions):
     )
 
 
-class SegmentOptions(Options):
-    """The options of a request to `/v1/segment`."""
+class VisionOptions(Options):
+    """The options that all vision tasks have."""
 
-    format: Literal["png", "rle", "overlay"] = Field(
-        "png", description="mask as PNG, mask as COCO RLE in JSON, or the image with tinted foreground as PNG"
+    size: OptionalWhole = Field(
+        None,
+        ge=14,
+        le=4096,
+        description="short side of the network's input in pixels, rounded to a multiple of the patch size; the whole "
+        "image is then used; default: the preprocessing of the model",
     )
-    include: Annotated[list[Literal["embedding"]], FailFast()] = Field(
+
+
+class EmbeddingToo(VisionOptions):
+    """The options of vision tasks that can return the embedding of the image, too."""
+
+    include: Annotated[list[Literal["embedding"]], FailFast(), Field(max_length=1), LISTED] = Field(
         default_factory=list,
-        max_length=1,
         description="embedding: return the embedding, too; the answer is then always JSON",
     )
     pooling: Pooling = Field(DEFAULT_POOLING, description="pooling of the embedding")
     normalize: bool = Field(True, description="scale the embedding to length 1")
-
-
-class SegmentIn(SegmentOptions):
-    """The JSON body of `POST /v1/segment`."""
-
-    image: Image = Field(description="image as a data URL, as base64, or as an object that contains one of them")
 
 
 class Body(Schema):
@@ -118,7 +120,7 @@ class ItemsIn(Options):
     on_error: Literal["fail", "partial"] = "fail"
 
 
-PerImage = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+PerImage = Annotated[list[str], ONE_OR_MORE]
 """A form field or query parameter that has one value for each image, in the order of the images. The parser of forms
 returns a string if the field occurs once."""
 

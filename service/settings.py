@@ -98,6 +98,12 @@ class Settings(BaseSettings):
     batch_max_patches: int = Field(
         2048, ge=1, description="highest number of patches in one forward pass; an image of 224 x 224 has 256"
     )
+    max_input_patches: int = Field(
+        4096,
+        ge=1,
+        le=65_536,
+        description="highest number of patches in the network's input if a request chooses its size",
+    )
     decode_workers: int = Field(default_factory=available_cpus, ge=1, le=256, description="number of decoding threads")
 
     header_timeout_s: float = Field(

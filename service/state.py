@@ -13,6 +13,7 @@ from model.zoo import ENTRIES
 from service.answer_schemas import Identity
 from service.errors import ModelNotFound
 from service.features.pipeline import Pipeline
+from service.features.served_model import ServedModel
 from service.originals import Originals
 from service.search.store import VectorStore
 from service.settings import Settings
@@ -45,6 +46,7 @@ class Service:
     store: VectorStore
     originals: Originals
     pipeline: Pipeline
+    model: ServedModel
     shared: SharedResults = field(default_factory=SharedResults)
 
     def tag(self, fingerprint: str | None = None, pooling: Pooling = DEFAULT_POOLING) -> str:

@@ -12,7 +12,7 @@ import json
 import threading
 import time
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,7 @@ from service.state import Service
 
 DIMS = 8
 SPEC = PreprocessSpec(resize=32, crop=28)
+INNER = ("queries.0", "keys.0", "tokens.0")
 N_PATCHES = 4
 _WEIGHTS = np.random.default_rng(0).normal(size=(3 * 14 * 14, DIMS)).astype(np.float32) / 10
 
@@ -80,6 +81,15 @@ class FakeEngine:
         cut = pixels.reshape(batch, 3, height // 14, 14, width // 14, 14).transpose(0, 2, 4, 1, 3, 5)
         patches = np.tanh(cut.reshape(batch, -1, 3 * 14 * 14) @ _WEIGHTS)  # [B, N, D]
         return Features(np.tanh(2 * patches.mean(axis=1) + 0.1), patches, np.zeros((batch, 0, DIMS), np.float32))
+
+    def can_run(self, size: tuple[int, int], outputs: Collection[str]) -> bool:
+        return all(side % 14 == 0 for side in size) and set(outputs) <= {*Features._fields, *INNER}
+
+    def run_outputs(self, pixels: FloatArray, names: Sequence[str]) -> dict[str, FloatArray]:
+        """Return features, or inner outputs that consist of the class token followed by the patches."""
+        features = self.run(pixels)._asdict()
+        tokens = np.concatenate([features["cls"][:, None], features["patches"]], axis=1)
+        return {name: features.get(name, tokens) for name in names}
 
     def close(self) -> None:
         self.closed = True

@@ -10,7 +10,7 @@ width, A attention heads.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Final
 
@@ -60,10 +60,14 @@ class NumpyReference:
     def run_outputs(self, pixels: FloatArray, names: Sequence[str]) -> dict[str, FloatArray]:
         """Compute the outputs in `names` for normalised pixels [B, 3, H, W], and return them as float32, keyed by name.
 
-        The names are those of the optional outputs of exported graphs: `attention` [B, A, T] and `layer.<i>` [B, T, D],
-        which `model/onnx_graph/build.py` defines.
+        The names are the fields of `Features`, and the optional outputs of exported graphs, which
+        `model/onnx_graph/build.py` defines: `attention` [B, A, T] and `layer.<i>` [B, T, D]. This engine has no inner
+        outputs.
+
+        Raises:
+            KeyError: this engine has no output of this name.
         """
-        outputs: dict[str, FloatArray] = {}
+        outputs = dict(self.run(pixels)._asdict()) if set(names) & set(Features._fields) else {}
         tokens = self._tokens(pixels)
         for block in range(self._config.depth):
             tokens, attention = self._block(block, tokens)
@@ -72,6 +76,10 @@ class NumpyReference:
             if f"layer.{block}" in names:
                 outputs[f"layer.{block}"] = self._norm("norm", tokens).astype(np.float32)
         return {name: outputs[name] for name in names}
+
+    def can_run(self, size: tuple[int, int], outputs: Collection[str]) -> bool:
+        p = self._config.patch_size
+        return all(side >= p and side % p == 0 for side in size) and set(outputs) <= set(Features._fields)
 
     def close(self) -> None:
         """Do nothing: no memory is held between calls."""

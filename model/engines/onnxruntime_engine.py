@@ -12,6 +12,10 @@ If a requested provider cannot run a graph, the engine raises an error. By defau
 continue on the CPU. The GPU providers have never run in this project. docs/engines.md lists the engines that have
 been run.
 
+Attention maps and heads need the results of inner layers (*inner outputs*, see `model/engines/protocol.py`). These
+tensors exist in every graph, and the engine marks them as outputs in memory. A pass returns only the outputs that the
+caller names, so the other passes take no longer. An image's features do not depend on which outputs a pass returns.
+
 ONNX Runtime's official builds since 1.29 send telemetry to Microsoft (sessions, model hashes, a device id stored in
 ~/.cache) unless an environment variable disables it before the module loads. The API call that disables telemetry is
 too late for the first event. A self-hosted service must not report to anyone, so `load_runtime`, the only function that
@@ -22,18 +26,18 @@ Legend: B batch, H x W pixels, T tokens, D width.
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
 import onnx
-from onnx import helper
+from onnx import TensorProto, helper
 
 from model.artifact import ONNX, Artifact, GraphRecord, derive_graph, graph_name
 from model.engines.protocol import Features, FloatArray, OpenRequest
-from model.onnx_graph.build import GraphSpec
+from model.onnx_graph.build import INNER_TENSORS, GraphSpec
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 
@@ -92,6 +96,7 @@ def open(request: OpenRequest) -> "OnnxEngine":
         provider=provider,
         cache_dir=cache,
         prepack=not request.few_passes,
+        inner=provider != "tensorrt" and not request.few_passes,
     )
 
 
@@ -109,6 +114,7 @@ class OnnxEngine:
         spinning: whether waiting threads spin.
         prepack: whether ONNX Runtime repacks the weights for the CPU. This makes forward passes faster, but keeps
             a second copy of the weights in memory.
+        inner: whether `run_outputs` can return inner outputs.
 
     Raises:
         ValueError: ONNX Runtime cannot load the file, or the provider cannot run the model.
@@ -126,6 +132,7 @@ class OnnxEngine:
         cache_dir: Path | None = None,
         spinning: bool = False,
         prepack: bool = True,
+        inner: bool = False,
     ) -> None:
         need_provider(provider)
         ort = load_runtime()
@@ -135,19 +142,26 @@ class OnnxEngine:
             raise ValueError(f"{path}: not an ONNX graph: {error}") from error
         self._largest_batch = LARGEST_BATCH if provider == "tensorrt" else None
         self.name, self.precision, self.device = _NAMES[provider], precision, "cpu" if provider == "cpu" else "cuda"
-        self.outputs = tuple(output.name for output in model.graph.output)
+        self._tensors = {output.name: output.name for output in model.graph.output}  # by the output's public name
+        if inner:
+            self._tensors |= _mark_inner_outputs(model, half=precision in ("fp16", "bf16"))
+        self.outputs = tuple(self._tensors)
         self.patch_size = _patch_size(model)
         self._shape: tuple[int | str, ...] = tuple(  # (3, H, W); a name marks a free dimension
             dim.dim_param or dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim[1:]
         )
         tokens = self._tokens()
         self.tiled = tiled if tiled is not None else provider == "cpu" and (not tokens or tokens > TILED_ABOVE_TOKENS)
+        if self.tiled:
+            _use_tiled_attention(model)
         options = _options(ort.SessionOptions(), threads, spinning, prepack, path)
         chosen = [provider] if provider != "tensorrt" else [provider, "cuda"]
         settings = [_settings(name, precision, self._shape, cache_dir or path.parent) for name in chosen]
+        graph = model.SerializeToString() if self.tiled or inner else str(path)
+        del model  # frees a copy of the weights before the session makes its own
         try:
             self._session: Any = ort.InferenceSession(
-                _with_tiled_attention(model) if self.tiled else str(path),
+                graph,
                 options,
                 providers=[_PROVIDERS[name] for name in chosen],
                 provider_options=settings,
@@ -169,6 +183,9 @@ class OnnxEngine:
         """
         return Features(**self.run_outputs(pixels, Features._fields))
 
+    def can_run(self, size: tuple[int, int], outputs: Collection[str]) -> bool:
+        return self._shape_fits((1, 3, *size)) and set(outputs) <= set(self.outputs)
+
     def run_outputs(self, pixels: FloatArray, names: Sequence[str]) -> dict[str, FloatArray]:
         """Run a batch of normalised pixels [B, 3, H, W], and return the outputs in `names` as float32, keyed by name.
 
@@ -180,7 +197,8 @@ class OnnxEngine:
         if missing:
             raise ValueError(f"this graph has no output {missing[0]!r}; its outputs are {', '.join(self.outputs)}")
         step = self._largest_batch or len(pixels)  # a larger batch would make TensorRT rebuild, which takes minutes
-        parts = [self._session.run(list(names), {"pixels": pixels[i : i + step]}) for i in range(0, len(pixels), step)]
+        tensors = [self._tensors[name] for name in names]
+        parts = [self._session.run(tensors, {"pixels": pixels[i : i + step]}) for i in range(0, len(pixels), step)]
         outputs = parts[0] if len(parts) == 1 else [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
         return {name: np.asarray(array, dtype=np.float32) for name, array in zip(names, outputs, strict=True)}
 
@@ -195,15 +213,19 @@ class OnnxEngine:
             return 0
         return (height // self.patch_size) * (width // self.patch_size)
 
-    def _check_shape(self, shape: tuple[int, ...]) -> None:
-        p = self.patch_size
-        fits = len(shape) == 4 and shape[0] >= 1 and shape[1] == 3
+    def _shape_fits(self, shape: tuple[int, ...]) -> bool:
+        if len(shape) != 4 or shape[0] < 1 or shape[1] != 3:
+            return False
         if self._tokens():
-            if not fits or shape[1:] != self._shape:
-                allowed = ", ".join(map(str, self._shape))
-                raise ValueError(f"pixels of shape {shape}: this model takes [B, {allowed}]")
-        elif not fits or any(side < p or side % p for side in shape[2:]):
-            raise ValueError(f"pixels of shape {shape}: this model takes [B, 3, H, W], H and W multiples of {p}")
+            return shape[1:] == self._shape
+        return all(side >= self.patch_size and side % self.patch_size == 0 for side in shape[2:])
+
+    def _check_shape(self, shape: tuple[int, ...]) -> None:
+        if not self._shape_fits(shape):
+            allowed = f"[B, {', '.join(map(str, self._shape))}]"
+            if not self._tokens():
+                allowed = f"[B, 3, H, W], H and W multiples of {self.patch_size}"
+            raise ValueError(f"pixels of shape {shape}: this model takes {allowed}")
 
 
 def need_provider(provider: Provider) -> None:
@@ -321,8 +343,27 @@ def _settings(provider: str, precision: str, shape: Sequence[int | str], cache_d
     return settings
 
 
-def _with_tiled_attention(model: onnx.ModelProto) -> bytes:
-    """Return the serialized graph with `com.microsoft.MultiHeadAttention` instead of each standard `Attention`."""
+def _mark_inner_outputs(model: onnx.ModelProto, *, half: bool) -> dict[str, str]:
+    """Add the tensors of all inner outputs to the outputs of the graph, and return the names of the tensors, keyed by
+    the names of the outputs. If `half` is True, queries and keys have half precision and are cast to float32."""
+    made = {name for node in model.graph.node for name in node.output}
+    tensors: dict[str, str] = {}
+    block = 0
+    while INNER_TENSORS["tokens"].format(block) in made:
+        for kind, pattern in INNER_TENSORS.items():
+            tensor = pattern.format(block)
+            if half and kind != "tokens":
+                model.graph.node.append(helper.make_node("Cast", [tensor], [f"{tensor}.float"], to=TensorProto.FLOAT))
+                tensor += ".float"
+            shape = ["batch", "all_tokens", None]
+            model.graph.output.append(helper.make_tensor_value_info(tensor, TensorProto.FLOAT, shape))
+            tensors[f"{kind}.{block}"] = tensor
+        block += 1
+    return tensors
+
+
+def _use_tiled_attention(model: onnx.ModelProto) -> None:
+    """Replace each standard `Attention` of the graph with `com.microsoft.MultiHeadAttention`."""
     for node in model.graph.node:
         if node.op_type == "Attention" and not node.domain:
             old: Mapping[str, Any] = {a.name: helper.get_attribute_value(a) for a in node.attribute}
@@ -339,8 +380,6 @@ def _with_tiled_attention(model: onnx.ModelProto) -> bytes:
             )
     if "com.microsoft" not in {opset.domain for opset in model.opset_import}:
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-    serialized: bytes = model.SerializeToString()
-    return serialized
 
 
 def _patch_size(model: onnx.ModelProto) -> int:

@@ -5,9 +5,16 @@ a time. Each runtime is implemented in a file `*_engine.py` in this folder with 
 `EngineFile`), and has a row in `runtimes.py`. These files import their runtime only when they open an engine, so a
 server that does not use torch never imports torch.
 
-Legend: B batch, H x W pixels, N patches (row-major grid), R registers, D width.
+An engine may also return *inner outputs*, from which attention maps and the results of heads are computed. Each is
+float32 [B, T, D], with the T tokens in the order class, registers, patches:
+
+    queries.<i>, keys.<i>   the queries and keys of block i, the A heads side by side
+    tokens.<i>              the tokens after block i, without the last norm
+
+Legend: B batch, H x W pixels, N patches (row-major grid), R registers, T = 1 + R + N tokens, D width, A heads.
 """
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, Protocol
 
@@ -43,6 +50,20 @@ class Engine(Protocol):
 
         Raises:
             ValueError: the engine does not accept this shape.
+        """
+        ...
+
+    def can_run(self, size: tuple[int, int], outputs: Collection[str]) -> bool:
+        """Return whether `run_outputs` accepts pixels of this size (H, W) and returns the outputs with these names."""
+        ...
+
+    def run_outputs(self, pixels: FloatArray, names: Sequence[str]) -> dict[str, FloatArray]:
+        """Run a batch of normalised pixels [B, 3, H, W] once, and return the outputs in `names`, keyed by name.
+
+        The names are the fields of `Features` and the names of inner outputs.
+
+        Raises:
+            ValueError: the engine does not accept this shape, or cannot return one of the outputs.
         """
         ...
 

@@ -17,7 +17,7 @@ Legend: B batch, H x W pixels, N patches, R registers, D width.
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,24 @@ class TensorRTEngine:
         cls, patches = outputs["cls"], outputs["patches"]
         registers = outputs.get("registers", np.zeros((batch, 0, cls.shape[1]), np.float32))
         return Features(cls, patches, registers)
+
+    def can_run(self, size: tuple[int, int], outputs: Collection[str]) -> bool:
+        return (3, *size) == tuple(self._input_shape) and set(outputs) <= set(Features._fields)
+
+    def run_outputs(self, pixels: FloatArray, names: Sequence[str]) -> dict[str, FloatArray]:
+        """Run a batch of normalised pixels [B, 3, H, W], and return the features in `names`.
+
+        Plans have no inner outputs.
+
+        Raises:
+            ValueError: the plan was not built for this shape, or has no output of this name.
+            CudaError: the GPU failed.
+        """
+        for name in names:
+            if name not in Features._fields:
+                raise ValueError(f"this plan has no output {name!r}; its outputs are {', '.join(Features._fields)}")
+        features = self.run(pixels)._asdict()
+        return {name: features[name] for name in names}
 
     def close(self) -> None:
         """Release the GPU's memory. The engine cannot run afterwards."""

@@ -18,7 +18,8 @@ Legend: B batch, D width, T tokens, A heads.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ import numpy as np
 from model.artifact import WEIGHTS
 from model.config import ViTConfig
 from model.engines.protocol import BUCKETS, Features, FloatArray, OpenRequest, bucket_of
+from model.onnx_graph.build import INNER_TENSORS
 
 if TYPE_CHECKING:
     import torch
@@ -121,18 +123,22 @@ class TorchEngine:
     def run_outputs(self, pixels: FloatArray, names: Sequence[str]) -> dict[str, FloatArray]:
         """Run a batch of normalised pixels [B, 3, H, W], and return the outputs in `names` as float32, keyed by name.
 
-        The names are those of the outputs of exported graphs: the fields of `Features`, `attention` [B, A, T], and
-        `layer.<i>` [B, T, D], for A heads, T tokens and width D. `attention` and every layer each require a separate,
-        slower pass.
+        The names are the fields of `Features`, inner outputs (see `model/engines/protocol.py`), and the other outputs
+        of exported graphs: `attention` [B, A, T] and `layer.<i>` [B, T, D], for A heads, T tokens and width D. With
+        inner outputs, the pass is not compiled. `attention` and every layer each require a separate, slower pass.
 
         Raises:
             ValueError: the model has no output of this name.
         """
         import torch
 
-        results = dict(self.run(pixels)._asdict()) if set(names) & set(Features._fields) else {}
         x = torch.from_numpy(pixels).to(self.device)
+        inner = [name for name in names if self._is_inner(name)]
         with torch.inference_mode(), self._autocast():
+            if inner:
+                results = self._run_hooked(x, inner)
+            else:
+                results = dict(self.run(pixels)._asdict()) if set(names) & set(Features._fields) else {}
             for name in names:
                 if name == "attention":
                     results[name] = self._model.get_attention(x)[:, :, 0].float().cpu().numpy()  # [B, A, T]
@@ -142,10 +148,39 @@ class TorchEngine:
                     raise ValueError(f"no output {name!r}: one of {', '.join(Features._fields)}, attention, layer.N")
         return {name: results[name] for name in names}
 
+    def can_run(self, size: tuple[int, int], outputs: Collection[str]) -> bool:
+        p = self._model.patch_size
+        fits = all(side >= p and side % p == 0 for side in size)
+        return fits and all(name in Features._fields or self._is_inner(name) for name in outputs)
+
     def close(self) -> None:
         """Release the model. The engine cannot run afterwards."""
         self._graphs.clear()
         self._compiled = self._model = None
+
+    def _is_inner(self, name: str) -> bool:
+        kind, _, block = name.partition(".")
+        return kind in INNER_TENSORS and block.isdecimal() and int(block) < len(self._model.blocks)
+
+    def _run_hooked(self, x: "Tensor", inner: Sequence[str]) -> dict[str, FloatArray]:
+        """Run the pixels [B, 3, H, W] once. Return the features and the inner outputs with these names."""
+        taken: dict[str, Tensor] = {}
+
+        def keep(name: str, part: int | None) -> Callable[..., None]:
+            def hook(module: object, inputs: object, output: "Tensor") -> None:
+                taken[name] = output if part is None else output.chunk(3, dim=-1)[part]
+
+            return hook
+
+        with ExitStack() as stack:
+            for name in inner:
+                kind, _, index = name.partition(".")
+                block = self._model.blocks[int(index)]
+                part = {"queries": 0, "keys": 1}.get(kind)
+                module = block if part is None else block.attn.qkv
+                stack.callback(module.register_forward_hook(keep(name, part)).remove)
+            taken |= dict(zip(Features._fields, self._forward(x), strict=True))
+        return {name: tensor.float().cpu().numpy() for name, tensor in taken.items()}
 
     def _layer(self, x: "Tensor", index: int) -> "Tensor":
         """Return all T tokens [B, T, D] after block number `index` and the model's final norm."""

@@ -36,6 +36,9 @@ from model.pos_embed import resize_pos_embed
 OPSET = 23
 IR_VERSION = 11
 NORM_EPS = 1e-6
+INNER_TENSORS = {"queries": "blocks.{}.attn.q", "keys": "blocks.{}.attn.k", "tokens": "blocks.{}.mlp.residual"}
+"""The tensors of block {} that an engine can return in addition to the graph's outputs, by the first part of the
+output's name (see `model/engines/protocol.py`)."""
 EXTERNAL_ABOVE_BYTES = 1 << 30  # a protobuf message is limited to 2 GiB
 END = np.iinfo(np.int64).max  # the end of a Slice that includes the last element
 

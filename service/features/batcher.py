@@ -2,8 +2,9 @@
 
 One worker thread owns the engine. Whenever this thread is free, it takes the oldest waiting images as one batch. It
 never waits for a batch to fill, so an idle engine answers a single image at once. Under load, images arrive during a
-pass and form the next batch. A batch contains only images of the same shape as the oldest waiting image. To limit
-memory, it contains at most `batch_max_patches` patches. An image with more patches than this forms a batch on its own.
+pass and form the next batch. A batch contains only images that have the same shape, and need the same inner outputs, as
+the oldest waiting image. To limit memory, it contains at most `batch_max_patches` patches, and an image with inner
+outputs counts several times. An image with more patches than this forms a batch on its own.
 
 The queue has two limits. `reserve` limits the number of accepted images that have no result yet. It is called before an
 image is decoded. `submit` limits the number of patches in the queue. Both methods raise `QueueFull`, with a Retry-After
@@ -38,6 +39,9 @@ Row = TypeVar("Row")
 log = logging.getLogger(__name__)
 
 MAX_RETRY_AFTER_S = 60
+OUTPUTS_PER_PATCH = 4
+"""With this many inner outputs, an image counts for twice its patches, with twice as many for three times, and so on.
+Each inner output is as large as the patch features, and a pass needs memory for a few arrays of this size anyway."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,11 @@ class Done(Generic[Row]):
 
 @dataclass(eq=False)
 class Job(Generic[Row]):
-    """One image in the queue. `pixels` is float32 [3, h, w], and `patches` is the number of patches in it."""
+    """One image in the queue. `pixels` is float32 [3, h, w]. `outputs` are the names of the inner outputs that it needs
+    (see `model/engines/protocol.py`). `patches` is the number of patches for which the image counts."""
 
     pixels: FloatArray
+    outputs: tuple[str, ...]
     patches: int
     future: "asyncio.Future[Done[Row]]"
     queued_at: float = field(default_factory=time.perf_counter)
@@ -67,14 +73,14 @@ class Batcher(Generic[Row]):
     """A bounded queue of images, and the worker thread that passes them to the engine in batches.
 
     Args:
-        run: a function that runs a forward pass with pooling. It takes pixels [B, 3, h, w] and returns the features of
-            each image, B rows. Only the worker thread calls it.
+        run: a function that runs a forward pass with pooling. It takes pixels [B, 3, h, w] and the names of inner
+            outputs, and returns the features of each image, B rows. Only the worker thread calls it.
         patch_size: the side of a patch in pixels. It is used to count patches.
     """
 
     def __init__(
         self,
-        run: Callable[[FloatArray], Sequence[Row]],
+        run: Callable[[FloatArray, tuple[str, ...]], Sequence[Row]],
         *,
         patch_size: int,
         batch_max_patches: int,
@@ -151,9 +157,10 @@ class Batcher(Generic[Row]):
         assert self._reserved >= 0
         self._metrics.queue_images.set(self._reserved)
 
-    def submit(self, pixels: FloatArray) -> "asyncio.Future[Done[Row]]":
-        """Put one image, float32 [3, h, w], into the queue and return a future for its result. If the future is
-        cancelled before the engine takes the image, the image is dropped.
+    def submit(self, pixels: FloatArray, outputs: tuple[str, ...] = ()) -> "asyncio.Future[Done[Row]]":
+        """Put one image, float32 [3, h, w], into the queue and return a future for its result. `outputs` are the names
+        of the inner outputs to compute. If the future is cancelled before the engine takes the image, the image is
+        dropped.
 
         Raises:
             QueueFull: too many patches are waiting.
@@ -162,11 +169,12 @@ class Batcher(Generic[Row]):
             EngineFailed: the forward pass failed. The future raises this error, not this method.
         """
         patches = (pixels.shape[1] // self._patch_size) * (pixels.shape[2] // self._patch_size)
+        patches *= 1 + len(outputs) // OUTPUTS_PER_PATCH
         with self._wake:
             self._check_open()
             if self._queue and self._queued_patches + patches > self._queue_max_patches:
                 raise self._queue_full(f"{self._queued_patches} of {self._queue_max_patches} patches")
-            job: Job[Row] = Job(pixels, patches, self._loop.create_future())
+            job: Job[Row] = Job(pixels, outputs, patches, self._loop.create_future())
             self._queue.append(job)
             self._queued_patches += patches
             self._wake.notify()
@@ -233,9 +241,9 @@ class Batcher(Generic[Row]):
 
     def _take(self) -> list[Job[Row]]:
         """Remove the next batch from the queue and return it. The batch consists of the oldest image and later images
-        of the same shape, up to the limit of patches. Images with a cancelled future are dropped."""
+        with the same shape and outputs, up to the limit of patches. Images with a cancelled future are dropped."""
         batch: list[Job[Row]] = []
-        passed: list[Job[Row]] = []  # images of another shape; they return to the front of the queue
+        passed: list[Job[Row]] = []  # images of another kind; they return to the front of the queue
         patches = 0
         while self._queue:
             job = self._queue[0]
@@ -246,7 +254,7 @@ class Batcher(Generic[Row]):
             if batch and patches + job.patches > self._batch_max_patches:
                 break
             self._queue.popleft()
-            if batch and job.pixels.shape != batch[0].pixels.shape:
+            if batch and (job.pixels.shape, job.outputs) != (batch[0].pixels.shape, batch[0].outputs):
                 passed.append(job)
                 continue
             batch.append(job)
@@ -261,7 +269,7 @@ class Batcher(Generic[Row]):
         separate pass for each image."""
         started = time.perf_counter()
         try:
-            rows = self._run(np.stack([job.pixels for job in batch]))
+            rows = self._run(np.stack([job.pixels for job in batch]), batch[0].outputs)
             if len(rows) != len(batch):
                 raise ValueError(f"the engine returned {len(rows)} rows for {len(batch)} images")
         except Exception as error:

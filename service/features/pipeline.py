@@ -23,23 +23,24 @@ import asyncio
 import hashlib
 import struct
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from model.artifact import Artifact
 from model.decode import DecodeLimits
-from model.engines.protocol import Engine, Features
-from model.pooling import PARTS, PATCH_PARTS, Pooling, pool
-from model.preprocess import preprocess
-from service.errors import BrokenImage, EngineFailed
+from model.engines.protocol import Engine
+from model.pooling import PARTS, Pooling, pool
+from model.preprocess import PreprocessSpec, crop_box, output_size, preprocess
+from service.errors import BrokenImage, InvalidRequest
 from service.features.batcher import Batcher
 from service.features.cache import Cache, MemoryCache, cache_key
+from service.features.forward import Forward, Row
 from service.features.images import decode
 from service.features.patches import Patches
 from service.outcomes import Outcome, successes
@@ -47,23 +48,10 @@ from service.settings import Settings
 from service.telemetry import Metrics
 
 FloatArray = npt.NDArray[np.float32]
+S = TypeVar("S")
 T = TypeVar("T")
 
 _HEAD = struct.Struct("<I")  # head of a cache entry: number of tokens; P * D floats follow
-
-
-def compute_parts(features: Features) -> FloatArray:
-    """For each image of a batch, compute the vectors that are later pooled: the class token and the mean of the patch
-    tokens. Return them as [B, P, D], in the order of `PARTS`."""
-    return np.stack([features.cls, *(part(features.patches) for part in PATCH_PARTS.values())], axis=1)
-
-
-class Row(NamedTuple):
-    """The features of one image from a forward pass. `patches` is a view into the patch array of the whole batch."""
-
-    parts: FloatArray  # [P, D]
-    patches: FloatArray  # [N, D]
-    tokens: int  # number of tokens: class, registers, patches
 
 
 @dataclass(frozen=True)
@@ -101,12 +89,41 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Analysed:
-    """One decoded image, and all the features that one forward pass computes from it."""
+    """One decoded image, and all the features that one forward pass computes from it.
+
+    `spec` is the preprocessing of the image. `outputs` contains the inner outputs that the caller asked for, by name.
+    """
 
     embedded: Embedded
     patches: FloatArray  # [N, D]
+    registers: FloatArray  # [R, D]
     grid: tuple[int, int]  # patches down, patches across
     image: npt.NDArray[np.uint8]  # [H, W, 3]
+    spec: PreprocessSpec
+    outputs: Mapping[str, FloatArray] = field(default_factory=dict)  # each [T, D]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The size of the upright image in pixels, (H, W)."""
+        return self.image.shape[0], self.image.shape[1]
+
+    @property
+    def crop_box(self) -> tuple[float, float, float, float]:
+        """The part of the image that the network sees, (x, y, width, height) in pixels."""
+        return crop_box(*self.size, self.spec)
+
+
+@dataclass(frozen=True)
+class View:
+    """What `Pipeline.analyse` computes from an image. `outputs` are the names of inner outputs (see
+    `model/engines/protocol.py`). `spec` is the preprocessing. If it is None, the artifact's own is used, and the
+    embedding is cached."""
+
+    outputs: tuple[str, ...] = ()
+    spec: PreprocessSpec | None = None
+
+
+PLAIN: Final = View()
 
 
 class _Decoded(NamedTuple):
@@ -136,6 +153,7 @@ class PipelineLimits:
     queue_max_patches: int
     hang_timeout_s: float
     patch_cache_bytes: int = 0
+    max_input_patches: int = 4096
 
     @staticmethod
     def of(settings: Settings) -> "PipelineLimits":
@@ -147,12 +165,16 @@ class PipelineLimits:
             queue_max_patches=settings.queue_max_patches,
             hang_timeout_s=settings.hang_timeout_s,
             patch_cache_bytes=settings.patch_cache_bytes,
+            max_input_patches=settings.max_input_patches,
         )
 
 
 class Pipeline:
     """A pipeline that computes the features of images and caches them. It must be created and closed on the event
-    loop's thread."""
+    loop's thread.
+
+    `open_general` opens an engine for the images that `engine` cannot run (see `service/features/forward.py`).
+    """
 
     def __init__(
         self,
@@ -161,6 +183,7 @@ class Pipeline:
         cache: Cache,
         metrics: Metrics,
         limits: PipelineLimits,
+        open_general: Callable[[], Engine] | None = None,
     ) -> None:
         self.artifact = artifact
         self.engine = engine
@@ -169,6 +192,8 @@ class Pipeline:
         self._spec = artifact.manifest.preprocess
         self._patch_size = artifact.manifest.config.patch_size
         self._decode_limits = limits.decode
+        self._max_input_patches = limits.max_input_patches
+        self._forward = Forward(engine, open_general)
         self._metrics = metrics
         self._patch_cache = MemoryCache(
             limits.patch_cache_bytes
@@ -210,9 +235,10 @@ class Pipeline:
 
         return [key.then(embedded) for key in keys]
 
-    async def analyse(self, image: bytes, answer: Callable[[Analysed], T]) -> T:
+    async def analyse(self, image: bytes, answer: Callable[[Analysed], T], view: View = PLAIN) -> T:
         """Compute all features of one image. Then call `answer` in a thread, with the decoded image and its features,
-        and return its result. The class token and the mean of the patch tokens are also cached.
+        and return its result. The class token and the mean of the patch tokens are also cached, unless `view` has its
+        own preprocessing.
 
         The decoded image stays in memory until `answer` returns. To limit memory, the number of images that are
         analysed at the same time is at most the number of decoding threads. Further images wait and are decoded later.
@@ -221,13 +247,25 @@ class Pipeline:
             ServiceError: the image cannot be decoded, the queue is full, the engine failed, or `answer` raised a
                 ServiceError.
         """
-        self.batcher.reserve(1)
-        task = asyncio.create_task(self._analyse(image, answer))
-        task.add_done_callback(self._ended)
-        try:
-            return await asyncio.shield(task)
-        finally:
-            task.cancel()  # the caller was cancelled; no effect on a finished task
+        [outcome] = await self.analyse_all([Outcome(0, image)], answer, view)
+        return outcome.result()
+
+    async def analyse_all(
+        self, images: Sequence[Outcome[bytes]], answer: Callable[[Analysed], T], view: View = PLAIN
+    ) -> list[Outcome[T]]:
+        """Analyse several images, as `analyse` does. For each image, in order, return the result of `answer` or the
+        error. An image that already has an error keeps this error.
+
+        Raises:
+            QueueFull, ShuttingDown, ModelUnavailable: the queue does not accept the images. No image was decoded.
+        """
+
+        def start(image: bytes) -> "asyncio.Task[T]":
+            task = asyncio.create_task(self._analyse(image, answer, view))
+            task.add_done_callback(self._ended)
+            return task
+
+        return await self._all(images, start)
 
     async def kept_patches(self, digests: Iterable[str]) -> dict[str, Patches]:
         """Return the cached patch features of the images with these digests, as a dict by digest. A digest is the
@@ -244,8 +282,12 @@ class Pipeline:
         Raises:
             QueueFull, ShuttingDown, ModelUnavailable: the queue does not accept the images. No image was decoded.
         """
+        return await self._all(images, self._start_patches)
+
+    async def _all(self, images: Sequence[Outcome[S]], start: "Callable[[S], asyncio.Task[T]]") -> "list[Outcome[T]]":
+        """Reserve a place in the queue for each image, start its task, and wait for all tasks."""
         self.batcher.reserve(sum(image.error is None for image in images))
-        outcomes = [image.then(self._start_patches) for image in images]
+        outcomes = [image.then(start) for image in images]
         tasks = successes(outcomes)
         try:
             if tasks:
@@ -264,22 +306,9 @@ class Pipeline:
     async def close(self) -> None:
         """Stop the pipeline. Images that are still in the queue fail with `ShuttingDown`."""
         self.batcher.close()
+        self._forward.close()
         for threads in (self._decoders, self._answerers, self._hasher):
             threads.shutdown(wait=False, cancel_futures=True)
-
-    def _forward(self, pixels: FloatArray) -> list[Row]:
-        """Run one forward pass over pixels [B, 3, h, w] and return the features of each image. The worker thread of the
-        batcher calls this method.
-
-        Raises:
-            EngineFailed: a feature is not finite. The batcher then tries the images one by one.
-        """
-        features = self.engine.run(pixels)  # [B, D], [B, N, D], [B, R, D]
-        parts = compute_parts(features)
-        if not np.isfinite(parts).all():  # the mean is finite only if all patches are
-            raise EngineFailed("the engine's features are not finite")
-        tokens = 1 + features.registers.shape[1] + features.patches.shape[1]
-        return [Row(p.copy(), patches, tokens) for p, patches in zip(parts, features.patches, strict=True)]
 
     async def _keys(self, images: Sequence[Outcome[bytes]]) -> list[Outcome[str]]:
         """For each image, in order, return its cache key or its error. If the images exceed 256 KiB in total, they are
@@ -337,7 +366,7 @@ class Pipeline:
                     self._forget(key, flight.task)
 
     async def _fly(self, key: str, image: bytes) -> Embedded:
-        decoded = await self._decode(image, keep_image=False)
+        decoded = await self._decode(image, self._spec, keep_image=False)
         row, timings = await self._infer(decoded)
         embedded = Embedded(row.parts, row.tokens, timings=timings)
         await self.cache.set_many(
@@ -345,15 +374,18 @@ class Pipeline:
         )  # before the flight ends, so that a later request finds the entry or the flight
         return embedded
 
-    async def _analyse(self, image: bytes, answer: Callable[[Analysed], T]) -> T:
+    async def _analyse(self, image: bytes, answer: Callable[[Analysed], T], view: View) -> T:
         async with self._kept_images:
-            decoded = await self._decode(image, keep_image=True)
-            row, timings = await self._infer(decoded)
+            spec = view.spec or self._spec
+            decoded = await self._decode(image, spec, keep_image=True)
+            row, timings = await self._infer(decoded, view.outputs)
             assert decoded.image is not None
             embedded = Embedded(row.parts, row.tokens, timings=timings)
-            [key] = await self._keys([Outcome(0, image)])
-            await self.cache.set_many({key.result(): embedded.to_bytes()})
-            analysed = Analysed(embedded, row.patches, self._grid(decoded.pixels), decoded.image)
+            if spec == self._spec:
+                [key] = await self._keys([Outcome(0, image)])
+                await self.cache.set_many({key.result(): embedded.to_bytes()})
+            grid = self._grid(decoded.pixels)
+            analysed = Analysed(embedded, row.patches, row.registers, grid, decoded.image, spec, row.outputs)
             return await self._in_thread(self._answerers, partial(answer, analysed))
 
     def _start_patches(self, digest_and_image: tuple[str, bytes]) -> "asyncio.Task[Patches]":
@@ -362,7 +394,7 @@ class Pipeline:
         return task
 
     async def _patches(self, digest: str, image: bytes) -> Patches:
-        decoded = await self._decode(image, keep_image=False)
+        decoded = await self._decode(image, self._spec, keep_image=False)
         row, _ = await self._infer(decoded)
         work = partial(Patches.of, row.patches, self._grid(decoded.pixels), decoded.size)
         patches = await self._in_thread(self._answerers, work)
@@ -388,13 +420,15 @@ class Pipeline:
         if key in self._flights and self._flights[key].task is task:
             del self._flights[key]
 
-    async def _decode(self, image: bytes, *, keep_image: bool) -> _Decoded:
+    async def _decode(self, image: bytes, spec: PreprocessSpec, *, keep_image: bool) -> _Decoded:
         def work() -> _Decoded:
             started = time.perf_counter()
             rgb = decode(image, self._decode_limits)
             decoded_at = time.perf_counter()
             try:
-                pixels = preprocess(rgb, self._spec)
+                if spec != self._spec:
+                    self._check_input_size(rgb.shape[0], rgb.shape[1], spec)
+                pixels = preprocess(rgb, spec)
             except ValueError as error:
                 raise BrokenImage(str(error)) from error
             preprocess_s = time.perf_counter() - decoded_at
@@ -402,6 +436,21 @@ class Pipeline:
             return _Decoded(pixels, rgb if keep_image else None, size, decoded_at - started, preprocess_s)
 
         return await self._in_thread(self._decoders, work)
+
+    def _check_input_size(self, height: int, width: int, spec: PreprocessSpec) -> None:
+        """Check the size of the network's input for an image of this size.
+
+        Raises:
+            InvalidRequest: the input would have too many patches.
+        """
+        h, w = output_size(height, width, spec)
+        patches = (h // spec.patch_size) * (w // spec.patch_size)
+        if patches > self._max_input_patches:
+            raise InvalidRequest(
+                f"size={spec.resize} gives this image of {width} x {height} pixels an input of {w} x {h} pixels with "
+                f"{patches} patches; at most {self._max_input_patches} are allowed: choose a smaller size",
+                param="size",
+            )
 
     async def _in_thread(self, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         """Run `work` in a thread of the pool and return its result. If the caller is cancelled before `work` has begun,
@@ -415,8 +464,8 @@ class Pipeline:
                 await asyncio.gather(asyncio.wrap_future(running), return_exceptions=True)
             raise
 
-    async def _infer(self, decoded: _Decoded) -> tuple[Row, dict[str, float]]:
-        done = await self.batcher.submit(decoded.pixels)
+    async def _infer(self, decoded: _Decoded, outputs: tuple[str, ...] = ()) -> tuple[Row, dict[str, float]]:
+        done = await self.batcher.submit(decoded.pixels, outputs)
         timings = {
             "decode": decoded.decode_s,
             "preprocess": decoded.preprocess_s,

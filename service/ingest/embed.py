@@ -28,8 +28,9 @@ from model.folder import HEAD_BYTES, OTHER_SUFFIXES, Account, suffix_of, walk
 from model.pooling import DEFAULT_POOLING, Pooling, width
 from model.preprocess import preprocess
 from service.errors import BrokenImage
+from service.features.forward import compute_parts
 from service.features.images import decode
-from service.features.pipeline import Embedded, compute_parts
+from service.features.pipeline import Embedded
 from service.outcomes import Outcome, failures, indexed, numbered
 
 FloatArray = npt.NDArray[np.float32]

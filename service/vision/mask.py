@@ -9,12 +9,12 @@ last group is the sign of the number. pycocotools returns the same string. This 
 numpy.
 """
 
-import io
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+
+from service.vision.pictures import png_bytes
 
 Mask = npt.NDArray[np.bool_]
 Pixels = npt.NDArray[np.uint8]
@@ -100,7 +100,7 @@ def _unpack(text: bytes) -> npt.NDArray[np.int64]:
 
 def png_mask(mask: Mask) -> bytes:
     """Encode a mask [H, W] as an 8-bit grey PNG. The foreground is 255 and the background is 0."""
-    return _png(np.where(mask, np.uint8(255), np.uint8(0)))
+    return png_bytes(np.where(mask, np.uint8(255), np.uint8(0)))
 
 
 def overlay_png(image: Pixels, mask: Mask) -> bytes:
@@ -117,10 +117,4 @@ def overlay_png(image: Pixels, mask: Mask) -> bytes:
     for channel, tint in enumerate(_TINT):
         tinted = ((levels * 3 + tint) / 4).astype(np.uint8)
         out[:, :, channel] = np.where(mask, tinted[image[:, :, channel]], dimmed[image[:, :, channel]])
-    return _png(out)
-
-
-def _png(pixels: Pixels) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=3)
-    return buffer.getvalue()
+    return png_bytes(out)

@@ -1,228 +1,88 @@
-"""Separate the foreground of an image from its background, without labels. The input is the patch features from one
-forward pass.
+"""The task "segment": divide an image into regions."""
 
-The first principal component of an image's DINOv2 patch features, the direction along which they vary most, separates
-the object from its background. The DINOv2 paper (arXiv 2304.07193, figure 1) also applies a threshold to this
-component. The code centres the patches [N, D], projects them onto the component, chooses the sign so that the
-foreground has the higher values, and applies Otsu's threshold.
-
-- The sign of a principal component is arbitrary. `orient` chooses the sign based on the positions of the patches.
-  docs/decisions/0003-foreground-sign.md compares this rule with others.
-- The computation of Otsu's threshold is exact: it tries all N - 1 splits of the sorted projection and uses no
-  histogram.
-- The projection is upsampled (bilinear between patch centres) and then thresholded. Upsampling a mask that is already
-  thresholded would give jagged outlines.
-- The network sees a crop of the image. Pixels outside the crop are background. `crop_box` is the position of the crop.
-- If the preprocessing pads images, patches that show mostly padding are left out of the computation.
-
-Legend: H, W size of the upright image (after EXIF rotation); h, w size of the patch grid; N = h * w patches in
-row-major order; D features.
-"""
-
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Annotated, Any, Final, Literal, NotRequired
 
-import numpy as np
-import numpy.typing as npt
+from pydantic import Field
 
-from model.preprocess import PreprocessSpec, crop_box, output_size
-from service.vision.region import image_weights
-
-Floats = npt.NDArray[np.float32]
-Mask = npt.NDArray[np.bool_]
-Box = tuple[float, float, float, float]
-
-MIN_SPREAD: Final = 1e-6
-"""If the variance of the patches divided by their mean square is at most this value, all patches count as equal.
-Rounding errors of float32 alone give values of about 1e-13."""
-
-_ROWS_PER_BLOCK: Final = 256
+from service.answer_schemas import Box, FloatVector, RunLengths, VisionAnswer
+from service.errors import EngineFailed
+from service.features.pipeline import Analysed
+from service.features.served_model import ServedModel
+from service.schemas import EmbeddingToo
+from service.vision.foreground import segment_foreground
+from service.vision.mask import coco_rle_encode, overlay_png, png_mask
+from service.vision.task import JSON, PNG, Answer, File, Task
 
 
-@dataclass(frozen=True)
-class Foreground:
-    """The foreground of one image, as `segment_foreground` returns it.
+class SegmentOptions(EmbeddingToo):
+    """The options of `POST /v1/segment`."""
 
-    mask: bool [H, W], True for each foreground pixel of the upright image. Pixels outside `crop_box` are False.
-    patch_mask: bool [h, w], True for each patch with a score above 0.
-    scores: float32 [h, w]. A score above 0 means foreground. All scores are 0 if there is no foreground.
-    contrast: the cosine distance, from 0 to 2, between the mean of the foreground patches and the mean of the
-        background patches. It is 0 if there is no foreground.
-    crop_box: the part of the image that the network sees, (x, y, width, height) in pixels of the upright image.
-    """
+    format: Literal["png", "rle", "overlay"] = Field(
+        "png", description="mask as PNG, mask as COCO RLE in JSON, or the image with tinted foreground as PNG"
+    )
 
-    mask: Mask
-    patch_mask: Mask
-    scores: Floats
+
+class SegmentAnswer(VisionAnswer):
+    """The answer to `POST /v1/segment` as JSON."""
+
+    segmentation: NotRequired[RunLengths]
+    png: NotRequired[Annotated[str, Field(description="the mask as a PNG in base64")]]
+    overlay: NotRequired[Annotated[str, Field(description="the image with tinted foreground, as a PNG in base64")]]
+    embedding: NotRequired[FloatVector]
     contrast: float
     crop_box: Box
 
 
-def segment_foreground(patches: Floats, height: int, width: int, spec: PreprocessSpec) -> Foreground:
-    """Separate the foreground of one image from its background, and return the mask and the scores of the patches.
+@dataclass(frozen=True)
+class _Segmented:
+    """The mask of one image in the requested format, with the numbers that describe it."""
 
-    Args:
-        patches: [N, D] patch features, row-major over the grid that `spec` gives for this image.
-        height, width: the size of the upright image in pixels.
-        spec: the preprocessing of the image.
-
-    Raises:
-        ValueError: N is not the number of patches that `spec` gives for an image of this size, or a feature is not
-            finite.
-    """
-    out_h, out_w = output_size(height, width, spec)
-    grid = out_h // spec.patch_size, out_w // spec.patch_size
-    box = crop_box(height, width, spec)
-    if spec.fit == "pad":
-        return _of_padded(patches, (height, width), box, grid)
-    scores = foreground_scores(patches, grid)
-    patch_mask = scores > 0
-    return Foreground(
-        mask=upsample_mask(scores, height, width, box),
-        patch_mask=patch_mask,
-        scores=scores,
-        contrast=_contrast(patches, patch_mask.ravel()),
-        crop_box=box,
-    )
+    content: dict[str, Any] | File
+    contrast: float
+    crop_box: tuple[float, float, float, float]
 
 
-def _of_padded(patches: Floats, size: tuple[int, int], box: Box, grid: tuple[int, int]) -> Foreground:
-    """Return the foreground of an image of size (H, W) that was padded to fill `box`. Only patches that show at least
-    half as much of the image as the fullest patch take part. The others get the score of the nearest such patch."""
-    shares = image_weights(size, box, grid)
-    used = shares >= shares.max() / 2  # a rectangle of patches
-    rows, columns = np.flatnonzero(used.any(axis=1)), np.flatnonzero(used.any(axis=0))
-    inner = patches.reshape(*grid, -1)[used]  # [n, D], row-major
-    part = foreground_scores(inner, (len(rows), len(columns)))
-    margins = [(int(kept[0]), side - 1 - int(kept[-1])) for kept, side in zip((rows, columns), grid, strict=True)]
-    scores = np.pad(part, margins, mode="edge")
-    return Foreground(
-        mask=upsample_mask(scores, *size, box),
-        patch_mask=(scores > 0) & used,
-        scores=scores,
-        contrast=_contrast(inner, part.ravel() > 0),
-        crop_box=box,
-    )
-
-
-def foreground_scores(patches: Floats, grid: tuple[int, int]) -> Floats:
-    """Return a score for each patch, float32 [h, w]. Patches with a score above 0 are foreground. The score of a patch
-    is its projection onto the direction of the largest variance, minus Otsu's threshold. If all patches are equal, all
-    scores are 0 and there is no foreground.
+def _compute(analysed: Analysed, options: SegmentOptions, model: ServedModel) -> _Segmented:
+    """Compute the mask of an image.
 
     Raises:
-        ValueError: the patches do not fill the grid or are not finite.
+        EngineFailed: a feature is not finite, or the number of patches does not match the size of the image.
     """
-    if patches.ndim != 2 or patches.shape[0] != grid[0] * grid[1]:
-        raise ValueError(f"patches of shape {list(patches.shape)} do not fill a grid of {grid[0]} x {grid[1]}")
-    if not np.isfinite(patches).all():
-        raise ValueError("patch features must be finite")
-    features = patches.astype(np.float32)
-    centred = features - features.mean(axis=0)  # [N, D]
-    if np.square(centred).mean() <= MIN_SPREAD * np.square(features).mean():
-        return np.zeros(grid, np.float32)
-    projection = orient((centred @ first_component(centred)).reshape(grid))  # [h, w]
-    return projection - otsu_threshold(projection.ravel())
-
-
-def first_component(centred: Floats) -> Floats:
-    """Return the direction of the largest variance of the rows [N, D], which must have mean 0. The direction is a unit
-    vector [D] with an arbitrary sign.
-
-    The vector is computed from an eigenvector of the smaller of the two Gram matrices, [D, D] or [N, N]. Power
-    iteration would be faster for large matrices, but it returns a wrong vector if its start vector happens to be
-    another eigenvector.
-    """
-    rows = centred.astype(np.float64)
-    if len(rows) >= rows.shape[1]:
-        direction = np.linalg.eigh(rows.T @ rows)[1][:, -1]  # [D]; eigh sorts ascending
+    try:
+        foreground = segment_foreground(analysed.patches, *analysed.size, analysed.spec)
+    except ValueError as error:  # the features are wrong: a fault of the engine, not of the image
+        raise EngineFailed(f"the engine's features cannot be used: {error}") from error
+    content: dict[str, Any] | File
+    if options.format == "rle":
+        content = {"segmentation": coco_rle_encode(foreground.mask)}
     else:
-        direction = rows.T @ np.linalg.eigh(rows @ rows.T)[1][:, -1]  # [D]
-    return np.asarray(direction / np.linalg.norm(direction), np.float32)
+        mask = foreground.mask
+        content = File(png_mask(mask) if options.format == "png" else overlay_png(analysed.image, mask), PNG)
+    return _Segmented(content, foreground.contrast, foreground.crop_box)
 
 
-def orient(projection: Floats) -> Floats:
-    """Return the projection [h, w], or its negative, so that the foreground has the higher values.
-
-    The background usually touches the border of the image. Therefore, the sign is chosen so that the border patches
-    have a lower mean than the inner patches. If the means are equal or there are no inner patches, Otsu's threshold
-    divides the patches into two classes, and the sign is chosen so that the smaller class has the higher values.
-    """
-    h, w = projection.shape
-    if h > 2 and w > 2:
-        border = np.ones((h, w), bool)
-        border[1:-1, 1:-1] = False
-        lean = float(projection[~border].mean() - projection[border].mean())
-        if lean != 0:
-            return projection if lean > 0 else -projection
-    above = projection > otsu_threshold(projection.ravel())
-    return -projection if above.mean() > 0.5 else projection
+def _encode(results: Sequence[_Segmented], options: SegmentOptions) -> Answer:
+    [segmented] = results
+    about = {"contrast": segmented.contrast, "crop_box": segmented.crop_box}
+    if isinstance(segmented.content, File):
+        return segmented.content._replace(fields=about)
+    return segmented.content | about
 
 
-def otsu_threshold(values: Floats) -> float:
-    """Return the threshold that divides the values into the two classes with the least variance within the classes
-    (Otsu 1979). The threshold is the midpoint between the highest value of the lower class and the lowest value of the
-    upper class.
+TASK: Final = Task(
+    name="segment",
+    summary="Segment an image",
+    description="""Separate the foreground of one image from its background. Send the image in the JSON field
+`image`, as a file in a form, or as the raw body.
 
-    If all values are equal, the threshold is this value, so no value is above it.
-    """
-    ordered = np.sort(values.astype(np.float64))
-    if ordered[0] == ordered[-1]:
-        return float(ordered[-1])
-    count = len(ordered)
-    below = np.arange(1, count)  # number of values below each of the N - 1 splits
-    sums = np.cumsum(ordered)
-    gap = sums[:-1] / below - (sums[-1] - sums[:-1]) / (count - below)
-    between = below * (count - below) * gap**2
-    between[ordered[1:] == ordered[:-1]] = -1  # equal values cannot be separated
-    split = int(np.argmax(between))
-    return float((ordered[split] + ordered[split + 1]) / 2)
-
-
-def _contrast(patches: Floats, inside: Mask) -> float:
-    """Return the cosine distance between the mean of the patches inside the mask and the mean of the other patches.
-    Return 0 if all patches are inside, all are outside, or one of the means is zero."""
-    if inside.all() or not inside.any():
-        return 0.0
-    front, back = patches[inside].mean(axis=0, dtype=np.float64), patches[~inside].mean(axis=0, dtype=np.float64)
-    norms = float(np.linalg.norm(front) * np.linalg.norm(back))
-    return float(np.clip(1 - front @ back / norms, 0, 2)) if norms > 0 else 0.0
-
-
-def upsample_mask(scores: Floats, height: int, width: int, box: Box) -> Mask:
-    """Upsample the scores of patches [h, w] to the size of the image, and return a mask [H, W]. The patches cover `box`
-    (x, y, width, height) of the image.
-
-    The scores are interpolated bilinearly between the centres of the patches. They are constant beyond the outermost
-    centres. A pixel is True if its score is above 0. Pixels with their centre outside the box are False. The image is
-    processed in blocks of rows, because the scores of all its pixels could use too much memory.
-    """
-    x, y, box_width, box_height = box
-    rows, row_weights = _bilinear(height, y, box_height, scores.shape[0])
-    columns, column_weights = _bilinear(width, x, box_width, scores.shape[1])
-    mask = np.zeros((height, width), bool)
-    for start in range(0, len(row_weights), _ROWS_PER_BLOCK):
-        block = row_weights[start : start + _ROWS_PER_BLOCK] @ scores @ column_weights.T
-        top = rows.start + start
-        mask[top : top + len(block), columns] = block > 0
-    return mask
-
-
-def _bilinear(size: int, start: float, extent: float, cells: int) -> tuple[slice, Floats]:
-    """Return two values for linear interpolation along one axis of an image with `size` pixels. The range from `start`
-    to `start + extent` is divided into `cells` cells of equal length. The first value is the slice of the pixels with
-    their centre in this range. The second value, [pixels, cells], contains the weight of each cell for each of these
-    pixels."""
-    centres = np.arange(size) + 0.5
-    inside = np.flatnonzero((centres >= start) & (centres < start + extent))
-    at = ((centres[inside] - start) * (cells / extent) - 0.5).clip(
-        0, cells - 1
-    )  # in cells, from the centre of the first cell
-    low = np.minimum(at.astype(np.int64), max(cells - 2, 0))
-    high = np.minimum(low + 1, cells - 1)
-    weights = np.zeros((len(inside), cells), np.float32)
-    pixel = np.arange(len(inside))
-    np.add.at(weights, (pixel, low), (1 - (at - low)).astype(np.float32))
-    np.add.at(weights, (pixel, high), (at - low).astype(np.float32))
-    first = int(inside[0]) if len(inside) else 0
-    return slice(first, first + len(inside)), weights
+`format=png` returns the mask as a PNG, `format=overlay` returns the image as a PNG with the foreground tinted, and
+`format=rle` returns JSON with the mask as COCO run lengths. With `include=embedding`, the answer is JSON for every
+format. It also contains the embedding of the image, and a PNG is encoded as a base64 string.""",
+    options=SegmentOptions,
+    answer=SegmentAnswer,
+    formats={"png": PNG, "rle": JSON, "overlay": PNG},
+    compute=_compute,
+    encode=_encode,
+)

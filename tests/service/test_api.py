@@ -17,8 +17,8 @@ from model.preprocess import PreprocessSpec, crop_box
 from model.zoo import ENTRIES
 from service.features.pipeline import Embedded
 from service.timings import ms_since, slowest
+from service.vision.foreground import segment_foreground
 from service.vision.mask import coco_rle_decode
-from service.vision.segment import segment_foreground
 from tests.fakes import DIMS, N_PATCHES, SPEC, FakeEngine, fake_artifact, photo, running, until
 
 PUBLISHED = "facebook/dinov2-small"

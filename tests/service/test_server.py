@@ -375,7 +375,7 @@ def test_a_decode_that_never_ends_does_not_keep_the_process(tmp_path):
 
 
 def test_a_thread_of_the_event_loop_that_never_ends_does_not_keep_the_process(tmp_path):
-    code = STUCK.replace("service.features.pipeline", "service.routes.segment").format(name="_answer")
+    code = STUCK.replace("service.features.pipeline", "service.routes.vision").format(name="_see")
     server = Server(tmp_path / "data", code=code, DINOV2_SHUTDOWN_GRACE_S="1")
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/v1/segment", content=photo(), headers={"Content-Type": "image/png"}, timeout=2)

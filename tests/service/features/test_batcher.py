@@ -13,7 +13,7 @@ import pytest
 
 from service.errors import EngineFailed, ModelUnavailable, QueueFull, ShuttingDown
 from service.features import batcher as service_batcher
-from service.features.batcher import Batcher
+from service.features.batcher import OUTPUTS_PER_PATCH, Batcher
 from service.telemetry import Metrics
 from tests.fakes import FakeEngine, WorkerKilled, until
 
@@ -25,7 +25,9 @@ def image(value: float = 0.0, side: int = 28) -> np.ndarray:
 @asynccontextmanager
 async def batching(engine: FakeEngine, *, metrics: Metrics | None = None, **bounds) -> AsyncIterator[Batcher]:
     settings = {"batch_max_patches": 32, "queue_max_images": 100, "queue_max_patches": 1000} | bounds
-    batcher = Batcher(lambda x: list(engine.run(x).cls), patch_size=14, metrics=metrics or Metrics(), **settings)
+    batcher = Batcher(
+        lambda x, outputs: list(engine.run(x).cls), patch_size=14, metrics=metrics or Metrics(), **settings
+    )
     try:
         yield batcher
     finally:
@@ -81,6 +83,48 @@ async def test_images_of_another_shape_keep_their_place():
         engine.gate.set()
         await asyncio.gather(first, *rest)
     assert [(shape[0], shape[2]) for shape in engine.batches[1:]] == [(5, 28), (1, 56), (1, 42), (1, 28)]
+
+
+async def test_images_that_need_other_outputs_are_not_in_one_batch():
+    ran: list[tuple[int, tuple[str, ...]]] = []
+    gate = threading.Event()
+
+    def run(pixels: np.ndarray, outputs: tuple[str, ...]) -> list[int]:
+        gate.wait(5)
+        ran.append((len(pixels), outputs))
+        return [0] * len(pixels)
+
+    limits = {"batch_max_patches": 32, "queue_max_images": 8, "queue_max_patches": 64}
+    batcher = Batcher(run, patch_size=14, metrics=Metrics(), **limits)
+    first = batcher.submit(image())
+    await until(lambda: batcher.waiting == 0)
+    keys = ("keys.0",)
+    rest = [batcher.submit(image(), outputs) for outputs in ((), keys, (), keys, ())]
+    gate.set()
+    await asyncio.gather(first, *rest)
+    batcher.close()
+    assert ran == [(1, ()), (3, ()), (2, keys)]
+
+
+async def test_an_image_with_many_outputs_counts_for_more_patches():
+    sizes: list[int] = []
+    gate = threading.Event()
+
+    def run(pixels: np.ndarray, outputs: tuple[str, ...]) -> list[int]:
+        gate.wait(5)
+        sizes.append(len(pixels))
+        return [0] * len(pixels)
+
+    limits = {"batch_max_patches": 32, "queue_max_images": 8, "queue_max_patches": 100}
+    batcher = Batcher(run, patch_size=14, metrics=Metrics(), **limits)
+    outputs = tuple(f"keys.{i}" for i in range(OUTPUTS_PER_PATCH))  # each image counts for 2 * 4 patches
+    first = batcher.submit(image())
+    await until(lambda: batcher.waiting == 0)
+    rest = [batcher.submit(image(), outputs) for _ in range(5)]
+    gate.set()
+    await asyncio.gather(first, *rest)
+    batcher.close()
+    assert sizes == [1, 4, 1]
 
 
 async def test_patches_of_mixed_shapes_are_given_back():
@@ -314,7 +358,7 @@ async def test_closing_fails_what_waits_and_refuses_more():
 @pytest.mark.parametrize("rows", [0, 2])
 async def test_wrong_number_of_rows_is_an_engine_failure(rows):
     batcher = Batcher(
-        lambda pixels: [0.0] * rows,
+        lambda pixels, outputs: [0.0] * rows,
         patch_size=14,
         metrics=Metrics(),
         batch_max_patches=8,

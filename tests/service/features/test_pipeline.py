@@ -12,10 +12,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from service.errors import BrokenImage, EngineFailed, QueueFull, ShuttingDown
+from service.errors import BrokenImage, EngineFailed, InvalidRequest, QueueFull, ShuttingDown, UnsupportedImage
 from service.features import pipeline
 from service.features.cache import MemoryCache
-from service.features.pipeline import Embedded
+from service.features.pipeline import Embedded, View
 from service.outcomes import Outcome, numbered
 from tests.fakes import DIMS, N_PATCHES, SPEC, FakeEngine, fake_artifact, photo, plain_photo, running, until
 
@@ -430,7 +430,7 @@ PNG = {"Content-Type": "image/png"}
     [
         ("/v1/embeddings", "service.features.pipeline.decode"),
         ("/v1/segment", "service.features.pipeline.decode"),
-        ("/v1/segment", "service.routes.segment.segment_foreground"),
+        ("/v1/segment", "service.vision.segment.segment_foreground"),
     ],
 )
 async def test_what_a_thread_still_does_keeps_its_place_in_the_queue(tmp_path, monkeypatch, path, where):
@@ -469,7 +469,7 @@ async def test_what_is_cached_waits_for_no_decode(tmp_path, monkeypatch):
         await asyncio.gather(*others)
 
 
-@pytest.mark.parametrize("where", ["the engine", "service.routes.segment.segment_foreground"])
+@pytest.mark.parametrize("where", ["the engine", "service.vision.segment.segment_foreground"])
 async def test_only_as_many_photos_are_kept_for_their_masks_as_there_are_decode_threads(tmp_path, monkeypatch, where):
     async with running(tmp_path, cache_bytes=0) as run:
         decodes = Blocked(monkeypatch, "service.features.pipeline.decode")
@@ -487,3 +487,44 @@ async def test_only_as_many_photos_are_kept_for_their_masks_as_there_are_decode_
         assert run.service.pipeline.batcher.images == 6
         gate.set()
         assert [(await post).status_code for post in posts] == [200] * 6
+
+
+async def test_a_view_with_a_size_uses_the_whole_image_and_is_not_cached(tmp_path):
+    async with running(tmp_path) as run:
+        pipeline = run.service.pipeline
+        view = View(("keys.0",), run.service.model.spec(56))
+        seen = await pipeline.analyse(photo(size=(112, 60)), lambda analysed: analysed, view)
+        assert (seen.grid, seen.size, seen.crop_box) == ((4, 7), (60, 112), (0.0, 0.0, 112.0, 60.0))
+        assert seen.outputs["keys.0"].shape == (1 + 28, DIMS)
+        [embedded] = await run.embed([photo(size=(112, 60))])
+        assert not embedded.result().cached
+        assert not np.allclose(embedded.result().parts, seen.embedded.parts)
+
+
+async def test_a_size_with_too_many_patches_is_refused_before_the_engine(tmp_path):
+    async with running(tmp_path, max_input_patches=27) as run:
+        view = View(spec=run.service.model.spec(56))
+        with pytest.raises(InvalidRequest, match=r"size=56 .* an input of 98 x 56 pixels with 28 patches"):
+            await run.service.pipeline.analyse(photo(size=(112, 60)), lambda analysed: None, view)
+        assert run.engine.images == 0
+
+
+async def test_the_second_engine_runs_what_the_first_cannot(tmp_path):
+    first, second = FakeEngine(), FakeEngine()
+    first.can_run = lambda size, outputs: size == (28, 28) and not outputs  # type: ignore[method-assign]
+    async with running(tmp_path, engine=first) as run:
+        opened = []
+        run.service.pipeline._forward._open_general = lambda: opened.append(1) or second
+        for view in (View(), View(("keys.0",)), View(spec=run.service.model.spec(56))):
+            await run.service.pipeline.analyse(photo(), lambda analysed: None, view)
+    assert (first.images, second.images, opened) == (1, 2, [1])
+    assert second.closed
+
+
+async def test_images_of_one_request_are_analysed_in_one_batch_and_fail_alone(tmp_path):
+    async with running(tmp_path) as run:
+        images = numbered([photo(1), b"broken", photo(2)])
+        good, broken, other = await run.service.pipeline.analyse_all(images, lambda analysed: analysed.grid)
+        assert (good.result(), other.result()) == ((2, 2), (2, 2))
+        assert isinstance(broken.error, UnsupportedImage)
+        assert run.service.pipeline.batcher.images == 0

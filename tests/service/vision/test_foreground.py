@@ -13,9 +13,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from model.preprocess import REFERENCE_224, REFERENCE_518, PreprocessSpec, crop_box, output_size, preprocess
-from service.vision.mask import coco_rle_decode, coco_rle_encode, overlay_png, png_mask
-from service.vision.region import image_weights
-from service.vision.segment import (
+from service.vision.foreground import (
     first_component,
     foreground_scores,
     orient,
@@ -23,6 +21,8 @@ from service.vision.segment import (
     segment_foreground,
     upsample_mask,
 )
+from service.vision.mask import coco_rle_decode, coco_rle_encode, overlay_png, png_mask
+from service.vision.region import image_weights
 
 NO_CROP = PreprocessSpec(resize=224, crop=None)
 RNG = np.random.default_rng(5)

@@ -1,0 +1,130 @@
+"""The endpoints of all vision tasks (`service/vision/tasks.py`). Each image is decoded once, and a single forward pass
+provides everything that the task and the embedding need."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field, create_model
+
+from service.data_urls import check_count
+from service.documented_schemas import Image
+from service.errors import InvalidItems, InvalidRequest, ModelNotFound
+from service.features.pipeline import Analysed, Embedded, View
+from service.options import parse_options
+from service.outcomes import Outcome, failures, successes
+from service.routes.answers import JsonAnswer, json_response, server_timing
+from service.routes.bodies import read_upload
+from service.routes.describe import IMAGES, Operation, Upload, describe
+from service.routes.direct import DirectRoute, service_of
+from service.schemas import VisionOptions
+from service.state import Service
+from service.timings import ms_since, slowest
+from service.vision import tasks
+from service.vision.task import JSON, File, Task, add_embedding
+
+router = APIRouter(tags=["vision"], route_class=DirectRoute)
+
+
+class _Seen(NamedTuple):
+    """The result of a task for one image, without the decoded image, so that its memory can be freed."""
+
+    result: Any
+    embedded: Embedded
+    compute_ms: float
+
+
+def add_route(task: Task[Any, Any]) -> None:
+    """Add the endpoint of a task to `router`."""
+    key = "images" if task.many else "image"
+    image: Any = Image
+    about = "image as a data URL, as base64, or as an object that contains one of them"
+    if task.many:
+        image, about = list[Image], f"{task.images[0]} to {task.images[1]} images, each {about.removeprefix('image ')}"
+    fields: dict[str, Any] = {key: (image, Field(description=about))}
+    body = create_model(f"{task.options.__name__.removesuffix('Options')}In", __base__=task.options, **fields)
+    body.__doc__ = f"The JSON body of `POST /v1/{task.name}`."
+
+    async def endpoint(request: Request) -> Response:
+        return await _answer(request, task, key)
+
+    endpoint.__name__ = task.name
+    endpoint.__doc__ = task.description
+    endpoint.__annotations__["return"] = JsonAnswer[task.answer] | Response  # type: ignore[name-defined]  # a type that is known at run time
+    files = tuple(dict.fromkeys(kind for kind in task.formats.values() if kind != JSON))
+    operation = Operation(
+        errors=(*IMAGES, ModelNotFound),
+        upload=Upload(body, task.options, many=task.many),
+        media_types=files,
+        answer_headers=("Server-Timing", "X-Model", "X-Model-Fingerprint"),
+    )
+    router.post(f"/v1/{task.name}", summary=task.summary)(describe(operation)(endpoint))
+
+
+async def _answer(request: Request, task: Task[Any, Any], key: str) -> Response:
+    """Answer a request for a task."""
+    started = time.perf_counter()
+    service = service_of(request)
+    upload = await read_upload(request, service.settings, key=key)
+    _check_count(len(upload.images), task, service, key)
+    options = parse_options(task.options, upload.fields)
+    service.check_model(options.model)
+    view = task.view(options, service.model)
+    seen = await _results(upload.images, partial(_see, task, options, service), service, view, key)
+    encode_started = time.perf_counter()
+    answer = await asyncio.to_thread(task.encode, [each.result for each in seen], options)
+    stages = {
+        **slowest([each.embedded for each in seen]),
+        task.name: max(each.compute_ms for each in seen),
+        "encode": ms_since(encode_started),
+        "total": ms_since(started),
+    }
+    headers = server_timing(stages) | {"X-Model": service.artifact.name}
+    headers |= {"X-Model-Fingerprint": service.artifact.fingerprint}
+    answer = add_embedding(answer, options, [each.embedded for each in seen])
+    if isinstance(answer, File):
+        return Response(answer.data, media_type=answer.media_type, headers=headers | dict(answer.headers))
+    return json_response(answer | {**service.identity(), "timings": stages}, headers=headers)
+
+
+def _check_count(count: int, task: Task[Any, Any], service: Service, key: str) -> None:
+    """Check the number of images in a request.
+
+    Raises:
+        InvalidRequest: the task does not accept this number of images.
+    """
+    low, high = task.images
+    check_count(count, service.settings.model_copy(update={"max_batch_items": high}), key)
+    if count < low:
+        raise InvalidRequest(f"{key} has {count} images; {task.name} needs at least {low}", param=key)
+
+
+def _see(task: Task[Any, Any], options: VisionOptions, service: Service, analysed: Analysed) -> _Seen:
+    started = time.perf_counter()
+    result = task.compute(analysed, options, service.model)
+    return _Seen(result, analysed.embedded, ms_since(started))
+
+
+async def _results(
+    images: list[Outcome[bytes]], see: Callable[[Analysed], _Seen], service: Service, view: View, key: str
+) -> list[_Seen]:
+    """Analyse all images of a request and return their results.
+
+    Raises:
+        InvalidItems: an image cannot be used.
+        ServiceError: the options do not fit an image, or the service failed.
+    """
+    outcomes = await service.pipeline.analyse_all(images, see, view)
+    if bad := failures(outcomes):
+        for failure in bad:
+            if failure.error.status >= 500 or failure.error.param is not None:  # not an error of the image
+                raise failure.error
+        raise InvalidItems(bad, total=len(images), param=key)
+    return successes(outcomes)
+
+
+for name in tasks.SUMMARIES:
+    add_route(tasks.task(name))

@@ -1,0 +1,115 @@
+"""Run vision tasks in this process, without a server. The command line uses this module, and Python programs can, too.
+
+from service.vision.local import open_vision
+
+vision = open_vision()
+answer = vision.run("segment", ["image.jpg"], format="rle")
+answer["segmentation"]
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from model.artifact import Artifact, load_artifact
+from model.cpus import available_cpus
+from model.decode import DEFAULT_LIMITS, DecodeLimits
+from model.engines.choice import load_engine
+from model.engines.general import open_general
+from model.engines.protocol import Engine
+from model.preprocess import preprocess
+from service.artifact_choice import choose_artifact
+from service.errors import BrokenImage, InvalidRequest
+from service.features.forward import Forward
+from service.features.images import decode
+from service.features.pipeline import Analysed, Embedded, View
+from service.features.served_model import ServedModel
+from service.options import parse_options
+from service.vision import tasks
+from service.vision.task import Answer, add_embedding
+
+
+@dataclass(frozen=True)
+class Vision:
+    """A loaded model that runs vision tasks on images. Only one thread at a time may use it."""
+
+    artifact: Artifact
+    engine: Engine
+    threads: int | None = None
+    limits: DecodeLimits = DEFAULT_LIMITS
+
+    @cached_property
+    def model(self) -> ServedModel:
+        return ServedModel(self.artifact)
+
+    @cached_property
+    def _forward(self) -> Forward:
+        threads = self.threads or available_cpus()
+        return Forward(self.engine, partial(open_general, self.artifact, self.engine, threads=threads))
+
+    def run(self, name: str, images: Sequence[bytes | str | Path], **options: Any) -> Answer:
+        """Run a task on images and return its answer: a dictionary with numpy arrays, or a `File`.
+
+        Args:
+            name: the name of the task, which is also the last part of its endpoint's path.
+            images: encoded images, or paths of image files.
+            options: the options of the endpoint.
+
+        Raises:
+            InvalidRequest: the task is unknown, or an option or the number of images is not allowed.
+            ServiceError: an image cannot be used.
+            OSError: a file cannot be read.
+        """
+        if name not in tasks.SUMMARIES:
+            raise InvalidRequest(f"unknown task {name!r}; the tasks are {', '.join(tasks.SUMMARIES)}")
+        task = tasks.task(name)
+        low, high = task.images
+        if not low <= len(images) <= high:
+            allowed = str(low) if low == high else f"{low} to {high}"
+            raise InvalidRequest(f"{len(images)} images: {name} takes {allowed}")
+        parsed = parse_options(task.options, options)
+        view = task.view(parsed, self.model)
+        data = [image if isinstance(image, bytes) else Path(image).read_bytes() for image in images]
+        results, embedded = [], []
+        for image in data:
+            analysed = self.analyse(image, view)
+            results.append(task.compute(analysed, parsed, self.model))
+            embedded.append(analysed.embedded)
+        return add_embedding(task.encode(results, parsed), parsed, embedded)
+
+    def analyse(self, image: bytes, view: View) -> Analysed:
+        """Decode an image, run it through the network, and return all its features.
+
+        Raises:
+            ServiceError: the image cannot be used.
+        """
+        pixels = decode(image, self.limits)
+        spec = view.spec or self.artifact.manifest.preprocess
+        try:
+            network_input = preprocess(pixels, spec)
+        except ValueError as error:
+            raise BrokenImage(str(error)) from error
+        [row] = self._forward(network_input[None], view.outputs)
+        grid = network_input.shape[1] // spec.patch_size, network_input.shape[2] // spec.patch_size
+        embedded = Embedded(row.parts, row.tokens)
+        return Analysed(embedded, row.patches, row.registers, grid, pixels, spec, row.outputs)
+
+
+def open_vision(
+    model: str = "auto", data_dir: Path = Path("data"), engine: str = "auto", threads: int | None = None
+) -> Vision:
+    """Load a model and return it for vision tasks.
+
+    Args:
+        model: an artifact folder, a model's name, or auto, as for `dinov2 serve`.
+        data_dir: the data folder.
+        engine: the engine, as for `dinov2 serve`.
+        threads: the number of CPU threads for a forward pass. If None, all CPUs are used.
+
+    Raises:
+        ValueError, OSError, ModuleNotFoundError: the model cannot be loaded.
+    """
+    artifact = load_artifact(choose_artifact(model, data_dir), derived_dir=data_dir / "derived")
+    return Vision(artifact, load_engine(artifact, engine, threads=threads), threads)

@@ -1,0 +1,22 @@
+"""The table of all vision tasks. A task's module is imported when the task is used for the first time, so that the
+command line starts fast."""
+
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from service.vision.task import Task
+
+SUMMARIES: Final = {
+    "segment": "Segment an image",
+}
+"""The summary of each task, by name. The module `service/vision/<name>.py` defines the task as `TASK`."""
+
+
+@cache
+def task(name: str) -> "Task[Any, Any]":
+    """Return the task with this name, which must be in `SUMMARIES`."""
+    found: Task[Any, Any] = import_module(f"service.vision.{name}").TASK
+    assert (found.name, found.summary) == (name, SUMMARIES[name])
+    return found
