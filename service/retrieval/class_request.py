@@ -191,7 +191,7 @@ async def _examples(classes: Any, settings: Settings, images: int) -> list[Examp
     total = images + sum(map(len, of_names.values()))
     if total > limit:
         raise InvalidRequest(
-            f"{total} images in image and classes: a request can have at most {limit} in total", param="classes"
+            f"{total} images in images and classes: a request can have at most {limit} in total", param="classes"
         )
     for name, texts in of_names.items():
         if not 1 <= len(name) <= MAX_NAME_CHARACTERS or not is_allowed(name):

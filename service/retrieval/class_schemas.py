@@ -64,7 +64,7 @@ _Images = str | ImageObject | Annotated[list[str | ImageObject], Field(min_lengt
 class ClassifyIn(ClassifyOptions):
     """The JSON body of `POST /v1/classify`."""
 
-    image: Annotated[Any, DocumentedAs(_Images)] = Field(description="one image, or a list of images")
+    images: Annotated[Any, DocumentedAs(_Images)] = Field(description="one image, or a list of images")
     classes: Annotated[dict[str, Any] | None, DocumentedAs(dict[str, _Images] | None)] = Field(
         None, description="example images of each class, by the name of the class: one image, or a list of images"
     )

@@ -38,12 +38,12 @@ async def classify(request: Request) -> JsonAnswer[ClassifyAnswer]:
     false and no image is called unknown."""
     started = time.perf_counter()
     service = service_of(request)
-    upload = await read_upload(request, service.settings, key="image")
+    upload = await read_upload(request, service.settings, key="images")
     is_json = media_type(request) == "application/json"
     asked = await read_classify(upload.images, upload.fields, service.settings, is_json=is_json)
     options = asked.options
     results = await classify_images(service, asked)
-    good, bad = split_items(results.images, options.on_error, "image")
+    good, bad = split_items(results.images, options.on_error, "images")
     classified = results.classified
     assert classified is not None  # `split_items` raises if no image could be embedded
     timings = results.timings | {"total": ms_since(started)}

@@ -58,7 +58,7 @@ async def ask(run: Running, body: dict[str, Any], status: int = 200) -> dict[str
 async def test_images_are_classified_by_the_labels_of_a_collection(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         await fill(run)
-        body = {"image": [text(photo(3)), text(photo(4))], "collection": "shop", "label": "class", "k": 1}
+        body = {"images": [text(photo(3)), text(photo(4))], "collection": "shop", "label": "class", "k": 1}
         answer = await ask(run, body)
         assert run.engine.images == 0  # the images are in the cache
         second = await run.client.post(PATH, json=body)
@@ -92,7 +92,7 @@ async def test_an_image_that_resembles_no_item_is_unknown(tmp_path: Path) -> Non
         embedded = await run.embed([similar(1 + i % 2, i) for i in range(N)])
         items = [Item(f"p{i}", e.result().vector("cls", True), {"class": i % 2}) for i, e in enumerate(embedded)]
         await run.service.store.upsert("shop", items, tag=tag)
-        body = {"image": [text(plain_photo(0)), text(photo(1))], "collection": "shop", "label": "class", "k": 3}
+        body = {"images": [text(plain_photo(0)), text(photo(1))], "collection": "shop", "label": "class", "k": 3}
         answer = await ask(run, body | {"error_rate": 0.1})
         low = await ask(run, body | {"error_rate": 0.01})
     strange, known = answer["data"]
@@ -109,7 +109,7 @@ async def test_an_image_that_resembles_no_item_is_unknown(tmp_path: Path) -> Non
 async def test_options_of_a_collection(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         await fill(run)
-        body = {"image": text(photo(3)), "collection": "shop", "label": "class"}
+        body = {"images": text(photo(3)), "collection": "shop", "label": "class"}
         even = await ask(run, body | {"filter": {"key": "class", "eq": "even"}, "k": 2, "params": {"exact": True}})
         held_out = await ask(run, body | {"calibration_filter": {"key": "n", "gte": 6}, "top": 1})
         deep = await ask(run, body | {"label": "deep.class", "k": 4, "top": 3})
@@ -130,13 +130,13 @@ async def test_options_of_a_collection(tmp_path: Path) -> None:
 async def test_the_vector_of_an_image_has_the_pooling_of_the_collection(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         await fill(run, "joined", "cls+mean")
-        answer = await ask(run, {"image": text(photo(5)), "collection": "joined", "label": "class", "k": 1})
+        answer = await ask(run, {"images": text(photo(5)), "collection": "joined", "label": "class", "k": 1})
     assert answer["data"][0]["neighbours"] == [{"id": "p05", "label": "odd", "score": pytest.approx(1)}]
 
 
 async def test_classes_by_examples(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
-        body = {"image": text(photo(1)), "classes": {"one": text(photo(1)), "both": [text(photo(2)), text(photo(3))]}}
+        body = {"images": text(photo(1)), "classes": {"one": text(photo(1)), "both": [text(photo(2)), text(photo(3))]}}
         answer = await ask(run, body)
         assert run.engine.images == 3
         mean = await ask(run, body | {"pooling": "mean"})
@@ -158,7 +158,7 @@ async def test_examples_of_enough_images_find_unknowns(tmp_path: Path) -> None:
     classes = {name: [text(similar(seed, i)) for i in range(10)] for name, seed in (("one", 1), ("two", 2))}
     async with running(tmp_path) as run:
         images = [text(plain_photo(0)), text(photo(1))]
-        answer = await ask(run, {"image": images, "classes": classes, "error_rate": 0.1})
+        answer = await ask(run, {"images": images, "classes": classes, "error_rate": 0.1})
     assert [row["label"] for row in answer["data"]] == [None, "one"]
     assert [row["unknown"] for row in answer["data"]] == [True, False]
     assert answer["calibration"]["items"] == 20
@@ -184,11 +184,11 @@ async def test_forms_and_raw_images(tmp_path: Path) -> None:
 async def test_a_broken_image_fails_the_request_or_only_itself(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         await fill(run)
-        body = {"image": [text(photo(3)), text(photo(4)[:60])], "collection": "shop", "label": "class", "k": 1}
+        body = {"images": [text(photo(3)), text(photo(4)[:60])], "collection": "shop", "label": "class", "k": 1}
         whole = await ask(run, body, 422)
         some = await ask(run, body | {"on_error": "partial"})
-        other_way = await ask(run, body | {"on_error": "partial", "image": body["image"][::-1]})
-        none = await ask(run, body | {"on_error": "partial", "image": "a red shoe"}, 422)
+        other_way = await ask(run, body | {"on_error": "partial", "images": body["images"][::-1]})
+        none = await ask(run, body | {"on_error": "partial", "images": "a red shoe"}, 422)
     assert whole["errors"][0]["index"] == 1
     assert [row["index"] for row in some["data"]] == [0]
     assert [error["index"] for error in some["errors"]] == [1]
@@ -196,8 +196,8 @@ async def test_a_broken_image_fails_the_request_or_only_itself(tmp_path: Path) -
     assert none["errors"][0]["index"] == 0
 
 
-GOOD = {"image": "IMAGE", "collection": "shop", "label": "class"}
-EXAMPLES = {"image": "IMAGE", "classes": {"a": "IMAGE"}}
+GOOD = {"images": "IMAGE", "collection": "shop", "label": "class"}
+EXAMPLES = {"images": "IMAGE", "classes": {"a": "IMAGE"}}
 
 
 @pytest.mark.parametrize(
@@ -222,11 +222,11 @@ EXAMPLES = {"image": "IMAGE", "classes": {"a": "IMAGE"}}
         (GOOD | {"pooling": "mean"}, 422, "pooling", "a collection has its own"),
         (GOOD | {"model": "gpt"}, 404, "model", "'gpt' is not served"),
         (GOOD | {"colour": 1}, 422, "colour", "unknown field"),
-        (GOOD | {"image": []}, 422, "image", "0 images in image"),
-        (GOOD | {"image": ["IMAGE"] * 9}, 422, "image", "9 images in image: a request can have 1 to 8"),
+        (GOOD | {"images": []}, 422, "images", "0 images in images"),
+        (GOOD | {"images": ["IMAGE"] * 9}, 422, "images", "9 images in images: a request can have 1 to 8"),
         (GOOD | {"params": {"exact": 1, "x": 2}}, 422, "params", "params.x: unknown field"),
         (GOOD | EXAMPLES, 422, "collection", "exactly one of collection and classes is needed, not both"),
-        ({"image": "IMAGE"}, 422, "collection", "exactly one of collection and classes is needed, not none"),
+        ({"images": "IMAGE"}, 422, "collection", "exactly one of collection and classes is needed, not none"),
         (EXAMPLES | {"classes": {}}, 422, "classes", "at least one class"),
         (EXAMPLES | {"classes": []}, 422, "classes", "must be an object"),
         (EXAMPLES | {"classes": {"a": []}}, 422, "classes", "'a' has no image"),
@@ -235,7 +235,7 @@ EXAMPLES = {"image": "IMAGE", "classes": {"a": "IMAGE"}}
         (EXAMPLES | {"classes": {"a": ["IMAGE", "BROKEN"]}}, 422, "classes", "image 1 of 'a' cannot be used: "),
         (EXAMPLES | {"classes": {"a": ["IMAGE", "a red shoe"]}}, 422, "classes", "image 1 of 'a' cannot be used: "),
         (EXAMPLES | {"classes": {"a": "PDF"}}, 415, "classes", "image 0 of 'a' cannot be used: "),
-        (EXAMPLES | {"classes": {"a": ["IMAGE"] * 8}}, 422, "classes", "9 images in image and classes"),
+        (EXAMPLES | {"classes": {"a": ["IMAGE"] * 8}}, 422, "classes", "9 images in images and classes"),
         (EXAMPLES | {"k": 3, "label": "class"}, 422, "label", "label and k: only possible with collection"),
     ],
 )
@@ -257,7 +257,7 @@ async def test_bad_input(tmp_path: Path, body: dict[str, Any], status: int, para
 async def test_a_failing_engine_is_no_fault_of_the_example(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         run.engine.fails = lambda pixels: True
-        answer = await ask(run, {"image": text(photo(1)), "classes": {"a": text(photo(2))}}, 500)
+        answer = await ask(run, {"images": text(photo(1)), "classes": {"a": text(photo(2))}}, 500)
     assert "'a'" not in answer["detail"]
 
 
@@ -265,6 +265,6 @@ async def test_a_collection_of_another_model_is_refused_before_an_image_is_embed
     store = DictStore()
     async with running(tmp_path, store=store, artifact=fake_artifact(digit="b")) as run:
         await store.upsert("shop", [Item("a", np.ones(DIMS), {"class": 1})], tag="a" * 64 + "/cls/l2/28x28/fp32")
-        answer = await ask(run, {"image": text(photo(1)), "collection": "shop", "label": "class"}, 409)
+        answer = await ask(run, {"images": text(photo(1)), "collection": "shop", "label": "class"}, 409)
         assert run.engine.images == 0
     assert answer["code"] == "model_mismatch"

@@ -120,14 +120,14 @@ GOOD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("POST", f"{SHOP}/search", 200, {"json": {"queries": [{"id": "p1"}, {"id": "no"}], "on_error": "partial"}}),
     ("POST", f"{SHOP}/search?k=3&include=vector", 200, {"content": photo(), "headers": PNG}),
     ("POST", f"{SHOP}/search", 200, {"files": {"file": photo()}, "data": {"filter": '{"key": "n", "gt": 0}'}}),
-    ("POST", "/v1/classify", 200, {"json": {"image": text(photo()), "collection": "shop", "label": "n"}}),
+    ("POST", "/v1/classify", 200, {"json": {"images": text(photo()), "collection": "shop", "label": "n"}}),
     (
         "POST",
         "/v1/classify",
         200,
         {
             "json": {
-                "image": [text(photo()), "a shoe"],
+                "images": [text(photo()), "a shoe"],
                 "on_error": "partial",
                 "classes": {"a": text(photo(1)), "b": [{"image": text(photo(2))}]},
             }
@@ -171,8 +171,8 @@ BAD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("POST", "/v1/match", 422, {"json": {"images": [text(photo())]}}),
     ("POST", "/v1/segment", 415, {"content": b"x", "headers": {"Content-Type": "text/plain"}}),
     ("POST", "/v1/segment", 422, {"content": photo()[:60], "headers": PNG}),
-    ("POST", "/v1/classify", 404, {"json": {"image": text(photo()), "collection": "none", "label": "n"}}),
-    ("POST", "/v1/classify", 422, {"json": {"image": text(photo())}}),
+    ("POST", "/v1/classify", 404, {"json": {"images": text(photo()), "collection": "none", "label": "n"}}),
+    ("POST", "/v1/classify", 422, {"json": {"images": text(photo())}}),
     ("PUT", "/v1/collections/UP", 422, {}),
     ("PUT", "/v1/collections/bare", 409, {"json": {"dtype": "float16"}}),
     ("PUT", "/v1/collections/bare", 415, {"content": b"x"}),
