@@ -12,6 +12,7 @@ SUMMARIES: Final = {
     "segment": "Segment an image",
     "attention": "Show where the class token attends",
     "features": "Return patch features or show them as colours",
+    "match": "Find the parts of two images that correspond",
 }
 """The summary of each task, by name. The module `service/vision/<name>.py` defines the task as `TASK`."""
 
