@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from service.vision.pictures import Box, ColourMap, Pixels, bilinear_weights, colour_map, coloured
+from service.vision.pictures import Box, ColourMap, Pixels, bilinear_weights, coloured
 
 Floats = npt.NDArray[np.float32]
 
@@ -80,6 +80,7 @@ def draw_figure(
     title: str,
     ticks: Sequence[str],
     colours: ColourMap,
+    binary: bool = False,
 ) -> Pixels:
     """Draw a figure and return it, uint8 [height, width, 3].
 
@@ -90,6 +91,7 @@ def draw_figure(
         title: the text above the maps.
         ticks: the texts beside the colour bar, evenly spaced, lowest value first.
         colours: the colour map.
+        binary: whether the maps contain only 0 and 1, and are drawn without values in between.
     """
     font = ImageFont.load_default(_FONT)
     height, width = figure_size(plan)
@@ -106,9 +108,13 @@ def draw_figure(
     for (x, y), label in zip(corners, ("image", *(cell.label for cell in cells)), strict=True):
         draw.text((x, y + 2), label, _INK, font)
     left = _MARGIN + (1 + plan.columns) * plan.column + _GAP
-    _draw_bar(canvas, (left, top + _LINE), min(_BAR_HEIGHT, plan.rows * plan.row - _LINE - _GAP), ticks, colours)
+    levels = np.linspace(1, 0, max(2 * _LINE, min(_BAR_HEIGHT, plan.rows * plan.row - _LINE - _GAP)), dtype=np.float32)
+    maps = _enlarged(cells, plan)
+    if binary:
+        levels, maps = (np.asarray(each >= 0.5, np.float32) for each in (levels, maps))
+    _draw_bar(canvas, (left, top + _LINE), coloured(levels, colours), ticks)
     drawn = np.array(canvas)
-    for (x, y), picture in zip(corners, (image, *coloured(_enlarged(cells, plan), colours)), strict=True):
+    for (x, y), picture in zip(corners, (image, *coloured(maps, colours)), strict=True):
         drawn[y + _LINE : y + _LINE + plan.height, x : x + plan.width] = picture
     return drawn
 
@@ -134,20 +140,15 @@ def seen_image(image: Pixels, crop_box: Box, plan: Layout) -> Pixels:
     return np.asarray(canvas)
 
 
-def _draw_bar(
-    canvas: Image.Image, corner: tuple[int, int], height: int, ticks: Sequence[str], colours: ColourMap
-) -> None:
-    """Draw the colour bar, the highest value at the top, and its ticks."""
-    height = max(height, len(ticks) * _LINE)
-    height = min(height, canvas.height - corner[1] - _GAP)
-    levels = np.rint(np.linspace(255, 0, height)).astype(np.uint8)
-    bar = np.repeat(colour_map(colours)[levels][:, None], _BAR, axis=1)
-    canvas.paste(Image.fromarray(bar), corner)
+def _draw_bar(canvas: Image.Image, corner: tuple[int, int], shades: Pixels, ticks: Sequence[str]) -> None:
+    """Draw the colour bar, with its colours [height, 3] from top to bottom, and its ticks."""
+    shades = shades[: canvas.height - corner[1] - _GAP]
+    canvas.paste(Image.fromarray(np.repeat(shades[:, None], _BAR, axis=1)), corner)
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(_FONT)
-    draw.rectangle((corner[0] - 1, corner[1] - 1, corner[0] + _BAR, corner[1] + height), outline=_INK)
-    right = corner[0] + _BAR
+    right, bottom = corner[0] + _BAR, corner[1] + len(shades)
+    draw.rectangle((corner[0] - 1, corner[1] - 1, right, bottom), outline=_INK)
     for number, text in enumerate(ticks):
-        y = corner[1] + round((height - 1) * (1 - number / (len(ticks) - 1)))
+        y = bottom - 1 - round((len(shades) - 1) * number / (len(ticks) - 1))
         draw.line((right, y, right + 4, y), _INK)
         draw.text((right + _GAP, y), text, _INK, font, anchor="lm")
 
