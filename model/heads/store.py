@@ -81,6 +81,11 @@ class Head:
         """The names of the backbone's inner outputs that the head needs."""
         return self.record.outputs(self.config)
 
+    @property
+    def most_patches(self) -> int | None:
+        """The largest number of patches that the head accepts, or None if there is no limit."""
+        return None if self.dpt is None else self.dpt.most_patches
+
     def classify(self, tokens: ImageTokens) -> Floats:
         """Return the logits [C] of one image."""
         assert self.record.kind == "classification"
