@@ -12,6 +12,7 @@ SUMMARIES: Final = {
     "segment": "Segment an image",
     "attention": "Show where the class token attends",
     "match": "Find the parts of two images that correspond",
+    "words": "Say which words describe an image, and where",
 }
 """The summary of each task, by name. The module `service/vision/<name>.py` defines the task as `TASK`."""
 
