@@ -36,10 +36,13 @@ from service.vision.task import JSON, NPY, PNG, Answer, File, Task, npy, png
 Floats = npt.NDArray[np.float32]
 
 MAX_JSON_NUMBERS: Final = 2**21
-MAX_NUMBERS: Final = 2**25  # in an array, or pixels of a picture
+MAX_NUMBERS: Final = 2**25  # in an array
+MAX_PIXELS: Final = 2**26  # of a picture
 SHARED_TOP: Final = 0.99
 """The quantile of all weights that gets the last colour of a figure with one range for all maps. The few higher weights
 would leave little contrast for the others."""
+
+_ROWS: Final = 256
 
 
 class AttentionOptions(VisionOptions):
@@ -210,7 +213,7 @@ def _check_amount(selection: _Selection, analysed: Analysed, options: AttentionO
     if options.format == "figure":
         height, width = figure_size(_layout(selection, analysed))
         amount, what = height * width, f"a figure of {height} x {width} pixels"
-    most = MAX_JSON_NUMBERS if options.format == "json" else MAX_NUMBERS
+    most = {"json": MAX_JSON_NUMBERS, "npy": MAX_NUMBERS}.get(options.format, MAX_PIXELS)
     if amount > most:
         raise InvalidRequest(
             f"format={options.format}: the answer would be {what}, {amount:,} numbers, but at most {most:,} are "
@@ -251,19 +254,26 @@ def _enlarged(values: npt.NDArray[Any], analysed: Analysed, options: AttentionOp
         return to_image(values, analysed.size, analysed.crop_box)
     enlarged = to_image(values, analysed.size, analysed.crop_box, outside=np.nan)
     low, high = np.nanmin(enlarged), np.nanmax(enlarged)  # between the centres of the patches, 0 and 1 may not occur
-    return np.asarray(np.nan_to_num((enlarged - low) / (high - low if high > low else 1)))
+    enlarged -= low
+    enlarged /= high - low if high > low else 1
+    return np.nan_to_num(enlarged, copy=False)
 
 
 def _picture(weights: Floats, analysed: Analysed, options: AttentionOptions) -> File:
     """Draw one map [N] at the size of the image: as a grey image, or over the image."""
     ranged = options.model_copy(update={"values": "range"})
     enlarged = _enlarged(_scaled(weights, ranged).reshape(analysed.grid), analysed, ranged)
-    if options.format == "png":
-        return png(np.rint(enlarged * 255).astype(np.uint8))
-    if options.mass is not None:
+    if options.format == "overlay" and options.mass is not None:
         return File(overlay_png(analysed.image, enlarged.astype(bool)), PNG)
-    opacity = options.opacity * np.sqrt(enlarged)[:, :, None]  # a low weight leaves the image visible
-    return png(blend(analysed.image, coloured(enlarged, options.colormap or "turbo"), opacity))
+    drawn = np.empty(analysed.size if options.format == "png" else analysed.image.shape, np.uint8)
+    for start in range(0, len(drawn), _ROWS):  # the floats of all pixels would use too much memory
+        rows = slice(start, start + _ROWS)
+        if options.format == "png":
+            drawn[rows] = np.rint(enlarged[rows] * 255)
+        else:
+            opacity = options.opacity * np.sqrt(enlarged[rows])[:, :, None]  # a low weight leaves the image visible
+            drawn[rows] = blend(analysed.image[rows], coloured(enlarged[rows], options.colormap or "turbo"), opacity)
+    return png(drawn)
 
 
 def _layout(selection: _Selection, analysed: Analysed) -> Any:

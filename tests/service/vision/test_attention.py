@@ -128,6 +128,13 @@ def test_figures_of_some_maps(vision: Vision) -> None:
     assert (local(vision, format="figure", colormap="grey") != each).any()
 
 
+def test_a_picture_of_many_rows_is_drawn_in_blocks(vision: Vision, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = [local(vision, format=form, size=28) for form in ("png", "overlay")]
+    monkeypatch.setattr(attention, "_ROWS", 7)
+    for expected, form in zip(whole, ("png", "overlay"), strict=True):
+        np.testing.assert_array_equal(local(vision, format=form, size=28), expected)
+
+
 def test_an_equal_map_is_drawn(vision: Vision, monkeypatch: pytest.MonkeyPatch) -> None:
     """If all patches have the same weight, no picture divides by 0."""
     equal = np.full((1, 257), 1 / 257, np.float32)
@@ -175,9 +182,9 @@ async def test_the_amount_of_the_answer_is_bounded(serve: Serve, monkeypatch: py
     await ask(serve, "?format=npy&blocks=all")
     assert "1 x 3 maps of 60 x 90" in (await ask(serve, "?format=npy&resolution=image", status=422)).text
     await ask(serve, "?format=npy&resolution=image&heads=0,1")
-    assert "the answer would be a figure of" in (await ask(serve, "?format=figure", status=422)).text
-    monkeypatch.setattr(attention, "MAX_NUMBERS", 90 * 60 - 1)
+    monkeypatch.setattr(attention, "MAX_PIXELS", 90 * 60 - 1)
     assert "1 x 1 maps of 60 x 90" in (await ask(serve, "?format=png", status=422)).text
+    assert "the answer would be a figure of" in (await ask(serve, "?format=figure", status=422)).text
 
 
 def test_options_are_refused_before_the_forward_pass(vision: Vision, monkeypatch: pytest.MonkeyPatch) -> None:
