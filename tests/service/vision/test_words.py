@@ -12,12 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.artifact import ONNX, WEIGHTS, Artifact, bundled_artifact, read_manifest
-from model.config import ViTConfig
-from model.convert import backbone_shapes
-from model.dinotxt.store import VISION_HEAD, add_dinotxt, write_safetensors
+from model.artifact import ONNX, Artifact, load_artifact
+from model.dinotxt.store import VISION_HEAD, add_dinotxt
 from model.engines.onnxruntime_engine import OnnxEngine
-from model.onnx_graph.build import GraphSpec, write_onnx
 from model.preprocess import PreprocessSpec
 from service.errors import EngineFailed, InvalidRequest, NotFound
 from service.features.pipeline import Analysed, Embedded
@@ -29,11 +26,15 @@ from service.vision.word_map import label_map, palette
 from service.vision.word_vectors import TEMPLATE_LISTS, WordCache, WordVectors, sentences
 from service.vision.words import TASK, WordsOptions, words_scores
 from tests.fakes import DIMS, FakeDinoTxt, Running, photo, running
-from tests.model.dinotxt_files import random_tensors, text_encoder_shapes, vision_head_shapes, write_sources
+from tests.model.dinotxt_files import (
+    random_tensors,
+    text_encoder_shapes,
+    vision_head_shapes,
+    write_artifact,
+    write_sources,
+)
 from tests.model.plain_dinotxt import plain_text_encoder, plain_vision_head
 
-CONFIG = ViTConfig(embed_dim=64, depth=2, num_heads=1, img_size=70, num_register_tokens=4, layerscale_init=0.5)
-SPEC = PreprocessSpec(resize=80, crop=70)
 WORDS = ["cat", "red apple", "milk"]
 
 
@@ -41,12 +42,7 @@ WORDS = ["cat", "red apple", "milk"]
 def plain_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """A small backbone with registers and random weights, without dino.txt."""
     folder = tmp_path_factory.mktemp("artifact")
-    weights = random_tensors(backbone_shapes(CONFIG))
-    write_safetensors(folder / WEIGHTS, weights)
-    write_onnx(weights, CONFIG, GraphSpec(size=None), folder / ONNX)
-    change = {"config": CONFIG, "preprocess": SPEC, "input_size": (70, 70), "fingerprint": "ab" * 32, "name": "small"}
-    manifest = read_manifest(bundled_artifact()).model_copy(update=change)
-    return Artifact(folder, manifest, {name: folder / name for name in (WEIGHTS, ONNX)}, folder / "derived")
+    return load_artifact(write_artifact(folder / "small"), derived_dir=folder / "derived")
 
 
 @pytest.fixture(scope="module")
