@@ -71,18 +71,42 @@ def add(
     typer.echo(f"head {description.name} of {artifact.name} -> {path}")
 
 
+@app.command("add-dinotxt")
+def add_dinotxt(
+    vision_head: Annotated[Path, typer.Argument(help="Meta's file ..._vision_head.pth.")],
+    text_encoder: Annotated[Path, typer.Argument(help="Meta's file ..._text_encoder.pth.")],
+    vocabulary: Annotated[Path, typer.Argument(help="CLIP's vocabulary, bpe_simple_vocab_16e6.txt.gz.")],
+    name: Annotated[str, typer.Option(help="Name of the head.")] = "dinotxt",
+    model: HeadModelOption = "auto",
+    replace: Annotated[bool, typer.Option("--replace", help="Replace a head of the same name.")] = False,
+    data_dir: ArtifactsDirOption = DATA,
+) -> None:
+    """Add dino.txt to a model, for `dinov2 words`. Meta published it for dinov2_vitl14_reg only. A running service uses
+    it at once."""
+    from model.dinotxt.store import Sources
+    from model.dinotxt.store import add_dinotxt as add_files
+
+    try:
+        artifact = _artifact(model, data_dir)
+        path = add_files(artifact, Sources(vision_head, text_encoder, vocabulary), name, replace=replace)
+    except (ValueError, OSError) as error:
+        raise fail(error) from error
+    typer.echo(f"head {name} of {artifact.name} -> {path}")
+
+
 @app.command("list")
 def list_(model: HeadModelOption = "auto", data_dir: ArtifactsDirOption = DATA, as_json: JsonOption = False) -> None:
     """List the heads of a model."""
+    from model.dinotxt.store import list_dinotxt
     from model.heads.store import list_heads
 
     try:
         artifact = _artifact(model, data_dir)
-        records = list_heads(artifact)
+        records, with_text = list_heads(artifact), list_dinotxt(artifact)
     except (ValueError, OSError) as error:
         raise fail(error) from error
     if as_json:
-        typer.echo(json.dumps([record.model_dump(mode="json") for record in records], indent=2))
+        typer.echo(json.dumps([record.model_dump(mode="json") for record in (*records, *with_text)], indent=2))
         return
     typer.echo(f"heads of {artifact.name}:")
     for record in records:
@@ -90,7 +114,9 @@ def list_(model: HeadModelOption = "auto", data_dir: ArtifactsDirOption = DATA, 
             f"{len(record.classes)} classes" if record.classes else "{:g} to {:g} m".format(*record.depth_range or ())
         )
         typer.echo(f"  {record.name:<28} {record.kind:<15} {record.architecture:<7} {what:<16} {record.sha256[:8]}")
-    if not records:
+    for dinotxt in with_text:
+        typer.echo(f"  {dinotxt.name:<28} {'words':<15} dino.txt")
+    if not records and not with_text:
         typer.echo("  none; `dinov2 heads add` adds one of Meta's, and `dinov2 train-head` trains one")
 
 
@@ -101,11 +127,15 @@ def delete(
     data_dir: ArtifactsDirOption = DATA,
 ) -> None:
     """Delete a head of a model."""
+    from model.dinotxt.store import list_dinotxt, remove_dinotxt
     from model.heads.store import remove_head
 
     try:
         artifact = _artifact(model, data_dir)
-        remove_head(artifact, name)
+        if any(record.name == name for record in list_dinotxt(artifact)):
+            remove_dinotxt(artifact, name)
+        else:
+            remove_head(artifact, name)
     except (ValueError, OSError) as error:
         raise fail(error) from error
     typer.echo(f"deleted the head {name} of {artifact.name}")

@@ -13,6 +13,7 @@ SUMMARIES: Final = {
     "attention": "Show where the class token attends",
     "depth": "Estimate the depth of each pixel",
     "match": "Find the parts of two images that correspond",
+    "words": "Say which words describe an image, and where",
     "features": "Return patch features or show them as colours",
 }
 """The summary of each task, by name. The module `service/vision/<name>.py` defines the task as `TASK`."""

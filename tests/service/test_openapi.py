@@ -12,7 +12,7 @@ from service.documented_schemas import FilterIn
 from service.routes.direct import DirectRoute
 from service.search import filters
 from tests.dict_store import DictStore
-from tests.fakes import DIMS, Running, photo, running
+from tests.fakes import DIMS, FakeDinoTxt, Running, photo, running
 from tests.service.vision.head_models import fake_with_depth
 
 pytest.importorskip("jsonschema", reason="compares answers with JSON schemas: pip install '.[test]'")
@@ -55,6 +55,9 @@ GOOD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("POST", "/v1/embeddings?normalize=false&dimensions=8", 200, {"content": photo(), "headers": PNG}),
     ("POST", "/v1/match", 200, {"json": {"images": [text(photo(0)), text(photo(1))], "min_score": -1}}),
     ("POST", "/v1/match", 200, {"json": {"images": [text(photo(0)), text(photo(1))], "format": "png"}}),
+    ("POST", "/v1/words", 200, {"json": {"image": text(photo()), "words": ["cat", "dog"]}}),
+    ("POST", "/v1/words?words=cat,dog&format=rle", 200, {"content": photo(), "headers": PNG}),
+    ("POST", "/v1/words", 200, {"json": {"image": text(photo()), "words": ["cat"], "format": "overlay"}}),
     ("POST", "/v1/depth", 200, {"json": {"image": text(photo()), "array": True}}),
     ("POST", "/v1/depth?format=png16", 200, {"content": photo(), "headers": PNG}),
     ("POST", "/v1/segment", 200, {"content": photo(), "headers": PNG}),
@@ -175,6 +178,7 @@ BAD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("POST", "/v1/embeddings", 422, {"json": {"input": ["a red shoe", "https://example.com/a.jpg"]}}),
     ("POST", "/v1/match", 415, {"content": b"x", "headers": {"Content-Type": "text/plain"}}),
     ("POST", "/v1/match", 422, {"json": {"images": [text(photo())]}}),
+    ("POST", "/v1/words", 422, {"json": {"image": text(photo()), "words": []}}),
     ("POST", "/v1/depth", 422, {"json": {"image": text(photo()), "head": "none"}}),
     ("POST", "/v1/segment", 415, {"content": b"x", "headers": {"Content-Type": "text/plain"}}),
     ("POST", "/v1/segment", 422, {"content": photo()[:60], "headers": PNG}),
@@ -215,7 +219,8 @@ BAD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
 ]
 
 
-async def test_every_answer_is_as_the_document_says(tmp_path):
+async def test_every_answer_is_as_the_document_says(tmp_path, monkeypatch):
+    monkeypatch.setattr("service.vision.words.open_dinotxt", lambda artifact, name: FakeDinoTxt())
     snapshot = ""
     artifact = fake_with_depth(tmp_path / "model")
     async with checked(tmp_path, artifact=artifact, max_body_bytes=200_000, max_image_bytes=200_000) as (run, contract):
