@@ -10,13 +10,13 @@ import numpy.typing as npt
 
 from model.artifact import Artifact
 from model.config import ViTConfig
+from model.heads.linear import layer_norm
+from model.heads.record import NORM_EPS
 from model.preprocess import PreprocessSpec
 from service.errors import EngineFailed
 from service.features.forward import Row
 
 FloatArray = npt.NDArray[np.float32]
-
-NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,7 @@ class ServedModel:
 
     def norm(self, tokens: FloatArray) -> FloatArray:
         """Apply the last LayerNorm of the network to tokens [T, D], for instance to an inner output `tokens.<i>`."""
-        weight, bias = self._norm
-        centred = tokens - tokens.mean(axis=-1, keepdims=True)
-        deviation = np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + NORM_EPS)
-        return np.asarray(centred / deviation * weight + bias, np.float32)
+        return layer_norm(tokens, *self._norm, NORM_EPS)
 
     def spec(self, size: int | None) -> PreprocessSpec | None:
         """Return the preprocessing for a request with this `size`. It resizes the whole image so that its short side

@@ -314,7 +314,8 @@ def _figure(
     cells = [Cell(label, each) for label, each in zip(labels, maps.reshape(-1, h, w), strict=True)]
     plan = _layout(selection, analysed)
     image = seen_image(analysed.image, analysed.crop_box, plan)
-    return draw_figure(cells, image, plan, title=", ".join(parts), ticks=ticks, colours=options.colormap or "viridis")
+    colours, binary = options.colormap or "viridis", options.mass is not None
+    return draw_figure(cells, image, plan, title=", ".join(parts), ticks=ticks, colours=colours, binary=binary)
 
 
 def _listed(numbers: Sequence[int]) -> str:

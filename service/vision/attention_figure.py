@@ -11,11 +11,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from service.vision.pictures import Box, ColourMap, Pixels, colour_map, coloured, to_image
+from service.vision.pictures import Box, ColourMap, Pixels, bilinear_weights, coloured
 
 Floats = npt.NDArray[np.float32]
 
 _CELL: Final = 144  # side of a square cell in pixels; other cells have about the same area
+_SMALLEST: Final = 104  # the same, in a figure of many cells
+_AREA: Final = 800_000  # pixels of all cells, from which on they become smaller
 _LONGEST: Final = 288  # longest side of a cell
 _NARROWEST: Final = 104  # the least width of a column: a label has to fit
 _FONT: Final = 13
@@ -54,7 +56,8 @@ class Layout(NamedTuple):
 
 def layout(cells: int, columns: int | None, aspect: float) -> Layout:
     """Arrange `cells` maps with this ratio of width to height. If `columns` is None, the figure becomes about 4:3."""
-    width, height = _CELL * math.sqrt(aspect), _CELL / math.sqrt(aspect)
+    side = min(_CELL, max(_SMALLEST, math.sqrt(_AREA / cells)))
+    width, height = side * math.sqrt(aspect), side / math.sqrt(aspect)
     shrink = min(1.0, _LONGEST / max(width, height))
     size = max(1, round(width * shrink)), max(1, round(height * shrink))
     if columns is None:
@@ -77,6 +80,7 @@ def draw_figure(
     title: str,
     ticks: Sequence[str],
     colours: ColourMap,
+    binary: bool = False,
 ) -> Pixels:
     """Draw a figure and return it, uint8 [height, width, 3].
 
@@ -87,6 +91,7 @@ def draw_figure(
         title: the text above the maps.
         ticks: the texts beside the colour bar, evenly spaced, lowest value first.
         colours: the colour map.
+        binary: whether the maps contain only 0 and 1, and are drawn without values in between.
     """
     font = ImageFont.load_default(_FONT)
     height, width = figure_size(plan)
@@ -96,21 +101,30 @@ def draw_figure(
     draw = ImageDraw.Draw(canvas)
     for number, line in enumerate(lines):
         draw.text((_MARGIN, _MARGIN + number * _LINE), line, _INK, font)
-
-    def place(row: int, column: int, label: str, pixels: Pixels) -> None:
-        x, y = _MARGIN + column * plan.column, top + row * plan.row
-        draw.text((x, y + 2), label, _INK, font)
-        canvas.paste(Image.fromarray(pixels), (x, y + _LINE))
-
-    place(0, 0, "image", image)
-    whole: Box = (0, 0, plan.width, plan.height)
-    for number, cell in enumerate(cells):
+    corners = [(_MARGIN, top)]  # of the image, then of the cells
+    for number in range(len(cells)):
         row, column = divmod(number, plan.columns)
-        enlarged = to_image(cell.values, (plan.height, plan.width), whole)
-        place(row, 1 + column, cell.label, coloured(enlarged, colours))
+        corners.append((_MARGIN + (1 + column) * plan.column, top + row * plan.row))
+    for (x, y), label in zip(corners, ("image", *(cell.label for cell in cells)), strict=True):
+        draw.text((x, y + 2), label, _INK, font)
     left = _MARGIN + (1 + plan.columns) * plan.column + _GAP
-    _draw_bar(canvas, (left, top + _LINE), min(_BAR_HEIGHT, plan.rows * plan.row - _LINE - _GAP), ticks, colours)
-    return np.asarray(canvas)
+    levels = np.linspace(1, 0, max(2 * _LINE, min(_BAR_HEIGHT, plan.rows * plan.row - _LINE - _GAP)), dtype=np.float32)
+    maps = _enlarged(cells, plan)
+    if binary:
+        levels, maps = (np.asarray(each >= 0.5, np.float32) for each in (levels, maps))
+    _draw_bar(canvas, (left, top + _LINE), coloured(levels, colours), ticks)
+    drawn = np.array(canvas)
+    for (x, y), picture in zip(corners, (image, *coloured(maps, colours)), strict=True):
+        drawn[y + _LINE : y + _LINE + plan.height, x : x + plan.width] = picture
+    return drawn
+
+
+def _enlarged(cells: Sequence[Cell], plan: Layout) -> Floats:
+    """Return all maps at the size of a cell, float32 [cells, height, width]."""
+    maps = np.stack([cell.values for cell in cells]).astype(np.float32)  # [cells, h, w]
+    _, down = bilinear_weights(plan.height, 0, plan.height, maps.shape[1])
+    _, across = bilinear_weights(plan.width, 0, plan.width, maps.shape[2])
+    return np.asarray(down @ maps @ across.T, np.float32)
 
 
 def seen_image(image: Pixels, crop_box: Box, plan: Layout) -> Pixels:
@@ -126,20 +140,15 @@ def seen_image(image: Pixels, crop_box: Box, plan: Layout) -> Pixels:
     return np.asarray(canvas)
 
 
-def _draw_bar(
-    canvas: Image.Image, corner: tuple[int, int], height: int, ticks: Sequence[str], colours: ColourMap
-) -> None:
-    """Draw the colour bar, the highest value at the top, and its ticks."""
-    height = max(height, len(ticks) * _LINE)
-    height = min(height, canvas.height - corner[1] - _GAP)
-    levels = np.rint(np.linspace(255, 0, height)).astype(np.uint8)
-    bar = np.repeat(colour_map(colours)[levels][:, None], _BAR, axis=1)
-    canvas.paste(Image.fromarray(bar), corner)
+def _draw_bar(canvas: Image.Image, corner: tuple[int, int], shades: Pixels, ticks: Sequence[str]) -> None:
+    """Draw the colour bar, with its colours [height, 3] from top to bottom, and its ticks."""
+    shades = shades[: canvas.height - corner[1] - _GAP]
+    canvas.paste(Image.fromarray(np.repeat(shades[:, None], _BAR, axis=1)), corner)
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(_FONT)
-    draw.rectangle((corner[0] - 1, corner[1] - 1, corner[0] + _BAR, corner[1] + height), outline=_INK)
-    right = corner[0] + _BAR
+    right, bottom = corner[0] + _BAR, corner[1] + len(shades)
+    draw.rectangle((corner[0] - 1, corner[1] - 1, right, bottom), outline=_INK)
     for number, text in enumerate(ticks):
-        y = corner[1] + round((height - 1) * (1 - number / (len(ticks) - 1)))
+        y = bottom - 1 - round((len(shades) - 1) * number / (len(ticks) - 1))
         draw.line((right, y, right + 4, y), _INK)
         draw.text((right + _GAP, y), text, _INK, font, anchor="lm")
 

@@ -26,7 +26,7 @@ Box = tuple[float, float, float, float]
 
 UNSEEN: Final = -1
 MAX_LOGITS: Final = 100_000_000
-_BLOCK_LOGITS: Final = 4_000_000
+_BLOCK_LOGITS: Final = 1 << 16  # they fit into the cache of a core
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,10 @@ def pixel_classes(logits: Floats, size: tuple[int, int], crop_box: Box) -> Label
     columns_seen, column_weights = bilinear_weights(size[1], crop_box[0], crop_box[2], logits.shape[2])
     labels = np.full(size, UNSEEN, np.int32)
     seen = labels[rows_seen, columns_seen]  # a view
-    step = max(1, _BLOCK_LOGITS // max(1, len(logits) * seen.shape[1]))
+    classes, h, w = logits.shape
+    flat = np.ascontiguousarray(logits.transpose(1, 2, 0), np.float32).reshape(h, w * classes)
+    step = max(1, _BLOCK_LOGITS // max(1, classes * seen.shape[1]))
     for top in range(0, len(seen), step):
-        block = row_weights[top : top + step] @ logits @ column_weights.T  # [C, rows, W]
-        seen[top : top + step] = block.argmax(axis=0)
+        block = (row_weights[top : top + step] @ flat).reshape(-1, w, classes)
+        seen[top : top + step] = (column_weights @ block).argmax(axis=2)  # [rows, W, C] -> [rows, W]
     return labels

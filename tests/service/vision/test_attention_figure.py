@@ -59,6 +59,18 @@ def test_labels_title_and_colour_bar_are_drawn() -> None:
     assert len(np.unique(shades, axis=0)) > 150
 
 
+def test_binary_maps_have_two_colours() -> None:
+    plan = layout(2, 2, 1.0)
+    cells = [Cell("", np.eye(5, dtype=np.float32)), Cell("", np.zeros((5, 5), np.float32))]
+    white = np.full((plan.height, plan.width, 3), 255, np.uint8)
+    options = {"title": "", "ticks": ["", ""], "colours": "viridis"}
+    drawn = draw_figure(cells, white, plan, binary=True, **options)
+    two = {tuple(coloured(np.float32(value)).tolist()) for value in (0, 1)}
+    saturated = drawn[drawn.max(-1) - drawn.min(-1) > 30]  # neither text nor white
+    assert {tuple(colour) for colour in saturated.tolist()} == two
+    assert len(np.unique(draw_figure(cells, white, plan, **options).reshape(-1, 3), axis=0)) > 100
+
+
 @pytest.mark.parametrize("aspect", [0.01, 0.2, 0.66, 1, 1.5, 4, 100])
 @pytest.mark.parametrize(("count", "columns"), [(1, None), (3, 3), (12, None), (12, 6), (72, 6)])
 def test_any_aspect_ratio_and_number_of_maps(aspect: float, count: int, columns: int | None) -> None:
