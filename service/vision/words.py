@@ -5,6 +5,7 @@ It needs the networks of dino.txt (`model/dinotxt/`), which belong to Meta's ViT
 Legend: C words, D width, N patches, R registers, H x W size of the image, h x w size of the patch grid.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Final, Literal, NotRequired
@@ -16,7 +17,7 @@ from typing_extensions import TypedDict
 from model.dinotxt.store import DinoTxt, DinoTxtError, DinoTxtNotFound, open_dinotxt
 from service.answer_schemas import Box as BoxOut
 from service.answer_schemas import RunLengths, VisionAnswer
-from service.errors import EngineFailed, InvalidRequest, NotFound
+from service.errors import EngineFailed, InvalidRequest
 from service.features.patches import unit_rows
 from service.features.pipeline import Analysed
 from service.features.served_model import ServedModel
@@ -28,6 +29,8 @@ from service.vision.task import JSON, PNG, Answer, File, Task, png
 from service.vision.word_map import Labels, label_map, palette
 from service.vision.word_vectors import CACHE, MAX_CHARACTERS, MAX_TEMPLATES, MAX_WORDS, WordVectors, sentences
 from service.vision.word_windows import WINDOW, windowed_similarities
+
+log = logging.getLogger(__name__)
 
 LOGIT_SCALE: Final = 100.0  # of Meta's notebook; the published files do not contain it
 _OPACITY: Final = 0.55
@@ -161,15 +164,16 @@ def _opened(options: WordsOptions, model: ServedModel) -> DinoTxt:
     """Open the dino.txt head that the options name.
 
     Raises:
-        NotFound: the model has no such head.
+        InvalidRequest: the model has no such head, or has several and the options name none.
         EngineFailed: its files are damaged.
     """
     try:
         return open_dinotxt(model.artifact, options.head)
     except DinoTxtNotFound as error:
-        raise NotFound(str(error), param="head") from error
+        raise InvalidRequest(str(error), param="head") from error
     except DinoTxtError as error:
-        raise EngineFailed(f"the dino.txt head cannot be opened: {error}") from error
+        log.error("the dino.txt head cannot be used: %s", error)
+        raise EngineFailed("the dino.txt head cannot be used; the service's log has the reason") from error
 
 
 def _checked_words(words: Sequence[str]) -> list[str]:
@@ -198,8 +202,7 @@ def _compute(analysed: Analysed, options: WordsOptions, model: ServedModel) -> _
     """Compare an image with the words, and draw the picture that the options ask for.
 
     Raises:
-        NotFound: the model has no such dino.txt head.
-        InvalidRequest: a word is too long, or all words together are.
+        InvalidRequest: the model has no such dino.txt head, or a word is too long, or all words together are.
         EngineFailed: a feature is not finite.
     """
     dinotxt = _opened(options, model)

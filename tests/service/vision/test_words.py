@@ -16,7 +16,7 @@ from model.artifact import ONNX, Artifact, load_artifact
 from model.dinotxt.store import VISION_HEAD, add_dinotxt
 from model.engines.onnxruntime_engine import OnnxEngine
 from model.preprocess import PreprocessSpec, preprocess
-from service.errors import EngineFailed, InvalidRequest, NotFound
+from service.errors import EngineFailed, InvalidRequest
 from service.features.pipeline import Analysed, Embedded
 from service.features.served_model import ServedModel
 from service.vision import word_vectors, words
@@ -27,6 +27,7 @@ from service.vision.word_map import label_map, palette
 from service.vision.word_vectors import TEMPLATE_LISTS, WordCache, WordVectors, sentences
 from service.vision.word_windows import windowed_similarities
 from service.vision.words import TASK, WordsOptions, words_scores
+from tests.contract import Contract
 from tests.fakes import DIMS, FakeDinoTxt, Running, fake_artifact, photo, running
 from tests.model.dinotxt_files import (
     random_tensors,
@@ -407,30 +408,41 @@ async def test_bad_options_are_refused(served: Served, body: dict[str, Any], par
     assert message in answer.json()["detail"]
 
 
-async def test_a_head_that_does_not_exist_is_not_found(served: Served) -> None:
-    problem = await served.ask(404, words=["cat"], head="other")
+async def test_a_head_that_does_not_exist_is_refused(served: Served) -> None:
+    problem = await served.ask(422, words=["cat"], head="other")
     assert problem["param"] == "head"
     assert "does not have a dino.txt head named 'other': it has dinotxt" in problem["detail"]
+
+
+async def test_the_model_lists_its_dinotxt_head(served: Served) -> None:
+    contract = Contract((await served.client.get("/openapi.json")).json())
+    answer = await served.client.get("/v1/models/auto")
+    contract.check(answer)
+    [head] = answer.json()["heads"]
+    assert (head["name"], head["kind"], head["architecture"]) == ("dinotxt", "words", "dinotxt")
+    assert head["source"] == "x_vision_head.pth, x_text_encoder.pth, bpe.txt.gz"
 
 
 async def test_a_model_without_dinotxt_says_how_to_get_it(
     plain_artifact: Artifact, engine: OnnxEngine, tmp_path: Path
 ) -> None:
     async with running(tmp_path, engine=_Kept(engine), artifact=plain_artifact) as run:  # type: ignore[arg-type]
-        problem = await Served(run.app, run.client, run.service, run.engine).ask(404, words=["cat"])
-    assert problem["code"] == "not_found"
+        problem = await Served(run.app, run.client, run.service, run.engine).ask(422, words=["cat"])
+    assert problem["param"] == "head"
     assert "it has none. Add Meta's files for dinov2_vitl14_reg with `dinov2 heads add-dinotxt" in problem["detail"]
 
 
-def test_a_damaged_head_is_a_fault_of_the_service(plain_artifact: Artifact, engine: OnnxEngine, tmp_path: Path) -> None:
+def test_a_damaged_head_is_a_fault_of_the_service(
+    plain_artifact: Artifact, engine: OnnxEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     damaged = replace(plain_artifact, path=tmp_path / "damaged")
     damaged.path.mkdir()
     path = add_dinotxt(damaged, write_sources(tmp_path)) / VISION_HEAD
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(EngineFailed, match=f"cannot be opened: .*{VISION_HEAD}"):
+    with pytest.raises(EngineFailed, match="the service's log has the reason") as caught:
         Vision(damaged, engine, threads=1).run("words", [photo()], words=["cat"])
-    with pytest.raises(NotFound):
-        Vision(plain_artifact, engine, threads=1).run("words", [photo()], words=["cat"])
+    assert str(tmp_path) not in caught.value.detail
+    assert f"{path}: its size or hash differs" in caplog.text
 
 
 def test_features_that_are_not_finite_are_a_fault_of_the_service() -> None:
