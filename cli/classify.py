@@ -1,4 +1,4 @@
-"""The command `dinov2 classify`, which classifies images by a collection's labels or by example images."""
+"""The command `dinov2 classify`, which classifies images by a collection's labels, by example images or with a head."""
 
 import json
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from model.artifact import Artifact
     from model.engines.protocol import Engine
     from service.retrieval.calibration import Reference
-    from service.retrieval.classify import Classified
+    from service.retrieval.classify import Classified, Verdict
     from service.search.filters import Filter
     from service.search.store import Floats, VectorStore
     from service.settings import Settings
@@ -37,6 +37,12 @@ _BATCH = 16
 # here because `dinov2 --help` must be fast.
 MAX_K = 100
 ERROR_RATES = (0.001, 0.5)
+DEFAULT_ERROR_RATE = 0.05
+_ONLY_WITH = {
+    **dict.fromkeys(("--label", "-k", "--filter", "--calibration-filter"), ("--collection",)),
+    "--pooling": ("--example",),
+    "--error-rate": ("--collection", "--example"),
+}
 
 
 def classify(
@@ -53,14 +59,21 @@ def classify(
             "--collection.",
         ),
     ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of a classification head of the model, or auto if there is only one. Use this instead of "
+            "--collection. No image is then called unknown."
+        ),
+    ] = None,
     error_rate: Annotated[
-        float,
+        float | None,
         typer.Option(
             min=ERROR_RATES[0],
             max=ERROR_RATES[1],
-            help="Share of images of known classes that may be called unknown.",
+            help=f"Share of images of known classes that may be called unknown. Default: {DEFAULT_ERROR_RATE}.",
         ),
-    ] = 0.05,
+    ] = None,
     k: Annotated[
         int | None, typer.Option("-k", min=1, max=MAX_K, help="Number of neighbours that vote. Default: 10.")
     ] = None,
@@ -86,28 +99,82 @@ def classify(
     engine: EngineOption = "auto",
     threads: ThreadsOption = None,
 ) -> None:
-    """Classify images by the labels of similar items in a collection, or by a few example images of each class. An
-    image that resembles no class is reported as unknown, at the chosen error rate."""
-    if (collection is None) == (not example):
-        raise fail("exactly one of --collection and --example is needed")
-    if example:
-        _refuse_collection_options(label, k, where, held_out)
-        classified = _by_examples(images, example, error_rate, pooling, (model, engine, threads), data_dir)
+    """Classify images by the labels of similar items in a collection, by a few example images of each class, or with a
+    classification head. Except with a head, an image that resembles no class is reported as unknown, at the chosen
+    error rate."""
+    given = {
+        "--collection": collection,
+        "--example": example or None,
+        "--head": head,
+        "--label": label,
+        "-k": k,
+        "--filter": where,
+        "--calibration-filter": held_out,
+        "--pooling": pooling,
+        "--error-rate": error_rate,
+    }
+    way = _way({option for option, value in given.items() if value is not None})
+    rate = DEFAULT_ERROR_RATE if error_rate is None else error_rate
+    loader = (model, engine, threads)
+    if way == "--head":
+        _print(images, _by_head(images, str(head), loader, data_dir), None, rate, top, as_json)
+        return
+    if way == "--example":
+        classified = _by_examples(images, example or (), rate, pooling, loader, data_dir)
     else:
-        assert collection is not None
-        if label is None:
-            raise fail("--label is missing: the metadata key that contains the class of an item")
-        if pooling is not None:
-            raise fail("--pooling is only possible with --example; a collection has its own")
 
         async def work(vectors: "VectorStore", settings: "Settings") -> "Classified":
-            assert collection is not None
             reference = _reference(str(label), k, where, held_out)
-            loader = (model, engine, threads)
-            return await _by_collection(vectors, settings, collection, images, reference, error_rate, loader)
+            return await _by_collection(vectors, settings, str(collection), images, reference, rate, loader)
 
         classified = run_with(store, data_dir, work)
-    _print(images, classified, error_rate, top, as_json)
+    _print(images, classified.verdicts, classified, rate, top, as_json)
+
+
+def _way(given: set[str]) -> str:
+    """Return the option that says how to classify. `given` contains the options of the command that have a value.
+
+    Raises:
+        typer.Exit: there is not exactly one such option, or another option does not fit it.
+    """
+    ways = [way for way in ("--collection", "--example", "--head") if way in given]
+    if len(ways) != 1:
+        raise fail("exactly one of --collection, --example and --head is needed")
+    [way] = ways
+    for option, fitting in _ONLY_WITH.items():
+        if option in given and way not in fitting:
+            raise fail(f"{option} is not possible with {way}, only with {' or '.join(fitting)}")
+    if way == "--collection" and "--label" not in given:
+        raise fail("--label is missing: the metadata key that contains the class of an item")
+    return way
+
+
+def _by_head(images: Sequence[str], name: str, loader: tuple[str, str, int | None], data_dir: Path) -> "list[Verdict]":
+    """Classify images with a head of the model."""
+    from service.errors import ServiceError
+    from service.features.pipeline import View
+    from service.ingest.sources import read_photo
+    from service.retrieval.classify import Verdict
+    from service.vision.head_classes import head_scores, open_classification_head
+    from service.vision.local import Vision
+
+    try:
+        settings = settings_for(None, data_dir)
+        artifact, loaded = load_model(*loader, settings.data_dir, None)
+        vision = Vision(artifact, loaded, loader[2], decode_limits(settings))
+        head = open_classification_head(vision.model, name)
+        verdicts = []
+        for path in images:
+            data = read_photo(path, max_bytes=settings.max_image_bytes)
+            try:
+                analysed = vision.analyse(data, View(head.outputs))
+            except ServiceError as error:
+                raise ValueError(f"{path}: {error.detail}") from error
+            scores = head_scores(head, analysed.embedded, analysed.outputs)
+            verdicts.append(Verdict(scores[0].label, False, None, scores))
+        return verdicts
+    except (ServiceError, ValueError, OSError, ImportError) as error:
+        raise fail(error) from error
 
 
 async def _by_collection(
@@ -235,34 +302,37 @@ def _condition(text: str | None, option: str) -> "Filter | None":
     return parse_filter(fields)
 
 
-def _refuse_collection_options(label: str | None, k: int | None, where: str | None, held_out: str | None) -> None:
-    options = {"--label": label, "-k": k, "--filter": where, "--calibration-filter": held_out}
-    unused = [name for name, value in options.items() if value is not None]
-    if unused:
-        raise fail(f"{' and '.join(unused)}: only possible with --collection, not with --example")
-
-
-def _print(images: Sequence[str], classified: "Classified", error_rate: float, top: int, as_json: bool) -> None:
-    """Print a line for each image, or JSON in the format of the REST answer, with the path of each image."""
+def _print(
+    images: Sequence[str],
+    verdicts: "Sequence[Verdict]",
+    classified: "Classified | None",
+    error_rate: float,
+    top: int,
+    as_json: bool,
+) -> None:
+    """Print a line for each image, or JSON in the format of the REST answer, with the path of each image. `classified`
+    is None if a head made the verdicts."""
     from service.retrieval.class_answers import calibration_fields, verdict_fields
 
-    calibration = calibration_fields(classified, error_rate)
+    calibration = None if classified is None else calibration_fields(classified, error_rate)
     if as_json:
         data = [
             {"image": image, **verdict_fields(index, verdict, top)}
-            for index, (image, verdict) in enumerate(zip(images, classified.verdicts, strict=True))
+            for index, (image, verdict) in enumerate(zip(images, verdicts, strict=True))
         ]
-        typer.echo(json.dumps({"data": data, "calibration": calibration}, indent=2, ensure_ascii=False))
+        answer: dict[str, Any] = {"data": data}
+        if calibration is not None:
+            answer["calibration"] = calibration
+        typer.echo(json.dumps(answer, indent=2, ensure_ascii=False))
         return
     width = max(len(image) for image in images)
     typer.echo(f"{'image':<{width}}  {'p-value':>7}  {'score':>6}  class")
-    for image, verdict in zip(images, classified.verdicts, strict=True):
+    for image, verdict in zip(images, verdicts, strict=True):
         p_value = "" if verdict.p_value is None else f"{verdict.p_value:.4f}"
         nearest = verdict.scores[0] if verdict.scores else None
         score = "" if nearest is None else f"{nearest.score:.4f}"
         name = "" if nearest is None else str(nearest.label)
-        typer.echo(
-            f"{image:<{width}}  {p_value:>7}  {score:>6}  {f'unknown (nearest: {name})' if verdict.unknown else name}"
-        )
-    if "note" in calibration:
+        shown = f"unknown (nearest: {name})" if verdict.unknown else name
+        typer.echo(f"{image:<{width}}  {p_value:>7}  {score:>6}  {shown}")
+    if calibration is not None and "note" in calibration:
         typer.echo(f"note: {calibration['note']}", err=True)

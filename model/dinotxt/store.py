@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -45,6 +46,7 @@ RECORD: Final = "dinotxt.json"
 VISION_HEAD: Final = "vision_head.safetensors"
 TEXT_ENCODER: Final = "text_encoder.safetensors"
 VOCABULARY: Final = "bpe_simple_vocab_16e6.txt.gz"
+NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 DEFAULT_NAME: Final = "dinotxt"
 MAX_RECORD_BYTES: Final = 1 << 20
 HOW_TO_ADD: Final = (
@@ -71,7 +73,7 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: Literal[1] = 1
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: str = Field(pattern=NAME_PATTERN)
     model: str = Field(pattern=r"^[0-9a-f]{64}$")
     files: dict[str, FileRecord]
     sources: dict[str, str]
@@ -109,14 +111,16 @@ def add_dinotxt(artifact: Artifact, sources: Sources, name: str = DEFAULT_NAME, 
         DinoTxtError: a file is not the expected one, the files do not belong to this model, the name is not allowed or
             used already, or a file cannot be read or written.
     """
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise DinoTxtError(f"name {name!r}: use up to 64 letters, digits, dots, dashes and underscores")
     target = _parent(artifact) / name
+    if target.exists() and not replace:
+        raise DinoTxtError(f"{target}: exists already: choose another name, or replace it")
     try:
         vision, text = read_tensors(sources.vision_head), read_tensors(sources.text_encoder)
         text_shape = text_encoder_shape(text)
         check_match(vision_head_shape(vision), text_shape, artifact.manifest.config)
         Tokenizer(sources.vocabulary, text_shape.vocab_size)
-        if target.exists() and not replace:
-            raise DinoTxtError(f"{target}: exists already: choose another name, or replace it")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".adding-") as temporary:
             folder = Path(temporary) / "new"
@@ -131,8 +135,6 @@ def add_dinotxt(artifact: Artifact, sources: Sources, name: str = DEFAULT_NAME, 
             publish(folder, target)
     except (CheckpointError, VocabularyError) as error:
         raise DinoTxtError(str(error)) from error
-    except ValidationError as error:
-        raise DinoTxtError(in_words(error)) from error
     except OSError as error:
         raise DinoTxtError(f"{error.filename or target}: {error.strerror or error}") from error
     if record.files[VOCABULARY].sha256 != KNOWN_VOCABULARY_SHA256:
@@ -177,6 +179,22 @@ def list_dinotxt(artifact: Artifact) -> list[Record]:
         except DinoTxtError as error:
             log.warning("dino.txt left out: %s", error)
     return sorted(records, key=lambda record: record.name)
+
+
+def remove_dinotxt(artifact: Artifact, name: str) -> None:
+    """Delete dino.txt with this name.
+
+    Raises:
+        DinoTxtNotFound: the artifact has no dino.txt of this name.
+        DinoTxtError: it cannot be deleted.
+    """
+    folders = _folders(artifact)
+    if name not in folders:
+        raise DinoTxtNotFound(f"{artifact.name} has no dino.txt named {name!r}")
+    try:
+        shutil.rmtree(folders[name])
+    except OSError as error:
+        raise DinoTxtError(f"{folders[name]}: cannot be deleted: {error.strerror or error}") from error
 
 
 def open_dinotxt(artifact: Artifact, name: str | None = None) -> DinoTxt:

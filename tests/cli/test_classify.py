@@ -13,7 +13,11 @@ from typer.testing import CliRunner, Result
 
 import cli
 from cli import classify
+from model.heads.record import HeadDescription
+from model.heads.store import add_head
+from service.features.pipeline import View
 from service.retrieval import class_schemas
+from service.vision.local import open_vision
 
 COLOURS = {"red": (200, 40, 30), "green": (40, 180, 60)}
 
@@ -44,7 +48,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["index", f"{root}/photos", "-c", "shop", "--folders-as", "class", "--data-dir", f"{root}/data"],
     )
     assert "20 indexed" in result.output, result.output
+    add_colours(root)
     return root
+
+
+def add_colours(root: Path) -> None:
+    """Add a head to the bundled model. It says green if an image resembles new.png more than strange.png."""
+    vision = open_vision(data_dir=root / "data")
+    parts = [vision.analyse((root / name).read_bytes(), View()).embedded.parts for name in ("new.png", "strange.png")]
+    new, strange = (part.ravel() for part in parts)
+    weight = np.stack([strange - new, new - strange]) / 1000
+    bias = -weight @ (new + strange) / 2
+    last = vision.model.config.depth - 1
+    head = HeadDescription(
+        name="colours", kind="classification", layers=(last,), normed=True, classes=("red", "green"), source="a test"
+    )
+    add_head(vision.artifact, head, {"weight": weight, "bias": bias})
 
 
 @pytest.fixture
@@ -97,15 +116,29 @@ def test_by_examples(run: Callable[..., Result]) -> None:
     assert "2 known images are too few for the error rate 0.05" in few.stderr
 
 
+def test_by_a_head(run: Callable[..., Result], folder: Path) -> None:
+    shown = answer(run("new.png", "strange.png", "--head", "colours", "--json"))
+    assert [(row["label"], row["unknown"], row["p_value"]) for row in shown["data"]] == [
+        ("green", False, None),
+        ("red", False, None),
+    ]
+    assert sum(score["score"] for score in shown["data"][0]["scores"]) == pytest.approx(1)
+    assert "calibration" not in shown
+    assert run("new.png", "--head", "auto").stdout.splitlines()[1].split()[-1] == "green"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["new.png"], "exactly one of --collection and --example"),
+        (["new.png"], "exactly one of --collection, --example and --head"),
         (["new.png", "-c", "shop", "--label", "class", "--example", "a=new.png"], "exactly one of"),
         (["new.png", "-c", "shop"], "--label is missing"),
         (["new.png", "-c", "shop", "--label", "colour"], "no item of collection 'shop' has"),
         (["new.png", "-c", "none", "--label", "class"], "there is no collection 'none'"),
-        (["new.png", "-c", "shop", "--label", "class", "--pooling", "mean"], "--pooling is only possible"),
+        (
+            ["new.png", "-c", "shop", "--label", "class", "--pooling", "mean"],
+            "--pooling is not possible with --collection, only with --example",
+        ),
         (["new.png", "-c", "shop", "--label", "class", "--filter", "{"], "--filter is not JSON"),
         (["new.png", "-c", "shop", "--label", "class", "-k", "101"], "Invalid value for '-k'"),
         (["new.png", "-c", "shop", "--label", "class", "--error-rate", "0.6"], "Invalid value for '--error-rate'"),
@@ -114,7 +147,13 @@ def test_by_examples(run: Callable[..., Result]) -> None:
         (["new.png", "--example", "new.png"], "--example 'new.png' is not NAME=PATH"),
         (["new.png", "--example", "a=none.png"], "none.png: no such file or folder"),
         (["new.png", "--example", "a=torn.png"], "torn.png: "),
-        (["new.png", "--example", "a=new.png", "--label", "class", "-k", "2"], "--label and -k: only possible with"),
+        (["new.png", "--head", "auto", "--error-rate", "0.1"], "--error-rate is not possible with --head, only with"),
+        (["new.png", "--head", "none"], "there is no head named 'none'"),
+        (["torn.png", "--head", "colours"], "torn.png: "),
+        (
+            ["new.png", "--example", "a=new.png", "--label", "class", "-k", "2"],
+            "--label is not possible with --example",
+        ),
     ],
 )
 def test_it_says_what_is_wrong(run: Callable[..., Result], words: list[str], said: str) -> None:
@@ -124,4 +163,5 @@ def test_it_says_what_is_wrong(run: Callable[..., Result], words: list[str], sai
 
 
 def test_the_limits_are_those_of_the_service() -> None:
-    assert (classify.MAX_K, classify.ERROR_RATES) == (class_schemas.MAX_K, class_schemas.ERROR_RATES)
+    names = ("MAX_K", "ERROR_RATES", "DEFAULT_ERROR_RATE")
+    assert [getattr(classify, name) for name in names] == [getattr(class_schemas, name) for name in names]

@@ -8,7 +8,21 @@ from pathlib import Path
 
 import numpy as np
 
+from model.artifact import (
+    MANIFEST,
+    ONNX,
+    WEIGHTS,
+    StoredWeights,
+    bundled_artifact,
+    describe_file,
+    fingerprint,
+    read_manifest,
+)
+from model.config import ViTConfig
+from model.convert import backbone_shapes
 from model.dinotxt.store import Sources, write_safetensors
+from model.onnx_graph.build import GraphSpec, write_onnx
+from model.preprocess import PreprocessSpec
 from tests.model.torch_files import write_torch_file
 
 Shapes = dict[str, tuple[int, ...]]
@@ -121,6 +135,29 @@ def _symbol(byte: int) -> str:
     """Return GPT-2's character for a byte: itself if it is printed, otherwise the next free character from U+0100."""
     printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return chr(byte) if byte in printed else chr(256 + [b for b in range(256) if b not in printed].index(byte))
+
+
+def write_artifact(folder: Path) -> Path:
+    """Write an artifact with a small backbone that has registers, and random weights. Return `folder`."""
+    config = ViTConfig(embed_dim=64, depth=2, num_heads=1, img_size=70, num_register_tokens=4, layerscale_init=0.5)
+    spec = PreprocessSpec(resize=80, crop=70)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = random_tensors(backbone_shapes(config))
+    write_safetensors(folder / WEIGHTS, weights)
+    write_onnx(weights, config, GraphSpec(size=(70, 70)), folder / ONNX)
+    changes = {
+        "name": "small",
+        "fingerprint": fingerprint(StoredWeights(folder / WEIGHTS), config, spec),
+        "config": config,
+        "preprocess": spec,
+        "input_size": (70, 70),
+        "parity": [],
+        "graphs": [],
+        "files": {name: describe_file(folder / name) for name in (WEIGHTS, ONNX)},
+    }
+    manifest = read_manifest(bundled_artifact()).model_copy(update=changes)
+    (folder / MANIFEST).write_text(manifest.model_dump_json())
+    return folder
 
 
 def write_sources(folder: Path, *, width: int = 64, suffix: str = ".pth") -> Sources:

@@ -10,10 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from model.artifact import Artifact
+from model.config import ViTConfig
+from model.heads.linear import layer_norm
+from model.heads.record import HeadDescription
+from model.heads.store import add_head, choose_head, open_head
+from service.features.pipeline import View
 from service.retrieval.class_schemas import MAX_K
 from service.search.store import CollectionSpec, Item
 from tests.dict_store import DictStore
 from tests.fakes import DIMS, Running, fake_artifact, photo, plain_photo, running
+from tests.model.heads.artifacts import small_artifact
 
 PATH = "/v1/classify"
 PNG = {"Content-Type": "image/png"}
@@ -219,14 +226,19 @@ EXAMPLES = {"images": "IMAGE", "classes": {"a": "IMAGE"}}
         (GOOD | {"filter": {"key": "n"}}, 422, "filter", "operator"),
         (GOOD | {"filter": {"key": "n", "gt": 99}}, 422, "label", "among those that may be neighbours"),
         (GOOD | {"calibration_filter": {"key": "n", "gt": 99}}, 422, "calibration_filter", "passes it"),
-        (GOOD | {"pooling": "mean"}, 422, "pooling", "a collection has its own"),
+        (GOOD | {"pooling": "mean"}, 422, "pooling", "pooling: not possible with collection, only with classes"),
         (GOOD | {"model": "gpt"}, 404, "model", "'gpt' is not served"),
         (GOOD | {"colour": 1}, 422, "colour", "unknown field"),
         (GOOD | {"images": []}, 422, "images", "0 images in images"),
         (GOOD | {"images": ["IMAGE"] * 9}, 422, "images", "9 images in images: a request can have 1 to 8"),
         (GOOD | {"params": {"exact": 1, "x": 2}}, 422, "params", "params.x: unknown field"),
-        (GOOD | EXAMPLES, 422, "collection", "exactly one of collection and classes is needed, not both"),
-        ({"images": "IMAGE"}, 422, "collection", "exactly one of collection and classes is needed, not none"),
+        (
+            GOOD | EXAMPLES,
+            422,
+            "collection",
+            "exactly one of collection, classes, head is needed, not collection and classes",
+        ),
+        ({"images": "IMAGE"}, 422, "collection", "exactly one of collection, classes, head is needed, not none"),
         (EXAMPLES | {"classes": {}}, 422, "classes", "at least one class"),
         (EXAMPLES | {"classes": []}, 422, "classes", "must be an object"),
         (EXAMPLES | {"classes": {"a": []}}, 422, "classes", "'a' has no image"),
@@ -236,11 +248,16 @@ EXAMPLES = {"images": "IMAGE", "classes": {"a": "IMAGE"}}
         (EXAMPLES | {"classes": {"a": ["IMAGE", "a red shoe"]}}, 422, "classes", "image 1 of 'a' cannot be used: "),
         (EXAMPLES | {"classes": {"a": "PDF"}}, 415, "classes", "image 0 of 'a' cannot be used: "),
         (EXAMPLES | {"classes": {"a": ["IMAGE"] * 8}}, 422, "classes", "9 images in images and classes"),
-        (EXAMPLES | {"k": 3, "label": "class"}, 422, "label", "label and k: only possible with collection"),
+        (
+            EXAMPLES | {"k": 3, "label": "class"},
+            422,
+            "label",
+            "label and k: not possible with classes, only with collection",
+        ),
     ],
 )
 async def test_bad_input(tmp_path: Path, body: dict[str, Any], status: int, param: str | None, words: str) -> None:
-    images = {"IMAGE": text(photo(1)), "BROKEN": text(photo(2)[:60]), "PDF": text(b"%PDF-1.4 " + bytes(200))}
+    images = {"IMAGE": text(photo(77)), "BROKEN": text(photo(2)[:60]), "PDF": text(b"%PDF-1.4 " + bytes(200))}
     filled = json.dumps(body)
     for name, image in images.items():
         filled = filled.replace(f'"{name}"', f'"{image}"')
@@ -252,6 +269,81 @@ async def test_bad_input(tmp_path: Path, body: dict[str, Any], status: int, para
         assert run.engine.images == 0 or "classes" in body  # no image is embedded before the collection is checked
     assert words in answer["detail"]
     assert answer.get("param") == param
+
+
+def with_head(folder: Path, layers: tuple[int, ...]) -> Artifact:
+    """Return an artifact with a classification head that reads these blocks. Its model has one block per entry."""
+    config = ViTConfig(embed_dim=DIMS, depth=len(layers), num_heads=1, img_size=28)
+    artifact = small_artifact(folder, config=config)
+    head = HeadDescription(
+        name="colours", kind="classification", layers=layers, normed=True, classes=("red", "green"), source="a test"
+    )
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((2, DIMS * (len(layers) + 1)), dtype=np.float32)
+    add_head(artifact, head, {"weight": weight, "bias": np.array([0.5, -0.5], np.float32)})
+    return artifact
+
+
+@pytest.mark.parametrize("layers", [(0,), (0, 1)])
+async def test_a_head_of_the_model_classifies(tmp_path: Path, layers: tuple[int, ...]) -> None:
+    artifact = with_head(tmp_path / "small-aaaaaaaa", layers)
+    async with running(tmp_path, artifact=artifact) as run:
+        images = [text(photo(1)), "a red shoe", text(photo(2))]
+        answer = await ask(run, {"images": images, "head": "colours", "on_error": "partial"})
+        auto = await run.client.post(PATH, params={"head": "auto", "top": 1}, content=photo(2), headers=PNG)
+        embedded = [outcome.result() for outcome in await run.embed([photo(1), photo(2)])]
+        seen = [
+            await run.service.pipeline.analyse(photo(i), lambda one: one.outputs, View(("tokens.0",))) for i in (1, 2)
+        ]
+    head = open_head(artifact, choose_head(artifact, "classification", None))
+    assert [row["index"] for row in answer["data"]] == [0, 2]
+    for row, one, outputs in zip(answer["data"], embedded, seen, strict=True):
+        cls, mean = one.vector("cls", False), one.vector("mean", False)
+        first = layer_norm(outputs["tokens.0"], *head.norm, 1e-6)[0]
+        inputs = [cls, mean] if layers == (0,) else [first, cls, mean]
+        logits = head.tensors["weight"] @ np.concatenate(inputs) + head.tensors["bias"]
+        expected = np.exp(logits) / np.exp(logits).sum()
+        scores = {score["label"]: score["score"] for score in row["scores"]}
+        assert scores == {"red": pytest.approx(expected[0], abs=1e-5), "green": pytest.approx(expected[1], abs=1e-5)}
+        assert row["label"] == max(scores, key=lambda label: scores[label])
+        assert row["scores"][0]["score"] > row["scores"][1]["score"]
+        assert (row["unknown"], row["p_value"], "neighbours" in row) == (False, None, False)
+    assert (answer["head"], answer["errors"][0]["index"]) == ("colours", 1)
+    assert "calibration" not in answer
+    assert auto.json()["head"] == "colours"
+    assert len(auto.json()["data"][0]["scores"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ({"head": "none"}, 422, "there is no head named 'none'; heads for classification: colours"),
+        ({"head": "colours", "collection": "shop"}, 422, "not collection and head"),
+        ({"head": "colours", "error_rate": 0.1}, 422, "error_rate: not possible with head, only with collection or"),
+        ({"head": "colours", "pooling": "cls"}, 422, "pooling: not possible with head, only with classes"),
+        ({"head": ""}, 422, "head: String should have at least 1 character"),
+    ],
+)
+async def test_bad_input_with_a_head(tmp_path: Path, body: dict[str, Any], status: int, words: str) -> None:
+    async with running(tmp_path, artifact=with_head(tmp_path / "small-aaaaaaaa", (0,))) as run:
+        answer = await ask(run, {"images": text(photo(1))} | body, status)
+        assert run.engine.images == 0
+    assert words in answer["detail"]
+
+
+async def test_a_model_without_heads_says_how_to_get_one(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        answer = await ask(run, {"images": text(photo(1)), "head": "auto"}, 422)
+    assert "has no head for classification; `dinov2 heads add`" in answer["detail"]
+    assert answer["param"] == "head"
+
+
+async def test_a_damaged_head_is_a_fault_of_the_server(tmp_path: Path) -> None:
+    artifact = with_head(tmp_path / "small-aaaaaaaa", (0,))
+    (artifact.path / "heads" / "colours" / "head.safetensors").write_bytes(b"damaged")
+    async with running(tmp_path, artifact=artifact) as run:
+        answer = await ask(run, {"images": text(photo(1)), "head": "colours"}, 500)
+    assert answer["code"] == "engine_failed"
 
 
 async def test_a_failing_engine_is_no_fault_of_the_example(tmp_path: Path) -> None:
