@@ -26,6 +26,7 @@ import base64
 import datetime
 import io
 import json
+import os
 import shlex
 import statistics
 import sys
@@ -59,6 +60,7 @@ ERROR_RATES = (0.10, 0.05, 0.01)
 HELD_OUT_CLASSES = 20
 KS = (1, 5, 10, 20)
 SHOTS = (1, 2, 3, 5, 10)
+SERIES = 11
 TAG = "benchmark"
 HELD_OUT = In(("split",), ("calibration",))
 Floats = np.ndarray[Any, Any]
@@ -66,11 +68,13 @@ Floats = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Images:
-    """The vectors [n, D] of all images, of length 1, with the class and the split of each image."""
+    """The vectors [n, D] of all images, of length 1, with the class, the split and the number of each image. Images of
+    a class with close numbers often show the same object."""
 
     vectors: Floats
     labels: Floats
     splits: Floats
+    numbers: Floats
 
     @property
     def val_classes(self) -> list[str]:
@@ -89,8 +93,9 @@ def load_images(data: Path, artifact: Artifact, kept: Path) -> Images:
         names = [str(file.relative_to(data)) for file in done]
         np.savez(path, vectors=np.stack(vectors), names=names)
     stored = np.load(path)
-    parts = [Path(name).parts for name in stored["names"]]
-    return Images(stored["vectors"], np.array([part[1] for part in parts]), np.array([part[0] for part in parts]))
+    names = [Path(name) for name in stored["names"]]
+    labels, splits = (np.array([name.parts[i] for name in names]) for i in (1, 0))
+    return Images(stored["vectors"], labels, splits, np.array([int(name.stem.split("_")[-1]) for name in names]))
 
 
 # Coverage of known images
@@ -238,29 +243,49 @@ def few_shot(images: Images, rng: np.random.Generator, repeats: int) -> dict[str
     return results
 
 
-def other_scores(images: Images, make: Callable[[], Round], repeats: int, k: int) -> dict[str, float]:
-    """Return the AUROC of several scores with the same neighbours: the similarity to the k-th neighbour (the one that
-    the service uses), the mean similarity of k neighbours, the similarity to the first, the share of votes of the best
-    class, and the similarity to the k-th neighbour ranked among the items with the same predicted class."""
-    runs: dict[str, list[float]] = {}
+def other_scores(images: Images, make: Callable[[], Round], repeats: int, k: int) -> dict[str, dict[str, float]]:
+    """Return the AUROC and, with leave-one-out, the coverage at 95 % of several scores with the same neighbours: the
+    similarity to the k-th neighbour (the one that the service uses), the mean similarity of k neighbours, the
+    similarity to the first, the share of votes of the best class, and the similarity to the k-th neighbour ranked among
+    the items with the same predicted class. The last entry compares each item only with items of other classes, of
+    other splits, or with a number that differs by at least `SERIES`.
+    """
+    runs: dict[str, list[tuple[float, float]]] = {}
     for _ in range(repeats):
         rows = make()
-        reference, labels = images.vectors[rows.collection], images.labels[rows.collection]
+        collection = rows.collection
+        reference, labels = images.vectors[collection], images.labels[collection]
         within = reference @ reference.T
         np.fill_diagonal(within, -2)
         calibration, of_items = _scores(within, labels, k)
-        scores = [_scores(images.vectors[tests] @ reference.T, labels, k) for tests in (rows.known, rows.unknown)]
-        for name in calibration:
-            runs.setdefault(name, []).append(auroc(scores[0][0][name], scores[1][0][name]))
-        class_wise = []
-        for values, predicted in scores:
-            ranks = [
-                float(p_values(np.sort(calibration["k-th"][of_items == label]), [value])[0])
-                for value, label in zip(values["k-th"], predicted, strict=True)
-            ]
-            class_wise.append(np.array(ranks))
-        runs.setdefault("k-th, class-wise", []).append(auroc(*class_wise))
-    return {name: _mean(values) for name, values in runs.items()}
+        tests = [_scores(images.vectors[numbers] @ reference.T, labels, k) for numbers in (rows.known, rows.unknown)]
+        for name, scores in calibration.items():
+            known, unknown = (p_values(np.sort(scores), test[0][name]) for test in tests)
+            area = auroc(tests[0][0][name], tests[1][0][name])
+            runs.setdefault(name, []).append((area, float(np.mean(known > 0.05))))
+        known, unknown = (_class_wise(calibration["k-th"], of_items, *test) for test in tests)
+        runs.setdefault("k-th, class-wise", []).append((auroc(known, unknown), float(np.mean(known > 0.05))))
+        within[_same_series(images, collection)] = -2
+        known = p_values(np.sort(_scores(within, labels, k)[0]["k-th"]), tests[0][0]["k-th"])
+        runs.setdefault("k-th, series left out", []).append((runs["k-th"][-1][0], float(np.mean(known > 0.05))))
+    return {
+        name: {key: _mean([value[i] for value in values]) for i, key in enumerate(("auroc", "coverage_95"))}
+        for name, values in runs.items()
+    }
+
+
+def _class_wise(calibration: Floats, of_items: Floats, scores: dict[str, Floats], predicted: Floats) -> Floats:
+    """Return the p-value of each image among the items with the same predicted class."""
+    known = {label: np.sort(calibration[of_items == label]) for label in set(predicted.tolist())}
+    pairs = zip(scores["k-th"], predicted.tolist(), strict=True)
+    return np.array([p_values(known[label], [value])[0] for value, label in pairs])
+
+
+def _same_series(images: Images, rows: Floats) -> Floats:
+    """Return for each pair of images whether they are less than `SERIES` images apart, bool [n, n]."""
+    same = [values[rows][:, None] == values[rows] for values in (images.labels, images.splits)]
+    numbers = images.numbers[rows]
+    return same[0] & same[1] & (np.abs(numbers[:, None] - numbers) < SERIES)
 
 
 def _scores(similarities: Floats, labels: Floats, k: int) -> tuple[dict[str, Floats], Floats]:
@@ -284,7 +309,7 @@ def _scores(similarities: Floats, labels: Floats, k: int) -> tuple[dict[str, Flo
 async def latency(artifact: Artifact, images: Images, requests: int) -> dict[str, Any]:
     """Return the median time of requests with one new image: an embedding, and a classification by the train images.
     The requests alternate, and the vector cache is off. Also measure the first calibration, of this collection and of
-    one with 100,000 random vectors."""
+    one with 100,000 vectors, which are vectors of the images with noise."""
     engine = load_engine(artifact, "auto")
     with tempfile.TemporaryDirectory() as folder:
         app = create_app(Settings(data_dir=Path(folder), cache_bytes=0), artifact, engine)
@@ -298,7 +323,8 @@ async def latency(artifact: Artifact, images: Images, requests: int) -> dict[str
             first = {"2,640 items": await _seconds(store, "shop")}
             rng = np.random.default_rng(0)
             for start in range(0, 100_000, 5000):
-                rows = rng.normal(size=(5000, images.vectors.shape[1]))
+                rows = images.vectors[rng.integers(0, len(images.vectors), 5000)]
+                rows = rows + rng.normal(size=rows.shape) / rows.shape[1] ** 0.5 / 2
                 await store.upsert(
                     "large", [Item(f"{start + n}", row, {"class": n % 9}) for n, row in enumerate(rows)], tag=tag
                 )
@@ -308,7 +334,8 @@ async def latency(artifact: Artifact, images: Images, requests: int) -> dict[str
             async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
                 times = await _alternate(client, requests)
     medians = {name: round(statistics.median(values) * 1e3, 2) for name, values in times.items()}
-    return {"median_ms": medians, "first_calibration_s": first}
+    load = round(os.getloadavg()[0], 1)
+    return {"latency": {"median_ms": medians, "first_calibration_s": first, "load_average": load}}
 
 
 async def _seconds(store: VectorStore, name: str) -> float:
@@ -361,17 +388,23 @@ async def measure(images: Images, artifact: Artifact, arguments: argparse.Namesp
         }
         knn = await knn_accuracy(store, images)
         await store.close()
-    scores = {
-        name: other_scores(images, make, arguments.repeats // 2, arguments.k)
-        for name, (make, _) in list(protocols.items())[:2]
-    }
     return {
         "coverage": coverage,
         "knn_accuracy_val": knn,
         "few_shot": few_shot(images, rng, arguments.repeats // 2),
-        "auroc_of_other_scores": scores,
-        "latency": await latency(artifact, images, arguments.requests),
+        **compare_scores(images, arguments),
+        **await latency(artifact, images, arguments.requests),
     }
+
+
+def compare_scores(images: Images, arguments: argparse.Namespace) -> dict[str, Any]:
+    rng = np.random.default_rng(arguments.seed)
+    makers: dict[str, Callable[[], Round]] = {
+        "one source": lambda: one_source(images, rng),
+        "other shops, leave-one-out": lambda: other_shops(images, rng, held_out=False),
+    }
+    scores = {name: other_scores(images, make, arguments.repeats // 2, arguments.k) for name, make in makers.items()}
+    return {"other_scores": scores}
 
 
 def main() -> None:
@@ -379,6 +412,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and val/")
     parser.add_argument("--artifact", type=Path, default=bundled_artifact(), help="artifact; default: the bundled one")
     parser.add_argument("--features", type=Path, default=Path("/tmp/classify_unknown"), help="folder for the features")
+    parser.add_argument("--only", choices=("scores", "latency"), help="replace this part of today's results")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("-k", type=int, default=10)
@@ -388,10 +422,22 @@ def main() -> None:
     artifact = load_artifact(arguments.artifact)
     images = load_images(arguments.data, artifact, arguments.features)
     today = datetime.date.today().isoformat()
+    path = arguments.results / f"{today}-classify-unknown.json"
+    command = shlex.join(["python", "benchmarks/classify_unknown.py", *sys.argv[1:]])
+    if arguments.only is not None:
+        results = json.loads(path.read_text())
+        results[f"command_of_{arguments.only}"] = command
+        results |= (
+            asyncio.run(latency(artifact, images, arguments.requests))
+            if arguments.only == "latency"
+            else (compare_scores(images, arguments))
+        )
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        return
     results = {
         "benchmark": "classify-unknown",
         "date": today,
-        "command": shlex.join(["python", "benchmarks/classify_unknown.py", *sys.argv[1:]]),
+        "command": command,
         "model": artifact.manifest.name,
         "fingerprint": artifact.fingerprint,
         "images": {split: int(np.sum(images.splits == split)) for split in ("train", "val")},
@@ -399,7 +445,7 @@ def main() -> None:
     }
     text = json.dumps(results, indent=1)
     arguments.results.mkdir(parents=True, exist_ok=True)
-    (arguments.results / f"{today}-classify-unknown.json").write_text(text + "\n")
+    path.write_text(text + "\n")
     print(text)
 
 

@@ -4,7 +4,7 @@ import time
 
 from fastapi import APIRouter, Request
 
-from service.errors import Conflict, ModelMismatch, ModelNotFound, NotFound
+from service.errors import Conflict, ModelMismatch, ModelNotFound
 from service.outcomes import split_items
 from service.retrieval.class_answers import calibration_fields, verdict_fields
 from service.retrieval.class_request import classify as classify_images
@@ -22,7 +22,7 @@ router = APIRouter(tags=["classify"], route_class=DirectRoute)
 @router.post("/v1/classify", summary="Classify images")
 @describe(
     Operation(
-        errors=(*IMAGES, *COLLECTION, ModelNotFound, NotFound, ModelMismatch, Conflict),
+        errors=(*IMAGES, *COLLECTION, ModelNotFound, ModelMismatch, Conflict),
         upload=Upload(ClassifyIn, ClassifyOptions, many=True),
         answer_headers=("Server-Timing",),
     )

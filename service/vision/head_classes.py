@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from model.heads.record import Floats, HeadError, HeadNotFound, ImageTokens
-from model.heads.store import Head, choose_head, open_head
-from service.errors import EngineFailed, NotFound
+from model.heads.record import Floats, ImageTokens
+from model.heads.store import Head
 from service.features.pipeline import Embedded
 from service.features.served_model import ServedModel
+from service.vision.heads import open_named
 from service.vision.knn import ClassScore
 
 
@@ -17,16 +17,10 @@ def open_classification_head(model: ServedModel, name: str) -> Head:
     reads files.
 
     Raises:
-        NotFound: there is no such head. The message lists the heads that exist.
-        EngineFailed: the file of the head is damaged.
+        InvalidRequest: there is no such head. The message lists the heads that exist.
+        EngineFailed: the files of the head are damaged.
     """
-    try:
-        record = choose_head(model.artifact, "classification", None if name == "auto" else name)
-        return open_head(model.artifact, record)
-    except HeadNotFound as error:
-        raise NotFound(str(error), param="head") from error
-    except HeadError as error:
-        raise EngineFailed(f"head {name!r} cannot be used: {error}") from error
+    return open_named(model, "classification", None if name == "auto" else name)
 
 
 def head_scores(head: Head, embedded: Embedded, outputs: Mapping[str, Floats]) -> list[ClassScore]:

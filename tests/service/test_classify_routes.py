@@ -317,7 +317,7 @@ async def test_a_head_of_the_model_classifies(tmp_path: Path, layers: tuple[int,
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [
-        ({"head": "none"}, 404, "there is no head named 'none'; heads for classification: colours"),
+        ({"head": "none"}, 422, "there is no head named 'none'; heads for classification: colours"),
         ({"head": "colours", "collection": "shop"}, 422, "not collection and head"),
         ({"head": "colours", "error_rate": 0.1}, 422, "error_rate: not possible with head, only with collection or"),
         ({"head": "colours", "pooling": "cls"}, 422, "pooling: not possible with head, only with classes"),
@@ -333,7 +333,7 @@ async def test_bad_input_with_a_head(tmp_path: Path, body: dict[str, Any], statu
 
 async def test_a_model_without_heads_says_how_to_get_one(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
-        answer = await ask(run, {"images": text(photo(1)), "head": "auto"}, 404)
+        answer = await ask(run, {"images": text(photo(1)), "head": "auto"}, 422)
     assert "has no head for classification; `dinov2 heads add`" in answer["detail"]
     assert answer["param"] == "head"
 
