@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.dinotxt.bpe import END, START, Tokenizer, VocabularyError, clean, cut, read_merges, split_words
+from model.dinotxt.bpe import END, START, Tokenizer, VocabularyError, clean, read_merges, split_words
 from tests.model.dinotxt_files import CORPUS, MERGES, VOCAB_SIZE, write_vocabulary
 
 TEXTS = [
@@ -87,14 +87,6 @@ def test_a_prompt_ends_at_the_first_end_token(tokenizer: Tokenizer) -> None:
     assert tokenizer.prompt(f"a photo {END.upper()} x") == tokenizer.prompt("a photo")
     assert tokenizer.encode(f"a{START}") == [*tokenizer.encode("a"), *tokenizer.encode(START)]
     assert tokenizer.encode(START) == [tokenizer.start]
-
-
-def test_a_long_prompt_is_cut_before_the_end_token(tokenizer: Tokenizer) -> None:
-    prompt = tokenizer.prompt("a photo of a cat. " * 30)
-    shorter = cut(prompt, 77)
-    assert len(prompt) > 77
-    assert shorter == [*prompt[:76], tokenizer.end]
-    assert cut(prompt[:77], 77) == prompt[:77]
 
 
 @pytest.mark.parametrize(
