@@ -81,14 +81,14 @@ class TriedEngine(TypedDict):
 
 
 class HeadAnswer(TypedDict):
-    """A head of a model. It predicts classes, a class per pixel, or depth."""
+    """A head of a model. It predicts classes, a class per pixel, or depth, or compares images with words."""
 
     name: str
-    kind: HeadKind
-    architecture: Architecture
-    fingerprint: Annotated[str, Field(description="sha256 of the head's weights")]
+    kind: HeadKind | Literal["words"]
+    architecture: Architecture | Literal["dinotxt"]
+    fingerprint: Annotated[str, Field(description="sha256 of the head's weights; of the text encoder for words")]
     blocks: Annotated[list[int], Field(description="blocks of the model whose tokens the head reads, from 0")]
-    classes: Annotated[list[str], Field(description="names of the classes; empty for depth")]
+    classes: Annotated[list[str], Field(description="names of the classes; empty for depth and words")]
     depth_range: Annotated[list[float] | None, Field(description="smallest and largest depth in metres")]
     metrics: Annotated[dict[str, Any], Field(description="measured on held-out images when the head was trained")]
     source: str

@@ -37,7 +37,7 @@ from training.evaluate.knn import labels_of
 from training.evaluate.logistic import Logistic, fit_logistic
 
 MIN_IMAGES: Final = 20
-MAX_CLASSES: Final = {"classification": 10_000, "segmentation": 255}
+MAX_CLASSES: Final = 10_000
 C_CHOICES: Final = tuple(10.0**power for power in range(-5, 5))
 TOLERANCE, MAX_ITERATIONS = 1e-5, 300  # of logistic regression
 CLASS_NAMES: Final = "classes.txt"
@@ -300,8 +300,8 @@ def _check_classes(classes: Mapping[str, int]) -> None:
         raise ValueError(
             f"all images have the class {next(iter(classes))!r}; classification needs at least two classes"
         )
-    if len(classes) > MAX_CLASSES["classification"]:
-        raise ValueError(f"{len(classes)} classes; at most {MAX_CLASSES['classification']} are allowed")
+    if len(classes) > MAX_CLASSES:
+        raise ValueError(f"{len(classes)} classes; at most {MAX_CLASSES} are allowed")
 
 
 def _held_out_images(

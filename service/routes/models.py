@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 from fastapi import APIRouter, Request
 
+from model.dinotxt.store import TEXT_ENCODER, Record, list_dinotxt
 from model.heads.record import HeadRecord
 from model.heads.store import list_heads
 from service.answer_schemas import HeadAnswer, ModelAnswer, ModelsAnswer
@@ -62,7 +63,10 @@ def model_answer(service: Service) -> ModelAnswer:
         "provenance": manifest.provenance,
         "licence": manifest.licence,
         "created_at": manifest.created,
-        "heads": [_head(record) for record in list_heads(service.artifact)],
+        "heads": [
+            *(_head(record) for record in list_heads(service.artifact)),
+            *(_dinotxt(record, manifest.config.depth - 1) for record in list_dinotxt(service.artifact)),
+        ],
     }
 
 
@@ -77,6 +81,21 @@ def _head(record: HeadRecord) -> HeadAnswer:
         "depth_range": None if record.depth_range is None else list(record.depth_range),
         "metrics": record.metrics,
         "source": record.source,
+        "created_at": record.created,
+    }
+
+
+def _dinotxt(record: Record, last_block: int) -> HeadAnswer:
+    return {
+        "name": record.name,
+        "kind": "words",
+        "architecture": "dinotxt",
+        "fingerprint": record.files[TEXT_ENCODER].sha256,
+        "blocks": [last_block],
+        "classes": [],
+        "depth_range": None,
+        "metrics": {},
+        "source": ", ".join(record.sources),
         "created_at": record.created,
     }
 

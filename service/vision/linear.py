@@ -9,7 +9,6 @@ therefore bounded.
 Legend: C classes, H, W size of the image in pixels; h, w size of the patch grid.
 """
 
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -21,44 +20,29 @@ from service.vision.heads import tokens_of
 from service.vision.pictures import bilinear_weights
 
 Floats = npt.NDArray[np.float32]
-Labels = npt.NDArray[np.int32]
+Labels = npt.NDArray[np.uint8]
 Box = tuple[float, float, float, float]
 
-UNSEEN: Final = -1
 MAX_LOGITS: Final = 100_000_000
 _BLOCK_LOGITS: Final = 1 << 16  # they fit into the cache of a core
 
 
-@dataclass(frozen=True)
-class LinearSegmentation:
-    """The classes of the pixels of one image.
-
-    labels: int32 [H, W], the number of the class of each pixel, or -1 outside the part that the network sees.
-    classes: the names of all classes of the head.
-    shares: for each class that occurs, by number, its share of the pixels that the network sees.
+def segment_linear(head: Head, analysed: Analysed) -> Labels:
+    """Segment an image with a segmentation head. Return the label of each pixel, uint8 [H, W]: the number of its class
+    plus 1, or 0 outside the part of the image that the network sees. `analysed` must have the inner outputs that the
+    head needs.
     """
-
-    labels: Labels
-    classes: tuple[str, ...]
-    shares: dict[int, float]
-
-
-def segment_linear(head: Head, analysed: Analysed) -> LinearSegmentation:
-    """Segment an image with a segmentation head. `analysed` must have the inner outputs that the head needs."""
-    labels = pixel_classes(head.segment(tokens_of(analysed)), analysed.size, analysed.crop_box)
-    counts = np.bincount(labels[labels != UNSEEN])
-    shares = {int(number): float(counts[number] / counts.sum()) for number in np.flatnonzero(counts)}
-    return LinearSegmentation(labels, head.record.classes, shares)
+    return pixel_classes(head.segment(tokens_of(analysed)), analysed.size, analysed.crop_box)
 
 
 def pixel_classes(logits: Floats, size: tuple[int, int], crop_box: Box) -> Labels:
-    """Return the class with the largest interpolated logit for each pixel, int32 [H, W].
+    """Return 1 plus the number of the class with the largest interpolated logit for each pixel, uint8 [H, W].
 
     Args:
-        logits: [C, h, w].
+        logits: [C, h, w], of at most 255 classes.
         size: (H, W).
         crop_box: the part of the image that the patches cover, (x, y, width, height) in pixels. The other pixels get
-            the value -1.
+            the value 0.
     """
     scale = min(1.0, (MAX_LOGITS / (len(logits) * size[0] * size[1])) ** 0.5)
     if scale < 1:
@@ -73,12 +57,12 @@ def pixel_classes(logits: Floats, size: tuple[int, int], crop_box: Box) -> Label
         return labels[rows[:, None], columns]
     rows_seen, row_weights = bilinear_weights(size[0], crop_box[1], crop_box[3], logits.shape[1])
     columns_seen, column_weights = bilinear_weights(size[1], crop_box[0], crop_box[2], logits.shape[2])
-    labels = np.full(size, UNSEEN, np.int32)
+    labels = np.zeros(size, np.uint8)
     seen = labels[rows_seen, columns_seen]  # a view
     classes, h, w = logits.shape
     flat = np.ascontiguousarray(logits.transpose(1, 2, 0), np.float32).reshape(h, w * classes)
     step = max(1, _BLOCK_LOGITS // max(1, classes * seen.shape[1]))
     for top in range(0, len(seen), step):
         block = (row_weights[top : top + step] @ flat).reshape(-1, w, classes)
-        seen[top : top + step] = (column_weights @ block).argmax(axis=2)  # [rows, W, C] -> [rows, W]
+        seen[top : top + step] = 1 + (column_weights @ block).argmax(axis=2)  # [rows, W, C] -> [rows, W]
     return labels

@@ -25,7 +25,7 @@ MAX_WORDS: Final = 200
 MAX_CHARACTERS: Final = 300  # of a word or a template
 MAX_TEMPLATES: Final = 100
 MAX_NEW_TOKENS: Final = 4000
-"""The number of tokens that one request may encode, about 20 s on two cores with the published encoder. Words whose
+"""The number of tokens that one request may encode, about 60 s of CPU time with the published encoder. Words whose
 vectors are kept do not count, and neither do repeated beginnings of sentences."""
 KEPT_WORDS: Final = 4096  # 12 kB each with the published encoder
 

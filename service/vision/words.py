@@ -5,8 +5,9 @@ It needs the networks of dino.txt (`model/dinotxt/`), which belong to Meta's ViT
 Legend: C words, D width, N patches, R registers, H x W size of the image, h x w size of the patch grid.
 """
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Final, Literal, NotRequired
 
 import numpy as np
@@ -14,18 +15,22 @@ from pydantic import FailFast, Field
 from typing_extensions import TypedDict
 
 from model.dinotxt.store import DinoTxt, DinoTxtError, DinoTxtNotFound, open_dinotxt
-from service.answer_schemas import Box, RunLengths, VisionAnswer
-from service.errors import EngineFailed, InvalidRequest, NotFound
+from service.answer_schemas import Box as BoxOut
+from service.answer_schemas import RunLengths, VisionAnswer
+from service.errors import EngineFailed, InvalidRequest
 from service.features.patches import unit_rows
 from service.features.pipeline import Analysed
 from service.features.served_model import ServedModel
 from service.schema_base import LISTED
 from service.schemas import VisionOptions
 from service.vision.mask import coco_rle_encode
-from service.vision.pictures import Floats, blend
+from service.vision.pictures import Box, Floats, blend
 from service.vision.task import JSON, PNG, Answer, File, Task, png
 from service.vision.word_map import Labels, label_map, palette
 from service.vision.word_vectors import CACHE, MAX_CHARACTERS, MAX_TEMPLATES, MAX_WORDS, WordVectors, sentences
+from service.vision.word_windows import WINDOW, windowed_similarities
+
+log = logging.getLogger(__name__)
 
 LOGIT_SCALE: Final = 100.0  # of Meta's notebook; the published files do not contain it
 _OPACITY: Final = 0.55
@@ -54,6 +59,11 @@ class WordsOptions(VisionOptions):
         "several: the mean of seven sentences, which is slower for new words",
     )
     head: str | None = Field(None, max_length=64, description="name of the dino.txt head; default: the only one")
+    windows: bool = Field(
+        False,
+        description="find the pixels of each word in overlapping windows of the enlarged image, which shows smaller "
+        "things and takes one forward pass per window; at most 16 windows; the scores do not change",
+    )
     min_similarity: float | None = Field(
         None, ge=-1, le=1, allow_inf_nan=False, description="a pixel that is less similar to every word gets no word"
     )
@@ -79,7 +89,7 @@ class WordsAnswer(VisionAnswer):
     templates: Annotated[list[str], Field(description="the sentences that each word was put into")]
     head: Annotated[str, Field(description="name of the dino.txt head")]
     grid: Annotated[list[int], Field(description="number of patches down and across")]
-    crop_box: Box
+    crop_box: BoxOut
 
 
 @dataclass(frozen=True)
@@ -114,32 +124,56 @@ def words_scores(analysed: Analysed, dinotxt: DinoTxt, vectors: WordVectors) -> 
     Raises:
         EngineFailed: a feature after the vision head is not finite.
     """
-    tokens = np.concatenate([analysed.embedded.parts[:1], analysed.registers, analysed.patches])  # [1 + R + N, D]
-    refined = dinotxt.vision_head.refine(tokens[None])[0]
-    if not np.isfinite(refined).all():
-        raise EngineFailed("the vision head's features are not finite")
-    patches = refined[1 + len(analysed.registers) :]
-    [image] = unit_rows(np.concatenate([refined[0], patches.mean(axis=0)])[None])
+    refined = _refined(dinotxt, analysed.embedded.parts[0], analysed.registers, analysed.patches)
+    [image] = unit_rows(np.concatenate([refined[0], refined[1:].mean(axis=0)])[None])
     similarities = vectors.whole @ image
     logits = LOGIT_SCALE * (similarities - similarities.max())
     weights = np.exp(logits)
-    by_patch = vectors.patch @ unit_rows(patches).T
+    by_patch = vectors.patch @ unit_rows(refined[1:]).T
     return ImageWords(similarities, weights / weights.sum(), by_patch.reshape(-1, *analysed.grid))
+
+
+def _refined(dinotxt: DinoTxt, cls: Floats, registers: Floats, patches: Floats) -> Floats:
+    """Return the class token and the patch tokens after the vision head, [1 + N, D].
+
+    Raises:
+        EngineFailed: a feature is not finite.
+    """
+    tokens = np.concatenate([cls[None], registers, patches])  # [1 + R + N, D]
+    refined = dinotxt.vision_head.refine(tokens[None])[0]
+    if not np.isfinite(refined).all():
+        raise EngineFailed("the vision head's features are not finite")
+    return np.concatenate([refined[:1], refined[1 + len(registers) :]])
+
+
+def _with_windows(
+    found: ImageWords, analysed: Analysed, dinotxt: DinoTxt, vectors: WordVectors, model: ServedModel
+) -> tuple[ImageWords, Box]:
+    """Return the result with the similarities of the patches in windows, and the part of the image that they cover."""
+
+    def compare(pixels: Floats) -> Floats:
+        row = model.features_of(pixels)
+        refined = _refined(dinotxt, row.parts[0], row.registers, row.patches)
+        return (vectors.patch @ unit_rows(refined[1:]).T).reshape(-1, WINDOW, WINDOW)
+
+    windowed = windowed_similarities(analysed, model, compare)
+    return replace(found, patches=windowed.similarities), windowed.crop_box
 
 
 def _opened(options: WordsOptions, model: ServedModel) -> DinoTxt:
     """Open the dino.txt head that the options name.
 
     Raises:
-        NotFound: the model has no such head.
+        InvalidRequest: the model has no such head, or has several and the options name none.
         EngineFailed: its files are damaged.
     """
     try:
         return open_dinotxt(model.artifact, options.head)
     except DinoTxtNotFound as error:
-        raise NotFound(str(error), param="head") from error
+        raise InvalidRequest(str(error), param="head") from error
     except DinoTxtError as error:
-        raise EngineFailed(f"the dino.txt head cannot be opened: {error}") from error
+        log.error("the dino.txt head cannot be used: %s", error)
+        raise EngineFailed("the dino.txt head cannot be used; the service's log has the reason") from error
 
 
 def _checked_words(words: Sequence[str]) -> list[str]:
@@ -168,16 +202,18 @@ def _compute(analysed: Analysed, options: WordsOptions, model: ServedModel) -> _
     """Compare an image with the words, and draw the picture that the options ask for.
 
     Raises:
-        NotFound: the model has no such dino.txt head.
-        InvalidRequest: a word is too long, or all words together are.
+        InvalidRequest: the model has no such dino.txt head, or a word is too long, or all words together are.
         EngineFailed: a feature is not finite.
     """
     dinotxt = _opened(options, model)
     words, templates = _checked_words(options.words), sentences(options.templates)
-    found = words_scores(analysed, dinotxt, CACHE.vectors(dinotxt, words, templates))
+    vectors, box = CACHE.vectors(dinotxt, words, templates), analysed.crop_box
+    found = words_scores(analysed, dinotxt, vectors)
+    if options.windows:
+        found, box = _with_windows(found, analysed, dinotxt, vectors, model)
     labels, picture = None, None
     if options.format != "json":
-        labels = label_map(found.patches, analysed.size, analysed.crop_box, options.min_similarity)
+        labels = label_map(found.patches, analysed.size, box, options.min_similarity)
     if labels is not None and options.format == "png":
         picture = png(labels)
     elif labels is not None and options.format == "overlay":
@@ -186,8 +222,8 @@ def _compute(analysed: Analysed, options: WordsOptions, model: ServedModel) -> _
     about = {
         "templates": list(templates),
         "head": dinotxt.record.name,
-        "grid": list(analysed.grid),
-        "crop_box": analysed.crop_box,
+        "grid": list(found.patches.shape[1:]),
+        "crop_box": box,
     }
     return _Result(found, labels if options.format == "rle" else None, picture, about)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from service.vision import linear
-from service.vision.linear import UNSEEN, pixel_classes
+from service.vision.linear import pixel_classes
 from service.vision.pictures import to_image
 
 RNG = np.random.default_rng(0)
@@ -15,7 +15,7 @@ SIZE = (30, 26)
 def plain(logits: np.ndarray) -> np.ndarray:
     """Interpolate the map of each class, and compare the maps pixel by pixel."""
     maps = np.stack([to_image(one, SIZE, BOX, outside=np.nan) for one in logits])
-    return np.where(np.isnan(maps[0]), UNSEEN, np.nan_to_num(maps, nan=0).argmax(axis=0))
+    return np.where(np.isnan(maps[0]), 0, 1 + np.nan_to_num(maps, nan=0).argmax(axis=0))
 
 
 @pytest.mark.parametrize("block", [1, 500, 10**9])
@@ -23,7 +23,7 @@ def test_classes_are_those_of_the_interpolated_logits(block: int, monkeypatch: p
     monkeypatch.setattr(linear, "_BLOCK_LOGITS", block)
     logits = RNG.standard_normal((5, 4, 3), dtype=np.float32)
     labels = pixel_classes(logits, SIZE, BOX)
-    assert labels.shape == SIZE
+    assert (labels.shape, labels.dtype) == (SIZE, np.uint8)
     np.testing.assert_array_equal(labels, plain(logits))
     assert len(np.unique(labels)) == 6
 
@@ -35,7 +35,7 @@ def test_a_large_image_with_many_classes_is_computed_on_a_coarser_grid(monkeypat
     coarse = pixel_classes(logits, (160, 120), (10.0, 0.0, 100.0, 160.0))
     assert coarse.shape == exact.shape
     assert (coarse == exact).mean() > 0.9
-    assert (coarse == UNSEEN).any()
+    assert (coarse == 0).any()
 
 
 def test_a_part_outside_the_image_is_ignored() -> None:
@@ -44,4 +44,4 @@ def test_a_part_outside_the_image_is_ignored() -> None:
     logits[1, :, 1] = 1
     labels = pixel_classes(logits, (4, 8), (0.0, -2.0, 8.0, 8.0))
     # The left patches have their centre at x = 2, so the logit of class 1 is above 0 from pixel 2 on.
-    np.testing.assert_array_equal(labels, np.repeat([[0, 0, 1, 1, 1, 1, 1, 1]], 4, axis=0))
+    np.testing.assert_array_equal(labels, np.repeat([[1, 1, 2, 2, 2, 2, 2, 2]], 4, axis=0))

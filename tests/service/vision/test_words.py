@@ -15,17 +15,20 @@ from PIL import Image
 from model.artifact import ONNX, Artifact, load_artifact
 from model.dinotxt.store import VISION_HEAD, add_dinotxt
 from model.engines.onnxruntime_engine import OnnxEngine
-from model.preprocess import PreprocessSpec
-from service.errors import EngineFailed, InvalidRequest, NotFound
+from model.preprocess import PreprocessSpec, preprocess
+from service.errors import EngineFailed, InvalidRequest
 from service.features.pipeline import Analysed, Embedded
+from service.features.served_model import ServedModel
 from service.vision import word_vectors, words
 from service.vision.local import Vision
 from service.vision.mask import coco_rle_decode
 from service.vision.task import File
 from service.vision.word_map import label_map, palette
 from service.vision.word_vectors import TEMPLATE_LISTS, WordCache, WordVectors, sentences
+from service.vision.word_windows import windowed_similarities
 from service.vision.words import TASK, WordsOptions, words_scores
-from tests.fakes import DIMS, FakeDinoTxt, Running, photo, running
+from tests.contract import Contract
+from tests.fakes import DIMS, FakeDinoTxt, Running, fake_artifact, photo, running
 from tests.model.dinotxt_files import (
     random_tensors,
     text_encoder_shapes,
@@ -275,6 +278,55 @@ def test_patches_that_resemble_no_word_get_none(vision: Vision) -> None:
     assert not np.asarray(Image.open(io.BytesIO(png.data))).any()
 
 
+# Windows
+
+
+def test_windows_overlap_and_are_averaged() -> None:
+    """A window's similarities are the mean of its first colour channel, so the result has a known value everywhere."""
+    image = np.random.default_rng(3).integers(0, 256, (60, 90, 3), np.uint8)
+    one = replace(analysed(np.ones((2, DIMS), np.float32), (1, 1), (60, 90)), image=image)
+    model = ServedModel(fake_artifact())
+    inputs: list[np.ndarray] = []
+
+    def compare(pixels: np.ndarray) -> np.ndarray:
+        inputs.append(pixels)
+        return np.full((2, 28, 28), pixels[0].mean()) * np.array([1, -2])[:, None, None]
+
+    found = windowed_similarities(one, model, compare)
+    spec = model.spec(37 * 14)
+    assert spec is not None
+    pixels = preprocess(image, spec)
+    assert pixels.shape == (3, 37 * 14, 56 * 14)
+    assert len(inputs) == 2 * 3
+    expected = np.zeros((37, 56, 2))  # sum and count
+    for top in (0, 9):
+        for left in (0, 14, 28):
+            window = pixels[0, top * 14 : (top + 28) * 14, left * 14 : (left + 28) * 14]
+            expected[top : top + 28, left : left + 28] += [window.mean(), 1]
+    mean = expected[..., 0] / expected[..., 1]
+    np.testing.assert_allclose(found.similarities, np.stack([mean, -2 * mean]), rtol=1e-4, atol=1e-5)
+    assert found.crop_box == (0, 0, 90, 60)
+
+
+async def test_windows_cover_the_whole_image_and_keep_the_scores(vision: Vision, served: Served) -> None:
+    image = photo(size=(90, 60))
+    plain = await served.ask(200, image=image, words=WORDS)
+    windowed = await served.ask(200, image=image, words=WORDS, windows=True, format="rle")
+    for key in ("word", "score", "similarity"):
+        assert [each[key] for each in windowed["words"]] == [each[key] for each in plain["words"]]
+    assert (plain["grid"], windowed["grid"]) == ([5, 5], [37, 56])
+    assert sum(each.get("area", 0) for each in windowed["words"]) == 60 * 90
+    local = vision.run("words", [image], words=WORDS, windows=True)
+    assert isinstance(local, dict)
+    assert [each["share"] for each in local["words"]] == [each["share"] for each in windowed["words"]]
+
+
+async def test_the_number_of_windows_is_bounded(served: Served) -> None:
+    problem = await served.ask(422, image=photo(size=(400, 90)), words=WORDS, windows=True)
+    assert problem["param"] == "windows"
+    assert "an image of 400 x 90 pixels needs 2 x 11 windows, but at most 16" in problem["detail"]
+
+
 # Vectors of words
 
 
@@ -356,30 +408,41 @@ async def test_bad_options_are_refused(served: Served, body: dict[str, Any], par
     assert message in answer.json()["detail"]
 
 
-async def test_a_head_that_does_not_exist_is_not_found(served: Served) -> None:
-    problem = await served.ask(404, words=["cat"], head="other")
+async def test_a_head_that_does_not_exist_is_refused(served: Served) -> None:
+    problem = await served.ask(422, words=["cat"], head="other")
     assert problem["param"] == "head"
     assert "does not have a dino.txt head named 'other': it has dinotxt" in problem["detail"]
+
+
+async def test_the_model_lists_its_dinotxt_head(served: Served) -> None:
+    contract = Contract((await served.client.get("/openapi.json")).json())
+    answer = await served.client.get("/v1/models/auto")
+    contract.check(answer)
+    [head] = answer.json()["heads"]
+    assert (head["name"], head["kind"], head["architecture"]) == ("dinotxt", "words", "dinotxt")
+    assert head["source"] == "x_vision_head.pth, x_text_encoder.pth, bpe.txt.gz"
 
 
 async def test_a_model_without_dinotxt_says_how_to_get_it(
     plain_artifact: Artifact, engine: OnnxEngine, tmp_path: Path
 ) -> None:
     async with running(tmp_path, engine=_Kept(engine), artifact=plain_artifact) as run:  # type: ignore[arg-type]
-        problem = await Served(run.app, run.client, run.service, run.engine).ask(404, words=["cat"])
-    assert problem["code"] == "not_found"
+        problem = await Served(run.app, run.client, run.service, run.engine).ask(422, words=["cat"])
+    assert problem["param"] == "head"
     assert "it has none. Add Meta's files for dinov2_vitl14_reg with `dinov2 heads add-dinotxt" in problem["detail"]
 
 
-def test_a_damaged_head_is_a_fault_of_the_service(plain_artifact: Artifact, engine: OnnxEngine, tmp_path: Path) -> None:
+def test_a_damaged_head_is_a_fault_of_the_service(
+    plain_artifact: Artifact, engine: OnnxEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     damaged = replace(plain_artifact, path=tmp_path / "damaged")
     damaged.path.mkdir()
     path = add_dinotxt(damaged, write_sources(tmp_path)) / VISION_HEAD
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(EngineFailed, match=f"cannot be opened: .*{VISION_HEAD}"):
+    with pytest.raises(EngineFailed, match="the service's log has the reason") as caught:
         Vision(damaged, engine, threads=1).run("words", [photo()], words=["cat"])
-    with pytest.raises(NotFound):
-        Vision(plain_artifact, engine, threads=1).run("words", [photo()], words=["cat"])
+    assert str(tmp_path) not in caught.value.detail
+    assert f"{path}: its size or hash differs" in caplog.text
 
 
 def test_features_that_are_not_finite_are_a_fault_of_the_service() -> None:
