@@ -6,7 +6,8 @@ where this module differs from it, and has the measurements.
    of the marked patches and the mean of the other patches of the references.
 2. The prototype is the mean of the marked patches. A patch of another image is a candidate if its cosine to the
    prototype is above a threshold, which lies between the means of the marked and of the other reference patches, and if
-   the reference patch that is most similar to it is marked.
+   the reference patch that is most similar to it is marked. For the score, at most half of the patches of an image are
+   candidates, those with the highest cosines, to limit the time.
 3. The score of an image is the mean, over the marked patches of a reference, of the highest cosine to a candidate. The
    best reference counts. The score is therefore high only if the image contains all parts of the region.
 4. For the mask, the core is determined: the candidates that are nearly as similar to a marked patch as the best
@@ -119,15 +120,17 @@ def scores(region: Region, images: Sequence[tuple[Rows, Bools | None]]) -> Float
     """
     counts = [len(rows) for rows, _ in images]
     rows = np.concatenate([rows for rows, _ in images]).astype(np.float32)
-    cosines = _prototype_cosines(region, rows)
-    above = cosines > region.threshold
+    lengths, shortened = _lengths(region, rows)
+    cosines = _cosines(region, rows, lengths, shortened, region.prototype[None])[:, 0]
+    middle = [np.median(part) for part in np.split(cosines, np.cumsum(counts[:-1]))]
+    above = cosines > np.maximum(region.threshold, np.repeat(middle, counts))
     if any(shown is not None for _, shown in images):
         above &= np.concatenate([np.ones(len(part), bool) if shown is None else shown for part, shown in images])
     image_of = np.repeat(np.arange(len(images)), counts)[above]  # [n]
-    projected = region.project(unit_rows(rows[above]))  # [n, D]
-    similar = projected @ region.inside.T  # [n, I]
+    candidates = rows[above], lengths[above], shortened[above]
+    similar = _cosines(region, *candidates, region.inside)  # [n, I]
     if len(region.outside):
-        is_candidate = similar.max(axis=1) > (projected @ region.outside.T).max(axis=1)
+        is_candidate = similar.max(axis=1) > _cosines(region, *candidates, region.outside).max(axis=1)
         similar, image_of = similar[is_candidate], image_of[is_candidate]
     found = np.zeros(len(images), np.float32)
     if len(image_of):
@@ -183,17 +186,27 @@ def _projected(rows: Floats, origin: Floats, basis: Floats) -> Floats:
     return unit_rows(centred - (centred @ basis.T) @ basis)
 
 
-def _prototype_cosines(region: Region, rows: Floats) -> Floats:
-    """Return the cosine of each projected row to the prototype, float32 [N]. The length of a row [D] does not matter.
-
-    The result equals `region.project(unit_rows(rows)) @ region.prototype`. It is computed without the projected rows,
-    from the dot products of a row with the prototype, the origin and the basis. All of them are one matrix product.
-    """
-    against = np.concatenate([region.prototype[None], region.origin[None], region.basis])  # [2 + K, D]
+def _lengths(region: Region, rows: Floats) -> tuple[Floats, Floats]:
+    """Return the length of each row, and the length of its projection if the row is scaled to length 1 before. Both are
+    float32 [N]."""
     lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows))
-    products = (rows @ against.T) / np.maximum(lengths, _LEAST)[:, None]  # [N, 2 + K]
-    of_origin = against @ region.origin  # [2 + K]
-    along = products[:, 0] - of_origin[0]
-    squares = (lengths > 0) - 2 * products[:, 1] + of_origin[1]  # squared length of the centred row
-    squares -= np.square(products[:, 2:] - of_origin[2:]).sum(axis=1)
-    return np.asarray(along / np.sqrt(np.maximum(squares, _LEAST)), np.float32)
+    against = np.concatenate([region.origin[None], region.basis])  # [1 + K, D]
+    products = (rows @ against.T) / np.maximum(lengths, _LEAST)[:, None]  # [N, 1 + K]
+    of_origin = against @ region.origin  # [1 + K]
+    squares = (lengths > 0) - 2 * products[:, 0] + of_origin[0]  # of the centred row
+    squares -= np.square(products[:, 1:] - of_origin[1:]).sum(axis=1)
+    return lengths, np.sqrt(np.maximum(squares, _LEAST)).astype(np.float32)
+
+
+def _cosines(region: Region, rows: Floats, lengths: Floats, shortened: Floats, against: Floats) -> Floats:
+    """Return the cosines of the projected rows to the vectors `against` [M, D], float32 [N, M]. These vectors must be
+    projected. `_lengths` returned `lengths` and `shortened` for the rows.
+
+    The result equals `region.project(rows / lengths) @ against.T`. The rows are not projected here, because the dot
+    product with a projected vector is the same before and after the projection, except for the origin.
+    """
+    products = rows @ against.T
+    products /= np.maximum(lengths, _LEAST)[:, None]
+    products -= against @ region.origin
+    products /= shortened[:, None]
+    return np.asarray(products, np.float32)

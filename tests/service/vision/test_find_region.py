@@ -47,13 +47,15 @@ def reference(image: Planted) -> Reference:
 
 def slow_score(region: Region, rows: np.ndarray) -> float:
     """Compute a score patch by patch, as the module's docstring defines it."""
-    candidates = []
+    candidates, all_projected = [], []
     for row in rows.astype(np.float64):
         projected = row / np.linalg.norm(row) - region.origin
         for direction in region.basis:
             projected = projected - (projected @ direction) * direction
-        projected /= np.linalg.norm(projected)
-        is_above = projected @ region.prototype > region.threshold
+        all_projected.append(projected / np.linalg.norm(projected))
+    middle = np.median([row @ region.prototype for row in all_projected])
+    for projected in all_projected:
+        is_above = projected @ region.prototype > max(region.threshold, middle)
         if is_above and max(region.inside @ projected) > max([-2.0, *(region.outside @ projected)]):
             candidates.append(projected)
     best = [max([0.0, *(row @ other for other in candidates)]) for row in region.inside]
