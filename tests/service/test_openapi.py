@@ -193,6 +193,8 @@ BAD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("POST", "/v1/collections/bare/search", 409, {"json": {"vector": [1.0]}}),
     ("POST", "/v1/collections/bare/search", 422, {"json": {"k": 0}}),
     ("POST", "/v1/collections/bare/duplicates", 422, {"json": {"threshold": 0.9}}),
+    ("POST", "/v1/collections/none/find-region", 404, {"json": {"references": [REFERENCE]}}),
+    ("POST", "/v1/collections/bare/find-region", 422, {"json": {"references": [REFERENCE]}}),
     ("PUT", "/v1/aliases/live", 404, {"json": {"collection": "none"}}),
     ("DELETE", "/v1/aliases/none", 404, {}),
     ("POST", "/v1/collections/none/snapshots", 404, {}),
