@@ -9,7 +9,20 @@ import sys
 
 import typer
 
-from cli import backup, collection, engines, evaluate, export, search, serving, training, verify
+from cli import (
+    backup,
+    classify,
+    collection,
+    engines,
+    evaluate,
+    export,
+    heads,
+    search,
+    serving,
+    train_head,
+    training,
+    verify,
+)
 from cli.shared import fail
 from cli.vision import Commands
 
@@ -41,6 +54,7 @@ for command in (
     serving.embed,
     search.index,
     search.search,
+    classify.classify,
     backup.backup,
     backup.restore,
     training.train,
@@ -50,9 +64,11 @@ for command in (
     export.export,
     serving.models,
     verify.verify,
+    train_head.train_head,
 ):
     app.command()(command)
 app.add_typer(collection.app, name="collections")
+app.add_typer(heads.app, name="heads")
 app.command("eval")(evaluate.evaluate)
 app.command("build-engine")(engines.build_engine)
 

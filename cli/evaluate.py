@@ -57,7 +57,7 @@ def evaluate(
     try:
         values = parse_overrides(settings or [])
         make_settings(task, values)  # reject bad settings before a download or an hour of computing features
-        backbone = load_backbone(model, arch=arch, data_dir=data_dir, device=_device(device))
+        backbone = load_backbone(model, arch=arch, data_dir=data_dir, device=device_of(device))
         with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
 
             def track(what: str, total: int) -> Any:
@@ -74,7 +74,7 @@ def evaluate(
         typer.echo(f"-> {out}")
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
     """Return "cuda" or "cpu". If `name` is "auto", return "cuda" if torch finds a CUDA device, and "cpu" otherwise.
 
     Raises:

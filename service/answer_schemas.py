@@ -9,6 +9,8 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from model.artifact import ParityRecord
+from model.heads.record import Architecture
+from model.heads.record import Kind as HeadKind
 from model.pooling import Pooling
 from model.preprocess import PreprocessSpec
 from service.errors import ItemErrorBody
@@ -78,6 +80,21 @@ class TriedEngine(TypedDict):
     reason: str
 
 
+class HeadAnswer(TypedDict):
+    """A head of a model. It predicts classes, a class per pixel, or depth, or compares images with words."""
+
+    name: str
+    kind: HeadKind | Literal["words"]
+    architecture: Architecture | Literal["dinotxt"]
+    fingerprint: Annotated[str, Field(description="sha256 of the head's weights; of the text encoder for words")]
+    blocks: Annotated[list[int], Field(description="blocks of the model whose tokens the head reads, from 0")]
+    classes: Annotated[list[str], Field(description="names of the classes; empty for depth and words")]
+    depth_range: Annotated[list[float] | None, Field(description="smallest and largest depth in metres")]
+    metrics: Annotated[dict[str, Any], Field(description="measured on held-out images when the head was trained")]
+    source: str
+    created_at: str
+
+
 class ModelAnswer(TypedDict):
     """The description of a model."""
 
@@ -98,6 +115,7 @@ class ModelAnswer(TypedDict):
     provenance: dict[str, Any]
     licence: str
     created_at: str
+    heads: list[HeadAnswer]
 
 
 class ModelsAnswer(TypedDict):

@@ -177,7 +177,7 @@ class _Start:
             store=store,
             originals=originals,
             pipeline=pipeline,
-            model=ServedModel(self.artifact, pipeline.forward_zeros),
+            model=ServedModel(self.artifact, pipeline.forward_zeros, pipeline.forward_pixels),
         )
         self.lifecycle.warm = True
         manifest, engine = self.artifact.manifest, self.engine

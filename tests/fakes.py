@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterator, Seque
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -25,6 +26,7 @@ from PIL import Image
 
 from model.artifact import Artifact, Manifest, ParityRecord
 from model.config import ViTConfig
+from model.dinotxt.store import TEXT_ENCODER, VOCABULARY
 from model.engines.protocol import Features, FloatArray
 from model.preprocess import PreprocessSpec
 from service.app import create_app
@@ -120,6 +122,23 @@ def fake_artifact(name: str = "dinov2_fake", digit: str = "a") -> Artifact:
         files={},
     )
     return Artifact(path=Path("artifacts") / f"{name}-{digit * 8}", manifest=manifest, locations={})
+
+
+class FakeDinoTxt:
+    """A dino.txt head for the fake artifact. The vision head changes nothing, and a text has a random vector."""
+
+    def __init__(self) -> None:
+        files = {name: SimpleNamespace(sha256=name) for name in (TEXT_ENCODER, VOCABULARY)}
+        self.record = SimpleNamespace(files=files, name="fake")
+        self.tokenizer = SimpleNamespace(prompt=lambda text: [1, *text.encode(), 0])
+        self.text_encoder = SimpleNamespace(shape=SimpleNamespace(context_length=77), encode=self._encode)
+        self.vision_head = SimpleNamespace(refine=lambda tokens: tokens)
+        self.encoded: list[list[int]] = []
+
+    def _encode(self, prompts: Sequence[list[int]]) -> FloatArray:
+        self.encoded.extend(prompts)
+        rows = [np.random.default_rng(prompt).normal(size=2 * DIMS) for prompt in prompts]
+        return np.array(rows, np.float32)
 
 
 def photo(seed: int = 0, *, size: tuple[int, int] = (40, 32), kind: str = "PNG") -> bytes:

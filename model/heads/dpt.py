@@ -68,6 +68,8 @@ def build_dpt(tensors: Mapping[str, Floats], embed_dim: int) -> onnx.ModelProto:
 class DptSession:
     """A DPT head that is loaded in ONNX Runtime, on the CPU. It may be called from several threads."""
 
+    most_patches: Final = MAX_PATCHES
+
     def __init__(self, tensors: Mapping[str, Floats], embed_dim: int) -> None:
         ort = load_runtime()
         options = ort.SessionOptions()

@@ -32,6 +32,7 @@ NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 NORM_EPS: Final = 1e-6  # of the backbone's final norm
 LARGEST_DEPTH_M: Final = 1e6
 DPT_CHANNELS: Final = 256
+MAX_PIXEL_CLASSES: Final = 255  # a label of 8 bits that is not 0 for each
 
 
 class HeadError(ValueError):
@@ -165,6 +166,8 @@ def check_tensors(tensors: Mapping[str, npt.NDArray[Any]], record: HeadDescripti
         wanted = {"weight": (rows, input_width(record.kind, len(record.layers), config.embed_dim)), "bias": (rows,)}
         if rows < 2 or (record.kind != "depth" and rows != len(record.classes)):
             raise HeadError(f"it has {rows} outputs and {len(record.classes)} class names")
+        if record.kind == "segmentation" and rows > MAX_PIXEL_CLASSES:
+            raise HeadError(f"it has {rows} classes; a segmentation head has at most {MAX_PIXEL_CLASSES}")
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):

@@ -15,6 +15,7 @@ names, shapes and values, and the fingerprint of the model that it belongs to.
 import hashlib
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,7 @@ from model.config import ViTConfig
 from model.files import publish
 from model.heads.linear import classification_logits, depth_map, layer_norm, segmentation_logits
 from model.heads.record import (
+    NAME_PATTERN,
     NORM_EPS,
     Floats,
     HeadDescription,
@@ -78,6 +80,11 @@ class Head:
     def outputs(self) -> tuple[str, ...]:
         """The names of the backbone's inner outputs that the head needs."""
         return self.record.outputs(self.config)
+
+    @property
+    def most_patches(self) -> int | None:
+        """The largest number of patches that the head accepts, or None if there is no limit."""
+        return None if self.dpt is None else self.dpt.most_patches
 
     def classify(self, tokens: ImageTokens) -> Floats:
         """Return the logits [C] of one image."""
@@ -152,14 +159,12 @@ def add_head(
         HeadError: the tensors do not belong to a head of this kind for this model, there is already a head of this name
             and `replace` is False, or the files cannot be written.
     """
-    parent = _parent(artifact)
-    existing = next((folder for folder in _folders(artifact) if folder.name == head.name), None)
-    if existing is not None and not replace:
-        raise HeadError(f"{artifact.name} already has a head named {head.name}: choose another name, or replace it")
-    target = existing or parent / head.name
+    check_name(artifact, head.name, replace=replace)
     check_tensors(tensors, head, artifact.manifest.config)
+    existing = next((folder for folder in _folders(artifact) if folder.name == head.name), None)
+    target = existing or _parent(artifact) / head.name
     try:
-        parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".adding-") as temporary:
             folder = Path(temporary) / "new"
             folder.mkdir()
@@ -176,6 +181,18 @@ def add_head(
     except (OSError, SafetensorError) as error:
         raise HeadError(f"{target}: the head cannot be written: {error}") from error
     return target
+
+
+def check_name(artifact: Artifact, name: str, *, replace: bool) -> None:
+    """Check that a head may be stored under a name.
+
+    Raises:
+        HeadError: the name is not allowed, or there is already a head of this name and `replace` is False.
+    """
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise HeadError(f"name {name!r}: use up to 64 letters, digits, dots, dashes and underscores")
+    if not replace and any(folder.name == name for folder in _folders(artifact)):
+        raise HeadError(f"{artifact.name} already has a head named {name}: choose another name, or replace it")
 
 
 def remove_head(artifact: Artifact, name: str) -> None:
@@ -244,6 +261,22 @@ def open_head(artifact: Artifact, record: HeadRecord) -> Head:
     config, weights = artifact.manifest.config, artifact.file(WEIGHTS)
     with _lock:
         return _opened(_folder(artifact, record.name) / TENSORS, record.model_dump_json(), config, weights)
+
+
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """Read the names of classes from a text file, one per line, in the order of their numbers.
+
+    Raises:
+        ValueError: the file is not UTF-8, or a name occurs twice.
+        OSError: the file cannot be read.
+    """
+    try:
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file in UTF-8") from error
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{path}: the name {twice[0]!r} occurs twice")
+    return names
 
 
 _lock: Final = Lock()  # so that two requests do not open the same head

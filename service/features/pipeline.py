@@ -305,7 +305,7 @@ class Pipeline:
         """Run one forward pass on zeros, so that the first request does not have to wait until the runtime is
         initialised."""
         height, width = self.artifact.manifest.input_size
-        await self._zeros(height, width)
+        await self._row(np.zeros((3, height, width), np.float32))
 
     def forward_zeros(self, height: int, width: int) -> FloatArray:
         """Run one forward pass on zeros, and return the patch features [N, D]. Call this method in a worker thread, as
@@ -314,10 +314,19 @@ class Pipeline:
         Raises:
             ServiceError: the forward pass failed, or the pipeline is closed.
         """
-        return asyncio.run_coroutine_threadsafe(self._zeros(height, width), self._loop).result()
+        return self.forward_pixels(np.zeros((3, height, width), np.float32)).patches
 
-    async def _zeros(self, height: int, width: int) -> FloatArray:
-        return (await self.batcher.submit(np.zeros((3, height, width), np.float32))).row.patches
+    def forward_pixels(self, pixels: FloatArray) -> Row:
+        """Run one forward pass on pixels [3, h, w], and return its features. Call this method in a worker thread, as it
+        waits for the event loop.
+
+        Raises:
+            ServiceError: the forward pass failed, or the pipeline is closed.
+        """
+        return asyncio.run_coroutine_threadsafe(self._row(pixels), self._loop).result()
+
+    async def _row(self, pixels: FloatArray) -> Row:
+        return (await self.batcher.submit(pixels)).row
 
     async def close(self) -> None:
         """Stop the pipeline. Images that are still in the queue fail with `ShuttingDown`."""

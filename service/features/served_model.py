@@ -10,12 +10,13 @@ import numpy.typing as npt
 
 from model.artifact import Artifact
 from model.config import ViTConfig
+from model.heads.linear import layer_norm
+from model.heads.record import NORM_EPS
 from model.preprocess import PreprocessSpec
 from service.errors import EngineFailed
+from service.features.forward import Row
 
 FloatArray = npt.NDArray[np.float32]
-
-NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,12 @@ class ServedModel:
     """An artifact and what is computed from it once. Any thread may use it, except where a method says otherwise.
 
     `forward_zeros` runs an input of zeros with a height and width in pixels, and returns its patch features [N, D].
+    `forward_pixels` runs an input [3, h, w] and returns its features.
     """
 
     artifact: Artifact
     forward_zeros: Callable[[int, int], FloatArray] | None = field(default=None, compare=False)
+    forward_pixels: Callable[[FloatArray], Row] | None = field(default=None, compare=False)
     derived: dict[tuple[Any, ...], Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -49,6 +52,17 @@ class ServedModel:
             raise EngineFailed("this model was loaded without an engine")
         return self.forward_zeros(height, width)
 
+    def features_of(self, pixels: FloatArray) -> Row:
+        """Return the features of a network's input [3, h, w]. In the service, this must be called in a worker thread,
+        because the event loop's thread starts the forward pass.
+
+        Raises:
+            EngineFailed: the forward pass failed, or this model has no engine.
+        """
+        if self.forward_pixels is None:
+            raise EngineFailed("this model was loaded without an engine")
+        return self.forward_pixels(pixels)
+
     def keep(self, key: tuple[Any, ...], value: Any, *, most: int) -> None:
         """Keep a value in `derived`. At most `most` values are kept whose keys have the same first part."""
         self.derived[key] = value
@@ -58,10 +72,7 @@ class ServedModel:
 
     def norm(self, tokens: FloatArray) -> FloatArray:
         """Apply the last LayerNorm of the network to tokens [T, D], for instance to an inner output `tokens.<i>`."""
-        weight, bias = self._norm
-        centred = tokens - tokens.mean(axis=-1, keepdims=True)
-        deviation = np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + NORM_EPS)
-        return np.asarray(centred / deviation * weight + bias, np.float32)
+        return layer_norm(tokens, *self._norm, NORM_EPS)
 
     def spec(self, size: int | None) -> PreprocessSpec | None:
         """Return the preprocessing for a request with this `size`. It resizes the whole image so that its short side

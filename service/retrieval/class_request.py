@@ -1,22 +1,23 @@
 """Parse a request to classify images, and compute the answer."""
 
+import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import orjson
 
-from model.pooling import DEFAULT_POOLING
+from model.pooling import DEFAULT_POOLING, Pooling
 from service.data_urls import decode_texts
 from service.errors import InvalidRequest, ServiceError
-from service.features.pipeline import Embedded
+from service.features.pipeline import Embedded, View
 from service.options import check_fields, parse_options
-from service.outcomes import Outcome
+from service.outcomes import Outcome, successes
 from service.retrieval.calibration import Reference, calibration_of
 from service.retrieval.class_schemas import DEFAULT_K, MAX_NAME_CHARACTERS, ClassifyOptions
-from service.retrieval.classify import Classified, classify_by_collection, classify_by_examples
+from service.retrieval.classify import Classified, Verdict, classify_by_collection, classify_by_examples
 from service.retrieval.origins import Target
 from service.retrieval.reading import search_params
 from service.search.checks import check_match, check_name, normalised
@@ -26,8 +27,14 @@ from service.search.text import ALLOWED, is_allowed
 from service.settings import Settings
 from service.state import Service
 from service.timings import ms_since, slowest
+from service.vision.head_classes import head_scores, open_classification_head
 
-_OF_COLLECTIONS = ("label", "k", "filter", "calibration_filter", "params")
+_ONLY_WITH: Final = {
+    **dict.fromkeys(("label", "k", "filter", "calibration_filter", "params"), ("collection",)),
+    "pooling": ("classes",),
+    "error_rate": ("collection", "classes"),
+}
+"""The ways to classify with which an option is possible."""
 
 
 @dataclass(frozen=True)
@@ -41,27 +48,30 @@ class Example:
 
 @dataclass(frozen=True)
 class ClassifyRequest:
-    """A parsed request. It has either a `reference` in the collection `options.collection`, or `examples`."""
+    """A parsed request. Exactly one of `reference`, `examples` and `options.head` is set. `reference` describes the
+    items of the collection `options.collection` that vote."""
 
     images: list[Outcome[bytes]]
     options: ClassifyOptions
-    reference: Reference | None
-    examples: list[Example]
+    reference: Reference | None = None
+    examples: Sequence[Example] = ()
 
 
 @dataclass(frozen=True)
 class ClassifyResults:
-    """The verdicts on the images that could be embedded, by position in the request, and the errors of the others.
+    """The verdict or the error of each image.
 
-    images: one outcome for each image. Its value is the position of the image's verdict in `classified`.
-    classified: None if no image could be embedded.
+    classified: the calibration on which the verdicts are based. It is None for a head, and if no image could be
+        classified.
     tag: the tag of the vectors that were compared.
+    head: the name of the head.
     """
 
-    images: list[Outcome[int]]
-    classified: Classified | None
+    images: list[Outcome[Verdict]]
     tag: str
     timings: dict[str, float]
+    classified: Classified | None = None
+    head: str | None = None
 
 
 async def read_classify(
@@ -71,89 +81,115 @@ async def read_classify(
     fields are strings from a form or a query string.
 
     Raises:
-        InvalidRequest: a field is invalid, or the request does not have exactly one of `collection` and `classes`.
+        InvalidRequest: a field is invalid, or the request does not have exactly one of `collection`, `classes` and
+            `head`.
         ServiceError: an example image is unusable.
     """
     classes = fields.pop("classes", None) if is_json else None
     if isinstance(fields.get("params"), dict):
         check_fields(fields["params"], "params")
     options = parse_options(ClassifyOptions, fields if is_json else _from_text(fields))
-    if (options.collection is None) == (classes is None):
+    ways = {"collection": options.collection, "classes": classes, "head": options.head}
+    chosen = [name for name, value in ways.items() if value is not None]
+    if len(chosen) != 1:
         raise InvalidRequest(
-            f"exactly one of collection and classes is needed, not {'none' if classes is None else 'both'}"
+            f"exactly one of {', '.join(ways)} is needed, not {' and '.join(chosen) or 'none'}"
             + ("" if is_json else "; classes can only be sent in JSON"),
             param="collection",
         )
-    if classes is None:
-        return ClassifyRequest(images, options, _reference(options), [])
-    unused = [name for name in _OF_COLLECTIONS if getattr(options, name) is not None]
-    if unused:
+    [way] = chosen
+    if unused := [name for name, ways in _ONLY_WITH.items() if way not in ways and name in options.model_fields_set]:
         raise InvalidRequest(
-            f"{' and '.join(unused)}: only possible with collection, not with classes", param=unused[0]
+            f"{' and '.join(unused)}: not possible with {way}, only with {' or '.join(_ONLY_WITH[unused[0]])}",
+            param=unused[0],
         )
-    return ClassifyRequest(images, options, None, await _examples(classes, settings, len(images)))
+    if way == "collection":
+        return ClassifyRequest(images, options, _reference(options))
+    if way == "head":
+        return ClassifyRequest(images, options)
+    return ClassifyRequest(images, options, examples=await _examples(classes, settings, len(images)))
 
 
 async def classify(service: Service, request: ClassifyRequest) -> ClassifyResults:
-    """Classify the images of a request. All images, including the examples, are embedded together.
+    """Classify the images of a request.
 
     Raises:
         ServiceError: the whole request fails, for instance because an example image is broken.
     """
-    options = request.options
-    service.check_model(options.model)
-    target = None
-    if options.collection is not None:
-        if options.pooling is not None:
-            raise InvalidRequest("pooling: only possible with classes; a collection has its own", param="pooling")
-        target = await Target.of(service, options.collection)
-        check_match(target.info, tag=service.tag(pooling=target.pooling), dimension=target.info.dimension)
-        assert request.reference is not None
-        await calibration_of(service.store, service.shared, target.info, request.reference)  # fails before the images
-    pooling = target.pooling if target is not None else options.pooling or DEFAULT_POOLING
-    numbered = [Outcome(len(request.images) + i, example.image) for i, example in enumerate(request.examples)]
-    embedded = await service.pipeline.embed([*request.images, *numbered])
+    service.check_model(request.options.model)
+    if request.options.head is not None:
+        return await _by_head(service, request, request.options.head)
+    if request.reference is not None:
+        return await _by_collection(service, request, request.reference)
+    return await _by_examples(service, request)
 
-    def vector(one: Embedded) -> Floats:
-        return normalised(one.vector(pooling, True))
 
-    vectors = [outcome.then(vector) for outcome in embedded]
-    queries = vectors[: len(request.images)]
-    examples = [
-        _example_vector(example, outcome)
-        for example, outcome in zip(request.examples, vectors[len(request.images) :], strict=True)
-    ]
-    good = [outcome.result() for outcome in queries if outcome.error is None]
+async def _by_head(service: Service, request: ClassifyRequest, name: str) -> ClassifyResults:
+    head = await asyncio.to_thread(open_classification_head, service.model, name)
+
+    def verdict(embedded: Embedded, outputs: Mapping[str, Floats]) -> tuple[Embedded, Verdict]:
+        scores = head_scores(head, embedded, outputs)
+        return embedded, Verdict(scores[0].label, False, None, scores)
+
+    if head.outputs:
+        results = await service.pipeline.analyse_all(
+            request.images, lambda analysed: verdict(analysed.embedded, analysed.outputs), View(head.outputs)
+        )
+    else:
+        results = [outcome.then(verdict, {}) for outcome in await service.pipeline.embed(request.images)]
+    timings = slowest(embedded for embedded, _ in successes(results))
+    verdicts = [outcome.then(lambda pair: pair[1]) for outcome in results]
+    return ClassifyResults(verdicts, service.tag(), timings, head=head.record.name)
+
+
+async def _by_collection(service: Service, request: ClassifyRequest, reference: Reference) -> ClassifyResults:
+    assert request.options.collection is not None
+    target = await Target.of(service, request.options.collection)
+    info = target.info
+    check_match(info, tag=service.tag(pooling=target.pooling), dimension=info.dimension)
+    await calibration_of(service.store, service.shared, info, reference)  # fails before the images are embedded
+    embedded = await service.pipeline.embed(request.images)
+    vectors = [outcome.then(_unit_vector, target.pooling) for outcome in embedded]
     started = time.perf_counter()
     classified = None
-    if good and target is not None:
-        assert request.reference is not None
+    if good := successes(vectors):
         classified = await classify_by_collection(
-            service.store, service.shared, target.info, np.stack(good), request.reference, options.error_rate
+            service.store, service.shared, info, np.stack(good), reference, request.options.error_rate
         )
-    elif good:
+    return _results(vectors, classified, info.tag, slowest(successes(embedded)) | {"classify": ms_since(started)})
+
+
+async def _by_examples(service: Service, request: ClassifyRequest) -> ClassifyResults:
+    """Classify images by examples. All images are embedded together."""
+    pooling = request.options.pooling or DEFAULT_POOLING
+    count = len(request.images)
+    examples = [Outcome(count + i, example.image) for i, example in enumerate(request.examples)]
+    embedded = await service.pipeline.embed([*request.images, *examples])
+    vectors = [outcome.then(_unit_vector, pooling) for outcome in embedded]
+    for example, outcome in zip(request.examples, vectors[count:], strict=True):
+        if outcome.error is not None:
+            raise _of_example(example.name, example.position, outcome.error)
+    started = time.perf_counter()
+    classified = None
+    if good := successes(vectors[:count]):
         labels = [example.name for example in request.examples]
-        classified = classify_by_examples(np.stack(examples), labels, np.stack(good), options.error_rate)
-    timings = slowest(outcome.result() for outcome in embedded if outcome.error is None)
-    timings["classify"] = ms_since(started)
-    tag = target.info.tag if target is not None else service.tag(pooling=pooling)
-    return ClassifyResults(_positions(queries), classified, tag, timings)
+        known: list[Floats] = successes(vectors[count:])
+        classified = classify_by_examples(np.stack(known), labels, np.stack(good), request.options.error_rate)
+    timings = slowest(successes(embedded)) | {"classify": ms_since(started)}
+    return _results(vectors[:count], classified, service.tag(pooling=pooling), timings)
 
 
-def _positions(queries: Sequence[Outcome[Floats]]) -> list[Outcome[int]]:
-    """Replace the vector of each image by its position among the images that have one."""
-    positions: list[Outcome[int]] = []
-    count = 0
-    for query in queries:
-        positions.append(Outcome(query.index, count, query.error))
-        count += query.error is None
-    return positions
+def _unit_vector(embedded: Embedded, pooling: Pooling) -> Floats:
+    return normalised(embedded.vector(pooling, True))
 
 
-def _example_vector(example: Example, outcome: Outcome[Floats]) -> Floats:
-    if outcome.error is not None:
-        raise _of_example(example.name, example.position, outcome.error)
-    return outcome.result()
+def _results(
+    vectors: Sequence[Outcome[Floats]], classified: Classified | None, tag: str, timings: dict[str, float]
+) -> ClassifyResults:
+    """Replace the vector of each image by its verdict. `classified` has a verdict for each image that has a vector."""
+    verdicts = iter(classified.verdicts if classified is not None else ())
+    images = [outcome.then(lambda _: next(verdicts)) for outcome in vectors]
+    return ClassifyResults(images, tag, timings, classified)
 
 
 def _of_example(name: str, position: int, error: ServiceError) -> ServiceError:
@@ -191,7 +227,7 @@ async def _examples(classes: Any, settings: Settings, images: int) -> list[Examp
     total = images + sum(map(len, of_names.values()))
     if total > limit:
         raise InvalidRequest(
-            f"{total} images in image and classes: a request can have at most {limit} in total", param="classes"
+            f"{total} images in images and classes: a request can have at most {limit} in total", param="classes"
         )
     for name, texts in of_names.items():
         if not 1 <= len(name) <= MAX_NAME_CHARACTERS or not is_allowed(name):

@@ -27,7 +27,14 @@ class ClassifyOptions(Options):
     JSON."""
 
     collection: CollectionName | None = Field(
-        None, description="name or alias of a collection with labelled items; exactly one of collection and classes"
+        None,
+        description="name or alias of a collection with labelled items; exactly one of collection, classes and head",
+    )
+    head: str | None = Field(
+        None,
+        min_length=1,
+        max_length=64,
+        description="name of a classification head of the model, or auto if there is only one",
     )
     label: str | None = Field(
         None, description="metadata key that contains the class of an item; required with collection"
@@ -47,7 +54,7 @@ class ClassifyOptions(Options):
         ge=ERROR_RATES[0],
         le=ERROR_RATES[1],
         allow_inf_nan=False,
-        description="share of images of known classes that may be called unknown",
+        description="share of images of known classes that may be called unknown; needs collection or classes",
     )
     top: Whole = Field(5, ge=1, le=MAX_K, description="highest number of classes in `scores`")
     pooling: Pooling | None = Field(
@@ -64,7 +71,7 @@ _Images = str | ImageObject | Annotated[list[str | ImageObject], Field(min_lengt
 class ClassifyIn(ClassifyOptions):
     """The JSON body of `POST /v1/classify`."""
 
-    image: Annotated[Any, DocumentedAs(_Images)] = Field(description="one image, or a list of images")
+    images: Annotated[Any, DocumentedAs(_Images)] = Field(description="one image, or a list of images")
     classes: Annotated[dict[str, Any] | None, DocumentedAs(dict[str, _Images] | None)] = Field(
         None, description="example images of each class, by the name of the class: one image, or a list of images"
     )
@@ -75,7 +82,7 @@ Label = str | int | float | bool
 
 class ClassScoreFields(TypedDict):
     """A class and its score. With a collection, the score is the class's share of the votes. With examples, it is the
-    cosine similarity to the mean of the examples."""
+    cosine similarity to the mean of the examples. With a head, it is the probability."""
 
     label: Label
     score: float
@@ -123,7 +130,8 @@ class ClassifyAnswer(Identity):
 
     object: ListObject
     data: list[VerdictFields]
-    calibration: CalibrationFields
+    calibration: NotRequired[Annotated[CalibrationFields, Field(description="absent with a head")]]
     collection: NotRequired[str]
+    head: NotRequired[str]
     errors: NotRequired[list[ItemErrorBody]]
     timings: Timings

@@ -30,34 +30,35 @@ router = APIRouter(tags=["classify"], route_class=DirectRoute)
 async def classify(request: Request) -> JsonAnswer[ClassifyAnswer]:
     """Classify one or more images. With `collection` and `label`, the nearest items of the collection vote for their
     classes. With `classes`, which can only be sent in JSON, an image belongs to the class whose examples are most
-    similar on average.
+    similar on average. With `head`, a classification head of the model computes the probability of each class.
 
-    An image that resembles no class is `unknown`. `error_rate` is the share of images of known classes that may be
-    called unknown. This holds for images from the same source as the known images, which are the items of the
-    collection, those that pass `calibration_filter`, or the examples. If there are too few of them, `promised` is
-    false and no image is called unknown."""
+    An image that resembles no class is `unknown`, except with a head. `error_rate` is the share of images of known
+    classes that may be called unknown. This holds for images from the same source as the known images, which are the
+    items of the collection, those that pass `calibration_filter`, or the examples. If there are too few of them,
+    `promised` is false and no image is called unknown."""
     started = time.perf_counter()
     service = service_of(request)
-    upload = await read_upload(request, service.settings, key="image")
+    upload = await read_upload(request, service.settings, key="images")
     is_json = media_type(request) == "application/json"
     asked = await read_classify(upload.images, upload.fields, service.settings, is_json=is_json)
     options = asked.options
     results = await classify_images(service, asked)
-    good, bad = split_items(results.images, options.on_error, "image")
-    classified = results.classified
-    assert classified is not None  # `split_items` raises if no image could be embedded
+    good, bad = split_items(results.images, options.on_error, "images")
     timings = results.timings | {"total": ms_since(started)}
     identity = service.identity(results.tag)
     body: ClassifyAnswer = {
         "object": "list",
-        "data": [verdict_fields(index, classified.verdicts[position], options.top) for index, position in good],
-        "calibration": calibration_fields(classified, options.error_rate),
+        "data": [verdict_fields(index, verdict, options.top) for index, verdict in good],
         "model": identity["model"],
         "fingerprint": identity["fingerprint"],
         "timings": timings,
     }
+    if results.classified is not None:
+        body["calibration"] = calibration_fields(results.classified, options.error_rate)
     if options.collection is not None:
         body["collection"] = options.collection
+    if results.head is not None:
+        body["head"] = results.head
     if bad:
         body["errors"] = [item.body() for item in bad]
     return json_response(body, headers=server_timing(timings))

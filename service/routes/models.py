@@ -1,11 +1,15 @@
 """Describe the served model and how its engine was checked: `GET /v1/models`."""
 
+import asyncio
 import re
 from datetime import UTC, datetime
 
 from fastapi import APIRouter, Request
 
-from service.answer_schemas import ModelAnswer, ModelsAnswer
+from model.dinotxt.store import TEXT_ENCODER, Record, list_dinotxt
+from model.heads.record import HeadRecord
+from model.heads.store import list_heads
+from service.answer_schemas import HeadAnswer, ModelAnswer, ModelsAnswer
 from service.errors import ModelNotFound
 from service.routes.answers import JsonAnswer, json_response
 from service.routes.describe import Operation, describe
@@ -18,7 +22,8 @@ router = APIRouter(tags=["models"], route_class=DirectRoute)
 @router.get("/v1/models", summary="List models")
 async def list_models(request: Request) -> JsonAnswer[ModelsAnswer]:
     """Return a list in OpenAI's format. Its only entry describes the served model."""
-    return json_response({"object": "list", "data": [model_answer(service_of(request))]})
+    answer = await asyncio.to_thread(model_answer, service_of(request))  # reads the records of the heads
+    return json_response({"object": "list", "data": [answer]})
 
 
 @router.get("/v1/models/{name:path}", summary="Get a model")
@@ -28,13 +33,14 @@ async def get_model(request: Request, name: str) -> JsonAnswer[ModelAnswer]:
     any other name."""
     service = service_of(request)
     service.check_model(name)
-    return json_response(model_answer(service))
+    return json_response(await asyncio.to_thread(model_answer, service))
 
 
 def model_answer(service: Service) -> ModelAnswer:
     """Return the description of the served model for an answer. It includes everything that determines the vectors:
     fingerprint, preprocessing, engine and precision. It also includes the measured differences between the features of
-    each engine and those of the reference (`parity`), and the origin of the weights (`provenance`)."""
+    each engine and those of the reference (`parity`), the origin of the weights (`provenance`), and the heads that the
+    model has at the moment."""
     manifest = service.artifact.manifest
     return {
         "id": service.artifact.name,
@@ -57,6 +63,40 @@ def model_answer(service: Service) -> ModelAnswer:
         "provenance": manifest.provenance,
         "licence": manifest.licence,
         "created_at": manifest.created,
+        "heads": [
+            *(_head(record) for record in list_heads(service.artifact)),
+            *(_dinotxt(record, manifest.config.depth - 1) for record in list_dinotxt(service.artifact)),
+        ],
+    }
+
+
+def _head(record: HeadRecord) -> HeadAnswer:
+    return {
+        "name": record.name,
+        "kind": record.kind,
+        "architecture": record.architecture,
+        "fingerprint": record.sha256,
+        "blocks": list(record.layers),
+        "classes": list(record.classes),
+        "depth_range": None if record.depth_range is None else list(record.depth_range),
+        "metrics": record.metrics,
+        "source": record.source,
+        "created_at": record.created,
+    }
+
+
+def _dinotxt(record: Record, last_block: int) -> HeadAnswer:
+    return {
+        "name": record.name,
+        "kind": "words",
+        "architecture": "dinotxt",
+        "fingerprint": record.files[TEXT_ENCODER].sha256,
+        "blocks": [last_block],
+        "classes": [],
+        "depth_range": None,
+        "metrics": {},
+        "source": ", ".join(record.sources),
+        "created_at": record.created,
     }
 
 

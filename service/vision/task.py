@@ -40,7 +40,7 @@ class File(NamedTuple):
 Answer = dict[str, Any] | File
 
 
-def _nothing(options: VisionOptions, config: ViTConfig) -> Iterable[str]:
+def _nothing(options: VisionOptions, about: object) -> Iterable[str]:
     return ()
 
 
@@ -59,7 +59,9 @@ class Task(Generic[O, S]):
     encode: makes the answer from the results for all images of a request, in a worker thread. Its numpy arrays must be
         contiguous.
     outputs: the inner outputs that `compute` needs (see `model/engines/protocol.py`).
+    head_outputs: the inner outputs that a head needs. They depend on the heads that the model has at the moment.
     images: the lowest and the highest number of images in a request.
+    headers: the names of the headers that the answer may have, in addition to those of all vision tasks.
     """
 
     name: str
@@ -71,7 +73,9 @@ class Task(Generic[O, S]):
     compute: Callable[[Analysed, O, ServedModel], S]
     encode: Callable[[Sequence[S], O], Answer]
     outputs: Callable[[O, ViTConfig], Iterable[str]] = field(default=_nothing)
+    head_outputs: Callable[[O, ServedModel], Iterable[str]] = field(default=_nothing)
     images: tuple[int, int] = (1, 1)
+    headers: tuple[str, ...] = ()
 
     @property
     def many(self) -> bool:
@@ -84,7 +88,8 @@ class Task(Generic[O, S]):
         Raises:
             InvalidRequest: the options name something that the model does not have.
         """
-        return View(tuple(dict.fromkeys(self.outputs(options, model.config))), model.spec(options.size))
+        names = [*self.outputs(options, model.config), *self.head_outputs(options, model)]
+        return View(tuple(dict.fromkeys(names)), model.spec(options.size))
 
 
 def add_embedding(answer: Answer, options: VisionOptions, embedded: Sequence[Embedded]) -> Answer:

@@ -9,8 +9,12 @@ if TYPE_CHECKING:
     from service.vision.task import Task
 
 SUMMARIES: Final = {
+    "attention": "Show where the class token attends",
+    "features": "Return patch features or show them as colours",
     "segment": "Segment an image",
     "match": "Find the parts of two images that correspond",
+    "depth": "Estimate the depth of each pixel",
+    "words": "Say which words describe an image, and where",
 }
 """The summary of each task, by name. The module `service/vision/<name>.py` defines the task as `TASK`."""
 

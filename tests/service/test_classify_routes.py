@@ -10,10 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from model.artifact import Artifact
+from model.config import ViTConfig
+from model.heads.linear import layer_norm
+from model.heads.record import HeadDescription
+from model.heads.store import add_head, choose_head, open_head
+from service.features.pipeline import View
 from service.retrieval.class_schemas import MAX_K
 from service.search.store import CollectionSpec, Item
 from tests.dict_store import DictStore
 from tests.fakes import DIMS, Running, fake_artifact, photo, plain_photo, running
+from tests.model.heads.artifacts import small_artifact
 
 PATH = "/v1/classify"
 PNG = {"Content-Type": "image/png"}
@@ -58,7 +65,7 @@ async def ask(run: Running, body: dict[str, Any], status: int = 200) -> dict[str
 async def test_images_are_classified_by_the_labels_of_a_collection(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         await fill(run)
-        body = {"image": [text(photo(3)), text(photo(4))], "collection": "shop", "label": "class", "k": 1}
+        body = {"images": [text(photo(3)), text(photo(4))], "collection": "shop", "label": "class", "k": 1}
         answer = await ask(run, body)
         assert run.engine.images == 0  # the images are in the cache
         second = await run.client.post(PATH, json=body)
@@ -92,7 +99,7 @@ async def test_an_image_that_resembles_no_item_is_unknown(tmp_path: Path) -> Non
         embedded = await run.embed([similar(1 + i % 2, i) for i in range(N)])
         items = [Item(f"p{i}", e.result().vector("cls", True), {"class": i % 2}) for i, e in enumerate(embedded)]
         await run.service.store.upsert("shop", items, tag=tag)
-        body = {"image": [text(plain_photo(0)), text(photo(1))], "collection": "shop", "label": "class", "k": 3}
+        body = {"images": [text(plain_photo(0)), text(photo(1))], "collection": "shop", "label": "class", "k": 3}
         answer = await ask(run, body | {"error_rate": 0.1})
         low = await ask(run, body | {"error_rate": 0.01})
     strange, known = answer["data"]
@@ -109,7 +116,7 @@ async def test_an_image_that_resembles_no_item_is_unknown(tmp_path: Path) -> Non
 async def test_options_of_a_collection(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         await fill(run)
-        body = {"image": text(photo(3)), "collection": "shop", "label": "class"}
+        body = {"images": text(photo(3)), "collection": "shop", "label": "class"}
         even = await ask(run, body | {"filter": {"key": "class", "eq": "even"}, "k": 2, "params": {"exact": True}})
         held_out = await ask(run, body | {"calibration_filter": {"key": "n", "gte": 6}, "top": 1})
         deep = await ask(run, body | {"label": "deep.class", "k": 4, "top": 3})
@@ -130,13 +137,13 @@ async def test_options_of_a_collection(tmp_path: Path) -> None:
 async def test_the_vector_of_an_image_has_the_pooling_of_the_collection(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         await fill(run, "joined", "cls+mean")
-        answer = await ask(run, {"image": text(photo(5)), "collection": "joined", "label": "class", "k": 1})
+        answer = await ask(run, {"images": text(photo(5)), "collection": "joined", "label": "class", "k": 1})
     assert answer["data"][0]["neighbours"] == [{"id": "p05", "label": "odd", "score": pytest.approx(1)}]
 
 
 async def test_classes_by_examples(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
-        body = {"image": text(photo(1)), "classes": {"one": text(photo(1)), "both": [text(photo(2)), text(photo(3))]}}
+        body = {"images": text(photo(1)), "classes": {"one": text(photo(1)), "both": [text(photo(2)), text(photo(3))]}}
         answer = await ask(run, body)
         assert run.engine.images == 3
         mean = await ask(run, body | {"pooling": "mean"})
@@ -158,7 +165,7 @@ async def test_examples_of_enough_images_find_unknowns(tmp_path: Path) -> None:
     classes = {name: [text(similar(seed, i)) for i in range(10)] for name, seed in (("one", 1), ("two", 2))}
     async with running(tmp_path) as run:
         images = [text(plain_photo(0)), text(photo(1))]
-        answer = await ask(run, {"image": images, "classes": classes, "error_rate": 0.1})
+        answer = await ask(run, {"images": images, "classes": classes, "error_rate": 0.1})
     assert [row["label"] for row in answer["data"]] == [None, "one"]
     assert [row["unknown"] for row in answer["data"]] == [True, False]
     assert answer["calibration"]["items"] == 20
@@ -184,11 +191,11 @@ async def test_forms_and_raw_images(tmp_path: Path) -> None:
 async def test_a_broken_image_fails_the_request_or_only_itself(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         await fill(run)
-        body = {"image": [text(photo(3)), text(photo(4)[:60])], "collection": "shop", "label": "class", "k": 1}
+        body = {"images": [text(photo(3)), text(photo(4)[:60])], "collection": "shop", "label": "class", "k": 1}
         whole = await ask(run, body, 422)
         some = await ask(run, body | {"on_error": "partial"})
-        other_way = await ask(run, body | {"on_error": "partial", "image": body["image"][::-1]})
-        none = await ask(run, body | {"on_error": "partial", "image": "a red shoe"}, 422)
+        other_way = await ask(run, body | {"on_error": "partial", "images": body["images"][::-1]})
+        none = await ask(run, body | {"on_error": "partial", "images": "a red shoe"}, 422)
     assert whole["errors"][0]["index"] == 1
     assert [row["index"] for row in some["data"]] == [0]
     assert [error["index"] for error in some["errors"]] == [1]
@@ -196,8 +203,8 @@ async def test_a_broken_image_fails_the_request_or_only_itself(tmp_path: Path) -
     assert none["errors"][0]["index"] == 0
 
 
-GOOD = {"image": "IMAGE", "collection": "shop", "label": "class"}
-EXAMPLES = {"image": "IMAGE", "classes": {"a": "IMAGE"}}
+GOOD = {"images": "IMAGE", "collection": "shop", "label": "class"}
+EXAMPLES = {"images": "IMAGE", "classes": {"a": "IMAGE"}}
 
 
 @pytest.mark.parametrize(
@@ -219,14 +226,19 @@ EXAMPLES = {"image": "IMAGE", "classes": {"a": "IMAGE"}}
         (GOOD | {"filter": {"key": "n"}}, 422, "filter", "operator"),
         (GOOD | {"filter": {"key": "n", "gt": 99}}, 422, "label", "among those that may be neighbours"),
         (GOOD | {"calibration_filter": {"key": "n", "gt": 99}}, 422, "calibration_filter", "passes it"),
-        (GOOD | {"pooling": "mean"}, 422, "pooling", "a collection has its own"),
+        (GOOD | {"pooling": "mean"}, 422, "pooling", "pooling: not possible with collection, only with classes"),
         (GOOD | {"model": "gpt"}, 404, "model", "'gpt' is not served"),
         (GOOD | {"colour": 1}, 422, "colour", "unknown field"),
-        (GOOD | {"image": []}, 422, "image", "0 images in image"),
-        (GOOD | {"image": ["IMAGE"] * 9}, 422, "image", "9 images in image: a request can have 1 to 8"),
+        (GOOD | {"images": []}, 422, "images", "0 images in images"),
+        (GOOD | {"images": ["IMAGE"] * 9}, 422, "images", "9 images in images: a request can have 1 to 8"),
         (GOOD | {"params": {"exact": 1, "x": 2}}, 422, "params", "params.x: unknown field"),
-        (GOOD | EXAMPLES, 422, "collection", "exactly one of collection and classes is needed, not both"),
-        ({"image": "IMAGE"}, 422, "collection", "exactly one of collection and classes is needed, not none"),
+        (
+            GOOD | EXAMPLES,
+            422,
+            "collection",
+            "exactly one of collection, classes, head is needed, not collection and classes",
+        ),
+        ({"images": "IMAGE"}, 422, "collection", "exactly one of collection, classes, head is needed, not none"),
         (EXAMPLES | {"classes": {}}, 422, "classes", "at least one class"),
         (EXAMPLES | {"classes": []}, 422, "classes", "must be an object"),
         (EXAMPLES | {"classes": {"a": []}}, 422, "classes", "'a' has no image"),
@@ -235,12 +247,17 @@ EXAMPLES = {"image": "IMAGE", "classes": {"a": "IMAGE"}}
         (EXAMPLES | {"classes": {"a": ["IMAGE", "BROKEN"]}}, 422, "classes", "image 1 of 'a' cannot be used: "),
         (EXAMPLES | {"classes": {"a": ["IMAGE", "a red shoe"]}}, 422, "classes", "image 1 of 'a' cannot be used: "),
         (EXAMPLES | {"classes": {"a": "PDF"}}, 415, "classes", "image 0 of 'a' cannot be used: "),
-        (EXAMPLES | {"classes": {"a": ["IMAGE"] * 8}}, 422, "classes", "9 images in image and classes"),
-        (EXAMPLES | {"k": 3, "label": "class"}, 422, "label", "label and k: only possible with collection"),
+        (EXAMPLES | {"classes": {"a": ["IMAGE"] * 8}}, 422, "classes", "9 images in images and classes"),
+        (
+            EXAMPLES | {"k": 3, "label": "class"},
+            422,
+            "label",
+            "label and k: not possible with classes, only with collection",
+        ),
     ],
 )
 async def test_bad_input(tmp_path: Path, body: dict[str, Any], status: int, param: str | None, words: str) -> None:
-    images = {"IMAGE": text(photo(1)), "BROKEN": text(photo(2)[:60]), "PDF": text(b"%PDF-1.4 " + bytes(200))}
+    images = {"IMAGE": text(photo(77)), "BROKEN": text(photo(2)[:60]), "PDF": text(b"%PDF-1.4 " + bytes(200))}
     filled = json.dumps(body)
     for name, image in images.items():
         filled = filled.replace(f'"{name}"', f'"{image}"')
@@ -254,10 +271,85 @@ async def test_bad_input(tmp_path: Path, body: dict[str, Any], status: int, para
     assert answer.get("param") == param
 
 
+def with_head(folder: Path, layers: tuple[int, ...]) -> Artifact:
+    """Return an artifact with a classification head that reads these blocks. Its model has one block per entry."""
+    config = ViTConfig(embed_dim=DIMS, depth=len(layers), num_heads=1, img_size=28)
+    artifact = small_artifact(folder, config=config)
+    head = HeadDescription(
+        name="colours", kind="classification", layers=layers, normed=True, classes=("red", "green"), source="a test"
+    )
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((2, DIMS * (len(layers) + 1)), dtype=np.float32)
+    add_head(artifact, head, {"weight": weight, "bias": np.array([0.5, -0.5], np.float32)})
+    return artifact
+
+
+@pytest.mark.parametrize("layers", [(0,), (0, 1)])
+async def test_a_head_of_the_model_classifies(tmp_path: Path, layers: tuple[int, ...]) -> None:
+    artifact = with_head(tmp_path / "small-aaaaaaaa", layers)
+    async with running(tmp_path, artifact=artifact) as run:
+        images = [text(photo(1)), "a red shoe", text(photo(2))]
+        answer = await ask(run, {"images": images, "head": "colours", "on_error": "partial"})
+        auto = await run.client.post(PATH, params={"head": "auto", "top": 1}, content=photo(2), headers=PNG)
+        embedded = [outcome.result() for outcome in await run.embed([photo(1), photo(2)])]
+        seen = [
+            await run.service.pipeline.analyse(photo(i), lambda one: one.outputs, View(("tokens.0",))) for i in (1, 2)
+        ]
+    head = open_head(artifact, choose_head(artifact, "classification", None))
+    assert [row["index"] for row in answer["data"]] == [0, 2]
+    for row, one, outputs in zip(answer["data"], embedded, seen, strict=True):
+        cls, mean = one.vector("cls", False), one.vector("mean", False)
+        first = layer_norm(outputs["tokens.0"], *head.norm, 1e-6)[0]
+        inputs = [cls, mean] if layers == (0,) else [first, cls, mean]
+        logits = head.tensors["weight"] @ np.concatenate(inputs) + head.tensors["bias"]
+        expected = np.exp(logits) / np.exp(logits).sum()
+        scores = {score["label"]: score["score"] for score in row["scores"]}
+        assert scores == {"red": pytest.approx(expected[0], abs=1e-5), "green": pytest.approx(expected[1], abs=1e-5)}
+        assert row["label"] == max(scores, key=lambda label: scores[label])
+        assert row["scores"][0]["score"] > row["scores"][1]["score"]
+        assert (row["unknown"], row["p_value"], "neighbours" in row) == (False, None, False)
+    assert (answer["head"], answer["errors"][0]["index"]) == ("colours", 1)
+    assert "calibration" not in answer
+    assert auto.json()["head"] == "colours"
+    assert len(auto.json()["data"][0]["scores"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ({"head": "none"}, 422, "there is no head named 'none'; heads for classification: colours"),
+        ({"head": "colours", "collection": "shop"}, 422, "not collection and head"),
+        ({"head": "colours", "error_rate": 0.1}, 422, "error_rate: not possible with head, only with collection or"),
+        ({"head": "colours", "pooling": "cls"}, 422, "pooling: not possible with head, only with classes"),
+        ({"head": ""}, 422, "head: String should have at least 1 character"),
+    ],
+)
+async def test_bad_input_with_a_head(tmp_path: Path, body: dict[str, Any], status: int, words: str) -> None:
+    async with running(tmp_path, artifact=with_head(tmp_path / "small-aaaaaaaa", (0,))) as run:
+        answer = await ask(run, {"images": text(photo(1))} | body, status)
+        assert run.engine.images == 0
+    assert words in answer["detail"]
+
+
+async def test_a_model_without_heads_says_how_to_get_one(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        answer = await ask(run, {"images": text(photo(1)), "head": "auto"}, 422)
+    assert "has no head for classification; `dinov2 heads add`" in answer["detail"]
+    assert answer["param"] == "head"
+
+
+async def test_a_damaged_head_is_a_fault_of_the_server(tmp_path: Path) -> None:
+    artifact = with_head(tmp_path / "small-aaaaaaaa", (0,))
+    (artifact.path / "heads" / "colours" / "head.safetensors").write_bytes(b"damaged")
+    async with running(tmp_path, artifact=artifact) as run:
+        answer = await ask(run, {"images": text(photo(1)), "head": "colours"}, 500)
+    assert answer["code"] == "engine_failed"
+
+
 async def test_a_failing_engine_is_no_fault_of_the_example(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         run.engine.fails = lambda pixels: True
-        answer = await ask(run, {"image": text(photo(1)), "classes": {"a": text(photo(2))}}, 500)
+        answer = await ask(run, {"images": text(photo(1)), "classes": {"a": text(photo(2))}}, 500)
     assert "'a'" not in answer["detail"]
 
 
@@ -265,6 +357,6 @@ async def test_a_collection_of_another_model_is_refused_before_an_image_is_embed
     store = DictStore()
     async with running(tmp_path, store=store, artifact=fake_artifact(digit="b")) as run:
         await store.upsert("shop", [Item("a", np.ones(DIMS), {"class": 1})], tag="a" * 64 + "/cls/l2/28x28/fp32")
-        answer = await ask(run, {"image": text(photo(1)), "collection": "shop", "label": "class"}, 409)
+        answer = await ask(run, {"images": text(photo(1)), "collection": "shop", "label": "class"}, 409)
         assert run.engine.images == 0
     assert answer["code"] == "model_mismatch"

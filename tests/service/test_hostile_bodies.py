@@ -38,9 +38,9 @@ def nested(levels):
         ("/v1/embeddings", b'{"input":[' + b"[]," * 700_000 + b"[]]}", "more than 1,000,000 JSON values"),
         ("/v1/collections/shop/search", b'{"vector":[' + b'"x",' * 8000 + b'"x"]}', "vector.0"),
         ("/v1/embeddings", b'{"input":"","user":"' + b"u" * 1_000_000 + b'"}', "user"),
-        (CLASSIFY, b'{"image":"","classes":{' + b",".join(b'"k%d":[]' % i for i in range(100_000)) + b"}}", "'k0'"),
-        (CLASSIFY, b'{"image":"","classes":{"a":[' + b"0," * 200_000 + b"0]}}", "200002 images in image and classes"),
-        (CLASSIFY, b'{"image":"","classes":{"' + b"k" * 1_000_000 + b'":""}}', "is not allowed: 1 to 256"),
+        (CLASSIFY, b'{"images":"","classes":{' + b",".join(b'"k%d":[]' % i for i in range(100_000)) + b"}}", "'k0'"),
+        (CLASSIFY, b'{"images":"","classes":{"a":[' + b"0," * 200_000 + b"0]}}", "200002 images in images and classes"),
+        (CLASSIFY, b'{"images":"","classes":{"' + b"k" * 1_000_000 + b'":""}}', "is not allowed: 1 to 256"),
     ],
     ids=[
         "items",

@@ -12,7 +12,8 @@ from service.documented_schemas import FilterIn
 from service.routes.direct import DirectRoute
 from service.search import filters
 from tests.dict_store import DictStore
-from tests.fakes import DIMS, Running, photo, running
+from tests.fakes import DIMS, FakeDinoTxt, Running, photo, running
+from tests.service.vision.head_models import fake_with_depth
 
 pytest.importorskip("jsonschema", reason="compares answers with JSON schemas: pip install '.[test]'")
 
@@ -54,10 +55,21 @@ GOOD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("POST", "/v1/embeddings?normalize=false&dimensions=8", 200, {"content": photo(), "headers": PNG}),
     ("POST", "/v1/match", 200, {"json": {"images": [text(photo(0)), text(photo(1))], "min_score": -1}}),
     ("POST", "/v1/match", 200, {"json": {"images": [text(photo(0)), text(photo(1))], "format": "png"}}),
+    ("POST", "/v1/words", 200, {"json": {"image": text(photo()), "words": ["cat", "dog"]}}),
+    ("POST", "/v1/words?words=cat,dog&format=rle", 200, {"content": photo(), "headers": PNG}),
+    ("POST", "/v1/words", 200, {"json": {"image": text(photo()), "words": ["cat"], "format": "overlay"}}),
+    ("POST", "/v1/depth", 200, {"json": {"image": text(photo()), "array": True}}),
+    ("POST", "/v1/depth?format=png16", 200, {"content": photo(), "headers": PNG}),
     ("POST", "/v1/segment", 200, {"content": photo(), "headers": PNG}),
     ("POST", "/v1/segment?format=rle", 200, {"content": photo(), "headers": PNG}),
     ("POST", "/v1/segment", 200, {"files": {"file": photo()}, "data": {"format": "overlay", "include": "embedding"}}),
     ("POST", "/v1/segment", 200, {"json": {"image": text(photo()), "include": ["embedding"], "format": "png"}}),
+    ("POST", "/v1/attention", 200, {"content": photo(), "headers": PNG}),
+    ("POST", "/v1/attention?format=figure", 200, {"content": photo(), "headers": PNG}),
+    ("POST", "/v1/attention", 200, {"json": {"image": text(photo()), "format": "npy", "blocks": "all", "heads": [0]}}),
+    ("POST", "/v1/features", 200, {"json": {"images": [text(photo()), text(photo(1))], "layers": [0], "norm": False}}),
+    ("POST", "/v1/features?format=pca", 200, {"content": photo(), "headers": PNG}),
+    ("POST", "/v1/features?format=pca_npy&foreground=true", 200, {"content": photo(), "headers": PNG}),
     (
         "PUT",
         SHOP,
@@ -117,14 +129,14 @@ GOOD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("POST", f"{SHOP}/search", 200, {"json": {"queries": [{"id": "p1"}, {"id": "no"}], "on_error": "partial"}}),
     ("POST", f"{SHOP}/search?k=3&include=vector", 200, {"content": photo(), "headers": PNG}),
     ("POST", f"{SHOP}/search", 200, {"files": {"file": photo()}, "data": {"filter": '{"key": "n", "gt": 0}'}}),
-    ("POST", "/v1/classify", 200, {"json": {"image": text(photo()), "collection": "shop", "label": "n"}}),
+    ("POST", "/v1/classify", 200, {"json": {"images": text(photo()), "collection": "shop", "label": "n"}}),
     (
         "POST",
         "/v1/classify",
         200,
         {
             "json": {
-                "image": [text(photo()), "a shoe"],
+                "images": [text(photo()), "a shoe"],
                 "on_error": "partial",
                 "classes": {"a": text(photo(1)), "b": [{"image": text(photo(2))}]},
             }
@@ -166,10 +178,14 @@ BAD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("POST", "/v1/embeddings", 422, {"json": {"input": ["a red shoe", "https://example.com/a.jpg"]}}),
     ("POST", "/v1/match", 415, {"content": b"x", "headers": {"Content-Type": "text/plain"}}),
     ("POST", "/v1/match", 422, {"json": {"images": [text(photo())]}}),
+    ("POST", "/v1/words", 422, {"json": {"image": text(photo()), "words": []}}),
+    ("POST", "/v1/depth", 422, {"json": {"image": text(photo()), "head": "none"}}),
     ("POST", "/v1/segment", 415, {"content": b"x", "headers": {"Content-Type": "text/plain"}}),
     ("POST", "/v1/segment", 422, {"content": photo()[:60], "headers": PNG}),
-    ("POST", "/v1/classify", 404, {"json": {"image": text(photo()), "collection": "none", "label": "n"}}),
-    ("POST", "/v1/classify", 422, {"json": {"image": text(photo())}}),
+    ("POST", "/v1/classify", 404, {"json": {"images": text(photo()), "collection": "none", "label": "n"}}),
+    ("POST", "/v1/classify", 422, {"json": {"images": text(photo())}}),
+    ("POST", "/v1/attention?blocks=1", 422, {"content": photo(), "headers": PNG}),
+    ("POST", "/v1/features?layers=1", 422, {"content": photo(), "headers": PNG}),
     ("PUT", "/v1/collections/UP", 422, {}),
     ("PUT", "/v1/collections/bare", 409, {"json": {"dtype": "float16"}}),
     ("PUT", "/v1/collections/bare", 415, {"content": b"x"}),
@@ -205,9 +221,11 @@ BAD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
 ]
 
 
-async def test_every_answer_is_as_the_document_says(tmp_path):
+async def test_every_answer_is_as_the_document_says(tmp_path, monkeypatch):
+    monkeypatch.setattr("service.vision.words.open_dinotxt", lambda artifact, name: FakeDinoTxt())
     snapshot = ""
-    async with checked(tmp_path, max_body_bytes=200_000, max_image_bytes=200_000) as (run, contract):
+    artifact = fake_with_depth(tmp_path / "model")
+    async with checked(tmp_path, artifact=artifact, max_body_bytes=200_000, max_image_bytes=200_000) as (run, contract):
         for method, path, status, options in GOOD_REQUESTS + BAD_REQUESTS:
             if "json" in options:
                 options = options | {"json": json.loads(json.dumps(options["json"]).replace("SNAPSHOT", snapshot))}

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from service.shared_results import MAX_RESULTS, SharedResults
+from tests.fakes import until
 
 
 class Source:
@@ -49,7 +50,7 @@ async def test_a_cancelled_caller_leaves_the_result_to_the_next() -> None:
     shared, source = SharedResults(), Source()
     source.gate.clear()
     waiting = asyncio.create_task(shared.get("a", source))
-    await asyncio.sleep(0)
+    await until(lambda: source.calls == 1)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting

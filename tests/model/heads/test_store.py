@@ -93,6 +93,11 @@ def test_the_bundled_artifact_receives_no_heads(tmp_path: Path) -> None:
         ({"classes": ("a", "b")}, tensors(), "3 outputs and 2 class names"),
         ({"layers": (12,)}, tensors(), r"reads the blocks \[12\], but the model has the blocks 0 to 11"),
         ({}, tensors() | {"bias": np.array([0, np.nan, 0], np.float32)}, "bias has values that are not finite"),
+        (
+            {"kind": "segmentation", "classes": tuple(map(str, range(256)))},
+            tensors(256, DIM),
+            "256 classes; a segmentation head has at most 255",
+        ),
         ({"kind": "depth", "classes": ()}, tensors(256), "no depth range"),
         ({"kind": "depth", "classes": (), "depth_range": (2.0, 1.0)}, tensors(256), "min_depth=2 and max_depth=1"),
         ({"kind": "depth", "classes": (), "architecture": "dpt"}, tensors(), "from 4 blocks, not depth from 1"),

@@ -11,14 +11,20 @@ from model.artifact import Artifact, bundled_artifact, load_artifact
 from model.engines.onnxruntime_engine import OnnxEngine
 from service.vision.local import Vision
 from tests.fakes import Running, running
+from tests.service.vision.head_models import add_classifier, add_linear_depth, add_segmenter
 
 Serve = Callable[..., AbstractAsyncContextManager[Running]]
 
 
 @pytest.fixture(scope="session")
 def bundled(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """The artifact that ships with the project. Derived graphs are written to a temporary folder."""
-    return load_artifact(bundled_artifact(), derived_dir=tmp_path_factory.mktemp("derived"))
+    """The artifact that ships with the project, with one head of each kind. Derived graphs are written to a temporary
+    folder."""
+    artifact = load_artifact(bundled_artifact(), derived_dir=tmp_path_factory.mktemp("derived"))
+    add_linear_depth(artifact)
+    add_segmenter(artifact)
+    add_classifier(artifact)
+    return artifact
 
 
 @pytest.fixture(scope="session")
