@@ -42,6 +42,7 @@ async def checked(tmp_path, **options: Any) -> AsyncIterator[tuple[Running, Cont
         yield run, contract
 
 
+REFERENCE = {"image": text(photo(1)), "point": [20, 16]}
 GOOD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("GET", "/livez", 200, {}),
     ("GET", "/readyz", 200, {}),
@@ -149,6 +150,8 @@ GOOD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
         200,
         {"files": {"file": photo()}, "data": {"collection": "shop", "label": "n", "filter": '{"key": "n", "gt": 0}'}},
     ),
+    ("POST", f"{SHOP}/find-region", 200, {"json": {"references": [REFERENCE], "min_score": 0, "limit": 2}}),
+    ("POST", f"{SHOP}/find-region", 200, {"json": {"references": [{"id": "p2", "box": [9, 5, 9, 9]}], "limit": 1}}),
     ("POST", f"{SHOP}/duplicates", 200, {"json": {}}),
     ("POST", f"{SHOP}/duplicates", 200, {"json": {"by": "similarity", "threshold": 0.9}}),
     ("POST", f"{SHOP}/items/delete", 200, {"json": {"ids": ["w", "nobody"]}}),
