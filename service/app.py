@@ -33,6 +33,7 @@ from service.originals import Originals
 from service.routes import (
     add_items,
     aliases,
+    analyze,
     classify,
     collections,
     duplicates,
@@ -106,6 +107,7 @@ def create_app(
         items,
         duplicates,
         vision,
+        analyze,
         classify,
         health,
     )

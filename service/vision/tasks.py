@@ -15,6 +15,7 @@ SUMMARIES: Final = {
     "match": "Find the parts of two images that correspond",
     "depth": "Estimate the depth of each pixel",
     "words": "Say which words describe an image, and where",
+    "analyze": "Compute several results from one forward pass",
 }
 """The summary of each task, by name. The module `service/vision/<name>.py` defines the task as `TASK`."""
 
