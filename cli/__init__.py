@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from cli import backup, collection, engines, evaluate, export, search, serving, training, verify
+from cli import backup, classify, collection, engines, evaluate, export, search, serving, training, verify
 from cli.shared import fail
 from cli.vision import Commands
 
@@ -41,6 +41,7 @@ for command in (
     serving.embed,
     search.index,
     search.search,
+    classify.classify,
     backup.backup,
     backup.restore,
     training.train,

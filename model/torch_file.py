@@ -3,7 +3,8 @@
 Since version 1.6, `torch.save` writes a ZIP archive: `data.pkl` describes the objects, and one file `data/<key>` per
 storage contains the storage's bytes. A pickle is a program, so this reader allows it to use only names that describe
 tensors: `OrderedDict`, `torch.Size`, the functions that rebuild a tensor or a parameter, and the names of storage
-types. Any other name raises an error and is not imported.
+types. Training checkpoints, such as those of mmcv, also contain numpy scalars. Each is replaced with an object that has
+no content. Any other name raises an error and is not imported.
 
 The arrays are mapped from the file, so they take no memory until they are read. Files from torch versions before 1.6
 raise an error.
@@ -84,6 +85,26 @@ _DTYPES: Final = {
 
 class TorchFileError(ValueError):
     """The error raised when a file is not a readable PyTorch file of tensors. The message gives the reason."""
+
+
+class _Ignored:
+    """An object without content. It takes the place of a numpy scalar and its parts."""
+
+    def __init__(self, *arguments: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+_IGNORED: Final = frozenset(
+    [
+        ("numpy", "dtype"),
+        ("numpy.core.multiarray", "scalar"),
+        ("numpy._core.multiarray", "scalar"),
+        ("_codecs", "encode"),  # how protocol 2 stores the bytes of a scalar
+    ]
+)
 
 
 class _StorageType(NamedTuple):
@@ -205,6 +226,8 @@ class _Unpickler(pickle.Unpickler):
             ("torch._utils", "_rebuild_tensor_v2"): _tensor,
             ("torch._utils", "_rebuild_parameter"): _parameter,
         }
+        if (module, name) in _IGNORED:
+            return _Ignored
         if (module, name) not in allowed:
             raise TorchFileError(f"it refers to {module}.{name}, which is not a tensor and could run any code")
         return allowed[module, name]

@@ -47,7 +47,8 @@ _SAFETENSORS_DTYPES: Final = {
 def read_tensors(path: Path | str) -> dict[str, Array]:
     """Read a safetensors or PyTorch file and return its tensors as arrays, keyed by their names in the file.
 
-    If the file is one of Meta's training dumps, only the tensors under its key `teacher` are returned.
+    If the file is one of Meta's training dumps, only the tensors under its key `teacher` are returned. If it is a
+    checkpoint of mmcv, as Meta's segmentation and depth heads are, only those under `state_dict` are returned.
 
     Raises:
         CheckpointError (a ValueError): the file is damaged, contains no weights, or is a pickle with objects other than
@@ -63,11 +64,14 @@ def read_tensors(path: Path | str) -> dict[str, Array]:
         loaded = read_torch_file(path)
     except TorchFileError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if isinstance(loaded, dict) and isinstance(loaded.get("teacher"), dict):  # Meta's training dumps
-        loaded = loaded["teacher"]
+    for key in ("teacher", "state_dict"):  # Meta's training dumps, mmcv's checkpoints
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
     if not isinstance(loaded, dict) or not all(isinstance(value, np.ndarray) for value in loaded.values()):
         found = list(loaded)[:10] if isinstance(loaded, dict) else type(loaded).__name__
-        raise CheckpointError(f"{path}: expected named tensors, at the top or under 'teacher', but found {found}")
+        raise CheckpointError(
+            f"{path}: expected named tensors, at the top or under 'teacher' or 'state_dict', but found {found}"
+        )
     return dict(loaded)
 
 

@@ -25,6 +25,7 @@ from model.engines.general import open_general
 from model.engines.protocol import Engine, Tried
 from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
 from service.features.cache import Cache, make_cache
+from service.features.patch_store import PatchStore
 from service.features.pipeline import Pipeline, PipelineLimits
 from service.features.served_model import ServedModel
 from service.middleware import Border, error_body
@@ -32,6 +33,7 @@ from service.originals import Originals
 from service.routes import (
     add_items,
     aliases,
+    classify,
     collections,
     duplicates,
     embeddings,
@@ -94,7 +96,19 @@ def create_app(
     app.state.border = partial(Border, settings=settings, metrics=start.metrics, lifecycle=start.lifecycle)
     app.state.lifecycle = start.lifecycle
     app.state.cache_status = "ok"  # the status that /readyz logged last
-    resources = (search, embeddings, models, collections, aliases, add_items, items, duplicates, vision, health)
+    resources = (
+        search,
+        embeddings,
+        models,
+        collections,
+        aliases,
+        add_items,
+        items,
+        duplicates,
+        vision,
+        classify,
+        health,
+    )
     routes = [route for resource in resources for route in resource.router.routes]
     for route in app.routes:  # the framework's own, for instance /docs
         accept_trailing_slash(route)
@@ -146,7 +160,9 @@ class _Start:
         limits = PipelineLimits.of(self.settings)
         threads = self.settings.threads or available_cpus()
         general = partial(open_general, self.artifact, self.engine, threads=threads)
-        pipeline = Pipeline(self.artifact, self.engine, cache, self.metrics, limits, general)
+        kept = self.settings.patch_store_bytes
+        patch_store = PatchStore(self.settings.patch_store_file, kept) if kept else None
+        pipeline = Pipeline(self.artifact, self.engine, cache, self.metrics, limits, general, patch_store)
         stack.push_async_callback(pipeline.close)
         await pipeline.warm_up()
         service = Service(
@@ -159,7 +175,7 @@ class _Start:
             store=store,
             originals=originals,
             pipeline=pipeline,
-            model=ServedModel(self.artifact),
+            model=ServedModel(self.artifact, pipeline.forward_zeros),
         )
         self.lifecycle.warm = True
         manifest, engine = self.artifact.manifest, self.engine

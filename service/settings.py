@@ -68,6 +68,9 @@ class Settings(BaseSettings):
     patch_cache_bytes: int = Field(
         64 * 2**20, ge=0, description="memory limit of the cache of patch features; 0: no such cache"
     )
+    patch_store_bytes: int = Field(
+        2 * 2**30, ge=0, description="size limit of the file in data_dir that keeps patch features; 0: no such file"
+    )
     cache_ttl_s: int = Field(7 * 24 * 3600, ge=1, description="time until Redis deletes a cached vector")
 
     vector_store: str = Field(
@@ -213,6 +216,11 @@ class Settings(BaseSettings):
     def originals_place(self) -> str | Path:
         """The folder (a Path) or URL (a str) where original images are stored."""
         return self.originals_url or self.data_dir / "originals"
+
+    @property
+    def patch_store_file(self) -> Path:
+        """The file that keeps patch features."""
+        return self.data_dir / "patches" / "patches.sqlite3"
 
     def shown(self) -> dict[str, Any]:
         """Return the settings as a dictionary for the log, without secrets."""

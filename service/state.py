@@ -4,7 +4,7 @@ The application creates the `Service` at startup and stores it in `app.state.ser
 because it is also needed before the `Service` exists and during shutdown.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from model.artifact import Artifact
 from model.engines.protocol import Engine, Tried
@@ -17,6 +17,7 @@ from service.features.served_model import ServedModel
 from service.originals import Originals
 from service.search.store import VectorStore
 from service.settings import Settings
+from service.shared_results import SharedResults
 from service.tags import make_tag, tag_parts
 from service.telemetry import Metrics
 
@@ -46,6 +47,7 @@ class Service:
     originals: Originals
     pipeline: Pipeline
     model: ServedModel
+    shared: SharedResults = field(default_factory=SharedResults)
 
     def tag(self, fingerprint: str | None = None, pooling: Pooling = DEFAULT_POOLING) -> str:
         """Return the tag of vectors that a model computed with this pooling. `fingerprint` identifies the model, and

@@ -157,9 +157,11 @@ class OnnxEngine:
         options = _options(ort.SessionOptions(), threads, spinning, prepack, path)
         chosen = [provider] if provider != "tensorrt" else [provider, "cuda"]
         settings = [_settings(name, precision, self._shape, cache_dir or path.parent) for name in chosen]
+        graph = model.SerializeToString() if self.tiled or inner else str(path)
+        del model  # frees a copy of the weights before the session makes its own
         try:
             self._session: Any = ort.InferenceSession(
-                model.SerializeToString() if self.tiled or inner else str(path),
+                graph,
                 options,
                 providers=[_PROVIDERS[name] for name in chosen],
                 provider_options=settings,

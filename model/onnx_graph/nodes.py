@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 FloatArray = npt.NDArray[np.float32]
 Weights = Mapping[str, npt.NDArray[np.floating]]
-Attribute = int | float | list[int]
+Attribute = int | float | str | list[int]
 
 EXTERNAL_ALIGNMENT = 4096  # one page, so that runtimes can map the file
 INLINE_BELOW_BYTES = 1024  # shapes and scalars stay in the graph, where shape inference reads them

@@ -39,9 +39,11 @@ from model.pooling import PARTS, Pooling, pool
 from model.preprocess import PreprocessSpec, crop_box, output_size, preprocess
 from service.errors import BrokenImage, InvalidRequest
 from service.features.batcher import Batcher
-from service.features.cache import Cache, MemoryCache, cache_key
+from service.features.cache import Cache, cache_key
 from service.features.forward import Forward, Row
 from service.features.images import decode
+from service.features.patch_cache import PatchCache, as_is
+from service.features.patch_store import PatchStore
 from service.features.patches import Patches
 from service.outcomes import Outcome, successes
 from service.settings import Settings
@@ -174,6 +176,7 @@ class Pipeline:
     loop's thread.
 
     `open_general` opens an engine for the images that `engine` cannot run (see `service/features/forward.py`).
+    `patch_store` keeps patch features on disk, if it is not None.
     """
 
     def __init__(
@@ -184,6 +187,7 @@ class Pipeline:
         metrics: Metrics,
         limits: PipelineLimits,
         open_general: Callable[[], Engine] | None = None,
+        patch_store: PatchStore | None = None,
     ) -> None:
         self.artifact = artifact
         self.engine = engine
@@ -195,9 +199,7 @@ class Pipeline:
         self._max_input_patches = limits.max_input_patches
         self._forward = Forward(engine, open_general)
         self._metrics = metrics
-        self._patch_cache = MemoryCache(
-            limits.patch_cache_bytes
-        )  # never in Redis: an entry is as large as a hundred vectors
+        self._loop = asyncio.get_running_loop()
         self._flights: dict[str, _Flight] = {}
         self._decoders = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="decode")
         self._answerers = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="answer")
@@ -205,6 +207,8 @@ class Pipeline:
             1, thread_name_prefix="hash"
         )  # its own thread, so cached images do not wait for decoding
         self._kept_images = asyncio.Semaphore(limits.decode_workers)  # see `analyse`
+        in_thread = partial(self._in_thread, self._answerers)
+        self.patch_cache = PatchCache(self._patches_key, limits.patch_cache_bytes, patch_store, in_thread)
         self.batcher: Batcher[Row] = Batcher(
             self._forward,
             patch_size=self._patch_size,
@@ -215,9 +219,10 @@ class Pipeline:
             hang_timeout_s=limits.hang_timeout_s,
         )
 
-    async def embed(self, images: Sequence[Outcome[bytes]]) -> list[Outcome[Embedded]]:
+    async def embed(self, images: Sequence[Outcome[bytes]], *, store_patches: bool = False) -> list[Outcome[Embedded]]:
         """Compute the features of one request's images, or take them from the cache. For each image, in order, return
-        its features or its error.
+        its features or its error. If `store_patches` is true, the patch features of the images that are computed are
+        also written to the store on disk.
 
         An image that already has an error keeps this error. Each returned outcome has the same index as the outcome in
         `images`.
@@ -228,7 +233,8 @@ class Pipeline:
         keys = await self._keys(images)
         by_key = {key.result(): image.result() for key, image in zip(keys, images, strict=True) if key.error is None}
         cached = await self._from_cache(list(by_key))
-        computed = await self._compute_all({key: image for key, image in by_key.items() if key not in cached})
+        missing = {key: image for key, image in by_key.items() if key not in cached}
+        computed = await self._compute_all(missing, store_patches and self.patch_cache.is_on_disk)
 
         def embedded(key: str) -> Embedded:
             return cached[key] if key in cached else computed[key].result()
@@ -270,9 +276,7 @@ class Pipeline:
     async def kept_patches(self, digests: Iterable[str]) -> dict[str, Patches]:
         """Return the cached patch features of the images with these digests, as a dict by digest. A digest is the
         sha256 of an image's bytes in hex. The dict has no entry for an image without cached patch features."""
-        keys = {digest: self._patches_key(digest) for digest in digests}
-        kept = await self._patch_cache.get_many(list(keys.values()))
-        return {d: Patches.from_bytes(data) for d, data in zip(keys, kept, strict=True) if data is not None}
+        return await self.patch_cache.read(digests, as_is)
 
     async def patches(self, images: Sequence[Outcome[tuple[str, bytes]]]) -> list[Outcome[Patches]]:
         """Compute and cache the patch features of images. Each image is a pair: the sha256 of its bytes, and the bytes.
@@ -301,7 +305,19 @@ class Pipeline:
         """Run one forward pass on zeros, so that the first request does not have to wait until the runtime is
         initialised."""
         height, width = self.artifact.manifest.input_size
-        await self.batcher.submit(np.zeros((3, height, width), np.float32))
+        await self._zeros(height, width)
+
+    def forward_zeros(self, height: int, width: int) -> FloatArray:
+        """Run one forward pass on zeros, and return the patch features [N, D]. Call this method in a worker thread, as
+        it waits for the event loop.
+
+        Raises:
+            ServiceError: the forward pass failed, or the pipeline is closed.
+        """
+        return asyncio.run_coroutine_threadsafe(self._zeros(height, width), self._loop).result()
+
+    async def _zeros(self, height: int, width: int) -> FloatArray:
+        return (await self.batcher.submit(np.zeros((3, height, width), np.float32))).row.patches
 
     async def close(self) -> None:
         """Stop the pipeline. Images that are still in the queue fail with `ShuttingDown`."""
@@ -309,6 +325,7 @@ class Pipeline:
         self._forward.close()
         for threads in (self._decoders, self._answerers, self._hasher):
             threads.shutdown(wait=False, cancel_futures=True)
+        await self.patch_cache.close()
 
     async def _keys(self, images: Sequence[Outcome[bytes]]) -> list[Outcome[str]]:
         """For each image, in order, return its cache key or its error. If the images exceed 256 KiB in total, they are
@@ -339,7 +356,7 @@ class Pipeline:
         self._metrics.cache_misses.inc(len(keys) - len(cached))
         return cached
 
-    async def _compute_all(self, wanted: dict[str, bytes]) -> "dict[str, asyncio.Task[Embedded]]":
+    async def _compute_all(self, wanted: dict[str, bytes], store_patches: bool) -> "dict[str, asyncio.Task[Embedded]]":
         """Compute the features of images, and return each image's task after it has finished. `wanted` and the result
         are dicts by cache key. If an image is already being computed, wait for that task instead of starting
         another."""
@@ -348,7 +365,7 @@ class Pipeline:
             self.batcher.reserve(len(new))  # all images of this request, or none
         self._metrics.coalesced.inc(len(wanted) - len(new))
         for key in new:
-            task = asyncio.create_task(self._fly(key, wanted[key]))
+            task = asyncio.create_task(self._fly(key, wanted[key], store_patches))
             task.add_done_callback(partial(self._landed, key))  # also if the task is cancelled before its first step
             self._flights[key] = _Flight(task)
         flights = {key: self._flights[key] for key in wanted}
@@ -365,13 +382,16 @@ class Pipeline:
                     flight.task.cancel()
                     self._forget(key, flight.task)
 
-    async def _fly(self, key: str, image: bytes) -> Embedded:
+    async def _fly(self, key: str, image: bytes, store_patches: bool) -> Embedded:
         decoded = await self._decode(image, self._spec, keep_image=False)
         row, timings = await self._infer(decoded)
         embedded = Embedded(row.parts, row.tokens, timings=timings)
         await self.cache.set_many(
             {key: embedded.to_bytes()}
         )  # before the flight ends, so that a later request finds the entry or the flight
+        if store_patches:
+            digest = await self._in_thread(self._hasher, lambda: hashlib.sha256(image).hexdigest())
+            await self.patch_cache.add(digest, await self._packed(row, decoded), recent=False)
         return embedded
 
     async def _analyse(self, image: bytes, answer: Callable[[Analysed], T], view: View) -> T:
@@ -396,10 +416,13 @@ class Pipeline:
     async def _patches(self, digest: str, image: bytes) -> Patches:
         decoded = await self._decode(image, self._spec, keep_image=False)
         row, _ = await self._infer(decoded)
-        work = partial(Patches.of, row.patches, self._grid(decoded.pixels), decoded.size)
-        patches = await self._in_thread(self._answerers, work)
-        await self._patch_cache.set_many({self._patches_key(digest): patches.to_bytes()})
+        patches = await self._packed(row, decoded)
+        await self.patch_cache.add(digest, patches)
         return patches
+
+    async def _packed(self, row: Row, decoded: _Decoded) -> Patches:
+        work = partial(Patches.of, row.patches, self._grid(decoded.pixels), decoded.size)
+        return await self._in_thread(self._answerers, work)
 
     def _grid(self, pixels: FloatArray) -> tuple[int, int]:
         return pixels.shape[1] // self._patch_size, pixels.shape[2] // self._patch_size

@@ -170,7 +170,9 @@ async def _ready(
         _check_images_fit(service, collection)
     fitting = [outcome.then(_fitting, service, collection) for outcome in sent]
     images = [Outcome(index, new.image) for index, new in indexed(fitting) if new.image is not None]
-    embedded = {outcome.index: outcome for outcome in (await service.pipeline.embed(images) if images else [])}
+    store_patches = collection.spec.originals  # searches compare the patches of stored images
+    outcomes = await service.pipeline.embed(images, store_patches=store_patches) if images else []
+    embedded = {outcome.index: outcome for outcome in outcomes}
     ready = [outcome.then(_with_vector, collection, embedded.get(outcome.index)) for outcome in fitting]
     if not collection.spec.originals:
         return ready

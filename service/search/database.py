@@ -69,7 +69,7 @@ class Row:
 
     @property
     def info(self) -> CollectionInfo:
-        return CollectionInfo(self.name, self.spec, self.count)
+        return CollectionInfo(self.name, self.spec, self.count, f"{self.key}.{self.version}")
 
     @property
     def dtype(self) -> np.dtype[Any]:

@@ -43,7 +43,16 @@ from service.search.checks import (
 from service.search.filters import Filter
 from service.search.filters import Path as MetadataPath
 from service.search.maintenance import Maintenance
-from service.search.reading import ITEM, delete_some, items_of, metadata_of, number_after, page_by_number, value_counts
+from service.search.reading import (
+    ITEM,
+    delete_some,
+    items_of,
+    metadata_of,
+    number_after,
+    page_by_number,
+    sampled,
+    value_counts,
+)
 from service.search.restoring import restore
 from service.search.scrolling import page_in_order, position_in
 from service.search.searcher import Searcher
@@ -94,7 +103,7 @@ class EmbeddedStore:
     """A `VectorStore` in a folder. Several processes on one host may use the same folder at the same time."""
 
     capabilities = frozenset(
-        {"atomic_upsert", "idempotency", "index_kinds", "indexed", "order", "snapshots", "stats", "usage"}
+        {"atomic_upsert", "idempotency", "index_kinds", "indexed", "order", "sample", "snapshots", "stats", "usage"}
     )
 
     def __init__(self, data_dir: Path, *, threads: int, **maintenance: Any) -> None:
@@ -310,6 +319,10 @@ class EmbeddedStore:
             return page_in_order(db, row, where, order, position, limit)
 
         return await self._read(work)
+
+    async def sample(self, collection: str, size: int, *, where: Filter | None = None) -> list[Item]:
+        check_name(collection)
+        return await self._read(lambda db: sampled(db, database.find(db, collection), where, size))
 
     # ---- snapshots
 

@@ -5,6 +5,7 @@ import sqlite3
 from collections.abc import Sequence
 from typing import Any, Final
 
+import numpy as np
 import orjson
 
 from service.errors import InvalidRequest, StorageFailed
@@ -67,6 +68,19 @@ def page_by_number(db: sqlite3.Connection, row: Row, where: Filter | None, after
     query = f"SELECT {ITEM} FROM items_{row.key} i WHERE number > ? AND {condition} ORDER BY number LIMIT ?"
     rows = db.execute(query, (after, *parameters, limit + 1)).fetchall()
     return Page(items_of(db, row, rows[:limit]), f"n{rows[limit - 1][0]}" if len(rows) > limit else None)
+
+
+def sampled(db: sqlite3.Connection, row: Row, where: Filter | None, size: int) -> list[Item]:
+    """Return `size` random items that pass a filter, or all of them if there are fewer, in the order of their numbers.
+    The choice depends only on the numbers of the items that pass."""
+    condition, parameters = condition_of(where)
+    query = f"SELECT number FROM items_{row.key} i WHERE {condition} ORDER BY number"
+    numbers = [number for (number,) in db.execute(query, parameters)]
+    if len(numbers) > size:
+        chosen = np.sort(np.random.default_rng(0).choice(len(numbers), size, replace=False))
+        numbers = [numbers[position] for position in chosen]
+    query = f"SELECT {ITEM} FROM items_{row.key} i WHERE number = ?"
+    return items_of(db, row, [db.execute(query, (number,)).fetchone() for number in numbers])
 
 
 def value_counts(db: sqlite3.Connection, row: Row, path: MetadataPath, where: Filter | None, limit: int) -> Facets:

@@ -83,9 +83,13 @@ class CollectionSpec:
 
 @dataclass(frozen=True)
 class CollectionInfo:
+    """The description of a collection. `version` is a text that changes whenever an item of the collection changes. It
+    is None if the store does not know when items change."""
+
     name: str
     spec: CollectionSpec
     count: int
+    version: str | None = field(default=None, compare=False)
 
     @property
     def tag(self) -> str:
@@ -188,7 +192,8 @@ class VectorStore(Protocol):
     capabilities: frozenset[str]
     """The optional features of this store: `atomic_upsert` (a call of `upsert` writes all items or none), `idempotency`
     (see `upsert`), `snapshots` (see `SnapshotStore`), `index_kinds` (the settings in `IndexSpec` take effect),
-    `indexed` (see `set_indexed`), `order` (see `scroll`), `stats` (see `StatsStore`) and `usage` (see `UsageStore`)."""
+    `indexed` (see `set_indexed`), `order` (see `scroll`), `sample` (see `SampleStore`), `stats` (see `StatsStore`) and
+    `usage` (see `UsageStore`)."""
 
     async def create(self, collection: str, spec: CollectionSpec) -> CollectionInfo:
         """Create a collection and return its description. If the collection already exists with the same settings,
@@ -372,6 +377,15 @@ class SnapshotStore(VectorStore, Protocol):
         Raises:
             Conflict: a collection or alias with the name `collection` already exists.
         """
+
+
+class SampleStore(VectorStore, Protocol):
+    """A store that can draw items at random (capability `sample`)."""
+
+    async def sample(self, collection: str, size: int, *, where: Filter | None = None) -> list[Item]:
+        """Return `size` different items of a collection, or of those that match a filter, or all of them if there are
+        fewer. All sets of `size` items are equally likely. A second call returns the same items unless the collection
+        has changed."""
 
 
 class StatsStore(VectorStore, Protocol):

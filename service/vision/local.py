@@ -13,6 +13,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from model.artifact import Artifact, load_artifact
 from model.cpus import available_cpus
 from model.decode import DEFAULT_LIMITS, DecodeLimits
@@ -42,7 +45,11 @@ class Vision:
 
     @cached_property
     def model(self) -> ServedModel:
-        return ServedModel(self.artifact)
+        return ServedModel(self.artifact, self._forward_zeros)
+
+    def _forward_zeros(self, height: int, width: int) -> npt.NDArray[np.float32]:
+        [row] = self._forward(np.zeros((1, 3, height, width), np.float32))
+        return row.patches
 
     @cached_property
     def _forward(self) -> Forward:

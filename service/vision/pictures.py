@@ -48,8 +48,9 @@ def coloured(values: Floats, name: ColourMap = "viridis") -> Pixels:
     return colour_map(name)[indices]
 
 
-def blend(image: Pixels, colours: Pixels, alpha: float = 0.6) -> Pixels:
-    """Return an image [H, W, 3] under a picture of the same size. `alpha` from 0 to 1 is the opacity of the picture."""
+def blend(image: Pixels, colours: Pixels, alpha: float | Floats = 0.6) -> Pixels:
+    """Return an image [H, W, 3] under a picture of the same size. `alpha` from 0 to 1 is the opacity of the picture, or
+    of each pixel if it is an array [H, W, 1]."""
     assert image.shape == colours.shape, (image.shape, colours.shape)
     return np.asarray(image + (colours.astype(np.float32) - image) * np.float32(alpha) + 0.5, np.float32).astype(
         np.uint8

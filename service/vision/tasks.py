@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 SUMMARIES: Final = {
     "segment": "Segment an image",
+    "attention": "Show where the class token attends",
+    "match": "Find the parts of two images that correspond",
 }
 """The summary of each task, by name. The module `service/vision/<name>.py` defines the task as `TASK`."""
 

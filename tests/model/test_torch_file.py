@@ -95,6 +95,14 @@ def test_code_is_not_run(path: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
+def test_numpy_scalars_of_training_checkpoints_are_replaced_with_objects_without_content(path: Path) -> None:
+    content = {"best": np.float64(0.25), "best_so_far": np.float32(1.5), "iter": 7}
+    read = read_torch_file(with_pickle(path, pickle.dumps(content, protocol=2)))
+    assert read["iter"] == 7
+    assert {type(read[name]).__name__ for name in ("best", "best_so_far")} == {"_Ignored"}
+    assert vars(read["best"]) == {}
+
+
 def test_a_changed_byte_of_the_weights_is_noticed(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[data.index(ARRAYS["weight"].tobytes()) + 5] ^= 1

@@ -17,6 +17,7 @@ from tests.fakes import most_s, no_file_left_open, photo, running
 
 JSON = {"Content-Type": "application/json"}
 ITEMS = "/v1/collections/shop/items"
+CLASSIFY = "/v1/classify"
 
 
 def nested(levels):
@@ -37,8 +38,23 @@ def nested(levels):
         ("/v1/embeddings", b'{"input":[' + b"[]," * 700_000 + b"[]]}", "more than 1,000,000 JSON values"),
         ("/v1/collections/shop/search", b'{"vector":[' + b'"x",' * 8000 + b'"x"]}', "vector.0"),
         ("/v1/embeddings", b'{"input":"","user":"' + b"u" * 1_000_000 + b'"}', "user"),
+        (CLASSIFY, b'{"images":"","classes":{' + b",".join(b'"k%d":[]' % i for i in range(100_000)) + b"}}", "'k0'"),
+        (CLASSIFY, b'{"images":"","classes":{"a":[' + b"0," * 200_000 + b"0]}}", "200002 images in images and classes"),
+        (CLASSIFY, b'{"images":"","classes":{"' + b"k" * 1_000_000 + b'":""}}', "is not allowed: 1 to 256"),
     ],
-    ids=["items", "item-keys", "include", "keys", "long-key", "values", "vector", "long-value"],
+    ids=[
+        "items",
+        "item-keys",
+        "include",
+        "keys",
+        "long-key",
+        "values",
+        "vector",
+        "long-value",
+        "classes",
+        "examples",
+        "long-class",
+    ],
 )
 async def test_a_hostile_body_is_refused_quickly_in_few_words(tmp_path, path, body, words):
     async with running(tmp_path) as run:

@@ -59,7 +59,15 @@ def find_pairs(folder: Path, split: str, kind: str, suffixes: Sequence[str]) -> 
     Raises:
         ValueError: the folders do not exist, there are no images, or an image has no map.
     """
-    images, targets = split_folder(folder / "images", split), split_folder(folder / kind, split)
+    return pair_folders(split_folder(folder / "images", split), split_folder(folder / kind, split), suffixes)
+
+
+def pair_folders(images: Path, targets: Path, suffixes: Sequence[str]) -> list[Pair]:
+    """Return the images below the folder `images`, sorted, each with its map below the folder `targets`.
+
+    Raises:
+        ValueError: a folder does not exist, there are no images, or an image has no map.
+    """
     pairs, missing = [], []
     for image in find_images(images):
         stem = image.relative_to(images).with_suffix("")

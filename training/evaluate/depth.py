@@ -159,6 +159,68 @@ def depth_metrics(predicted: Tensor, depth: Tensor) -> tuple[float, float, float
     )
 
 
+def _in_range(depth: Tensor, bins: Tensor) -> Tensor:
+    """Return which pixels of a map count: bool, the same shape as `depth`. `bins` are those of the head."""
+    return (depth > bins[0].item()) & (depth <= bins[-1].item())
+
+
+def fit_depth(
+    head: LinearDepth,
+    train: DenseData,
+    training: HeadTraining,
+    *,
+    gradient_weight: float = GRADIENT_WEIGHT,
+    advance: Advance = lambda count: None,
+) -> float:
+    """Train a head in place on the tokens of `train`, and return the loss of the last iteration.
+
+    The other arguments are those of `evaluate_depth`.
+
+    Raises:
+        ValueError: the maps contain no depth in the range of the head's bins.
+        FloatingPointError: the head's loss is not finite.
+    """
+
+    def loss_of(tokens: list[Tensor], maps: list[Tensor]) -> Tensor:
+        pairs = [(head(t, (d.shape[0], d.shape[1])), d) for t, d in zip(tokens, maps, strict=True)]
+        inside = [_in_range(d, head.bins) for d in maps]
+        p = torch.cat([photo[k] for (photo, _), k in zip(pairs, inside, strict=True)])
+        d = torch.cat([depth[k] for (_, depth), k in zip(pairs, inside, strict=True)])
+        if not len(d):  # no map in the batch has a known pixel, so there is nothing to learn
+            return pairs[0][0].sum() * 0
+        gradients = [gradient_loss(photo, depth, k) for (photo, depth), k in zip(pairs, inside, strict=True)]
+        return scale_invariant_loss(p, d) + gradient_weight * torch.stack(gradients).mean()
+
+    if not any(bool(_in_range(train[index][1], head.bins).any()) for index in range(len(train))):
+        raise ValueError(f"no train map has a depth {_range_of(head)}")
+    return train_head(head, train, loss_of, training, advance)
+
+
+@torch.no_grad()
+def score_depth(head: LinearDepth, val: DenseData, loss: float) -> DepthReport:
+    """Score a head on `val` at the original size of each map. `loss` is the last training loss.
+
+    Raises:
+        ValueError: the maps contain no depth in the range of the head's bins.
+    """
+    metrics = []
+    for index, pair in enumerate(val.pairs):
+        depth = val.read_target(pair.target)
+        inside = _in_range(depth, head.bins)
+        if inside.any():
+            metres = head(val[index][0], (depth.shape[0], depth.shape[1])).cpu()
+            metres = metres.clamp(head.bins[0].item(), head.bins[-1].item())
+            metrics.append(depth_metrics(metres[inside], depth[inside]))
+    if not metrics:
+        raise ValueError(f"no val map has a depth {_range_of(head)}")
+    rmse, abs_rel, delta1 = np.mean(metrics, axis=0).tolist()
+    return DepthReport(rmse, abs_rel, delta1, len(metrics), loss)
+
+
+def _range_of(head: LinearDepth) -> str:
+    return f"above min_depth={head.bins[0].item():g} and up to max_depth={head.bins[-1].item():g}"
+
+
 def evaluate_depth(
     train: DenseData,
     val: DenseData,
@@ -189,32 +251,5 @@ def evaluate_depth(
     """
     first = train[0][0]
     head = LinearDepth(first.shape[-1], min_depth, max_depth, n_bins, training.seed).to(first.device)
-
-    def in_range(depth: Tensor) -> Tensor:
-        return (depth > min_depth) & (depth <= max_depth)
-
-    def loss_of(tokens: list[Tensor], maps: list[Tensor]) -> Tensor:
-        pairs = [(head(t, (d.shape[0], d.shape[1])), d) for t, d in zip(tokens, maps, strict=True)]
-        inside = [in_range(d) for d in maps]
-        p = torch.cat([photo[k] for (photo, _), k in zip(pairs, inside, strict=True)])
-        d = torch.cat([depth[k] for (_, depth), k in zip(pairs, inside, strict=True)])
-        if not len(d):  # no map in the batch has a known pixel, so there is nothing to learn
-            return pairs[0][0].sum() * 0
-        gradients = [gradient_loss(photo, depth, k) for (photo, depth), k in zip(pairs, inside, strict=True)]
-        return scale_invariant_loss(p, d) + gradient_weight * torch.stack(gradients).mean()
-
-    if not any(bool(in_range(train[index][1]).any()) for index in range(len(train))):
-        raise ValueError(f"no train map has a depth above min_depth={min_depth} and up to max_depth={max_depth}")
-    loss = train_head(head, train, loss_of, training, advance)
-    metrics = []
-    with torch.no_grad():
-        for index, pair in enumerate(val.pairs):
-            depth = val.read_target(pair.target)
-            inside = in_range(depth)
-            if inside.any():
-                metres = head(val[index][0], (depth.shape[0], depth.shape[1])).cpu().clamp(min_depth, max_depth)
-                metrics.append(depth_metrics(metres[inside], depth[inside]))
-    if not metrics:
-        raise ValueError(f"no val map has a depth above min_depth={min_depth} and up to max_depth={max_depth}")
-    rmse, abs_rel, delta1 = np.mean(metrics, axis=0).tolist()
-    return DepthReport(rmse, abs_rel, delta1, len(metrics), loss)
+    loss = fit_depth(head, train, training, gradient_weight=gradient_weight, advance=advance)
+    return score_depth(head, val, loss)

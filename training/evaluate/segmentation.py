@@ -164,6 +164,44 @@ def iou_of(confusion: Tensor) -> Tensor:
     return hits / (counts.sum(0) + counts.sum(1) - hits)
 
 
+def fit_segmentation(
+    train: DenseData, training: HeadTraining, n_classes: int, advance: Advance = lambda count: None
+) -> tuple[LinearSegmenter, float]:
+    """Train a linear head on the tokens of `train`, and return the head and the loss of the last iteration.
+
+    The arguments are those of `evaluate_segmentation`.
+
+    Raises:
+        FloatingPointError: the head's loss is not finite.
+    """
+    first = train[0][0]
+    head = LinearSegmenter(first.shape[-1], n_classes, training.seed).to(first.device)
+
+    def loss_of(tokens: list[Tensor], masks: list[Tensor]) -> Tensor:
+        return segmentation_loss(head(tokens), masks)
+
+    return head, train_head(head, train, loss_of, training, advance)
+
+
+@torch.no_grad()
+def score_segmentation(head: LinearSegmenter, val: DenseData, n_classes: int, loss: float) -> SegmentationReport:
+    """Score a head on `val` at the original size of each mask. `loss` is the last training loss."""
+    confusion = torch.zeros(n_classes, n_classes, dtype=torch.long)
+    for index, pair in enumerate(val.pairs):
+        mask = val.read_target(pair.target)
+        logits = head([val[index][0]])[0]
+        confusion += confusion_matrix(predict(logits, (mask.shape[0], mask.shape[1])).cpu(), mask, n_classes)
+    iou, counts = iou_of(confusion), confusion.double()
+    recall = counts.diagonal() / counts.sum(1)
+    return SegmentationReport(
+        mean_iou=iou.nanmean().item(),
+        pixel_accuracy=(counts.diagonal().sum() / counts.sum()).item(),
+        mean_accuracy=recall.nanmean().item(),
+        iou=iou.tolist(),
+        loss=loss,
+    )
+
+
 def evaluate_segmentation(
     train: DenseData,
     val: DenseData,
@@ -186,25 +224,5 @@ def evaluate_segmentation(
         FloatingPointError: the head's loss is not finite.
     """
     classes = count_classes([train, val], n_classes)
-    first = train[0][0]
-    head = LinearSegmenter(first.shape[-1], classes, training.seed).to(first.device)
-
-    def loss_of(tokens: list[Tensor], masks: list[Tensor]) -> Tensor:
-        return segmentation_loss(head(tokens), masks)
-
-    loss = train_head(head, train, loss_of, training, advance)
-    confusion = torch.zeros(classes, classes, dtype=torch.long)
-    with torch.no_grad():
-        for index, pair in enumerate(val.pairs):
-            mask = val.read_target(pair.target)
-            logits = head([val[index][0]])[0]
-            confusion += confusion_matrix(predict(logits, (mask.shape[0], mask.shape[1])).cpu(), mask, classes)
-    iou, counts = iou_of(confusion), confusion.double()
-    recall = counts.diagonal() / counts.sum(1)
-    return SegmentationReport(
-        mean_iou=iou.nanmean().item(),
-        pixel_accuracy=(counts.diagonal().sum() / counts.sum()).item(),
-        mean_accuracy=recall.nanmean().item(),
-        iou=iou.tolist(),
-        loss=loss,
-    )
+    head, loss = fit_segmentation(train, training, classes, advance)
+    return score_segmentation(head, val, classes, loss)

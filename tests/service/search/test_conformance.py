@@ -1430,3 +1430,30 @@ async def test_any_sequence_equals_a_dictionary_slowly(store: VectorStore, todo:
     for info in await store.collections():
         await store.drop(info.name)
     await check_steps(store, todo)
+
+
+async def test_the_version_changes_with_every_change_of_an_item(store: VectorStore) -> None:
+    info = await store.upsert("c", items(3), tag=TAG)
+    if info.version is None:
+        return  # this store does not know when items change
+
+    async def version() -> str | None:
+        return (await store.info("c")).version
+
+    seen = [info.version]
+    assert await version() == seen[0]
+    await store.search("c", vectors(1), 2, tag=TAG)
+    assert await version() == seen[0]
+    changes = [
+        lambda: store.upsert("c", items(1, seed=7), tag=TAG),  # replaces an item; the number of items stays
+        lambda: store.patch("c", "i1", {"class": "a"}),
+        lambda: store.delete("c", ["i2"]),
+        lambda: store.delete_where("c", parse_filter({"key": "n", "eq": 1})),
+    ]
+    for change in changes:
+        await change()
+        seen.append(await version())
+    await store.drop("c")
+    await store.upsert("c", items(3), tag=TAG)
+    seen.append(await version())
+    assert len(set(seen)) == len(seen)

@@ -88,14 +88,14 @@ def test_a_patchs_box_counts_rows_and_columns_of_a_grid_that_is_not_square():
 
 
 def test_patches_survive_as_bytes():
-    tokens = np.random.default_rng(1).normal(size=(6, 10)).astype(np.float32) * 1e6  # beyond float16
+    tokens = np.random.default_rng(1).normal(size=(6, 10)).astype(np.float32) * 1e6
     tokens[2] = 0
     kept = Patches.of(tokens, (2, 3), (480, 640))
     back = Patches.from_bytes(kept.to_bytes())
     assert (back.grid, back.size) == ((2, 3), (480, 640))
     np.testing.assert_array_equal(back.rows, kept.rows)
     cosines = np.sum(unit_rows(back.rows) * unit_rows(tokens), axis=1)
-    assert cosines[[0, 1, 3, 4, 5]] == pytest.approx(1, abs=1e-5)
+    assert cosines[[0, 1, 3, 4, 5]] == pytest.approx(1, abs=1e-4)
     assert not back.rows[2].any()
 
 
@@ -160,7 +160,7 @@ async def test_reranking_orders_by_maxsim_and_keeps_the_score(tmp_path):
     assert [hit["id"] for hit in found["data"]] != [hit["id"] for hit in plain["data"]]
     for hit in found["data"]:
         assert hit["score"] == pytest.approx(scores[hit["id"]], abs=1e-6)
-        assert hit["rerank_score"] == pytest.approx(expected[hit["id"]], abs=1e-3)
+        assert hit["rerank_score"] == pytest.approx(expected[hit["id"]], abs=4e-3)  # int8 rows of only 8 features
         assert "matches" not in hit
     assert [hit["id"] for hit in by_id["data"]] == sorted(from_second, key=lambda i: -from_second[i])[1:3]
 
@@ -233,7 +233,7 @@ async def test_patches_are_computed_together_and_kept(tmp_path):
         await ask(run, {"id": "p1", "rerank": "patches"})
         assert run.engine.images == 6
         assert photos.read == first
-    async with running(tmp_path, store=(store := DictStore()), patch_cache_bytes=0) as run:
+    async with running(tmp_path, store=(store := DictStore()), patch_cache_bytes=0, patch_store_bytes=0) as run:
         await fill(run, store, photos)
         run.engine.batches.clear()
         for _ in range(2):
@@ -348,7 +348,7 @@ async def test_a_region_compares_its_own_patches_only(tmp_path):
     assert weights == pytest.approx([1, 6 / 14, 0, 0])
     assert [hit["id"] for hit in found["data"]] == sorted(expected, key=lambda i: -expected[i])
     for hit in found["data"]:
-        assert hit["rerank_score"] == pytest.approx(expected[hit["id"]], abs=1e-3)
+        assert hit["rerank_score"] == pytest.approx(expected[hit["id"]], abs=4e-3)  # int8 rows of only 8 features
         assert all(match["query_box"][1] == 2.0 for match in hit["matches"])  # of the upper row
     scores = {hit["id"]: hit["rerank_score"] for hit in found["data"]}
     assert {hit["id"]: pytest.approx(hit["rerank_score"], abs=1e-6) for hit in without["data"]} == scores
@@ -399,7 +399,7 @@ def test_padding_matches_nothing() -> None:
     query, candidate = (padded(rng.normal(size=(256, 8))) for _ in range(2))
     flat = shown.ravel()
     found = rerank._compare(unit_rows(query.rows), query, None, PAD, True, candidate)
-    expected = slow_maxsim(query.rows[flat].astype(np.float64), candidate.rows[flat].astype(np.float64), np.ones(128))
+    expected = slow_maxsim(unit_rows(query.rows)[flat], unit_rows(candidate.rows)[flat], np.ones(128))
     assert found.score == pytest.approx(expected, abs=1e-3)
     assert found.matches
     for match in found.matches:
@@ -414,3 +414,33 @@ def test_a_box_selects_no_padding() -> None:
     assert whole.sum() == 128
     with pytest.raises(InvalidRequest, match="outside the part of the image"):
         box_weights((10, -100, 50, 50), crop, grid, size)
+
+
+async def test_patches_of_stored_images_are_computed_when_they_are_added_and_survive_a_restart(tmp_path):
+    async with running(tmp_path) as run:
+        await run.client.put("/v1/collections/shop", json={"originals": True})
+        await run.client.put("/v1/collections/plain", json={})
+        for name in ("shop", "plain"):
+            items = [{"id": f"p{i}", "image": text_of(photo(i + 10 * (name == "plain")))} for i in range(6)]
+            added = await run.client.post(f"/v1/collections/{name}/items", json={"items": items})
+            assert added.status_code == 200
+        assert run.engine.images == 12
+        digests = [hashlib.sha256(photo(i)).hexdigest() for i in range(16)]
+        assert set(await run.service.pipeline.kept_patches(digests)) == set(digests[:6])  # `plain` stores no images
+        first = await ask(run, {"id": "p0", "rerank": "patches", "matches": True})
+        assert run.engine.images == 12
+    async with running(tmp_path) as run:
+        again = await ask(run, {"id": "p0", "rerank": "patches", "matches": True})
+        assert run.engine.images == 0
+    assert again["data"] == first["data"]
+
+
+async def test_a_store_that_cannot_be_written_fails_no_request(tmp_path):
+    (tmp_path / "patches").write_text("not a folder")
+    async with running(tmp_path) as run:
+        await run.client.put("/v1/collections/shop", json={"originals": True})
+        items = [{"id": f"p{i}", "image": text_of(photo(i))} for i in range(3)]
+        added = await run.client.post("/v1/collections/shop/items", json={"items": items})
+        assert added.status_code == 200
+        found = await ask(run, {"id": "p0", "rerank": "patches"})
+    assert [hit["id"] for hit in found["data"]] != []

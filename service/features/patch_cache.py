@@ -1,0 +1,74 @@
+"""Cache the patch features of images by the sha256 of the image: the latest in memory, and more of them on disk."""
+
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Protocol, TypeVar
+
+from service.features.cache import MemoryCache
+from service.features.patch_store import PatchStore
+from service.features.patches import Patches
+
+T = TypeVar("T")
+
+
+class InThread(Protocol):
+    """A function that runs `work` in a thread and returns its result."""
+
+    def __call__(self, work: Callable[[], T], /) -> Awaitable[T]: ...
+
+
+class PatchCache:
+    """The cached patch features of images.
+
+    Args:
+        key: returns the cache key of an image, given the sha256 of its bytes in hex.
+        memory_bytes: the limit of the memory.
+        store: the store on disk, or None.
+        in_thread: runs the reads and writes of the store.
+    """
+
+    def __init__(
+        self, key: Callable[[str], str], memory_bytes: int, store: PatchStore | None, in_thread: InThread
+    ) -> None:
+        self._key = key
+        self._memory = MemoryCache(memory_bytes)  # never in Redis: an entry is as large as fifty vectors
+        self._store = store
+        self._in_thread = in_thread
+
+    @property
+    def is_on_disk(self) -> bool:
+        return self._store is not None
+
+    async def read(self, digests: Iterable[str], work: Callable[[dict[str, Patches]], T]) -> T:
+        """Call `work` in a thread with the cached patch features of these images, and return its result. The features
+        are in a dict by digest, which has no entry for an image without cached features."""
+        keys = {digest: self._key(digest) for digest in dict.fromkeys(digests)}
+        entries: dict[str, bytes | None] = dict(
+            zip(keys, await self._memory.get_many(list(keys.values())), strict=True)
+        )
+
+        def find() -> T:
+            missing = [digest for digest, data in entries.items() if data is None]
+            if self._store is not None and missing:
+                stored = self._store.get_many([keys[digest] for digest in missing])
+                entries.update(zip(missing, stored, strict=True))
+            return work({digest: Patches.from_bytes(data) for digest, data in entries.items() if data is not None})
+
+        return await self._in_thread(find)
+
+    async def add(self, digest: str, patches: Patches, *, recent: bool = True) -> None:
+        """Add the patch features of an image. If `recent` is false, they are only added to the disk, because they will
+        probably not be needed soon."""
+        key, data = self._key(digest), patches.to_bytes()
+        if recent:
+            await self._memory.set_many({key: data})
+        if self._store is not None:
+            store = self._store
+            await self._in_thread(lambda: store.set_many({key: data}))
+
+    async def close(self) -> None:
+        if self._store is not None:
+            self._store.close()
+
+
+def as_is(patches: dict[str, Patches]) -> dict[str, Patches]:
+    return patches

@@ -1,0 +1,231 @@
+"""Tests of the patch store: what it keeps, how it stays within its budget, and that nothing which happens to its file
+makes a call fail.
+"""
+
+import logging
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from service.features.patch_store import PatchStore
+from tests.conftest import ROOT
+
+MIB = 2**20
+
+
+def value_of(seed: int, size: int = 50_000) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+@pytest.fixture
+def store(tmp_path: Path):
+    store = PatchStore(tmp_path / "patches" / "patches.sqlite3", 64 * MIB)
+    yield store
+    store.close()
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_values_come_back_in_the_order_of_the_keys(store: PatchStore) -> None:
+    values = {f"k{i}": value_of(i, size) for i, size in enumerate([0, 1, 100, 16_384, 50_000, 1_000_000])}
+    assert store.get_many(list(values)) == [None] * 6
+    assert not store.file.exists()  # a read creates nothing
+    store.set_many(values)
+    assert store.get_many(["k5", "missing", "k0", "k3", "k5"]) == [values["k5"], None, b"", values["k3"], values["k5"]]
+    store.set_many({"k0": b"new"})
+    assert store.get_many(["k0"]) == [b"new"]
+
+
+def test_more_keys_than_one_statement_takes(store: PatchStore) -> None:
+    values = {f"k{i}": value_of(i, 10) for i in range(1000)}
+    store.set_many(values)
+    assert store.get_many(list(values)) == list(values.values())
+
+
+def test_a_second_process_sees_the_entries(store: PatchStore) -> None:
+    store.set_many({"a": value_of(1)})
+    other = PatchStore(store.file, store.max_bytes)
+    other.set_many({"b": value_of(2)})
+    assert store.get_many(["a", "b"]) == other.get_many(["a", "b"]) == [value_of(1), value_of(2)]
+    other.close()
+
+
+def test_the_file_stays_within_its_budget_and_keeps_a_full_budget_of_entries(tmp_path: Path) -> None:
+    store = PatchStore(tmp_path / "p", 8 * MIB)
+    for i in range(400):  # 20 MB
+        store.set_many({f"k{i}": value_of(i)})
+        assert store.file.stat().st_size <= 8 * MIB
+    kept = [value is not None for value in store.get_many([f"k{i}" for i in range(400)])]
+    assert 60 <= sum(kept) <= 160
+    assert kept[-1]  # a new entry is not the one that is deleted
+    store.close()
+
+
+def test_repeated_scans_of_more_entries_than_fit_still_find_most_of_them(tmp_path: Path) -> None:
+    """With the oldest entry deleted first, each scan would delete the entries that it needs next."""
+    store, keys = PatchStore(tmp_path / "p", 8 * MIB), [f"k{i}" for i in range(130)]  # 100 to 120 of them fit
+    hits = 0
+    for scan in range(4):
+        for i, key in enumerate(keys):
+            [value] = store.get_many([key])
+            if value is None:
+                store.set_many({key: value_of(i)})
+            else:
+                assert value == value_of(i)
+                hits += scan > 0
+    assert hits / (3 * len(keys)) > 0.3
+    store.close()
+
+
+def test_a_lower_budget_shrinks_the_file(tmp_path: Path) -> None:
+    store = PatchStore(tmp_path / "p", 16 * MIB)
+    store.set_many({f"k{i}": value_of(i) for i in range(200)})
+    store.close()
+    size = (tmp_path / "p").stat().st_size
+    smaller = PatchStore(tmp_path / "p", 4 * MIB)
+    smaller.set_many({"new": value_of(0)})
+    assert smaller.get_many(["new"]) == [value_of(0)]
+    smaller.close()
+    assert size > 9 * MIB
+    assert (tmp_path / "p").stat().st_size <= 4 * MIB
+
+
+def test_a_value_larger_than_half_the_budget_is_not_stored(tmp_path: Path) -> None:
+    store = PatchStore(tmp_path / "p", MIB)
+    store.set_many({"small": b"x"})
+    store.set_many({"large": bytes(MIB)})
+    assert store.get_many(["small", "large"]) == [b"x", None]
+    store.close()
+
+
+def test_a_damaged_entry_is_a_miss(store: PatchStore) -> None:
+    values = {f"k{i}": value_of(i) for i in range(4)}
+    store.set_many(values)
+    store.close()
+    data = bytearray(store.file.read_bytes())
+    at = data.index(value_of(2)[-1000:])  # within the last page of the entry
+    data[at] ^= 1
+    store.file.write_bytes(data)
+    again = PatchStore(store.file, store.max_bytes)
+    assert again.get_many(list(values)) == [values["k0"], values["k1"], None, values["k3"]]
+    again.close()
+
+
+@pytest.mark.parametrize("damage", ["noise", "cut", "empty"])
+def test_a_damaged_file_is_replaced(store: PatchStore, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    store.set_many({f"k{i}": value_of(i) for i in range(40)})
+    store.close()
+    data = store.file.read_bytes()
+    store.file.write_bytes({"noise": value_of(9, len(data)), "cut": data[: len(data) // 3], "empty": b""}[damage])
+    again = PatchStore(store.file, store.max_bytes)
+    for i in range(40):
+        assert again.get_many([f"k{i}"]) in ([None], [value_of(i)])
+    again.set_many({"a": b"1"})
+    again.set_many({"a": b"1"})  # the first write may find the damage
+    assert again.get_many(["a"]) == [b"1"]
+    assert damage == "empty" or warnings_of(caplog)
+    again.close()
+
+
+def test_a_file_of_another_version_is_replaced(store: PatchStore) -> None:
+    store.set_many({"a": b"1"})
+    store.close()
+    db = sqlite3.connect(store.file)
+    db.execute("PRAGMA user_version = 99")
+    db.close()
+    again = PatchStore(store.file, store.max_bytes)
+    assert again.get_many(["a"]) == [None]
+    again.set_many({"b": b"2"})
+    assert again.get_many(["a", "b"]) == [None, b"2"]
+    again.close()
+
+
+def test_the_database_of_another_program_is_left_alone(store: PatchStore, caplog: pytest.LogCaptureFixture) -> None:
+    store.file.parent.mkdir()
+    db = sqlite3.connect(store.file)
+    db.execute("CREATE TABLE theirs (a)")
+    db.close()
+    before = store.file.read_bytes()
+    store.set_many({"a": b"1"})
+    assert store.get_many(["a"]) == [None]
+    assert store.file.read_bytes() == before
+    assert "another program" in warnings_of(caplog)[0]
+
+
+def test_a_full_disk_is_a_warning(store: PatchStore, caplog: pytest.LogCaptureFixture) -> None:
+    store.set_many({"a": value_of(0)})
+    with store._connection() as db:  # the only connection, which the next calls use again
+        db.execute(f"PRAGMA max_page_count = {db.execute('PRAGMA page_count').fetchone()[0]}")
+    store.set_many({"b": value_of(1)})
+    store.set_many({"c": value_of(2)})
+    assert store.get_many(["a", "b"]) == [value_of(0), None]
+    assert [text for text in warnings_of(caplog) if "full" in text] == warnings_of(caplog)
+    assert len(warnings_of(caplog)) == 1  # not one for each write
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    store = PatchStore(tmp_path / "file" / "patches.sqlite3", MIB)
+    store.set_many({"a": b"1"})
+    assert store.get_many(["a"]) == [None]
+    assert len(warnings_of(caplog)) == 1
+    store.close()
+
+
+def test_a_closed_store_does_nothing(store: PatchStore, caplog: pytest.LogCaptureFixture) -> None:
+    store.set_many({"a": b"1"})
+    store.close()
+    store.set_many({"b": b"1"})
+    assert store.get_many(["a", "b"]) == [None, None]
+    assert not warnings_of(caplog)
+
+
+def test_threads_read_and_write_at_the_same_time(store: PatchStore, caplog: pytest.LogCaptureFixture) -> None:
+    def work(thread: int) -> None:
+        for i in range(25):
+            store.set_many({f"{thread}/{i}": value_of(100 * thread + i)})
+            for other in range(4):
+                [value] = store.get_many([f"{other}/{i}"])
+                assert value in (None, value_of(100 * other + i))
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))
+    assert all(store.get_many([f"{thread}/{i}" for thread in range(4) for i in range(25)]))
+    assert not warnings_of(caplog)
+
+
+def test_a_killed_process_leaves_whole_entries(tmp_path: Path) -> None:
+    script = f"""
+import itertools, random, sys
+from pathlib import Path
+from service.features.patch_store import PatchStore
+store = PatchStore(Path({str(tmp_path / "p")!r}), {8 * MIB})
+for i in itertools.count():
+    store.set_many({{f"k{{j}}": random.Random(j).randbytes(50_000) for j in (2 * i, 2 * i + 1)}})
+    print(i, flush=True)
+"""
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT, env=os.environ)
+        assert process.stdout is not None
+        for _ in range(20):
+            assert process.stdout.readline()
+        time.sleep(random.random() / 50)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        store = PatchStore(tmp_path / "p", 8 * MIB)
+        found = [value for i, value in enumerate(store.get_many([f"k{i}" for i in range(40)])) if value == value_of(i)]
+        assert len(found) == sum(value is not None for value in store.get_many([f"k{i}" for i in range(40)])) >= 20
+        store.set_many({"after": b"1"})
+        assert store.get_many(["after"]) == [b"1"]
+        store.close()
