@@ -1,9 +1,10 @@
-"""Group the patches of an image by their features, with k-means (Lloyd 1982; k-means++, Arthur and Vassilvitskii 2007).
+"""Group the patches of an image by their features, with k-means (Lloyd 1982; k-means++, Arthur and Vassilvitskii
+2007).
 
-The result is deterministic: the random choices have a fixed seed. If the number of groups is not given, the numbers from
-2 to 8 are tried, and the one with the best simplified silhouette is chosen (Hruschka et al. 2006). For a patch, this is
-(b - a) / max(a, b), where a is its distance to the centre of its own group and b the distance to the nearest other
-centre. The highest mean over all patches is the best.
+The result is deterministic: the random choices have a fixed seed. If the number of groups is not given, the numbers
+from 2 to 8 are tried, and the one with the best simplified silhouette is chosen (Hruschka et al. 2006). For a patch,
+this is (b - a) / max(a, b), where a is its distance to the centre of its own group and b the distance to the nearest
+other centre. The highest mean over all patches is the best.
 
 Legend: h, w size of the patch grid; n = h * w patches; D features; k groups.
 """
@@ -85,7 +86,8 @@ def _first_centres(features: Floats, k: int, rng: np.random.Generator) -> Floats
 
 
 def _lloyd(features: Floats, centres: Floats) -> tuple[Indices, Floats]:
-    """Move the centres to the means of their groups until no patch changes its group. An empty group keeps its centre."""
+    """Move the centres to the means of their groups until no patch changes its group. An empty group keeps its
+    centre."""
     labels = np.full(len(features), -1, np.int64)
     for _ in range(_ITERATIONS):
         nearest = _squared_distances(features, centres).argmin(axis=1)

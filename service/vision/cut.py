@@ -7,8 +7,8 @@ weights and D their sums, divides the patches at its mean. The object is the con
 absolute value of v.
 
 - The features are the keys of the last block. docs/decisions/0024-no-object.md compares them with others.
-- TokenCut's threshold is 0.2. With some models, nearly all cosines are higher, so a fixed threshold divides nothing. The
-  default is therefore computed from the cosines of the image (`link_threshold`).
+- TokenCut's threshold is 0.2. With some models, nearly all cosines are higher, so a fixed threshold divides nothing.
+  The default is therefore computed from the cosines of the image (`link_threshold`).
 - The eigenvector is found with Lanczos' method, which needs a few dozen products with A. A dense solver needs a time
   that grows with the third power of the number of patches.
 

@@ -1,12 +1,11 @@
-"""Relate the patch grid of an image to its pixels: which patches show the image, which patch shows a pixel, and how a
-map over patches becomes a map over pixels.
+"""Relate the patch grid of an image to its pixels: which patches show the image,
+and how a map over patches becomes a map over pixels.
 
 If the preprocessing pads images, some patches show only padding. Such patches would look like an object of their own,
 so a `PatchGrid` leaves them out. The remaining patches form a rectangle.
 
-Legend: H, W size of the upright image; h, w size of the grid of the remaining patches; n = h * w; D features; K maps; a, b size of
-a map.
-Boxes are (x, y, width, height) in pixels of the upright image.
+Legend: H, W size of the upright image; h, w size of the grid of the remaining patches; n = h * w; D features; K maps;
+a, b size of a map. Boxes are (x, y, width, height) in pixels of the upright image.
 """
 
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.errors import EngineFailed
-from service.vision.region import Box, box_weights, image_weights
+from service.vision.region import Box, image_weights
 
 Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -85,20 +84,9 @@ class PatchGrid:
         inner = tokens.reshape(*self.full, -1)[self.rows, self.columns]  # [h, w, D]
         return np.ascontiguousarray(inner, np.float32).reshape(-1, tokens.shape[1])
 
-    def box_shares(self, box: Box) -> Floats:
-        """Return the fraction of each patch that a box covers, float32 [h, w].
-
-        Raises:
-            InvalidRequest: the box has no area or is outside `crop_box`.
-        """
-        return box_weights(box, self.crop_box, self.full, self.size)[self.rows, self.columns]
-
-    def patch_at(self, x: float, y: float) -> int:
-        """Return the index of the patch that is nearest to the point (x, y) of the image."""
-        left, top, width, height = self.box
-        h, w = self.shape
-        row = int(np.clip((y - top) * h // height, 0, h - 1))
-        return row * w + int(np.clip((x - left) * w // width, 0, w - 1))
+    def crop_weights(self, weights: Floats) -> Floats:
+        """Return the part of a map over the network's grid that belongs to the patches of this grid, [h, w]."""
+        return weights[self.rows, self.columns]
 
     def blocks(self, maps: Floats) -> Iterator[tuple[slice, slice, Floats]]:
         """Upsample maps [K, a, b] to pixels, in blocks of rows that limit the memory.

@@ -38,7 +38,8 @@ def polygons(mask: Mask, tolerance: float = 1.0) -> Polygons:
     Raises:
         InvalidRequest: the outline has more than MAX_EDGES edges.
     """
-    outer, holes = [], []
+    outer: list[list[int]] = []
+    holes: list[list[int]] = []
     for ring in _rings(mask):
         x, y = ring[:, 0], ring[:, 1]
         clockwise = int((x * np.roll(y, -1) - np.roll(x, -1) * y).sum()) > 0
@@ -90,13 +91,16 @@ def _edges(padded: Mask) -> tuple[Points, Points]:
     width = padded.shape[1] + 1
     starts: list[Points] = []
     directions: list[Points] = []
-    above = np.argwhere(padded[1:] & ~padded[:-1]) + (1, 0)  # pixels with the outline above: it runs to the right
-    right = np.argwhere(padded[:, :-1] & ~padded[:, 1:]) + (0, 1)  # outline on the right: downwards
-    below = np.argwhere(padded[:-1] & ~padded[1:]) + (1, 1)  # outline below: to the left
-    on_left = np.argwhere(padded[:, 1:] & ~padded[:, :-1]) + (1, 1)  # outline on the left: upwards
-    for direction, corners in enumerate((above, right, below, on_left)):
-        starts.append(corners[:, 0] * width + corners[:, 1])
-        directions.append(np.full(len(corners), direction))
+    edges = (
+        (padded[1:] & ~padded[:-1], 1, 0),  # the outline is above a pixel and runs to the right
+        (padded[:, :-1] & ~padded[:, 1:], 0, 1),  # on its right, downwards
+        (padded[:-1] & ~padded[1:], 1, 1),  # below it, to the left
+        (padded[:, 1:] & ~padded[:, :-1], 1, 1),  # on its left, upwards
+    )
+    for direction, (pixels, down, across) in enumerate(edges):
+        rows, columns = np.nonzero(pixels)
+        starts.append((rows + down) * width + columns + across)
+        directions.append(np.full(len(rows), direction))
     return np.concatenate(starts), np.concatenate(directions)
 
 

@@ -4,9 +4,9 @@ are needed, so each further click on an image costs a few milliseconds if its fe
 - Points and masks: a patch belongs to the region if its highest cosine to a positive patch is above Otsu's threshold of
   these cosines, and above its highest cosine to a negative patch. The region is then described by its mean, and the
   step is repeated once with this mean as a further positive patch.
-- A box: all patches outside are negative, and the patches inside are divided by a simple form of GrabCut (Rother et al.
-  2004). The positive and the negative patches are each described by a few centres of k-means. Patches in the box that
-  are nearer to a negative centre become negative, and this is repeated until nothing changes.
+- A box: the region starts as the middle of the box, and all patches outside the box are background. A patch in the box
+  belongs to the region if its cosine to the mean of the region is higher than its cosine to the mean of the rest. This
+  is repeated until nothing changes, up to five times, as in GrabCut (Rother et al. 2004).
 
 Legend: h, w size of the patch grid; n = h * w patches; D features.
 """
@@ -16,13 +16,11 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from service.vision.cluster import k_means
 from service.vision.foreground import otsu_threshold
 
 Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
-_CENTRES: Final = 4
 _ROUNDS: Final = 5
 
 
@@ -39,14 +37,13 @@ def similar_region(features: Floats, positive: Mask, negative: Mask, *, connecte
     region = positive
     for _ in range(2):
         cosines = (features @ positives.T).max(axis=1)  # [n]
-        chosen = (cosines > max(otsu_threshold(cosines), -1)) & (cosines > against)
+        chosen = (cosines > otsu_threshold(cosines)) & (cosines > against)
         region = (chosen.reshape(positive.shape) | positive) & ~negative
         if connected:
             region = parts_with(region, positive)
         if not region.any():
             return positive & ~negative
-        mean = features[region.ravel()].mean(axis=0)
-        positives = np.vstack([features[positive.ravel()], mean / max(float(np.linalg.norm(mean)), 1e-12)])
+        positives = np.vstack([features[positive.ravel()], _mean(features, region)])
     return region
 
 
@@ -58,19 +55,34 @@ def region_in_box(features: Floats, inside: Mask, positive: Mask, negative: Mask
         inside: bool [h, w], the patches in the box, at least one.
         positive, negative: bool [h, w], patches that the user marked.
     """
-    fixed = positive & inside
-    outside = ~inside | negative
-    if not outside.any():
-        return inside
-    region = inside & ~negative
+    allowed, fixed = inside & ~negative, positive & inside & ~negative
+    if allowed.all():
+        return allowed
+    region, rest = (_middle(inside) & allowed) | fixed, ~allowed
     for _ in range(_ROUNDS):
-        front, back = _centres(features[region.ravel()]), _centres(features[~region.ravel()])
-        nearer = (features @ front.T).max(axis=1) > (features @ back.T).max(axis=1)
-        following = (nearer.reshape(inside.shape) & inside & ~negative) | fixed
+        if not region.any():
+            break
+        nearer = features @ _mean(features, region) > features @ _mean(features, rest)
+        following = (nearer.reshape(inside.shape) & allowed) | fixed
         if not following.any() or np.array_equal(following, region):
             break
-        region = following
-    return region
+        region, rest = following, ~following
+    return region if region.any() else allowed
+
+
+def _middle(inside: Mask) -> Mask:
+    """Return the middle half, in both directions, of the patches of a box [h, w]."""
+    rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
+    down, across = len(rows) // 4, len(columns) // 4
+    middle = np.zeros_like(inside)
+    middle[rows[0] + down : rows[-1] + 1 - down, columns[0] + across : columns[-1] + 1 - across] = True
+    return middle
+
+
+def _mean(features: Floats, mask: Mask) -> Floats:
+    """Return the direction of the mean of the patches in `mask`, a vector [D] of length 1."""
+    mean = features[mask.ravel()].mean(axis=0)
+    return np.asarray(mean / max(float(np.linalg.norm(mean)), 1e-12), np.float32)
 
 
 def parts_with(mask: Mask, seeds: Mask) -> Mask:
@@ -80,9 +92,3 @@ def parts_with(mask: Mask, seeds: Mask) -> Mask:
     labels, _ = ndimage.label(mask)
     wanted = np.unique(labels[seeds & mask])
     return np.isin(labels, wanted[wanted > 0])
-
-
-def _centres(rows: Floats) -> Floats:
-    """Return up to four centres of the rows [m, D], scaled to length 1."""
-    centres = k_means(rows, min(_CENTRES, len(rows)))[1]
-    return np.asarray(centres / np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-12), np.float32)

@@ -2,12 +2,13 @@
 
 A patch covers 14 or more pixels, so a mask that is only interpolated misses the outline of the object by several
 pixels. The guided filter (He et al. 2010; He and Sun 2015, "Fast Guided Filter", arXiv 1505.00996) fits, in each
-window, the map as a linear function of the colour. The function is fitted on a small copy of the image with box filters,
-so its time does not depend on the size of the window. It is then applied to all pixels.
+window, the map as a linear function of the colour. The function is fitted on a small copy of the image with box
+filters, so its time does not depend on the size of the window. It is then applied to all pixels.
 
 Legend: H, W size of the upright image; h, w size of the patch grid; K maps; a, b size of the small copy.
 """
 
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -24,33 +25,66 @@ MAX_LABELS: Final = 255
 
 _CELLS_PER_PATCH: Final = 4
 _MAX_SIDE: Final = 512
+_MAX_VALUES: Final = 2**25  # maps * pixels; more would take seconds
 _WINDOW_IN_PATCHES: Final = 1.0
 _SMOOTHNESS: Final = 1e-3
 
 
-def label_pixels(grid: PatchGrid, maps: Floats, image: Pixels | None = None) -> Labels:
+def label_pixels(grid: PatchGrid, maps: Floats, image: Pixels | None = None, *, everywhere: bool = False) -> Labels:
     """Return the label of each pixel, uint8 [H, W]: the number of the map with the highest value, counted from 1, or 0
     if no map is above 0 there. Pixels that the network does not see have the label 0.
 
+    If there are many maps or pixels, the labels are computed for a smaller image, and then enlarged.
+
     Args:
         grid: the patches of the image.
-        maps: float32 [K, h, w], at most 255 maps with values from -1 to 1.
+        maps: float32 [K, h, w], at most 255 maps.
         image: uint8 [H, W, 3]. If it is given, the outlines follow its edges.
+        everywhere: also label pixels at which no map is above 0.
     """
     assert len(maps) <= MAX_LABELS, len(maps)
-    labels = np.zeros(grid.size, np.uint8)
     if not len(maps):
-        return labels
-    filters = None if image is None else _fit(grid, maps, image)
-    for rows, columns, found in grid.blocks(maps if filters is None else filters.reshape(-1, *filters.shape[2:])):
-        values = found
-        if image is not None:
-            colours = image[rows, columns].astype(np.float32) / 255  # [rows, columns, 3]
-            factors = found.reshape(len(maps), 4, *found.shape[1:])
-            values = factors[:, 3] + np.einsum("kcij,ijc->kij", factors[:, :3], colours)
-        best = values.argmax(axis=0)
-        above = np.take_along_axis(values, best[None], axis=0)[0] > 0
+        return np.zeros(grid.size, np.uint8)
+    filters = maps[:, None] if image is None else _fit(grid, maps, image)  # [K, 1 or 4, a, b]
+    smaller, small_image = _within_bounds(grid, len(maps), image)
+    labels = np.zeros(smaller.size, np.uint8)
+    for rows, columns, values in smaller.blocks(filters.reshape(-1, *filters.shape[2:])):
+        found = values.reshape(*filters.shape[:2], *values.shape[1:])  # [K, 1 or 4, rows, columns]
+        heights: Floats = found[:, -1]
+        if small_image is not None:
+            colours = small_image[rows, columns].astype(np.float32) / 255  # [rows, columns, 3]
+            for channel in range(3):
+                heights = np.asarray(heights + found[:, channel] * colours[:, :, channel], np.float32)
+        best = heights.argmax(axis=0)
+        above = everywhere or np.take_along_axis(heights, best[None], axis=0)[0] > 0
         labels[rows, columns] = np.where(above, best + 1, 0)
+    if smaller.size == grid.size:
+        return labels
+    enlarged = Image.fromarray(labels).resize((grid.size[1], grid.size[0]), Image.Resampling.NEAREST)
+    return _only_seen(np.array(enlarged), grid)
+
+
+def _within_bounds(grid: PatchGrid, maps: int, image: Pixels | None) -> tuple[PatchGrid, Pixels | None]:
+    """Return the grid and the image, or smaller versions if the image has too many pixels for this number of maps."""
+    height, width = grid.size
+    factor = (_MAX_VALUES / (maps * height * width)) ** 0.5
+    if factor >= 1:
+        return grid, image
+    size = max(1, int(height * factor)), max(1, int(width * factor))
+    down, across = size[0] / height, size[1] / width
+    x, y, box_width, box_height = grid.crop_box
+    smaller = replace(grid, size=size, crop_box=(x * across, y * down, box_width * across, box_height * down))
+    if image is None:
+        return smaller, None
+    return smaller, np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BOX))
+
+
+def _only_seen(labels: Labels, grid: PatchGrid) -> Labels:
+    """Set the labels [H, W] of the pixels that the network does not see to 0, and return the labels."""
+    x, y, width, height = grid.seen_box
+    rows, columns = np.arange(grid.size[0]) + 0.5, np.arange(grid.size[1]) + 0.5
+    labels[(rows < y) | (rows >= y + height)] = 0
+    labels[:, (columns < x) | (columns >= x + width)] = 0
     return labels
 
 
@@ -103,7 +137,7 @@ def _fit(grid: PatchGrid, maps: Floats, image: Pixels) -> Floats:
     window = 2 * max(1, round(_WINDOW_IN_PATCHES * side)) + 1
 
     def mean(values: Floats) -> Floats:
-        return _box_mean(values * seen, window) / weight
+        return np.asarray(_box_mean(values * seen, window) / weight, np.float32)
 
     weight = np.maximum(_box_mean(seen, window), 1e-6)
     colours = np.moveaxis(copy, 2, 0)  # [3, a, b]

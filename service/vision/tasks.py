@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 SUMMARIES: Final = {
     "segment": "Segment an image",
+    "detect": "Find objects without labels",
     "attention": "Show where the class token attends",
     "match": "Find the parts of two images that correspond",
 }
