@@ -12,6 +12,7 @@ SUMMARIES: Final = {
     "attention": "Show where the class token attends",
     "features": "Return patch features or show them as colours",
     "segment": "Segment an image",
+    "detect": "Find objects without labels",
     "match": "Find the parts of two images that correspond",
     "depth": "Estimate the depth of each pixel",
     "words": "Say which words describe an image, and where",
