@@ -21,7 +21,7 @@ def without_time(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 async def test_the_parts_are_the_answers_of_the_endpoints_and_one_pass_computes_them(serve: Serve) -> None:
-    asked = {"outputs": ["embedding", "attention", "mask", "boxes", "class"], "attention": {"blocks": [3, -1]}}
+    asked = {"outputs": ["embedding", "attention", "mask", "boxes", "class"], "attention": {"blocks": [0, -1]}}
     async with serve() as run:
         labels = [
             {"id": str(i), "image": base64.b64encode(photo(i)).decode(), "metadata": {"n": i % 2}} for i in range(6)
@@ -34,7 +34,7 @@ async def test_the_parts_are_the_answers_of_the_endpoints_and_one_pass_computes_
         assert run.service.metrics.registry.get_sample_value("dinov2_images_total") == before + 1
         body = answer.json()
         assert set(without_time(body)) == set(asked["outputs"])
-        for part, options in (("attention", {"blocks": [3, -1]}), ("mask", {}), ("boxes", {})):
+        for part, options in (("attention", {"blocks": [0, -1]}), ("mask", {}), ("boxes", {})):
             name, format_ = PARTS[part]
             alone = await run.client.post(f"/v1/{name}", json={"image": TEXT, "format": format_, **options})
             assert body[part] == without_time(alone.json()), part
