@@ -33,10 +33,12 @@ from service.originals import Originals
 from service.routes import (
     add_items,
     aliases,
+    analyze,
     classify,
     collections,
     duplicates,
     embeddings,
+    find_region,
     health,
     items,
     models,
@@ -105,7 +107,9 @@ def create_app(
         add_items,
         items,
         duplicates,
+        find_region,
         vision,
+        analyze,
         classify,
         health,
     )

@@ -15,6 +15,7 @@ from service.errors import ModelNotFound
 from service.features.pipeline import Pipeline
 from service.features.served_model import ServedModel
 from service.originals import Originals
+from service.rankings import Rankings
 from service.search.store import VectorStore
 from service.settings import Settings
 from service.shared_results import SharedResults
@@ -48,6 +49,7 @@ class Service:
     pipeline: Pipeline
     model: ServedModel
     shared: SharedResults = field(default_factory=SharedResults)
+    rankings: Rankings = field(default_factory=Rankings)
 
     def tag(self, fingerprint: str | None = None, pooling: Pooling = DEFAULT_POOLING) -> str:
         """Return the tag of vectors that a model computed with this pooling. `fingerprint` identifies the model, and

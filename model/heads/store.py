@@ -59,7 +59,7 @@ RECORD: Final = "head.json"
 TENSORS: Final = "head.safetensors"
 MAX_RECORD_BYTES: Final = 4 << 20
 MAX_TENSORS_BYTES: Final = 2 << 30
-OPEN_HEADS: Final = 8
+OPEN_HEADS: Final = 4
 """The number of heads that stay in memory."""
 
 

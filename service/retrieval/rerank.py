@@ -16,13 +16,14 @@ from functools import partial
 from typing import Any, Final
 
 from model.preprocess import PreprocessSpec, crop_box
-from service.errors import InvalidRequest, NotFound, ServiceError
+from service.errors import InvalidRequest, ServiceError
 from service.features.patches import Patches, unit_rows
-from service.originals import digest_of, photo_digest
-from service.outcomes import Outcome, attempt, attempt_await, failures, indexed
+from service.originals import photo_digest
+from service.outcomes import failures, indexed
 from service.retrieval.origins import Origin, Target
 from service.retrieval.query import Query
-from service.search.store import Floats, Hit, Item
+from service.retrieval.stored_patches import digests_of, patches_of
+from service.search.store import Floats, Hit
 from service.state import Service
 from service.vision.maxsim import maxsim, maxsim_matches
 from service.vision.region import image_weights, patch_box
@@ -77,7 +78,7 @@ async def reranked(service: Service, target: Target, query: Query, origin: Origi
     compared_depth = min(query.rerank_depth, len(hits))
     for start in range(0, compared_depth, step):
         candidates = hits[start : min(start + step, compared_depth)]
-        outcomes = await _patches_of(service, await _digests(service, target.info.name, candidates))
+        outcomes = await patches_of(service, await digests_of(service, target.info.name, candidates))
         faults += [failure.error for failure in failures(outcomes) if failure.error.status >= 500]
         readable = [(candidates[index].id, patches) for index, patches in indexed(outcomes)]
         comparisons |= await asyncio.to_thread(lambda pairs: {item_id: compare(p) for item_id, p in pairs}, readable)
@@ -88,19 +89,6 @@ async def reranked(service: Service, target: Target, query: Query, origin: Origi
     compared = [hit for hit in hits if hit.id in comparisons]
     compared.sort(key=lambda hit: (-comparisons[hit.id].score, -hit.score, hit.id))
     return Reranked([*compared, *(hit for hit in hits if hit.id not in comparisons)], comparisons)
-
-
-async def _digests(service: Service, name: str, hits: Sequence[Hit]) -> list[str | None]:
-    """For each hit, in order, return the digest (sha256) of its image, or None if the digest is unknown. The digest is
-    taken from the hit's source or, if the source contains none, from the stored item."""
-    named = [digest_of(hit.source) for hit in hits]
-    unnamed = [hit.id for hit, digest in zip(hits, named, strict=True) if digest is None]
-    items = iter(await service.store.get(name, unnamed) if unnamed else [])
-    return [digest or _of_item(next(items)) for digest in named]
-
-
-def _of_item(item: Item | None) -> str | None:
-    return None if item is None else photo_digest(item)
 
 
 async def _query_patches(service: Service, origin: Origin) -> Patches:
@@ -118,7 +106,7 @@ async def _query_patches(service: Service, origin: Origin) -> Patches:
         raise InvalidRequest(
             f"rerank compares images, but the image of item {origin.source.id[:80]!r} is not stored", param="id"
         )
-    [patches] = await _patches_of(service, [digest])
+    [patches] = await patches_of(service, [digest])
     if patches.error is not None and patches.error.status < 500:
         raise InvalidRequest(
             f"rerank compares images, but the image of item {origin.source.id[:80]!r} cannot be read: "
@@ -126,27 +114,6 @@ async def _query_patches(service: Service, origin: Origin) -> Patches:
             param="id",
         )
     return patches.result()
-
-
-async def _patches_of(service: Service, digests: Sequence[str | None]) -> list[Outcome[Patches]]:
-    """For each digest, in order, return the patch features of the stored image, or the error if the image is missing or
-    cannot be read."""
-    wanted = list(dict.fromkeys(digest for digest in digests if digest is not None))
-    kept = await service.pipeline.kept_patches(wanted)
-    missing = [digest for digest in wanted if digest not in kept]
-    images = await asyncio.gather(*(attempt_await(i, _read(service, digest)) for i, digest in enumerate(missing)))
-    computed = dict(zip(missing, await service.pipeline.patches(images), strict=True))
-
-    def patches(digest: str | None) -> Patches:
-        if digest is None:
-            raise NotFound("the image is not stored")
-        return kept[digest] if digest in kept else computed[digest].result()
-
-    return [attempt(i, patches, digest) for i, digest in enumerate(digests)]
-
-
-async def _read(service: Service, digest: str) -> tuple[str, bytes]:
-    return digest, await service.originals.get(digest)
 
 
 def _shares(patches: Patches, spec: PreprocessSpec) -> Floats:

@@ -42,6 +42,7 @@ async def checked(tmp_path, **options: Any) -> AsyncIterator[tuple[Running, Cont
         yield run, contract
 
 
+REFERENCE = {"image": text(photo(1)), "point": [20, 16]}
 GOOD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("GET", "/livez", 200, {}),
     ("GET", "/readyz", 200, {}),
@@ -149,6 +150,8 @@ GOOD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
         200,
         {"files": {"file": photo()}, "data": {"collection": "shop", "label": "n", "filter": '{"key": "n", "gt": 0}'}},
     ),
+    ("POST", f"{SHOP}/find-region", 200, {"json": {"references": [REFERENCE], "min_score": 0, "limit": 2}}),
+    ("POST", f"{SHOP}/find-region", 200, {"json": {"references": [{"id": "p2", "box": [9, 5, 9, 9]}], "limit": 1}}),
     ("POST", f"{SHOP}/duplicates", 200, {"json": {}}),
     ("POST", f"{SHOP}/duplicates", 200, {"json": {"by": "similarity", "threshold": 0.9}}),
     ("POST", f"{SHOP}/items/delete", 200, {"json": {"ids": ["w", "nobody"]}}),
@@ -209,6 +212,8 @@ BAD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("POST", "/v1/collections/bare/search", 409, {"json": {"vector": [1.0]}}),
     ("POST", "/v1/collections/bare/search", 422, {"json": {"k": 0}}),
     ("POST", "/v1/collections/bare/duplicates", 422, {"json": {"threshold": 0.9}}),
+    ("POST", "/v1/collections/none/find-region", 404, {"json": {"references": [REFERENCE]}}),
+    ("POST", "/v1/collections/bare/find-region", 422, {"json": {"references": [REFERENCE]}}),
     ("PUT", "/v1/aliases/live", 404, {"json": {"collection": "none"}}),
     ("DELETE", "/v1/aliases/none", 404, {}),
     ("POST", "/v1/collections/none/snapshots", 404, {}),
