@@ -37,6 +37,7 @@ REQUIRED: dict[str, Any] = {
     "items": [1],
     "input": "x",
     "image": "x",
+    "words": ["cat"],
     "images": ["x", "x"],
     "size": [1, 1],
     "counts": [1],
