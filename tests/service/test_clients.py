@@ -44,7 +44,6 @@ REQUIRED: dict[str, Any] = {
     "url": "data:,",
     "key": "n",
     "indexed": [],
-    "words": ["a melon"],
     "references": [{"image": "x", "box": [0, 0, 1, 1]}],
     "x": 1,
     "y": 1,
