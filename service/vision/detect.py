@@ -109,7 +109,7 @@ def _compute(analysed: Analysed, options: DetectOptions, model: ServedModel) -> 
         InvalidRequest: the image has too many patches.
     """
     grid = PatchGrid.of(analysed.size, analysed.crop_box, analysed.grid)
-    features = unit_rows(grid.select(object_features(analysed, model.config)))
+    features = unit_rows(grid.select(object_features(analysed, model)))
     check_patches(features, options.method)
     found = _found(features, grid.shape, options)
     image = analysed.image if options.refine else None
