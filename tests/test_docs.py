@@ -1,6 +1,7 @@
 """Checks that the documentation agrees with the code: the reference pages, the links, and the README's file tree."""
 
 import importlib.util
+import itertools
 import re
 import shlex
 import subprocess
@@ -49,7 +50,7 @@ def test_the_options_of_the_gallery_exist(case: Any) -> None:
     from service.vision import tasks
 
     name, *words = shlex.split(case.command)
-    options = dict(zip(words, words[1:], strict=False))
+    options = dict(itertools.pairwise(words))
     given = {word[2:].replace("-", "_"): value for word, value in options.items() if word.startswith("--")}
     parse_options(tasks.task(name).options, given)
 
