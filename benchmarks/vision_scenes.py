@@ -103,6 +103,11 @@ def planted_features(
     return (parts.reshape(len(parts), -1).T @ directions + 0.3 * common + wobble).astype(np.float32), shares
 
 
+def patch_masks(masks: list[Mask], grid: tuple[int, int]) -> list[Mask]:
+    """Return the patches of which each object covers at least half, each bool [h, w]."""
+    return [_area_share(mask, grid) >= 0.5 for mask in masks]
+
+
 def _area_share(mask: Mask, grid: tuple[int, int]) -> npt.NDArray[np.float64]:
     picture = Image.fromarray(mask.astype(np.float32))
     return np.asarray(picture.resize((grid[1], grid[0]), Image.Resampling.BOX), np.float64)

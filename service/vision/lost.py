@@ -13,6 +13,7 @@ negative with every model.
 Legend: h, w size of the patch grid; n = h * w patches; D features; m patches that take part.
 """
 
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -55,15 +56,18 @@ def lost_mask(features: Floats, grid: tuple[int, int], among: Mask | None = None
     return part_at(side, int(kept[seed]))
 
 
+def next_object(features: Floats, grid: tuple[int, int], remaining: Mask) -> Mask | None:
+    """Find an object of at least 2 % of all patches among the patches `remaining`, bool [h, w]. Return None if there is
+    none. Smaller objects are taken out of `remaining`, up to 8 times."""
+    for _ in range(_ATTEMPTS):
+        mask = lost_mask(features, grid, remaining)
+        if mask is None or mask.sum() >= smallest_object(grid):
+            return mask
+        remaining &= ~mask
+    return None
+
+
 def several_lost(features: Floats, grid: tuple[int, int], *, max_objects: int, min_score: float) -> list[Found]:
     """Find up to `max_objects` objects with LOST, best first. After each object, its patches no longer take part."""
-
-    def following(remaining: Mask) -> Mask | None:
-        for _ in range(_ATTEMPTS):
-            mask = lost_mask(features, grid, remaining)
-            if mask is None or mask.sum() >= smallest_object(grid):
-                return mask
-            remaining &= ~mask
-        return None
-
+    following = partial(next_object, features, grid)
     return several(features, grid, following, max_objects=max_objects, min_score=min_score)

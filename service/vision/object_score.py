@@ -18,9 +18,9 @@ from service.vision.cut import spread
 Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
-WEIGHTS: Final = (0.54, 1.11, 2.72, -2.87)
-BIAS: Final = -0.9
-MIN_SCORE: Final = 0.5
+WEIGHTS: Final = (1.66, 0.91, 2.14, -4.82)
+BIAS: Final = -1.02
+MIN_SCORE: Final = 0.7
 """The default of the lowest score of an object."""
 
 _FLOOR: Final = 0.01

@@ -88,16 +88,18 @@ class PatchGrid:
         """Return the part of a map over the network's grid that belongs to the patches of this grid, [h, w]."""
         return weights[self.rows, self.columns]
 
-    def blocks(self, maps: Floats) -> Iterator[tuple[slice, slice, Floats]]:
+    def blocks(self, maps: Floats, *, everywhere: bool = False) -> Iterator[tuple[slice, slice, Floats]]:
         """Upsample maps [K, a, b] to pixels, in blocks of rows that limit the memory.
 
         The cells of a map divide `box` evenly. They can be the patches or smaller cells. The values are interpolated
         bilinearly between the centres of the cells and are constant beyond the outermost centres. Yield for each block
-        its rows, its columns and its values, float32 [K, rows, columns]. Pixels outside `seen_box` are in no block.
+        its rows, its columns and its values, float32 [K, rows, columns]. Pixels outside `seen_box` are in no block,
+        unless `everywhere` is true.
         """
         left, top, width, height = self.box
-        down = _between(self.size[0], top, height, maps.shape[1], self.seen_box[1::2])
-        across = _between(self.size[1], left, width, maps.shape[2], self.seen_box[0::2])
+        seen = (0, 0, self.size[1], self.size[0]) if everywhere else self.seen_box
+        down = _between(self.size[0], top, height, maps.shape[1], seen[1::2])
+        across = _between(self.size[1], left, width, maps.shape[2], seen[0::2])
         step = max(1, _VALUES_PER_BLOCK // max(1, len(maps) * len(across.share)))
         for start in range(0, len(down.share), step):
             part = slice(start, start + step)

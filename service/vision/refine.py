@@ -48,7 +48,8 @@ def label_pixels(grid: PatchGrid, maps: Floats, image: Pixels | None = None, *, 
     filters = maps[:, None] if image is None else _fit(grid, maps, image)  # [K, 1 or 4, a, b]
     smaller, small_image = _within_bounds(grid, len(maps), image)
     labels = np.zeros(smaller.size, np.uint8)
-    for rows, columns, values in smaller.blocks(filters.reshape(-1, *filters.shape[2:])):
+    reduced = smaller.size != grid.size
+    for rows, columns, values in smaller.blocks(filters.reshape(-1, *filters.shape[2:]), everywhere=reduced):
         found = values.reshape(*filters.shape[:2], *values.shape[1:])  # [K, 1 or 4, rows, columns]
         heights: Floats = found[:, -1]
         if small_image is not None:
@@ -58,7 +59,7 @@ def label_pixels(grid: PatchGrid, maps: Floats, image: Pixels | None = None, *, 
         best = heights.argmax(axis=0)
         above = everywhere or np.take_along_axis(heights, best[None], axis=0)[0] > 0
         labels[rows, columns] = np.where(above, best + 1, 0)
-    if smaller.size == grid.size:
+    if not reduced:
         return labels
     enlarged = Image.fromarray(labels).resize((grid.size[1], grid.size[0]), Image.Resampling.NEAREST)
     return _only_seen(np.array(enlarged), grid)

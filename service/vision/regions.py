@@ -80,8 +80,8 @@ def describe_regions(
 def label_colours() -> Pixels:
     """Return a colour for each label, uint8 [256, 3]. Labels that follow each other have very different hues. The
     colour of the label 0 is black."""
-    hues = (np.arange(256) * 0.618034) % 1
-    third = hues[:, None] + np.array([0, 2 / 3, 1 / 3])
+    hues = (0.02 + np.arange(-1, 255) * 0.618034) % 1
+    third = hues[:, None] + np.array([0, 2 / 3, 1 / 3])  # red, green, blue
     wave = np.clip(np.abs((third % 1) * 6 - 3) - 1, 0, 1)
     bright = np.where(np.arange(256) % 2, 1.0, 0.75)[:, None]
     colours: Pixels = np.asarray(255 * bright * (0.15 + 0.85 * wave)).astype(np.uint8)

@@ -9,7 +9,6 @@ import numpy.typing as npt
 from pydantic import FailFast, Field
 from typing_extensions import TypedDict
 
-from model.config import ViTConfig
 from service.answer_schemas import Box, FloatVector, RunLengths, VisionAnswer
 from service.errors import EngineFailed, InvalidRequest
 from service.features.patches import unit_rows
@@ -18,13 +17,13 @@ from service.features.served_model import ServedModel
 from service.schema_base import JSON_TEXT, OptionalWhole, Whole
 from service.schemas import Body, EmbeddingToo, MaskIn, Side
 from service.vision.cluster import MAX_GROUPS, cluster
-from service.vision.cut import MAX_PATCHES, first_object
+from service.vision.cut import MAX_PATCHES
 from service.vision.foreground import segment_foreground
 from service.vision.heads import open_named, outputs_of
 from service.vision.linear import segment_linear
 from service.vision.mask import coco_rle_encode, overlay_png, png_mask
 from service.vision.multi import MAX_OBJECTS, several_cuts
-from service.vision.object_score import MIN_SCORE, object_score
+from service.vision.object_score import MIN_SCORE
 from service.vision.patch_grid import PatchGrid
 from service.vision.pictures import png_bytes
 from service.vision.polygons import as_json, polygons
@@ -182,13 +181,13 @@ def _compute(analysed: Analysed, options: SegmentOptions, model: ServedModel) ->
 
 def _label_free(analysed: Analysed, options: SegmentOptions, model: ServedModel) -> _Regions:
     grid = PatchGrid.of(analysed.size, analysed.crop_box, analysed.grid)
-    features = unit_rows(grid.select(object_features(analysed, model.config)))
+    features = unit_rows(grid.select(object_features(analysed, model)))
     return _METHODS[options.method](features, grid, analysed, options)
 
 
-def object_features(analysed: Analysed, config: ViTConfig) -> Floats:
+def object_features(analysed: Analysed, model: ServedModel) -> Floats:
     """Return the features by which patches are compared, [N, D]: the keys of the last block."""
-    return analysed.outputs[f"keys.{config.depth - 1}"][1 + config.num_register_tokens :]
+    return analysed.outputs[f"keys.{model.config.depth - 1}"][1 + model.config.num_register_tokens :]
 
 
 def refined_image(analysed: Analysed, options: SegmentOptions) -> npt.NDArray[np.uint8] | None:
@@ -234,21 +233,13 @@ def _cluster(features: Floats, grid: PatchGrid, analysed: Analysed, options: Seg
     return _Regions(pixel_labels(grid, masks, refined_image(analysed, options), cover=True), None, {})
 
 
-def _cut(features: Floats, grid: PatchGrid, analysed: Analysed, options: SegmentOptions) -> _Regions:
-    check_patches(features, "cut")
-    cut = first_object(features, grid.shape, threshold=options.threshold)
-    score = 0.0 if cut is None else object_score(features, cut.mask)
-    masks = [] if cut is None or score < options.min_score else [cut.mask]
-    labels = pixel_labels(grid, masks, refined_image(analysed, options), one_part=True)
-    return _Regions(labels, [score], {"found": bool(labels.any())})
-
-
-def _multi(features: Floats, grid: PatchGrid, analysed: Analysed, options: SegmentOptions) -> _Regions:
-    check_patches(features, "multi")
+def _objects(features: Floats, grid: PatchGrid, analysed: Analysed, options: SegmentOptions) -> _Regions:
+    """Find one object (cut) or several objects (multi)."""
+    check_patches(features, options.method)
     found = several_cuts(
         features,
         grid.shape,
-        max_objects=options.max_objects,
+        max_objects=1 if options.method == "cut" else options.max_objects,
         min_score=options.min_score,
         threshold=options.threshold,
     )
@@ -305,8 +296,8 @@ def _linear(analysed: Analysed, options: SegmentOptions, model: ServedModel) -> 
 
 _METHODS: Final[dict[str, Callable[[Floats, PatchGrid, Analysed, SegmentOptions], _Regions]]] = {
     "cluster": _cluster,
-    "cut": _cut,
-    "multi": _multi,
+    "cut": _objects,
+    "multi": _objects,
     "prompt": _prompt,
 }
 
@@ -322,7 +313,7 @@ _BELONGS_TO: Final = {
 }
 
 
-def _outputs(options: SegmentOptions, config: ViTConfig) -> Iterable[str]:
+def _outputs(options: SegmentOptions, model: ServedModel) -> Iterable[str]:
     """Return the inner outputs that the method needs.
 
     Raises:
@@ -336,11 +327,9 @@ def _outputs(options: SegmentOptions, config: ViTConfig) -> Iterable[str]:
             )
     if options.method == "prompt" and not options.prompts:
         raise InvalidRequest("method=prompt needs prompts: a list of objects with points, box or mask", param="prompts")
-    return () if options.method in ("foreground", "linear") else (f"keys.{config.depth - 1}",)
-
-
-def _head_outputs(options: SegmentOptions, model: ServedModel) -> Iterable[str]:
-    return outputs_of(model, "segmentation", options.head) if options.method == "linear" else ()
+    if options.method == "linear":
+        return outputs_of(model, "segmentation", options.head)
+    return () if options.method == "foreground" else (f"keys.{model.config.depth - 1}",)
 
 
 def _encode(results: Sequence[_Segmented], options: SegmentOptions) -> Answer:
@@ -371,5 +360,4 @@ is JSON for every format. It also contains the embedding of the image, and a PNG
     compute=_compute,
     encode=_encode,
     outputs=_outputs,
-    head_outputs=_head_outputs,
 )

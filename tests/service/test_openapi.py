@@ -79,6 +79,24 @@ GOOD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("POST", "/v1/segment?format=rle", 200, {"content": photo(), "headers": PNG}),
     ("POST", "/v1/segment", 200, {"files": {"file": photo()}, "data": {"format": "overlay", "include": "embedding"}}),
     ("POST", "/v1/segment", 200, {"json": {"image": text(photo()), "include": ["embedding"], "format": "png"}}),
+    ("POST", "/v1/segment?method=cut&format=polygons&min_score=0", 200, {"content": photo(), "headers": PNG}),
+    ("POST", "/v1/segment?method=multi&format=rle&min_score=0", 200, {"content": photo(), "headers": PNG}),
+    ("POST", "/v1/segment?method=cluster&k=2&include=embedding", 200, {"content": photo(), "headers": PNG}),
+    (
+        "POST",
+        "/v1/segment",
+        200,
+        {
+            "json": {
+                "image": text(photo()),
+                "method": "prompt",
+                "prompts": [{"points": [{"x": 20, "y": 16}]}, {"box": [8, 8, 20, 20]}],
+                "format": "rle",
+            }
+        },
+    ),
+    ("POST", "/v1/detect?min_score=0", 200, {"content": photo(), "headers": PNG}),
+    ("POST", "/v1/detect", 200, {"json": {"image": text(photo()), "method": "lost", "format": "overlay"}}),
     ("POST", "/v1/attention", 200, {"content": photo(), "headers": PNG}),
     ("POST", "/v1/attention?format=figure", 200, {"content": photo(), "headers": PNG}),
     ("POST", "/v1/attention", 200, {"json": {"image": text(photo()), "format": "npy", "blocks": "all", "heads": [0]}}),
@@ -200,6 +218,7 @@ BAD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("POST", "/v1/detect?max_objects=0", 422, {"content": photo(), "headers": PNG}),
     ("POST", "/v1/analyze?outputs=all", 422, {"content": photo(), "headers": PNG}),
     ("POST", "/v1/segment", 415, {"content": b"x", "headers": {"Content-Type": "text/plain"}}),
+    ("POST", "/v1/detect?method=yolo", 422, {"content": photo(), "headers": PNG}),
     ("POST", "/v1/segment", 422, {"content": photo()[:60], "headers": PNG}),
     ("POST", "/v1/classify", 404, {"json": {"images": text(photo()), "collection": "none", "label": "n"}}),
     ("POST", "/v1/classify", 422, {"json": {"images": text(photo())}}),
