@@ -33,6 +33,7 @@ from service.originals import Originals
 from service.routes import (
     add_items,
     aliases,
+    analyze,
     classify,
     collections,
     duplicates,
@@ -108,6 +109,7 @@ def create_app(
         duplicates,
         find_region,
         vision,
+        analyze,
         classify,
         health,
     )

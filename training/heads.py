@@ -12,13 +12,15 @@ is held out. The networks and their training are those of the evaluations (`trai
 and a linear layer for segmentation, linear depth, and logistic regression.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,6 +37,9 @@ from training.evaluate.dense import DenseData, HeadTraining, Pair, TokenSettings
 from training.evaluate.features import FeatureCache, ImageFeatures, cached_features, default_workers, in_order
 from training.evaluate.knn import labels_of
 from training.evaluate.logistic import Logistic, fit_logistic
+
+Indices = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 
 MIN_IMAGES: Final = 20
 MAX_CLASSES: Final = 10_000
@@ -104,7 +109,7 @@ def fit_segmentation(name: str, backbone: Backbone, folder: Path, settings: FitS
     read = partial(segmentation.read_mask, zero_is_ignored=settings.zero_is_ignored)
     train, val = _dense(backbone, folder, "masks", segmentation.SUFFIXES, read, settings, track)
     n_classes = segmentation.count_classes([train, val], None if names is None else len(names))
-    present = _classes_in([*_targets(train), *_targets(val)])
+    present = _classes_in(chain(_targets(train), _targets(val)))
     if len(present) < 2:
         raise ValueError(
             f"{folder / 'masks'}: all labelled pixels have class {present[0]}; segmentation needs at least two classes "
@@ -224,13 +229,16 @@ def dense_spec(own: PreprocessSpec, resize: int | None) -> PreprocessSpec:
     return read_spec(own.model_dump() | {"crop": None, "resize": side, "fit": "crop"})
 
 
-def _targets(data: DenseData) -> list[Tensor]:
-    return [data.read_target(pair.target) for pair in data.pairs]
+def _targets(data: DenseData) -> Iterator[Tensor]:
+    """Read the maps one at a time, at their original size."""
+    return (data.read_target(pair.target) for pair in data.pairs)
 
 
-def _classes_in(masks: Sequence[Tensor]) -> list[int]:
-    counts = sum(torch.bincount(mask.flatten(), minlength=256) for mask in masks)
-    assert isinstance(counts, Tensor)
+def _classes_in(masks: Iterable[Tensor]) -> list[int]:
+    """Return the numbers of the classes that occur in masks."""
+    counts = torch.zeros(256, dtype=torch.long)
+    for mask in masks:
+        counts += torch.bincount(mask.flatten(), minlength=256)
     return [number for number in counts.nonzero().flatten().tolist() if number != segmentation.IGNORE]
 
 
@@ -305,8 +313,8 @@ def _check_classes(classes: Mapping[str, int]) -> None:
 
 
 def _held_out_images(
-    source: Source, photos: Sequence[Photo], kept: Sequence[int], labels: Floats, settings: FitSettings
-) -> Any:
+    source: Source, photos: Sequence[Photo], kept: Sequence[int], labels: Indices, settings: FitSettings
+) -> Flags:
     """Return which of the readable images are held out, bool [n].
 
     Raises:
@@ -350,7 +358,7 @@ def _fit(inputs: Tensor, labels: Tensor, n_classes: int, seed: int, track: Track
     return fitted, best
 
 
-def hold_out(labels: Any, share: float, seed: int) -> Any:
+def hold_out(labels: Indices, share: float, seed: int) -> Flags:
     """Choose images to hold out at random, bool [n]: the share `share` of each class, rounded, but at least one image
     of a class with two or more, and none of a class with one. `labels` are class numbers [n]."""
     rng = np.random.default_rng(seed)

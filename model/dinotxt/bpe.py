@@ -92,7 +92,9 @@ class Tokenizer:
         return [token for word in split_words(clean(text)) for token in self._tokens_of(word)]
 
     def prompt(self, text: str) -> list[int]:
-        """Return the tokens of a text with the start and the end token, without any limit on their number.
+        """Return the tokens of a text with the start and the end token.
+
+        The number of tokens is not limited. CLIP cuts a long prompt, but the service refuses it.
 
         If the text contains the end token's name, the prompt ends there, because the encoder returns the features of
         the first end token.
@@ -111,11 +113,6 @@ class Tokenizer:
                 break
             symbols = _joined(symbols, best)
         return tuple(self._ids[symbol] for symbol in symbols)
-
-
-def cut(prompt: list[int], length: int) -> list[int]:
-    """Return a prompt of at most `length` tokens, as CLIP cuts it: its last token is the end token."""
-    return prompt if len(prompt) <= length else [*prompt[: length - 1], prompt[-1]]
 
 
 def clean(text: str) -> str:

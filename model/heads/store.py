@@ -59,7 +59,7 @@ RECORD: Final = "head.json"
 TENSORS: Final = "head.safetensors"
 MAX_RECORD_BYTES: Final = 4 << 20
 MAX_TENSORS_BYTES: Final = 2 << 30
-OPEN_HEADS: Final = 8
+OPEN_HEADS: Final = 4
 """The number of heads that stay in memory."""
 
 
@@ -345,5 +345,5 @@ def _folders(artifact: Artifact) -> Sequence[Path]:
 
 def _parent(artifact: Artifact) -> Path:
     """Return the folder in which new heads of the artifact are stored."""
-    bundled = BUNDLED_DIR in artifact.path.parents
+    bundled = BUNDLED_DIR.resolve() in artifact.path.resolve().parents
     return (artifact.derived if bundled or not os.access(artifact.path, os.W_OK) else artifact.path) / FOLDER

@@ -1,6 +1,7 @@
 """Build the parts of the answer to a request that classifies images. The route and the command use them."""
 
-from service.retrieval.class_schemas import CalibrationFields, VerdictFields
+from service.retrieval.class_request import ClassifyResults
+from service.retrieval.class_schemas import BasisFields, CalibrationFields, ClassifyOptions, VerdictFields
 from service.retrieval.classify import Classified, Verdict
 from service.vision.conformal import can_promise, least_error_rate
 
@@ -17,6 +18,18 @@ def verdict_fields(index: int, verdict: Verdict, top: int) -> VerdictFields:
     }
     if verdict.neighbours is not None:
         fields["neighbours"] = [{"id": n.id, "label": n.label, "score": n.score} for n in verdict.neighbours]
+    return fields
+
+
+def basis_fields(results: ClassifyResults, options: ClassifyOptions) -> BasisFields:
+    """Return the part of an answer that says what the verdicts are based on."""
+    fields: BasisFields = {}
+    if results.classified is not None:
+        fields["calibration"] = calibration_fields(results.classified, options.error_rate)
+    if options.collection is not None:
+        fields["collection"] = options.collection
+    if results.head is not None:
+        fields["head"] = results.head
     return fields
 
 

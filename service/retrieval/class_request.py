@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import orjson
@@ -55,6 +55,14 @@ class ClassifyRequest:
     options: ClassifyOptions
     reference: Reference | None = None
     examples: Sequence[Example] = ()
+
+
+class Seen(NamedTuple):
+    """The features of an image that the caller has already computed: those that are embedded, and the inner outputs in
+    `class_outputs`."""
+
+    embedded: Embedded
+    outputs: Mapping[str, Floats]
 
 
 @dataclass(frozen=True)
@@ -110,28 +118,57 @@ async def read_classify(
     return ClassifyRequest(images, options, examples=await _examples(classes, settings, len(images)))
 
 
-async def classify(service: Service, request: ClassifyRequest) -> ClassifyResults:
-    """Classify the images of a request.
+async def classify(
+    service: Service, request: ClassifyRequest, seen: Sequence[Outcome[Seen]] | None = None
+) -> ClassifyResults:
+    """Classify the images of a request. `seen` are their features. If it is None, they are computed.
 
     Raises:
         ServiceError: the whole request fails, for instance because an example image is broken.
     """
     service.check_model(request.options.model)
     if request.options.head is not None:
-        return await _by_head(service, request, request.options.head)
+        return await _by_head(service, request, request.options.head, seen)
     if request.reference is not None:
-        return await _by_collection(service, request, request.reference)
-    return await _by_examples(service, request)
+        return await _by_collection(service, request, request.reference, seen)
+    return await _by_examples(service, request, seen)
 
 
-async def _by_head(service: Service, request: ClassifyRequest, name: str) -> ClassifyResults:
+async def class_outputs(service: Service, request: ClassifyRequest) -> tuple[str, ...]:
+    """Check that a request can be answered, as far as this is possible without its images, and return the names of the
+    inner outputs that it needs.
+
+    Raises:
+        ServiceError: there is no such head or collection, or the collection is not suitable.
+    """
+    if request.options.head is not None:
+        return (await asyncio.to_thread(open_classification_head, service.model, request.options.head)).outputs
+    if request.reference is not None:
+        await _calibrated_target(service, request, request.reference)
+    return ()
+
+
+async def _embedded(
+    service: Service, images: list[Outcome[bytes]], seen: Sequence[Outcome[Seen]] | None
+) -> list[Outcome[Embedded]]:
+    """Return the features of the images from `seen`, or compute them if it is None."""
+    if seen is None:
+        return await service.pipeline.embed(images)
+    return [outcome.then(lambda known: known.embedded) for outcome in seen]
+
+
+async def _by_head(
+    service: Service, request: ClassifyRequest, name: str, seen: Sequence[Outcome[Seen]] | None
+) -> ClassifyResults:
     head = await asyncio.to_thread(open_classification_head, service.model, name)
 
     def verdict(embedded: Embedded, outputs: Mapping[str, Floats]) -> tuple[Embedded, Verdict]:
         scores = head_scores(head, embedded, outputs)
         return embedded, Verdict(scores[0].label, False, None, scores)
 
-    if head.outputs:
+    if seen is not None:
+        results = [outcome.then(lambda known: verdict(*known)) for outcome in seen]
+    elif head.outputs:
         results = await service.pipeline.analyse_all(
             request.images, lambda analysed: verdict(analysed.embedded, analysed.outputs), View(head.outputs)
         )
@@ -142,13 +179,21 @@ async def _by_head(service: Service, request: ClassifyRequest, name: str) -> Cla
     return ClassifyResults(verdicts, service.tag(), timings, head=head.record.name)
 
 
-async def _by_collection(service: Service, request: ClassifyRequest, reference: Reference) -> ClassifyResults:
+async def _calibrated_target(service: Service, request: ClassifyRequest, reference: Reference) -> Target:
+    """Return the collection of a request. This fails for an unsuitable collection, before the images are embedded."""
     assert request.options.collection is not None
     target = await Target.of(service, request.options.collection)
+    check_match(target.info, tag=service.tag(pooling=target.pooling), dimension=target.info.dimension)
+    await calibration_of(service.store, service.shared, target.info, reference)
+    return target
+
+
+async def _by_collection(
+    service: Service, request: ClassifyRequest, reference: Reference, seen: Sequence[Outcome[Seen]] | None
+) -> ClassifyResults:
+    target = await _calibrated_target(service, request, reference)
     info = target.info
-    check_match(info, tag=service.tag(pooling=target.pooling), dimension=info.dimension)
-    await calibration_of(service.store, service.shared, info, reference)  # fails before the images are embedded
-    embedded = await service.pipeline.embed(request.images)
+    embedded = await _embedded(service, request.images, seen)
     vectors = [outcome.then(_unit_vector, target.pooling) for outcome in embedded]
     started = time.perf_counter()
     classified = None
@@ -159,12 +204,17 @@ async def _by_collection(service: Service, request: ClassifyRequest, reference: 
     return _results(vectors, classified, info.tag, slowest(successes(embedded)) | {"classify": ms_since(started)})
 
 
-async def _by_examples(service: Service, request: ClassifyRequest) -> ClassifyResults:
+async def _by_examples(
+    service: Service, request: ClassifyRequest, seen: Sequence[Outcome[Seen]] | None
+) -> ClassifyResults:
     """Classify images by examples. All images are embedded together."""
     pooling = request.options.pooling or DEFAULT_POOLING
     count = len(request.images)
     examples = [Outcome(count + i, example.image) for i, example in enumerate(request.examples)]
-    embedded = await service.pipeline.embed([*request.images, *examples])
+    if seen is None:
+        embedded = await service.pipeline.embed([*request.images, *examples])
+    else:
+        embedded = [*await _embedded(service, request.images, seen), *await service.pipeline.embed(examples)]
     vectors = [outcome.then(_unit_vector, pooling) for outcome in embedded]
     for example, outcome in zip(request.examples, vectors[count:], strict=True):
         if outcome.error is not None:

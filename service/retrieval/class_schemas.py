@@ -125,13 +125,18 @@ class CalibrationFields(TypedDict):
     note: NotRequired[Annotated[str, Field(description="why it is not promised")]]
 
 
-class ClassifyAnswer(Identity):
+class BasisFields(TypedDict):
+    """What the verdicts on images are based on."""
+
+    calibration: NotRequired[Annotated[CalibrationFields, Field(description="absent with a head")]]
+    collection: NotRequired[str]
+    head: NotRequired[str]
+
+
+class ClassifyAnswer(BasisFields, Identity):
     """The answer to `POST /v1/classify`."""
 
     object: ListObject
     data: list[VerdictFields]
-    calibration: NotRequired[Annotated[CalibrationFields, Field(description="absent with a head")]]
-    collection: NotRequired[str]
-    head: NotRequired[str]
     errors: NotRequired[list[ItemErrorBody]]
     timings: Timings

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 
 from service.errors import Conflict, ModelMismatch, ModelNotFound
 from service.outcomes import split_items
-from service.retrieval.class_answers import calibration_fields, verdict_fields
+from service.retrieval.class_answers import basis_fields, verdict_fields
 from service.retrieval.class_request import classify as classify_images
 from service.retrieval.class_request import read_classify
 from service.retrieval.class_schemas import ClassifyAnswer, ClassifyIn, ClassifyOptions
@@ -53,12 +53,7 @@ async def classify(request: Request) -> JsonAnswer[ClassifyAnswer]:
         "fingerprint": identity["fingerprint"],
         "timings": timings,
     }
-    if results.classified is not None:
-        body["calibration"] = calibration_fields(results.classified, options.error_rate)
-    if options.collection is not None:
-        body["collection"] = options.collection
-    if results.head is not None:
-        body["head"] = results.head
+    body.update(basis_fields(results, options))  # type: ignore[typeddict-item]  # mypy wants all keys of the answer
     if bad:
         body["errors"] = [item.body() for item in bad]
     return json_response(body, headers=server_timing(timings))

@@ -3,9 +3,9 @@ provides everything that the task and the embedding need."""
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field, create_model
@@ -17,19 +17,26 @@ from service.features.pipeline import Analysed, Embedded, View
 from service.options import parse_options
 from service.outcomes import Outcome, failures, successes
 from service.routes.answers import JsonAnswer, json_response, server_timing
+from service.routes.bodies import Upload as ReadUpload
 from service.routes.bodies import read_upload
-from service.routes.describe import IMAGES, Operation, Upload, describe
+from service.routes.describe import IMAGES, Errors, Operation, Upload, describe
 from service.routes.direct import DirectRoute, service_of
 from service.schemas import VisionOptions
 from service.state import Service
 from service.timings import ms_since, slowest
 from service.vision import tasks
-from service.vision.task import JSON, File, Task, add_embedding
+from service.vision.task import JSON, Answer, File, Task, add_embedding
 
 router = APIRouter(tags=["vision"], route_class=DirectRoute)
+T = TypeVar("T")
 
 
-class _Seen(NamedTuple):
+Answerer = Callable[[Request, Task[Any, Any], str], Awaitable[Response]]
+
+_OWN_MODULES: Final = ("analyze",)  # tasks whose endpoints are in other modules
+
+
+class Seen(NamedTuple):
     """The result of a task for one image, without the decoded image, so that its memory can be freed."""
 
     result: Any
@@ -37,8 +44,13 @@ class _Seen(NamedTuple):
     compute_ms: float
 
 
-def add_route(task: Task[Any, Any]) -> None:
-    """Add the endpoint of a task to `router`."""
+def add_route(router: APIRouter, task: Task[Any, Any], answer: Answerer, errors: Errors = ()) -> None:
+    """Add the endpoint of a task to a router.
+
+    Args:
+        answer: the function that answers a request. It gets the request, the task, and the field with the images.
+        errors: the errors of the endpoint, in addition to those of all vision tasks.
+    """
     key = "images" if task.many else "image"
     image: Any = Image
     about = "image as a data URL, as base64, or as an object that contains one of them"
@@ -49,14 +61,14 @@ def add_route(task: Task[Any, Any]) -> None:
     body.__doc__ = f"The JSON body of `POST /v1/{task.name}`."
 
     async def endpoint(request: Request) -> Response:
-        return await _answer(request, task, key)
+        return await answer(request, task, key)
 
     endpoint.__name__ = task.name
     endpoint.__doc__ = task.description
     endpoint.__annotations__["return"] = JsonAnswer[task.answer] | Response  # type: ignore[name-defined]  # a type that is known at run time
     files = tuple(dict.fromkeys(kind for kind in task.formats.values() if kind != JSON))
     operation = Operation(
-        errors=(*IMAGES, ModelNotFound),
+        errors=(*IMAGES, ModelNotFound, *errors),
         upload=Upload(body, task.options, many=task.many),
         media_types=files,
         answer_headers=("Server-Timing", "X-Model", "X-Model-Fingerprint", *task.headers),
@@ -68,12 +80,11 @@ async def _answer(request: Request, task: Task[Any, Any], key: str) -> Response:
     """Answer a request for a task."""
     started = time.perf_counter()
     service = service_of(request)
-    upload = await read_upload(request, service.settings, key=key)
-    _check_count(len(upload.images), task, service, key)
+    upload = await read_images(request, task, service, key)
     options = parse_options(task.options, upload.fields)
     service.check_model(options.model)
     view = task.view(options, service.model)
-    seen = await _results(upload.images, partial(_see, task, options, service), service, view, key)
+    seen = await results_of(upload.images, partial(_see, task, options, service), service, view, key)
     encode_started = time.perf_counter()
     answer = await asyncio.to_thread(task.encode, [each.result for each in seen], options)
     stages = {
@@ -82,35 +93,43 @@ async def _answer(request: Request, task: Task[Any, Any], key: str) -> Response:
         "encode": ms_since(encode_started),
         "total": ms_since(started),
     }
+    return respond(add_embedding(answer, options, [each.embedded for each in seen]), service, stages)
+
+
+def respond(answer: Answer, service: Service, stages: dict[str, float]) -> Response:
+    """Return the response with this answer. `stages` are the durations in milliseconds."""
     headers = server_timing(stages) | {"X-Model": service.artifact.name}
     headers |= {"X-Model-Fingerprint": service.artifact.fingerprint}
-    answer = add_embedding(answer, options, [each.embedded for each in seen])
     if isinstance(answer, File):
         return Response(answer.data, media_type=answer.media_type, headers=headers | dict(answer.headers))
     return json_response(answer | {**service.identity(), "timings": stages}, headers=headers)
 
 
-def _check_count(count: int, task: Task[Any, Any], service: Service, key: str) -> None:
-    """Check the number of images in a request.
+async def read_images(request: Request, task: Task[Any, Any], service: Service, key: str) -> ReadUpload:
+    """Read the body of a request and check the number of its images.
 
     Raises:
         InvalidRequest: the task does not accept this number of images.
+        ServiceError: the body is not accepted.
     """
+    upload = await read_upload(request, service.settings, key=key)
     low, high = task.images
+    count = len(upload.images)
     check_count(count, service.settings.model_copy(update={"max_batch_items": high}), key)
     if count < low:
         raise InvalidRequest(f"{key} has {count} images; {task.name} needs at least {low}", param=key)
+    return upload
 
 
-def _see(task: Task[Any, Any], options: VisionOptions, service: Service, analysed: Analysed) -> _Seen:
+def _see(task: Task[Any, Any], options: VisionOptions, service: Service, analysed: Analysed) -> Seen:
     started = time.perf_counter()
     result = task.compute(analysed, options, service.model)
-    return _Seen(result, analysed.embedded, ms_since(started))
+    return Seen(result, analysed.embedded, ms_since(started))
 
 
-async def _results(
-    images: list[Outcome[bytes]], see: Callable[[Analysed], _Seen], service: Service, view: View, key: str
-) -> list[_Seen]:
+async def results_of(
+    images: list[Outcome[bytes]], see: Callable[[Analysed], T], service: Service, view: View, key: str
+) -> list[T]:
     """Analyse all images of a request and return their results.
 
     Raises:
@@ -127,4 +146,5 @@ async def _results(
 
 
 for name in tasks.SUMMARIES:
-    add_route(tasks.task(name))
+    if name not in _OWN_MODULES:
+        add_route(router, tasks.task(name), _answer)

@@ -12,9 +12,11 @@ SUMMARIES: Final = {
     "attention": "Show where the class token attends",
     "features": "Return patch features or show them as colours",
     "segment": "Segment an image",
+    "detect": "Find objects without labels",
     "match": "Find the parts of two images that correspond",
     "depth": "Estimate the depth of each pixel",
     "words": "Say which words describe an image, and where",
+    "analyze": "Compute several results from one forward pass",
 }
 """The summary of each task, by name. The module `service/vision/<name>.py` defines the task as `TASK`."""
 

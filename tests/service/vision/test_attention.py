@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from typing import Any
 
 import httpx
@@ -102,6 +103,17 @@ def test_outside_the_crop_the_map_is_0_and_the_image_unchanged(vision: Vision) -
     assert not local(vision, image, format="png")[outside].any()
     np.testing.assert_array_equal(local(vision, image, format="overlay")[outside], decoded[outside])
     assert (local(vision, image, format="overlay")[~outside] != decoded[~outside]).any()
+
+
+def test_the_range_is_that_of_the_pixels_in_the_crop(vision: Vision) -> None:
+    image = photo(size=(146, 73))  # no pixel is at the centre of a patch
+    x, y, width, height = local(vision, image)["crop_box"]
+    inside = slice(math.ceil(y), int(y + height)), slice(math.ceil(x), int(x + width))
+    maps = local(vision, image, format="npy", resolution="image", values="range", blocks="all")
+    seen = maps[:, :, *inside]
+    assert (seen.min(axis=(-2, -1)) == 0).all()
+    assert (seen.max(axis=(-2, -1)) == 1).all()
+    assert not maps.sum(axis=(0, 1))[: int(y)].any()
 
 
 def test_a_set_of_patches(vision: Vision) -> None:

@@ -97,8 +97,9 @@ def test_the_image_is_what_the_network_sees(box: tuple[float, float, float, floa
 
 
 def test_padding_is_grey() -> None:
-    image = np.full((20, 60, 3), 200, np.uint8)
-    seen = seen_image(image, (0.0, -20.0, 60.0, 60.0), Layout(120, 120, 1, 1))
-    assert (seen[:40] == 128).all()
-    assert (seen[40:80] == 200).all()
-    assert (seen[80:] == 128).all()
+    wide, tall = np.full((20, 60, 3), 200, np.uint8), np.full((60, 20, 3), 200, np.uint8)
+    expected = np.full((120, 120, 3), 128, np.uint8)
+    expected[40:80] = 200
+    plan = Layout(120, 120, 1, 1)
+    np.testing.assert_array_equal(seen_image(wide, (0.0, -20.0, 60.0, 60.0), plan), expected)
+    np.testing.assert_array_equal(seen_image(tall, (-20.0, 0.0, 60.0, 60.0), plan), expected.transpose(1, 0, 2))

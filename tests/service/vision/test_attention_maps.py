@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from service.vision import attention_maps
 from service.vision.attention_maps import (
     class_weights,
     entropy,
@@ -73,6 +74,12 @@ def test_rollout_is_the_product_of_the_matrices(outputs: dict[str, np.ndarray], 
     np.testing.assert_allclose(row, product[0], atol=1e-6)
     assert row.sum() == pytest.approx(1, abs=1e-6)
     assert all(np.array_equal(before[name], outputs[name]) for name in outputs)
+
+
+def test_rollout_in_blocks_of_rows(outputs: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = rollout(outputs, DEPTH, HEADS, [0, 1], "max")
+    monkeypatch.setattr(attention_maps, "_ROWS", 5)
+    np.testing.assert_allclose(rollout(outputs, DEPTH, HEADS, [0, 1], "max"), whole, atol=1e-7)
 
 
 @pytest.mark.parametrize("fusion", FUSE)

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from model.engines.onnxruntime_engine import OnnxEngine
-from model.preprocess import preprocess
+from model.preprocess import PreprocessSpec, preprocess
 from service.errors import EngineFailed, InvalidRequest
+from service.features.pipeline import Analysed, Embedded
 from service.features.served_model import ServedModel
 from service.vision import features as task
 from service.vision.local import Vision
@@ -109,6 +110,17 @@ def test_only_the_foreground(vision: Vision) -> None:
     assert picture[mask].any(axis=-1).mean() > 0.95
     colours = local(vision, format="pca_npy", foreground=True)
     assert 0 < colours.any(axis=-1).mean() < 1
+
+
+def test_patches_of_padding_do_not_count(vision: Vision) -> None:
+    spec = PreprocessSpec(resize=None, crop=56, fit="pad")
+    image = np.asarray(Image.open(io.BytesIO(photo(size=(90, 45)))))
+    patches = np.random.default_rng(0).normal(size=(16, WIDTH)).astype(np.float32)
+    embedded = Embedded(np.zeros((2, WIDTH), np.float32), 17)
+    analysed = Analysed(embedded, patches, patches[:0], (4, 4), image, spec)
+    result = task._compute(analysed, task.FeaturesOptions(format="pca"), vision.model)
+    assert result.shown is not None
+    assert result.shown.used.all(axis=1).tolist() == [False, True, True, False]
 
 
 async def test_the_endpoint(serve: Serve) -> None:

@@ -9,6 +9,7 @@ from service.vision import patch_colours
 from service.vision.patch_colours import Shown, draw_colours, joint_colours, thumbnail_size
 
 RNG = np.random.default_rng(8)
+BLACK = np.zeros((1, 1, 3), np.uint8)
 KINDS = RNG.normal(size=(4, 16)).astype(np.float32)  # features of four kinds of patches
 
 
@@ -82,6 +83,14 @@ def test_several_images_stand_side_by_side() -> None:
         left += width + 8
     small = draw_colours(colours[:2], [shown((20, 30)), shown((40, 40))])
     assert small.shape == (40, 60 + 8 + 40, 3)
+
+
+def test_the_crop_is_at_its_place_in_a_reduced_image() -> None:
+    colours = np.ones((2, 2, 3), np.float32)
+    picture = draw_colours([colours], [Shown((1024, 600), (100, 200, 400, 800), np.ones((2, 2), bool), image=BLACK)])
+    expected = np.zeros((512, 300, 3))
+    expected[100:500, 50:250] = 255
+    np.testing.assert_array_equal(picture[520:], expected)
 
 
 def test_images_stand_above_their_colours() -> None:

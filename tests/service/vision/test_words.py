@@ -191,7 +191,7 @@ def plain_labels(maps: np.ndarray, size: tuple[int, int], box: tuple[float, ...]
 
 
 @pytest.mark.parametrize("lowest", [None, 0.4])
-@pytest.mark.parametrize("box", [(0.0, 0.0, 40.0, 30.0), (5.0, -2.0, 30.0, 30.0)])
+@pytest.mark.parametrize("box", [(0.0, 0.0, 40.0, 30.0), (5.0, -2.0, 30.0, 30.0), (-4.0, 6.0, 40.0, 20.0)])
 def test_a_label_map_equals_its_definition(
     box: tuple[float, float, float, float], lowest: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
