@@ -12,13 +12,15 @@ is held out. The networks and their training are those of the evaluations (`trai
 and a linear layer for segmentation, linear depth, and logistic regression.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,8 +38,12 @@ from training.evaluate.features import FeatureCache, ImageFeatures, cached_featu
 from training.evaluate.knn import labels_of
 from training.evaluate.logistic import Logistic, fit_logistic
 
+Indices = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
 MIN_IMAGES: Final = 20
 MAX_CLASSES: Final = 10_000
+HEADROOM: Final = 1.5  # a weighted mean of bins hardly reaches the last bin
 C_CHOICES: Final = tuple(10.0**power for power in range(-5, 5))
 TOLERANCE, MAX_ITERATIONS = 1e-5, 300  # of logistic regression
 CLASS_NAMES: Final = "classes.txt"
@@ -53,14 +59,15 @@ class FitSettings:
     `held_out` is the share of the images that is held out if the folder is not divided into `train` and `val`. `blocks`
     is the number of last blocks that the head reads. `resize` is the short side of the network's input in pixels for
     segmentation and depth, which use the whole image; None means the short side that the model was exported with.
-    `min_depth` and `max_depth` are in metres; if `max_depth` is None, it is the largest depth in the training maps.
+    `min_depth` and `max_depth` are in metres; if `max_depth` is None, it is 1.5 times the largest depth in the training
+    maps (docs/decisions/0025-heads.md).
     """
 
     held_out: float = 0.2
     seed: int = 0
     blocks: int = 1
     resize: int | None = None
-    iterations: int = 500
+    iterations: int = 300
     batch_size: int = 8
     lr: float = 1e-3
     weight_decay: float = 1e-3
@@ -104,7 +111,7 @@ def fit_segmentation(name: str, backbone: Backbone, folder: Path, settings: FitS
     read = partial(segmentation.read_mask, zero_is_ignored=settings.zero_is_ignored)
     train, val = _dense(backbone, folder, "masks", segmentation.SUFFIXES, read, settings, track)
     n_classes = segmentation.count_classes([train, val], None if names is None else len(names))
-    present = _classes_in([*_targets(train), *_targets(val)])
+    present = _classes_in(chain(_targets(train), _targets(val)))
     if len(present) < 2:
         raise ValueError(
             f"{folder / 'masks'}: all labelled pixels have class {present[0]}; segmentation needs at least two classes "
@@ -142,8 +149,8 @@ def fit_depth(name: str, backbone: Backbone, folder: Path, settings: FitSettings
     train, val = _dense(backbone, folder, "depth", depth.SUFFIXES, depth.read_depth, settings, track)
     largest = settings.max_depth
     if largest is None:
-        largest = max(float(metres.max()) for metres in _targets(train))
-        if largest <= settings.min_depth:
+        largest = HEADROOM * max(float(metres.max()) for metres in _targets(train))
+        if largest <= HEADROOM * settings.min_depth:
             raise ValueError(f"{folder / 'depth'}: no map has a depth above min_depth={settings.min_depth:g}")
     dim = train[0][0].shape[-1]
     head = depth.LinearDepth(dim, settings.min_depth, largest, seed=settings.seed).to(train[0][0].device)
@@ -224,13 +231,16 @@ def dense_spec(own: PreprocessSpec, resize: int | None) -> PreprocessSpec:
     return read_spec(own.model_dump() | {"crop": None, "resize": side, "fit": "crop"})
 
 
-def _targets(data: DenseData) -> list[Tensor]:
-    return [data.read_target(pair.target) for pair in data.pairs]
+def _targets(data: DenseData) -> Iterator[Tensor]:
+    """Read the maps one at a time, at their original size."""
+    return (data.read_target(pair.target) for pair in data.pairs)
 
 
-def _classes_in(masks: Sequence[Tensor]) -> list[int]:
-    counts = sum(torch.bincount(mask.flatten(), minlength=256) for mask in masks)
-    assert isinstance(counts, Tensor)
+def _classes_in(masks: Iterable[Tensor]) -> list[int]:
+    """Return the numbers of the classes that occur in masks."""
+    counts = torch.zeros(256, dtype=torch.long)
+    for mask in masks:
+        counts += torch.bincount(mask.flatten(), minlength=256)
     return [number for number in counts.nonzero().flatten().tolist() if number != segmentation.IGNORE]
 
 
@@ -305,8 +315,8 @@ def _check_classes(classes: Mapping[str, int]) -> None:
 
 
 def _held_out_images(
-    source: Source, photos: Sequence[Photo], kept: Sequence[int], labels: Floats, settings: FitSettings
-) -> Any:
+    source: Source, photos: Sequence[Photo], kept: Sequence[int], labels: Indices, settings: FitSettings
+) -> Flags:
     """Return which of the readable images are held out, bool [n].
 
     Raises:
@@ -350,7 +360,7 @@ def _fit(inputs: Tensor, labels: Tensor, n_classes: int, seed: int, track: Track
     return fitted, best
 
 
-def hold_out(labels: Any, share: float, seed: int) -> Any:
+def hold_out(labels: Indices, share: float, seed: int) -> Flags:
     """Choose images to hold out at random, bool [n]: the share `share` of each class, rounded, but at least one image
     of a class with two or more, and none of a class with one. `labels` are class numbers [n]."""
     rng = np.random.default_rng(seed)

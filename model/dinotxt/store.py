@@ -51,7 +51,7 @@ DEFAULT_NAME: Final = "dinotxt"
 MAX_RECORD_BYTES: Final = 1 << 20
 HOW_TO_ADD: Final = (
     "Add Meta's files for dinov2_vitl14_reg with `dinov2 heads add-dinotxt VISION_HEAD.pth TEXT_ENCODER.pth "
-    "bpe_simple_vocab_16e6.txt.gz` (docs/vision.md)"
+    "bpe_simple_vocab_16e6.txt.gz` (docs/vision/words.md)"
 )
 
 

@@ -61,7 +61,7 @@ def blend(image: Pixels, colours: Pixels, alpha: float | Floats = 0.6) -> Pixels
 
 def png_bytes(pixels: npt.NDArray[Any]) -> bytes:
     """Encode an image as a PNG: uint8 [H, W, 3] or [H, W], or uint16 [H, W]. The compression with run lengths takes two
-    thirds of the time of the default compression, and images and maps do not become larger."""
+    thirds of the time of the default compression. Images become 1 % larger, and figures 3 %."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
     return buffer.getvalue()

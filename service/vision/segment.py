@@ -9,7 +9,6 @@ import numpy.typing as npt
 from pydantic import FailFast, Field
 from typing_extensions import TypedDict
 
-from model.config import ViTConfig
 from service.answer_schemas import Box, FloatVector, RunLengths, VisionAnswer
 from service.errors import EngineFailed, InvalidRequest
 from service.features.patches import unit_rows
@@ -20,6 +19,8 @@ from service.schemas import Body, EmbeddingToo, MaskIn, Side
 from service.vision.cluster import MAX_GROUPS, cluster
 from service.vision.cut import MAX_PATCHES
 from service.vision.foreground import segment_foreground
+from service.vision.heads import open_named, outputs_of
+from service.vision.linear import segment_linear
 from service.vision.mask import coco_rle_encode, overlay_png, png_mask
 from service.vision.multi import MAX_OBJECTS, several_cuts
 from service.vision.object_score import MIN_SCORE
@@ -34,7 +35,7 @@ from service.vision.task import JSON, PNG, Answer, File, Task
 Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 Labels = npt.NDArray[np.uint8]
-Method = Literal["foreground", "cluster", "cut", "multi", "prompt"]
+Method = Literal["foreground", "cluster", "cut", "multi", "prompt", "linear"]
 
 MAX_PROMPTS: Final = 16
 MAX_POINTS: Final = 64
@@ -64,7 +65,8 @@ class SegmentOptions(EmbeddingToo):
     method: Method = Field(
         "foreground",
         description="foreground: first principal component; cluster: groups of similar patches; cut: one object, by a "
-        "normalised cut; multi: several objects, by repeated cuts; prompt: the region that `prompts` point at",
+        "normalised cut; multi: several objects, by repeated cuts; prompt: the region that `prompts` point at; linear: "
+        "the class of each pixel, by a trained segmentation head",
     )
     format: Literal["png", "rle", "polygons", "overlay"] = Field(
         "png",
@@ -89,6 +91,11 @@ class SegmentOptions(EmbeddingToo):
     connected: bool = Field(
         True, description="prompt: false returns all similar parts of the image for points and masks"
     )
+    head: str | None = Field(
+        None,
+        max_length=64,
+        description="linear: name of the segmentation head; default: the only one that the model has",
+    )
     refine: bool | None = Field(
         None, description="let outlines follow the edges of the image; default: true, but false for foreground"
     )
@@ -105,6 +112,7 @@ class Region(TypedDict):
     """A region of an image."""
 
     label: Annotated[int, Field(description="value of its pixels in the PNG of labels")]
+    name: NotRequired[Annotated[str, Field(description="linear: name of the class, which has the number label - 1")]]
     score: NotRequired[Annotated[float, Field(description="how likely it is an object, from 0 to 1")]]
     area: Annotated[int, Field(description="number of pixels")]
     box: Box
@@ -122,6 +130,7 @@ class SegmentAnswer(VisionAnswer):
     holes: NotRequired[list[list[int]]]
     contrast: NotRequired[float]
     found: NotRequired[bool]
+    head: NotRequired[Annotated[str, Field(description="linear: name of the head")]]
     regions: NotRequired[list[Region]]
     png: NotRequired[Annotated[str, Field(description="the mask or the labels as a PNG in base64")]]
     overlay: NotRequired[Annotated[str, Field(description="the image with tinted regions, as a PNG in base64")]]
@@ -136,6 +145,7 @@ class _Regions(NamedTuple):
     labels: Labels
     scores: list[float] | None
     about: dict[str, Any]
+    names: Sequence[str] = ()  # the class of each region, for a head
 
 
 @dataclass(frozen=True)
@@ -155,11 +165,11 @@ def _compute(analysed: Analysed, options: SegmentOptions, model: ServedModel) ->
     """
     if options.method == "foreground":
         return _foreground(analysed, options)
-    grid = PatchGrid.of(analysed.size, analysed.crop_box, analysed.grid)
-    features = unit_rows(grid.select(object_features(analysed, model)))
-    found = _METHODS[options.method](features, grid, analysed, options)
+    found = _linear(analysed, options, model) if options.method == "linear" else _label_free(analysed, options, model)
     about = found.about | {"crop_box": list(analysed.crop_box)}
     regions = describe_regions(found.labels, found.scores, options.format, options.tolerance)
+    for region in regions if found.names else []:
+        region["name"] = found.names[region["label"] - 1]
     if options.format in ("rle", "polygons"):
         return _Segmented({"regions": regions}, about)
     if options.format == "overlay":
@@ -167,6 +177,12 @@ def _compute(analysed: Analysed, options: SegmentOptions, model: ServedModel) ->
     else:
         data = png_mask(found.labels > 0) if options.method == "cut" else labels_png(found.labels)
     return _Segmented(File(data, PNG), about | {"regions": regions})
+
+
+def _label_free(analysed: Analysed, options: SegmentOptions, model: ServedModel) -> _Regions:
+    grid = PatchGrid.of(analysed.size, analysed.crop_box, analysed.grid)
+    features = unit_rows(grid.select(object_features(analysed, model)))
+    return _METHODS[options.method](features, grid, analysed, options)
 
 
 def object_features(analysed: Analysed, model: ServedModel) -> Floats:
@@ -273,6 +289,11 @@ def _half_covered(shares: Floats) -> Mask:
     return np.asarray(shares >= min(0.5, float(shares.max())))
 
 
+def _linear(analysed: Analysed, options: SegmentOptions, model: ServedModel) -> _Regions:
+    head = open_named(model, "segmentation", options.head)
+    return _Regions(segment_linear(head, analysed), None, {"head": head.record.name}, head.record.classes)
+
+
 _METHODS: Final[dict[str, Callable[[Floats, PatchGrid, Analysed, SegmentOptions], _Regions]]] = {
     "cluster": _cluster,
     "cut": _objects,
@@ -281,6 +302,8 @@ _METHODS: Final[dict[str, Callable[[Floats, PatchGrid, Analysed, SegmentOptions]
 }
 
 _BELONGS_TO: Final = {
+    "head": ("linear",),
+    "refine": ("foreground", "cluster", "cut", "multi", "prompt"),
     "k": ("cluster",),
     "max_objects": ("multi",),
     "min_score": ("cut", "multi"),
@@ -290,7 +313,7 @@ _BELONGS_TO: Final = {
 }
 
 
-def _outputs(options: SegmentOptions, config: ViTConfig) -> Iterable[str]:
+def _outputs(options: SegmentOptions, model: ServedModel) -> Iterable[str]:
     """Return the inner outputs that the method needs.
 
     Raises:
@@ -304,7 +327,9 @@ def _outputs(options: SegmentOptions, config: ViTConfig) -> Iterable[str]:
             )
     if options.method == "prompt" and not options.prompts:
         raise InvalidRequest("method=prompt needs prompts: a list of objects with points, box or mask", param="prompts")
-    return () if options.method == "foreground" else (f"keys.{config.depth - 1}",)
+    if options.method == "linear":
+        return outputs_of(model, "segmentation", options.head)
+    return () if options.method == "foreground" else (f"keys.{model.config.depth - 1}",)
 
 
 def _encode(results: Sequence[_Segmented], options: SegmentOptions) -> Answer:
@@ -317,11 +342,12 @@ def _encode(results: Sequence[_Segmented], options: SegmentOptions) -> Answer:
 TASK: Final = Task(
     name="segment",
     summary="Segment an image",
-    description="""Divide one image into regions, without labels. Send the image in the JSON field `image`, as a file in
+    description="""Divide one image into regions. Send the image in the JSON field `image`, as a file in
 a form, or as the raw body.
 
 `method` is `foreground` (the object against its background), `cluster` (groups of similar patches), `cut` (one object),
-`multi` (several objects) or `prompt` (the regions that `prompts` point at). `cut` and `multi` give each object a score
+`multi` (several objects), `prompt` (the regions that `prompts` point at) or `linear` (the class of each pixel, by a
+trained segmentation head of the model; all other methods need no labels). `cut` and `multi` give each object a score
 from 0 to 1. If no object reaches `min_score`, `found` is false, and the mask is empty.
 
 `format=png` returns a PNG of the size of the upright image: for `foreground` and `cut` a mask with the values 0 and

@@ -67,7 +67,7 @@ def slow_score(region: Region, rows: np.ndarray) -> float:
 def test_scores_equal_the_definition(directions: int, references: int) -> None:
     basis = np.linalg.qr(np.random.default_rng(0).normal(size=(D, D)))[0][:directions].astype(np.float32)
     region = learn_region([reference(planted(i)) for i in range(references)], basis)
-    images = [planted(i, count=20 + i, kind=i % 2) for i in range(10, 18)]
+    images = [planted(i, count=20 + i, kind=i % 2, noise=1.2) for i in range(10, 18)]
     found = scores(region, [(3 * image.rows, None) for image in images])
     assert found == pytest.approx([slow_score(region, image.rows) for image in images], abs=1e-4)
     assert len(region.starts) == references
