@@ -142,7 +142,7 @@ def test_features_without_any_difference_are_no_error() -> None:
 def test_the_number_of_compared_patches_is_bounded() -> None:
     region = learn_region([reference(planted(i, count=900, share=0.5)) for i in range(8)], NO_BASIS)
     assert (len(region.inside), len(region.outside)) == (MAX_COMPARED, MAX_COMPARED)
-    assert region.starts.tolist() == [32 * i for i in range(8)]
+    assert region.starts.tolist() == [MAX_COMPARED // 8 * i for i in range(8)]
 
 
 # Scenes
