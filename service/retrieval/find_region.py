@@ -198,8 +198,8 @@ async def _compare_cached(service: Service, region: Region, digests: Sequence[st
 async def _compare_others(
     service: Service, region: Region, digests: Sequence[str], compared: _Compared, until: float
 ) -> None:
-    """Compute the patch features of the other images, and compare them. Stop at the time `until`, or if the queue is
-    full."""
+    """Compute the patch features of the images that are not cached, and compare them. Stop at the time `until`, or if
+    the queue is full."""
     faults: list[ServiceError] = []
     spec = service.artifact.manifest.preprocess
     for part in _slices(digests, min(_COMPUTED_AT_ONCE, service.settings.items_per_request)):
