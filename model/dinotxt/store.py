@@ -6,9 +6,9 @@
       text_encoder.safetensors      Meta's tensors, float32; 2.15 GB for the published encoder
       bpe_simple_vocab_16e6.txt.gz  CLIP's vocabulary
 
-The folder of the bundled artifact, and one that cannot be written, are not changed. Their dino.txt is stored in
-`artifact.derived`. A folder appears complete or not at all, so a running service uses it without a restart. The tensors
-are stored as safetensors, because ONNX Runtime maps them from this format.
+If the artifact is the bundled one, or its folder is not writable, dino.txt is stored in `artifact.derived` instead. A
+folder appears complete or not at all, so a running service uses it without a restart. The tensors are stored as
+safetensors, because ONNX Runtime can map this format into memory.
 """
 
 import hashlib
@@ -81,7 +81,7 @@ class Record(BaseModel):
 
 
 class Sources(NamedTuple):
-    """The files from which dino.txt is added: Meta's two files, as .pth or .safetensors, and CLIP's vocabulary."""
+    """The files that make up dino.txt: Meta's two files, as .pth or .safetensors, and CLIP's vocabulary."""
 
     vision_head: Path
     text_encoder: Path
@@ -109,7 +109,7 @@ def add_dinotxt(artifact: Artifact, sources: Sources, name: str = DEFAULT_NAME, 
 
     Raises:
         DinoTxtError: a file is not the expected one, the files do not belong to this model, the name is not allowed or
-            used already, or a file cannot be read or written.
+            already used, or a file cannot be read or written.
     """
     if not re.fullmatch(NAME_PATTERN, name):
         raise DinoTxtError(f"name {name!r}: use up to 64 letters, digits, dots, dashes and underscores")
@@ -145,7 +145,7 @@ def add_dinotxt(artifact: Artifact, sources: Sources, name: str = DEFAULT_NAME, 
 def write_safetensors(path: Path, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
     """Write tensors to a safetensors file as float32.
 
-    One tensor at a time is read and converted. The safetensors library would need memory for all of them.
+    Only one tensor at a time is read and converted, whereas the safetensors library needs memory for all of them.
 
     Raises:
         CheckpointError: a value is not finite.
@@ -170,7 +170,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, npt.NDArray[Any]]) -> No
 def list_dinotxt(artifact: Artifact) -> list[Record]:
     """Return the records of all dino.txt folders of an artifact, sorted by name.
 
-    A folder with an unreadable record, or one that belongs to another model, is left out and logged.
+    A folder that belongs to another model or has an unreadable record is left out, and a warning is logged.
     """
     records = []
     for folder in _folders(artifact).values():
@@ -182,11 +182,11 @@ def list_dinotxt(artifact: Artifact) -> list[Record]:
 
 
 def remove_dinotxt(artifact: Artifact, name: str) -> None:
-    """Delete dino.txt with this name.
+    """Delete the dino.txt with this name.
 
     Raises:
         DinoTxtNotFound: the artifact has no dino.txt of this name.
-        DinoTxtError: it cannot be deleted.
+        DinoTxtError: the folder cannot be deleted.
     """
     folders = _folders(artifact)
     if name not in folders:
@@ -198,7 +198,8 @@ def remove_dinotxt(artifact: Artifact, name: str) -> None:
 
 
 def open_dinotxt(artifact: Artifact, name: str | None = None) -> DinoTxt:
-    """Open dino.txt with this name, or the only one if `name` is None. The one that was used last stays open.
+    """Open the dino.txt with this name, or the artifact's only one if `name` is None. The most recently used one stays
+    open.
 
     Raises:
         DinoTxtNotFound: the artifact has no dino.txt of this name, or `name` is None and there are several.
@@ -216,7 +217,7 @@ def open_dinotxt(artifact: Artifact, name: str | None = None) -> DinoTxt:
         return _opened(folders[name], record.model_dump_json())
 
 
-_lock: Final = Lock()  # so that two requests do not open the same files
+_lock: Final = Lock()  # keeps two requests from opening the same files at once
 
 
 @lru_cache(maxsize=1)
@@ -264,7 +265,8 @@ def _read_record(folder: Path, artifact: Artifact) -> Record:
 
 
 def _folders(artifact: Artifact) -> dict[str, Path]:
-    """Return the folders of dino.txt by name. If a name occurs twice, the one in the artifact's folder is used."""
+    """Return the artifact's folders with dino.txt, keyed by name. If a name occurs twice, the one in the artifact's
+    folder is used."""
     folders: dict[str, Path] = {}
     for parent in (artifact.path / FOLDER, artifact.derived / FOLDER):
         for path in sorted(parent.glob(f"*/{RECORD}")):
@@ -274,6 +276,6 @@ def _folders(artifact: Artifact) -> dict[str, Path]:
 
 
 def _parent(artifact: Artifact) -> Path:
-    """Return the folder in which new folders of dino.txt are stored."""
+    """Return the folder in which a new dino.txt is stored."""
     bundled = BUNDLED_DIR.resolve() in artifact.path.resolve().parents
     return (artifact.derived if bundled or not os.access(artifact.path, os.W_OK) else artifact.path) / FOLDER

@@ -4,12 +4,12 @@
       head.json           describes the head (`model.heads.record.HeadRecord`)
       head.safetensors    the head's tensors, float32
 
-The folder of the bundled artifact, and one that cannot be written, do not receive heads. Their heads are stored in the
-same way in `artifact.derived`. Heads are not part of an artifact's manifest or fingerprint, because they do not change
-its features. They are found by listing the folders, so a running service uses a new head without a restart.
+If the artifact is the bundled one, or its folder is not writable, its heads are stored in the same way in
+`artifact.derived` instead. Heads are not part of an artifact's manifest or fingerprint, because they do not change the
+artifact's features. Heads are found by listing the folders, so a running service uses a new head without a restart.
 
-A head's folder appears complete or not at all. A head is checked when it is opened: the hash of its tensors, their
-names, shapes and values, and the fingerprint of the model that it belongs to.
+A head's folder appears complete or not at all. When a head is opened, the hash, names, shapes and values of its tensors
+are checked, and the fingerprint of the model that it belongs to.
 """
 
 import hashlib
@@ -87,28 +87,28 @@ class Head:
         return None if self.dpt is None else self.dpt.most_patches
 
     def classify(self, tokens: ImageTokens) -> Floats:
-        """Return the logits [C] of one image."""
+        """Return the logits of one image, [C]."""
         assert self.record.kind == "classification"
         cls = [cls for cls, _ in self._layers(tokens)]
         return classification_logits(self.tensors["weight"], self.tensors["bias"], cls, tokens.patches.mean(axis=0))
 
     def segment(self, tokens: ImageTokens) -> Floats:
-        """Return the logits [C, h, w] of each patch of one image."""
+        """Return the logits of each patch of one image, [C, h, w]."""
         assert self.record.kind == "segmentation"
         patches = [patches for _, patches in self._layers(tokens)]
         return segmentation_logits(self.tensors["weight"], self.tensors["bias"], patches, tokens.grid)
 
     def depth(self, tokens: ImageTokens, depth_range: tuple[float, float] | None = None) -> Floats:
-        """Return depths in metres within a range.
+        """Return depths in metres, clipped to a range.
 
         The result is [4h, 4w] for a linear head, and [32 ceil(h/2), 32 ceil(w/2)] for a DPT head.
 
         Args:
             tokens: the tokens of the image.
-            depth_range: smallest and largest depth in metres; None: those in the head's record.
+            depth_range: smallest and largest depth in metres. If None, those in the head's record are used.
 
         Raises:
-            HeadError: the image has more patches than a DPT head accepts.
+            HeadError: the head is a DPT head, and the image has more patches than it accepts.
         """
         low, high = depth_range or self.record.depth_range or (0, 0)
         layers = self._layers(tokens)
@@ -136,7 +136,8 @@ class Head:
 def make_head(
     record: HeadRecord, tensors: Mapping[str, Floats], config: ViTConfig, norm: tuple[Floats, Floats]
 ) -> Head:
-    """Return a head that is ready for use. The arguments are the fields of `Head`; the tensors have been checked."""
+    """Return a head that is ready for use. The arguments are the fields of `Head`. The tensors must already have been
+    checked."""
     if record.architecture == "linear":
         return Head(record, config, tensors, norm)
     from model.heads.dpt import DptSession  # imports onnx
@@ -211,7 +212,7 @@ def remove_head(artifact: Artifact, name: str) -> None:
 def list_heads(artifact: Artifact, kind: Kind | None = None) -> list[HeadRecord]:
     """Return the records of the artifact's heads, or of those of one kind, sorted by name.
 
-    A head whose record is unreadable, or that belongs to another model, is left out and logged.
+    A head that belongs to another model or has an unreadable record is left out, and a warning is logged.
     """
     records = []
     for folder in _folders(artifact):
@@ -229,8 +230,8 @@ def choose_head(artifact: Artifact, kind: Kind, name: str | None) -> HeadRecord:
     """Return the record of the head with this name and kind. If `name` is None, return the only head of this kind.
 
     Raises:
-        HeadNotFound: there is no such head, or `name` is None and there are several. The message lists the heads of
-            this kind, and says how to get one.
+        HeadNotFound: there is no such head, or `name` is None and there are several. The message lists the model's
+            heads of this kind, and says how to add or train one.
         HeadError: the head's record is unreadable, or it belongs to another model.
     """
     available = [record.name for record in list_heads(artifact, kind)]
@@ -252,11 +253,11 @@ def choose_head(artifact: Artifact, kind: Kind, name: str | None) -> HeadRecord:
 
 
 def open_head(artifact: Artifact, record: HeadRecord) -> Head:
-    """Return a head that is ready for use. The most recently used heads stay in memory.
+    """Open a head and return it. The most recently used heads stay in memory.
 
     Raises:
         HeadNotFound: the head no longer exists.
-        HeadError: its file is damaged, or does not match the record.
+        HeadError: the head's file is damaged, or does not match the record.
     """
     config, weights = artifact.manifest.config, artifact.file(WEIGHTS)
     with _lock:
@@ -279,7 +280,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     return names
 
 
-_lock: Final = Lock()  # so that two requests do not open the same head
+_lock: Final = Lock()  # keeps two requests from opening the same head at once
 
 
 @lru_cache(maxsize=OPEN_HEADS)
@@ -317,7 +318,7 @@ def _record(folder: Path, artifact: Artifact) -> HeadRecord:
     except ValidationError as error:
         raise HeadError(f"{path}: not a head's record: {in_words(error)}") from error
     if record.name != folder.name:
-        raise HeadError(f"{path}: the head is named {record.name}, but its folder {folder.name}")
+        raise HeadError(f"{path}: the head is named {record.name}, but its folder is named {folder.name}")
     if record.model != artifact.fingerprint:
         raise HeadError(
             f"{path}: the head belongs to the model with fingerprint {record.model[:8]}, "

@@ -128,7 +128,10 @@ def test_a_changed_file_is_refused(artifact: Artifact) -> None:
         (lambda record: json.dumps(record | {"kind": "captions"}).encode(), "must be"),
         (lambda record: json.dumps(record | {"run": "rm"}).encode(), "run"),
         (lambda record: json.dumps(record | {"model": "b" * 64}).encode(), "fingerprint bbbbbbbb, not to aaaaaaaa"),
-        (lambda record: json.dumps(record | {"name": "other"}).encode(), "named other, but its folder colours"),
+        (
+            lambda record: json.dumps(record | {"name": "other"}).encode(),
+            "named other, but its folder is named colours",
+        ),
         (lambda record: b" " * (4 << 20) + json.dumps(record).encode(), "larger than"),
     ],
 )
