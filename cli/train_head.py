@@ -40,14 +40,15 @@ def train_head(
             help="Short side of the network's input in pixels, for segmentation and depth. Default: as exported.",
         ),
     ] = None,
-    iterations: Annotated[int, typer.Option(min=1, help="Training iterations, for segmentation and depth.")] = 500,
+    iterations: Annotated[int, typer.Option(min=1, help="Training iterations, for segmentation and depth.")] = 300,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per iteration, for segmentation and depth.")] = 8,
     zero_is_ignored: Annotated[
         bool, typer.Option("--zero-is-ignored", help="Masks: 0 marks pixels to ignore, and classes begin at 1.")
     ] = False,
     min_depth: Annotated[float, typer.Option(help="Smallest depth in metres.")] = 0.001,
     max_depth: Annotated[
-        float | None, typer.Option(help="Largest depth in metres. Default: the largest in the training images.")
+        float | None,
+        typer.Option(help="Largest depth in metres. Default: 1.5 times the largest in the training images."),
     ] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Folder that stores features for later runs, for classification.")

@@ -1,10 +1,13 @@
 """Checks that the documentation agrees with the code: the reference pages, the links, and the README's file tree."""
 
 import importlib.util
+import itertools
 import re
+import shlex
 import subprocess
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -12,9 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 
 
-@pytest.fixture(scope="module")
-def reference() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "reference.py")
+def script(name: str) -> ModuleType:
+    """Import a script in docs/."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -22,10 +25,34 @@ def reference() -> ModuleType:
     return module
 
 
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    return script("reference")
+
+
 @pytest.mark.parametrize("name", ["settings.md", "metrics.md", "commands.md"])
 def test_reference_pages_are_made_from_the_code(reference: ModuleType, name: str) -> None:
     """`make docs` must reproduce the committed reference pages."""
     assert (ROOT / "docs" / name).read_text() == reference.PAGES[name]()
+
+
+def test_the_gallery_shows_the_commands_of_its_script() -> None:
+    """`python docs/gallery.py` must reproduce the committed page, and there is a picture for each command."""
+    gallery = script("gallery")
+    assert (ROOT / "docs" / "gallery.md").read_text() == gallery.page()
+    pictures = {path.name for path in (ROOT / "docs" / "gallery").iterdir()}
+    assert pictures == {gallery.picture_name(case) for case in gallery.CASES}
+
+
+@pytest.mark.parametrize("case", script("gallery").CASES, ids=lambda case: case.heading)
+def test_the_options_of_the_gallery_exist(case: Any) -> None:
+    from service.options import parse_options
+    from service.vision import tasks
+
+    name, *words = shlex.split(case.command)
+    options = dict(itertools.pairwise(words))
+    given = {word[2:].replace("-", "_"): value for word, value in options.items() if word.startswith("--")}
+    parse_options(tasks.task(name).options, given)
 
 
 def test_reference_pages_are_complete(reference: ModuleType) -> None:

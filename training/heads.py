@@ -43,6 +43,7 @@ Flags = npt.NDArray[np.bool_]
 
 MIN_IMAGES: Final = 20
 MAX_CLASSES: Final = 10_000
+HEADROOM: Final = 1.5  # a weighted mean of bins hardly reaches the last bin
 C_CHOICES: Final = tuple(10.0**power for power in range(-5, 5))
 TOLERANCE, MAX_ITERATIONS = 1e-5, 300  # of logistic regression
 CLASS_NAMES: Final = "classes.txt"
@@ -58,14 +59,15 @@ class FitSettings:
     `held_out` is the share of the images that is held out if the folder is not divided into `train` and `val`. `blocks`
     is the number of last blocks that the head reads. `resize` is the short side of the network's input in pixels for
     segmentation and depth, which use the whole image; None means the short side that the model was exported with.
-    `min_depth` and `max_depth` are in metres; if `max_depth` is None, it is the largest depth in the training maps.
+    `min_depth` and `max_depth` are in metres; if `max_depth` is None, it is 1.5 times the largest depth in the training
+    maps (docs/decisions/0025-heads.md).
     """
 
     held_out: float = 0.2
     seed: int = 0
     blocks: int = 1
     resize: int | None = None
-    iterations: int = 500
+    iterations: int = 300
     batch_size: int = 8
     lr: float = 1e-3
     weight_decay: float = 1e-3
@@ -147,8 +149,8 @@ def fit_depth(name: str, backbone: Backbone, folder: Path, settings: FitSettings
     train, val = _dense(backbone, folder, "depth", depth.SUFFIXES, depth.read_depth, settings, track)
     largest = settings.max_depth
     if largest is None:
-        largest = max(float(metres.max()) for metres in _targets(train))
-        if largest <= settings.min_depth:
+        largest = HEADROOM * max(float(metres.max()) for metres in _targets(train))
+        if largest <= HEADROOM * settings.min_depth:
             raise ValueError(f"{folder / 'depth'}: no map has a depth above min_depth={settings.min_depth:g}")
     dim = train[0][0].shape[-1]
     head = depth.LinearDepth(dim, settings.min_depth, largest, seed=settings.seed).to(train[0][0].device)

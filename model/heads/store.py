@@ -352,5 +352,5 @@ def _folders(artifact: Artifact) -> Sequence[Path]:
 
 def _parent(artifact: Artifact) -> Path:
     """Return the folder in which new heads of the artifact are stored."""
-    bundled = BUNDLED_DIR in artifact.path.parents
+    bundled = BUNDLED_DIR.resolve() in artifact.path.resolve().parents
     return (artifact.derived if bundled or not os.access(artifact.path, os.W_OK) else artifact.path) / FOLDER

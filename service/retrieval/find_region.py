@@ -38,7 +38,7 @@ from service.vision.positional_bias import basis_of
 
 log = logging.getLogger(__name__)
 
-_SLICE: Final = 32  # images that a thread compares at once
+_SLICE: Final = 16  # images that a thread compares at once
 _COMPUTED_AT_ONCE: Final = 16
 _SCROLLED_AT_ONCE: Final = 1000
 _SCORE_DIGITS: Final = 4

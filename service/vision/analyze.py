@@ -161,5 +161,5 @@ field of the same name; those of class are in `classify`.""",
     formats={"json": JSON},
     compute=_compute,
     encode=_encode,
-    head_outputs=_outputs,
+    outputs=_outputs,
 )

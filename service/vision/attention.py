@@ -165,10 +165,10 @@ def _selection(options: AttentionOptions, config: ViTConfig) -> _Selection:
     return selection
 
 
-def _outputs(options: AttentionOptions, config: ViTConfig) -> list[str]:
+def _outputs(options: AttentionOptions, model: ServedModel) -> list[str]:
     if options.resolution == "image" and options.format != "npy":
         raise InvalidRequest(f"resolution=image needs format=npy, not format={options.format}", param="resolution")
-    return [f"{name}.{block}" for block in _selection(options, config).blocks for name in ("queries", "keys")]
+    return [f"{name}.{block}" for block in _selection(options, model.config).blocks for name in ("queries", "keys")]
 
 
 def _compute(analysed: Analysed, options: AttentionOptions, model: ServedModel) -> _Attention:

@@ -15,6 +15,7 @@ absolute value of v.
 Legend: h, w size of the patch grid; n = h * w patches; D features; m patches that take part.
 """
 
+import math
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -32,7 +33,7 @@ MAX_PATCHES: Final = 6400
 
 _ATTEMPTS: Final = 8
 _THRESHOLD_SHARE: Final = 0.8
-_SAMPLED_PATCHES: Final = 256
+_SAMPLED_PATCHES: Final = 128
 _STEPS: Final = 160
 _RESIDUAL: Final = 1e-5
 
@@ -108,7 +109,7 @@ def second_eigenvector(linked: Floats) -> tuple[float, Doubles]:
     count = len(linked)
     degrees = LINK * count + (1 - LINK) * linked.sum(axis=1, dtype=np.float64)
     scale = 1 / np.sqrt(degrees)
-    trivial = np.sqrt(degrees) / np.linalg.norm(np.sqrt(degrees))
+    trivial = np.sqrt(degrees / degrees.sum())
 
     def product(vector: Doubles) -> Doubles:
         scaled = scale * vector
@@ -121,7 +122,7 @@ def second_eigenvector(linked: Floats) -> tuple[float, Doubles]:
     beside: list[float] = []
     current = np.cos(1.7 * np.arange(count) ** 2 + 0.3)  # any vector that has no regular structure
     current -= trivial * (trivial @ current)
-    current /= np.linalg.norm(current)
+    current /= _length(current)
     for step in range(len(basis)):
         basis[step] = current
         following = product(current)
@@ -130,7 +131,7 @@ def second_eigenvector(linked: Floats) -> tuple[float, Doubles]:
         for _ in range(2):  # rounding errors make one pass insufficient
             following -= trivial * (trivial @ following)
             following -= (used @ following) @ used
-        length = float(np.linalg.norm(following))
+        length = _length(following)
         last = step + 1 == len(basis) or length < 1e-10
         if last or step % 8 == 7:
             largest, weights = _largest(diagonal, beside)
@@ -139,7 +140,11 @@ def second_eigenvector(linked: Floats) -> tuple[float, Doubles]:
         beside.append(length)
         current = following / length
     vector = scale * (weights @ basis[: len(diagonal)])
-    return 1 - largest, np.asarray(vector / np.linalg.norm(vector))
+    return 1 - largest, np.asarray(vector / _length(vector))
+
+
+def _length(vector: Doubles) -> float:
+    return math.sqrt(float(vector @ vector))  # several times faster than numpy's function
 
 
 def _largest(diagonal: list[float], beside: list[float]) -> tuple[float, Doubles]:
@@ -156,7 +161,7 @@ def link_threshold(rows: Floats) -> float:
 
     Otsu's threshold divides the cosines into low and high ones. The result lies between the mean of the low cosines and
     Otsu's threshold, at 0.8 of the way. It moves with the cosines, so it also divides patches whose cosines are all
-    high. It is computed from at most 256 patches.
+    high. It is computed from at most 128 patches.
     """
     sample = rows[:: -(-len(rows) // _SAMPLED_PATCHES)]
     cosines = (sample @ sample.T)[np.triu_indices(len(sample), 1)]

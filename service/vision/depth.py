@@ -184,6 +184,6 @@ files, and grey in the picture. With `size`, the network sees the whole image.""
     formats={"json": JSON, "npy": NPY, "png": PNG, "png16": PNG},
     compute=_compute,
     encode=_encode,
-    head_outputs=_outputs,
+    outputs=_outputs,
     headers=("X-Depth-Min", "X-Depth-Max", "X-Depth-Units-Per-Metre"),
 )

@@ -10,7 +10,6 @@ from PIL import Image, ImageDraw
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from model.config import ViTConfig
 from service.answer_schemas import Box, VisionAnswer
 from service.errors import InvalidRequest
 from service.features.patches import unit_rows
@@ -150,7 +149,7 @@ def drawn(image: Pixels, objects: Sequence[dict[str, Any]]) -> Pixels:
     return np.asarray(picture)
 
 
-def _outputs(options: DetectOptions, config: ViTConfig) -> Iterable[str]:
+def _outputs(options: DetectOptions, model: ServedModel) -> Iterable[str]:
     """Return the inner output that both methods need.
 
     Raises:
@@ -158,7 +157,7 @@ def _outputs(options: DetectOptions, config: ViTConfig) -> Iterable[str]:
     """
     if options.method == "lost" and options.threshold is not None:
         raise InvalidRequest("threshold has no effect with method=lost; it belongs to method=cut", param="threshold")
-    return (f"keys.{config.depth - 1}",)
+    return (f"keys.{model.config.depth - 1}",)
 
 
 def _encode(results: Sequence[_Detected], options: DetectOptions) -> Answer:

@@ -101,9 +101,9 @@ def _layers(options: FeaturesOptions, config: ViTConfig) -> list[int]:
     return layers
 
 
-def _outputs(options: FeaturesOptions, config: ViTConfig) -> list[str]:
+def _outputs(options: FeaturesOptions, model: ServedModel) -> list[str]:
     """Return the inner outputs that a request needs. The normed features of the last block are no inner output."""
-    return [f"tokens.{i}" for i in _layers(options, config) if not (options.norm and i == config.depth - 1)]
+    return [f"tokens.{i}" for i in _layers(options, model.config) if not (options.norm and i == model.config.depth - 1)]
 
 
 def _compute(analysed: Analysed, options: FeaturesOptions, model: ServedModel) -> _Features:

@@ -33,7 +33,7 @@ Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 Rows = npt.NDArray[Any]
 
-MAX_COMPARED: Final = 256
+MAX_COMPARED: Final = 128
 """The highest number of marked patches, and of other patches, of all references that are compared. If there are more,
 evenly spaced ones are used."""
 _THRESHOLD: Final = 0.4  # between the mean cosine of other reference patches (0) and that of marked ones (1)

@@ -123,7 +123,7 @@ def _encode(sides: Sequence[_Side], options: MatchOptions) -> Answer:
     weights = first.shares
     if options.region is not None:
         region = options.region.model_dump(exclude_none=True)
-        weights = region_weights(region, first.size, first.crop_box, first.grid) * (weights > 0)
+        weights = region_weights(region, first.size, first.crop_box, first.grid)
     score, found = maxsim_matches(first.rows, second.rows, weights.ravel(), limit=len(first.rows))
     kept = [match for match in found if match.score >= options.min_score and second.shares.flat[match.candidate] > 0]
     shown = kept[: options.limit]

@@ -18,8 +18,8 @@ from service.vision.cut import spread
 Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
-WEIGHTS: Final = (1.66, 0.91, 2.14, -4.82)
-BIAS: Final = -1.02
+WEIGHTS: Final = (1.48, 0.89, 2.18, -4.19)
+BIAS: Final = -0.88
 MIN_SCORE: Final = 0.7
 """The default of the lowest score of an object."""
 

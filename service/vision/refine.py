@@ -144,14 +144,14 @@ def _fit(grid: PatchGrid, maps: Floats, image: Pixels) -> Floats:
     colours = np.moveaxis(copy, 2, 0)  # [3, a, b]
     mean_colours = mean(colours)
     products = mean(colours[:, None] * colours[None]) - mean_colours[:, None] * mean_colours[None]  # [3, 3, a, b]
-    matrices = np.moveaxis(products, (0, 1), (2, 3)) + _SMOOTHNESS * np.eye(3, dtype=np.float32)
+    inverses = np.linalg.inv(np.moveaxis(products, (0, 1), (2, 3)) + _SMOOTHNESS * np.eye(3, dtype=np.float32))
     factors = np.empty((len(maps), 4, *copy.shape[:2]), np.float32)
     for number, values in enumerate(wide):
         mean_value = mean(values)
         together = mean(colours * values) - mean_colours * mean_value  # [3, a, b]
-        slopes = np.linalg.solve(matrices, np.moveaxis(together, 0, 2)[..., None])[..., 0]  # [a, b, 3]
-        factors[number, :3] = np.moveaxis(slopes, 2, 0)
-        factors[number, 3] = mean_value - np.einsum("ijc,cij->ij", slopes, mean_colours)
+        slopes = np.einsum("ijcd,dij->cij", inverses, together)
+        factors[number, :3] = slopes
+        factors[number, 3] = mean_value - (slopes * mean_colours).sum(axis=0)
     flat = factors.reshape(-1, *copy.shape[:2])
     return mean(flat).reshape(factors.shape)
 

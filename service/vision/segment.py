@@ -9,7 +9,6 @@ import numpy.typing as npt
 from pydantic import FailFast, Field
 from typing_extensions import TypedDict
 
-from model.config import ViTConfig
 from service.answer_schemas import Box, FloatVector, RunLengths, VisionAnswer
 from service.errors import EngineFailed, InvalidRequest
 from service.features.patches import unit_rows
@@ -314,7 +313,7 @@ _BELONGS_TO: Final = {
 }
 
 
-def _outputs(options: SegmentOptions, config: ViTConfig) -> Iterable[str]:
+def _outputs(options: SegmentOptions, model: ServedModel) -> Iterable[str]:
     """Return the inner outputs that the method needs.
 
     Raises:
@@ -328,11 +327,9 @@ def _outputs(options: SegmentOptions, config: ViTConfig) -> Iterable[str]:
             )
     if options.method == "prompt" and not options.prompts:
         raise InvalidRequest("method=prompt needs prompts: a list of objects with points, box or mask", param="prompts")
-    return () if options.method in ("foreground", "linear") else (f"keys.{config.depth - 1}",)
-
-
-def _head_outputs(options: SegmentOptions, model: ServedModel) -> Iterable[str]:
-    return outputs_of(model, "segmentation", options.head) if options.method == "linear" else ()
+    if options.method == "linear":
+        return outputs_of(model, "segmentation", options.head)
+    return () if options.method == "foreground" else (f"keys.{model.config.depth - 1}",)
 
 
 def _encode(results: Sequence[_Segmented], options: SegmentOptions) -> Answer:
@@ -363,5 +360,4 @@ is JSON for every format. It also contains the embedding of the image, and a PNG
     compute=_compute,
     encode=_encode,
     outputs=_outputs,
-    head_outputs=_head_outputs,
 )

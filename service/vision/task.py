@@ -14,7 +14,6 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from model.config import ViTConfig
 from service.features.pipeline import Analysed, Embedded, View
 from service.features.served_model import ServedModel
 from service.schemas import EmbeddingToo, VisionOptions
@@ -40,7 +39,7 @@ class File(NamedTuple):
 Answer = dict[str, Any] | File
 
 
-def _nothing(options: VisionOptions, about: object) -> Iterable[str]:
+def _nothing(options: VisionOptions, model: ServedModel) -> Iterable[str]:
     return ()
 
 
@@ -58,8 +57,9 @@ class Task(Generic[O, S]):
     compute: computes the result for one image, in a worker thread. It may raise any ServiceError.
     encode: makes the answer from the results for all images of a request, in a worker thread. Its numpy arrays must be
         contiguous.
-    outputs: the inner outputs that `compute` needs (see `model/engines/protocol.py`).
-    head_outputs: the inner outputs that a head needs. They depend on the heads that the model has at the moment.
+    outputs: the inner outputs that `compute` needs (see `model/engines/protocol.py`). They may depend on the heads that
+        the model has at the moment. The function also refuses options that contradict each other or do not fit the
+        model.
     images: the lowest and the highest number of images in a request.
     headers: the names of the headers that the answer may have, in addition to those of all vision tasks.
     """
@@ -72,8 +72,7 @@ class Task(Generic[O, S]):
     formats: Mapping[str, str]
     compute: Callable[[Analysed, O, ServedModel], S]
     encode: Callable[[Sequence[S], O], Answer]
-    outputs: Callable[[O, ViTConfig], Iterable[str]] = field(default=_nothing)
-    head_outputs: Callable[[O, ServedModel], Iterable[str]] = field(default=_nothing)
+    outputs: Callable[[O, ServedModel], Iterable[str]] = field(default=_nothing)
     images: tuple[int, int] = (1, 1)
     headers: tuple[str, ...] = ()
 
@@ -88,8 +87,7 @@ class Task(Generic[O, S]):
         Raises:
             InvalidRequest: the options name something that the model does not have.
         """
-        names = [*self.outputs(options, model.config), *self.head_outputs(options, model)]
-        return View(tuple(dict.fromkeys(names)), model.spec(options.size))
+        return View(tuple(dict.fromkeys(self.outputs(options, model))), model.spec(options.size))
 
 
 def add_embedding(answer: Answer, options: VisionOptions, embedded: Sequence[Embedded]) -> Answer:

@@ -149,17 +149,17 @@ def test_depth(backbone: Backbone, scenes: Path, tmp_path: Path, blocks: int) ->
     settings = dataclasses.replace(QUICK, blocks=blocks, iterations=60, batch_size=4, lr=0.02)
     fitted = fit_depth("far", backbone, scenes, settings, quiet)
     about = fitted.description
-    assert (about.kind, about.classes, about.depth_range) == ("depth", (), (0.001, 6.0))
+    assert (about.kind, about.classes, about.depth_range) == ("depth", (), (0.001, 9.0))
     assert about.metrics["delta1"] > 0.7
     assert about.metrics["rmse"] < 1.5
     head = stored(fitted, backbone, tmp_path / "artifact")
     image = scenes / "images" / "2.png"
     found = layers(backbone, image, WHOLE, blocks)
     parts = [part for patches, cls in found for part in (patches[0], cls[0].expand_as(patches[0]))]
-    reference = LinearDepth(fitted.tensors["weight"].shape[1], 0.001, 6.0)
+    reference = LinearDepth(fitted.tensors["weight"].shape[1], 0.001, 9.0)
     reference.load_state_dict(
         {f"linear.{key}": torch.from_numpy(value) for key, value in fitted.tensors.items()}
-        | {"bins": torch.linspace(0.001, 6.0, 256)}
+        | {"bins": torch.linspace(0.001, 9.0, 256)}
     )
     metres = head.depth(tokens_of(backbone, image, WHOLE))
     h, w = metres.shape[0] // 4, metres.shape[1] // 4

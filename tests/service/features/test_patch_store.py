@@ -71,6 +71,17 @@ def test_the_file_stays_within_its_budget_and_keeps_a_full_budget_of_entries(tmp
     store.close()
 
 
+def test_the_entries_that_are_deleted_are_random(tmp_path: Path) -> None:
+    kept = []
+    for name in ("a", "b"):
+        store = PatchStore(tmp_path / name, 8 * MIB)
+        for i in range(200):
+            store.set_many({f"k{i}": value_of(i)})
+        kept.append([value is None for value in store.get_many([f"k{i}" for i in range(200)])])
+        store.close()
+    assert kept[0] != kept[1]
+
+
 def test_repeated_scans_of_more_entries_than_fit_still_find_most_of_them(tmp_path: Path) -> None:
     """With the oldest entry deleted first, each scan would delete the entries that it needs next."""
     store, keys = PatchStore(tmp_path / "p", 8 * MIB), [f"k{i}" for i in range(130)]  # 100 to 120 of them fit

@@ -171,7 +171,7 @@ async def test_what_cannot_be_computed_in_time_is_pending(tmp_path, monkeypatch)
     monkeypatch.setattr(find_region, "_COMPUTED_AT_ONCE", 1)
     async with running(tmp_path, patch_store_bytes=0) as run:
         await noise(run)
-    async with running(tmp_path, engine=FakeEngine(delay_s=0.15), request_deadline_s=2.0) as run:
+    async with running(tmp_path, engine=FakeEngine(delay_s=0.25), request_deadline_s=4.0) as run:
         answer = await ask(run, EVERYTHING)
         assert 0 < answer["pending"] < 12
         assert answer["examined"] + answer["pending"] == 12

@@ -177,7 +177,11 @@ def test_suppression_is_its_definition() -> None:
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
-    ("segment", {"method": "watershed"}, "method: Input should be 'foreground', 'cluster', 'cut', 'multi' or 'prompt'"),
+    (
+        "segment",
+        {"method": "watershed"},
+        "method: Input should be 'foreground', 'cluster', 'cut', 'multi', 'prompt' or 'linear'",
+    ),
     ("segment", {"method": "cluster", "k": 33}, "k: Input should be less than or equal to 32, not 33"),
     ("segment", {"method": "cluster", "k": 1}, "k: Input should be greater than or equal to 2, not 1"),
     ("segment", {"method": "multi", "max_objects": 33}, "max_objects: Input should be less than or equal to 32"),
