@@ -14,6 +14,7 @@ import io
 import math
 import pickle
 import pickletools
+import reprlib
 import struct
 import zipfile
 import zlib
@@ -236,7 +237,7 @@ class _Unpickler(pickle.Unpickler):
         match pid:
             case ("storage", _StorageType(name=kind), str(key), _, int(count)) if count >= 0:
                 return self._storage(kind, key, count)
-        raise TorchFileError(f"it refers to something other than a storage: {str(pid)[:100]}")
+        raise TorchFileError(f"it refers to something other than a storage: {reprlib.repr(pid)}")
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: object) -> Array:
@@ -247,7 +248,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: object) -> Ar
     if not isinstance(storage, np.ndarray) or not isinstance(offset, int) or offset < 0:
         raise TorchFileError("a tensor has no storage or a wrong offset")
     if not _are_counts(size) or not _are_counts(stride) or len(size) != len(stride):
-        raise TorchFileError(f"a tensor has size {size} and stride {stride}")
+        raise TorchFileError(f"a tensor has size {reprlib.repr(size)} and stride {reprlib.repr(stride)}")
     used = 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     # A tensor can have more elements than its storage (see `Tensor.expand`), and a copy of it could fill the memory.
     if offset + used > storage.size or math.prod(size) > storage.size:

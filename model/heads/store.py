@@ -16,7 +16,6 @@ import hashlib
 import logging
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -175,7 +174,13 @@ def add_head(
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             created = datetime.now(UTC).isoformat(timespec="seconds")
             record = HeadRecord(**head.model_dump(), sha256=digest, model=artifact.fingerprint, created=created)
-            (folder / RECORD).write_text(record.model_dump_json(indent=1) + "\n")
+            text = record.model_dump_json(indent=1) + "\n"
+            if len(text.encode()) > MAX_RECORD_BYTES:
+                raise HeadError(
+                    f"{head.name}: its description, with the names of {len(head.classes)} classes, has more than "
+                    f"{MAX_RECORD_BYTES} bytes"
+                )
+            (folder / RECORD).write_text(text)
             if existing is not None:
                 target.rename(Path(temporary) / "old")
             publish(folder, target)
@@ -203,8 +208,10 @@ def remove_head(artifact: Artifact, name: str) -> None:
         HeadNotFound: the artifact has no head of this name.
         HeadError: the head cannot be deleted.
     """
+    folder = _folder(artifact, name)
     try:
-        shutil.rmtree(_folder(artifact, name))
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".deleting-") as temporary:
+            folder.rename(Path(temporary) / "old")  # first, so that no request finds half of the head
     except OSError as error:
         raise HeadError(f"the head {name} cannot be deleted: {error}") from error
 

@@ -142,7 +142,7 @@ class PatchStore:
             db.execute("PRAGMA synchronous = NORMAL")
             db.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
             db.execute(f"PRAGMA journal_size_limit = {_WAL_PAGES * _PAGE_BYTES}")
-            db.execute(f"PRAGMA mmap_size = {2**40}")  # reads take 40 % less time
+            db.execute("PRAGMA mmap_size = 0")  # a read of a mapped file that was cut off would kill the process
         except BaseException:
             db.close()
             raise

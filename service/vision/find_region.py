@@ -166,7 +166,7 @@ def _marked(reference: Reference) -> Bools:
     """Return which patches of a reference are marked: those with at least half of the highest weight. A region that is
     smaller than a patch marks one patch or a few."""
     weights = np.where(reference.shown, reference.weights, 0)
-    return np.asarray(weights >= 0.5 * max(float(weights.max()), _LEAST))
+    return np.asarray((weights > 0) & (weights >= 0.5 * float(weights.max())))
 
 
 def _mean(rows: Floats, weights: npt.NDArray[Any]) -> Floats:

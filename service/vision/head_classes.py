@@ -6,6 +6,7 @@ import numpy as np
 
 from model.heads.record import Floats, ImageTokens
 from model.heads.store import Head
+from service.errors import EngineFailed
 from service.features.pipeline import Embedded
 from service.features.served_model import ServedModel
 from service.vision.heads import open_named
@@ -27,11 +28,16 @@ def head_scores(head: Head, embedded: Embedded, outputs: Mapping[str, Floats]) -
     """Return the probability of each class, highest first. `outputs` contains the inner outputs of the image that the
     head needs.
 
+    Raises:
+        EngineFailed: a logit is not finite, because the numbers of the head are too large.
+
     A classification head reads the patches only through their mean, which the embedding contains. So a head that needs
     no inner outputs can use an embedding from the cache.
     """
     cls, mean_patch = embedded.vector("cls", False), embedded.vector("mean", False)
     logits = head.classify(ImageTokens(cls, mean_patch[None], (1, 1), outputs)).astype(np.float64)
+    if not np.isfinite(logits).all():
+        raise EngineFailed(f"the head {head.record.name!r} gives classes that are not finite")
     shares = np.exp(logits - logits.max())
     shares /= shares.sum()
     order = np.argsort(-shares, kind="stable")

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.heads.store import Head
+from service.errors import EngineFailed
 from service.features.pipeline import Analysed
 from service.vision.heads import tokens_of
 from service.vision.pictures import bilinear_weights
@@ -31,8 +32,14 @@ def segment_linear(head: Head, analysed: Analysed) -> Labels:
     """Segment an image with a segmentation head. Return the label of each pixel, uint8 [H, W]: the number of its class
     plus 1, or 0 outside the part of the image that the network sees. `analysed` must have the inner outputs that the
     head needs.
+
+    Raises:
+        EngineFailed: a logit is not finite, because the numbers of the head are too large.
     """
-    return pixel_classes(head.segment(tokens_of(analysed)), analysed.size, analysed.crop_box)
+    logits = head.segment(tokens_of(analysed))
+    if not np.isfinite(logits).all():
+        raise EngineFailed(f"the head {head.record.name!r} gives classes that are not finite")
+    return pixel_classes(logits, analysed.size, analysed.crop_box)
 
 
 def pixel_classes(logits: Floats, size: tuple[int, int], crop_box: Box) -> Labels:

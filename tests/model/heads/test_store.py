@@ -149,6 +149,28 @@ def test_a_bad_record_is_left_out_of_the_list_and_refused(
         choose_head(artifact, "classification", "colours")
 
 
+def test_a_head_whose_description_could_not_be_read_again_is_not_stored(artifact: Artifact) -> None:
+    names = tuple("x" * (store.MAX_RECORD_BYTES // 3) + str(i) for i in range(3))
+    with pytest.raises(HeadError, match=r"the names of 3 classes, has more than \d+ bytes"):
+        add_head(artifact, classifier(classes=names), tensors())
+    assert list_heads(artifact) == []
+
+
+def test_a_head_disappears_as_a_whole(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = add_head(artifact, classifier(), tensors())
+    files = folder.parent
+    monkeypatch.setattr("os.unlink", lambda *_, **__: pytest.fail("a file of the head was deleted in its place"))
+    real = Path.rename
+
+    def renamed(path: Path, target: Path) -> Path:
+        monkeypatch.undo()
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    remove_head(artifact, "colours")
+    assert list(files.iterdir()) == []
+
+
 def test_the_choice_of_a_head_says_what_there_is(artifact: Artifact) -> None:
     with pytest.raises(HeadNotFound, match=r"has no head for depth; .*heads add.*train-head depth"):
         choose_head(artifact, "depth", None)
