@@ -1,5 +1,5 @@
-"""Make the gallery. `python docs/gallery.py FOLDER` runs its commands and writes the page. Without FOLDER, it only writes
-the page.
+"""Make the gallery. `python docs/gallery.py FOLDER` runs its commands and writes the page. Without FOLDER, only the
+page is written.
 
 FOLDER contains the images of the Grocery Store Dataset (MIT licence), for example `FOLDER/val/Avocado/Avocado_004.jpg`.
 The pictures are written to docs/gallery/. The page docs/gallery.md shows each picture with the command that made it.
@@ -19,8 +19,8 @@ PICTURES = ROOT / "docs" / "gallery"
 
 
 class Picture(NamedTuple):
-    """A picture: its heading, the command without `dinov2`, and what the picture shows. In the command, `{Name_001}` stands
-    for the path of an image, and the picture is the file after `-o`."""
+    """A picture: its heading, the command without `dinov2`, and what the picture shows. In the command, `{Name_001}`
+    stands for the path of an image, and the picture is the file after `-o`."""
 
     heading: str
     command: str
@@ -31,8 +31,8 @@ CASES: Final = [
     Picture(
         "Attention of all blocks",
         "attention {Honeydew-Melon_002} --format figure --size 224 -o attention-figure.png",
-        "Each row is a block, and each column is a head. In each map, the brightest patches get the most attention from "
-        "the class token.",
+        "Each row is a block, and each column is a head. In each map, the brightest patches get the most attention "
+        "from the class token.",
     ),
     Picture(
         "Attention over the image",
