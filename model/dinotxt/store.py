@@ -14,7 +14,6 @@ safetensors, because ONNX Runtime can map this format into memory.
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -30,23 +29,22 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from model.artifact import BUNDLED_DIR, Artifact, FileRecord, describe_file
+from model.artifact import Artifact, FileRecord, describe_file
 from model.convert import CheckpointError
 from model.dinotxt.bpe import KNOWN_VOCABULARY_SHA256, Tokenizer, VocabularyError
 from model.dinotxt.networks import TextEncoder, VisionHead
 from model.dinotxt.towers import check_match, text_encoder_shape, vision_head_shape
 from model.files import publish
+from model.head_folders import NAME_PATTERN, folder_for_new_heads, head_folders
 from model.messages import in_words
 from model.weights import read_tensors
 
 log = logging.getLogger(__name__)
 
-FOLDER: Final = "heads"
 RECORD: Final = "dinotxt.json"
 VISION_HEAD: Final = "vision_head.safetensors"
 TEXT_ENCODER: Final = "text_encoder.safetensors"
 VOCABULARY: Final = "bpe_simple_vocab_16e6.txt.gz"
-NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 DEFAULT_NAME: Final = "dinotxt"
 MAX_RECORD_BYTES: Final = 1 << 20
 HOW_TO_ADD: Final = (
@@ -113,7 +111,7 @@ def add_dinotxt(artifact: Artifact, sources: Sources, name: str = DEFAULT_NAME, 
     """
     if not re.fullmatch(NAME_PATTERN, name):
         raise DinoTxtError(f"name {name!r}: use up to 64 letters, digits, dots, dashes and underscores")
-    target = _parent(artifact) / name
+    target = folder_for_new_heads(artifact) / name
     if target.exists() and not replace:
         raise DinoTxtError(f"{target}: exists already: choose another name, or replace it")
     try:
@@ -173,7 +171,7 @@ def list_dinotxt(artifact: Artifact) -> list[Record]:
     A folder that belongs to another model or has an unreadable record is left out, and a warning is logged.
     """
     records = []
-    for folder in _folders(artifact).values():
+    for folder in head_folders(artifact, RECORD).values():
         try:
             records.append(_read_record(folder, artifact))
         except DinoTxtError as error:
@@ -188,7 +186,7 @@ def remove_dinotxt(artifact: Artifact, name: str) -> None:
         DinoTxtNotFound: the artifact has no dino.txt of this name.
         DinoTxtError: the folder cannot be deleted.
     """
-    folders = _folders(artifact)
+    folders = head_folders(artifact, RECORD)
     if name not in folders:
         raise DinoTxtNotFound(f"{artifact.name} has no dino.txt named {name!r}")
     try:
@@ -205,7 +203,7 @@ def open_dinotxt(artifact: Artifact, name: str | None = None) -> DinoTxt:
         DinoTxtNotFound: the artifact has no dino.txt of this name, or `name` is None and there are several.
         DinoTxtError: a file is damaged or was changed, or belongs to another model.
     """
-    folders = _folders(artifact)
+    folders = head_folders(artifact, RECORD)
     if name is None and len(folders) == 1:
         [name] = folders
     if name is None or name not in folders:
@@ -262,20 +260,3 @@ def _read_record(folder: Path, artifact: Artifact) -> Record:
             f"{path}: it belongs to the model with fingerprint {record.model[:8]}, not to {artifact.fingerprint[:8]}"
         )
     return record
-
-
-def _folders(artifact: Artifact) -> dict[str, Path]:
-    """Return the artifact's folders with dino.txt, keyed by name. If a name occurs twice, the one in the artifact's
-    folder is used."""
-    folders: dict[str, Path] = {}
-    for parent in (artifact.path / FOLDER, artifact.derived / FOLDER):
-        for path in sorted(parent.glob(f"*/{RECORD}")):
-            if not path.parent.name.startswith("."):
-                folders.setdefault(path.parent.name, path.parent)
-    return folders
-
-
-def _parent(artifact: Artifact) -> Path:
-    """Return the folder in which a new dino.txt is stored."""
-    bundled = BUNDLED_DIR.resolve() in artifact.path.resolve().parents
-    return (artifact.derived if bundled or not os.access(artifact.path, os.W_OK) else artifact.path) / FOLDER

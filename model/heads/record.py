@@ -23,12 +23,12 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.config import ViTConfig
+from model.head_folders import NAME_PATTERN
 
 Floats = npt.NDArray[np.float32]
 Kind = Literal["classification", "segmentation", "depth"]
 Architecture = Literal["linear", "dpt"]
 
-NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 NORM_EPS: Final = 1e-6  # of the backbone's final norm
 LARGEST_DEPTH_M: Final = 1e6
 DPT_CHANNELS: Final = 256

@@ -14,10 +14,9 @@ are checked, and the fingerprint of the model that it belongs to.
 
 import hashlib
 import logging
-import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -30,12 +29,12 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save_file
 
-from model.artifact import BUNDLED_DIR, WEIGHTS, Artifact, StoredWeights
+from model.artifact import WEIGHTS, Artifact, StoredWeights
 from model.config import ViTConfig
 from model.files import publish
+from model.head_folders import NAME_PATTERN, folder_for_new_heads, head_folders
 from model.heads.linear import classification_logits, depth_map, layer_norm, segmentation_logits
 from model.heads.record import (
-    NAME_PATTERN,
     NORM_EPS,
     Floats,
     HeadDescription,
@@ -53,7 +52,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FOLDER: Final = "heads"
 RECORD: Final = "head.json"
 TENSORS: Final = "head.safetensors"
 MAX_RECORD_BYTES: Final = 4 << 20
@@ -161,8 +159,8 @@ def add_head(
     """
     check_name(artifact, head.name, replace=replace)
     check_tensors(tensors, head, artifact.manifest.config)
-    existing = next((folder for folder in _folders(artifact) if folder.name == head.name), None)
-    target = existing or _parent(artifact) / head.name
+    existing = head_folders(artifact, RECORD).get(head.name)
+    target = existing or folder_for_new_heads(artifact) / head.name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".adding-") as temporary:
@@ -197,7 +195,7 @@ def check_name(artifact: Artifact, name: str, *, replace: bool) -> None:
     """
     if not re.fullmatch(NAME_PATTERN, name):
         raise HeadError(f"name {name!r}: use up to 64 letters, digits, dots, dashes and underscores")
-    if not replace and any(folder.name == name for folder in _folders(artifact)):
+    if not replace and name in head_folders(artifact, RECORD):
         raise HeadError(f"{artifact.name} already has a head named {name}: choose another name, or replace it")
 
 
@@ -222,7 +220,7 @@ def list_heads(artifact: Artifact, kind: Kind | None = None) -> list[HeadRecord]
     A head that belongs to another model or has an unreadable record is left out, and a warning is logged.
     """
     records = []
-    for folder in _folders(artifact):
+    for folder in head_folders(artifact, RECORD).values():
         try:
             record = _record(folder, artifact)
         except HeadError as error:
@@ -251,7 +249,7 @@ def choose_head(artifact: Artifact, kind: Kind, name: str | None) -> HeadRecord:
             raise HeadNotFound(f"choose a head: {listed}")
         else:
             raise HeadNotFound(f"{listed}; {advice}")
-    if all(folder.name != name for folder in _folders(artifact)):
+    if name not in head_folders(artifact, RECORD):
         raise HeadNotFound(f"there is no head named {name!r}; {listed}; {advice}")
     record = _record(_folder(artifact, name), artifact)
     if record.kind != kind:
@@ -335,23 +333,7 @@ def _record(folder: Path, artifact: Artifact) -> HeadRecord:
 
 
 def _folder(artifact: Artifact, name: str) -> Path:
-    for folder in _folders(artifact):
-        if folder.name == name:
-            return folder
-    raise HeadNotFound(f"{artifact.name} has no head named {name!r}")
-
-
-def _folders(artifact: Artifact) -> Sequence[Path]:
-    """Return the folders of the artifact's heads. If a name occurs twice, the head in the artifact's folder is used."""
-    found: dict[str, Path] = {}
-    for parent in (artifact.path / FOLDER, artifact.derived / FOLDER):
-        for path in sorted(parent.glob(f"*/{RECORD}")):
-            if not path.parent.name.startswith("."):
-                found.setdefault(path.parent.name, path.parent)
-    return list(found.values())
-
-
-def _parent(artifact: Artifact) -> Path:
-    """Return the folder in which new heads of the artifact are stored."""
-    bundled = BUNDLED_DIR.resolve() in artifact.path.resolve().parents
-    return (artifact.derived if bundled or not os.access(artifact.path, os.W_OK) else artifact.path) / FOLDER
+    folder = head_folders(artifact, RECORD).get(name)
+    if folder is None:
+        raise HeadNotFound(f"{artifact.name} has no head named {name!r}")
+    return folder

@@ -19,9 +19,9 @@ from typing import Final, Literal
 import numpy as np
 
 from service.errors import InvalidRequest
-from service.search.filters import And, Exists, Filter, Not, Path, Scalar, value_at
+from service.search.filters import And, Exists, Filter, Not, Path, scalar_at
 from service.search.sampling import draw
-from service.search.store import CollectionInfo, Item, Metadata, SearchParams, VectorStore
+from service.search.store import CollectionInfo, Item, SearchParams, VectorStore
 from service.shared_results import SharedResults
 from service.vision.conformal import Scores
 
@@ -115,7 +115,7 @@ async def calibrate(store: VectorStore, info: CollectionInfo, reference: Referen
             param="calibration_filter",
         )
     sample = await draw(store, info, MAX_ITEMS, where if is_loo else calibrating)
-    if all(label_of(item.metadata, reference.path) is None for item in sample.items):
+    if all(scalar_at(item.metadata, reference.path) is None for item in sample.items):
         raise _no_label(info, reference)
     k = max(1, min(reference.k, items - 1 if is_loo else items))
     measured = sample.items if items > 1 or not is_loo else []  # a single item has no neighbour
@@ -127,13 +127,6 @@ async def calibrate(store: VectorStore, info: CollectionInfo, reference: Referen
     ascending = np.sort(np.array(scores, np.float64))
     method: Method = "leave-one-out" if is_loo else "held-out"
     return Calibration(ascending, method, drawn_from, k, where, sample.is_random)
-
-
-def label_of(metadata: Metadata, path: Path) -> Scalar | None:
-    """Return the class of an item: the string, number or boolean at `path` in its metadata, or None if there is
-    none."""
-    value = value_at(metadata, path)
-    return value if isinstance(value, str | int | float) else None
 
 
 def key_text(path: Path) -> str:

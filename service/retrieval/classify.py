@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from service.retrieval.calibration import Calibration, Reference, calibration_of, label_of
-from service.search.filters import Scalar
+from service.retrieval.calibration import Calibration, Reference, calibration_of
+from service.search.filters import Scalar, scalar_at
 from service.search.store import CollectionInfo, Floats, Hit, VectorStore
 from service.shared_results import SharedResults
 from service.vision.conformal import can_promise, p_values
@@ -79,7 +79,7 @@ async def classify_by_collection(
     )
     verdicts = []
     for hits, p_value in zip(rankings, _p_values(calibration, [_kth(hits) for hits in rankings]), strict=True):
-        neighbours = [Neighbour(hit.id, label_of(hit.metadata, reference.path), hit.score) for hit in hits]
+        neighbours = [Neighbour(hit.id, scalar_at(hit.metadata, reference.path), hit.score) for hit in hits]
         scores = vote([neighbour.label for neighbour in neighbours], [hit.score for hit in hits])
         verdicts.append(_verdict(scores, p_value, error_rate, neighbours))
     return _classified(verdicts, calibration, error_rate)

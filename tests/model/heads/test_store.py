@@ -69,7 +69,7 @@ def test_a_second_head_of_the_same_name_replaces_the_first_only_if_asked(artifac
 def test_a_read_only_artifact_keeps_its_heads_in_the_derived_folder(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store.os, "access", lambda path, mode: False)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
     assert add_head(artifact, classifier(), tensors()) == artifact.derived / "heads" / "colours"
     assert [record.name for record in list_heads(artifact)] == ["colours"]
 
