@@ -75,7 +75,7 @@ class DetectAnswer(VisionAnswer):
 
 @dataclass(frozen=True)
 class _Detected:
-    """The objects in one image, and the picture if the request asks for it."""
+    """The objects in one image, and the picture with their boxes if the request asks for it."""
 
     objects: list[dict[str, Any]]
     crop_box: list[float]
@@ -83,9 +83,9 @@ class _Detected:
 
 
 def suppress(boxes: Sequence[Sequence[float]], max_overlap: float) -> list[int]:
-    """Return the indices of the boxes that remain after non-maximum suppression, in order. The boxes, each (x, y,
-    width, height), are sorted by their score, best first. A box is left out if its intersection over union with a
-    remaining box is above `max_overlap`."""
+    """Return the indices of the boxes that remain after non-maximum suppression, in ascending order. `boxes` contains
+    (x, y, width, height) for each box, and is sorted by score, best first. A box is left out if its intersection over
+    union with an earlier remaining box is above `max_overlap`."""
     kept: list[int] = []
     for index, (x, y, width, height) in enumerate(boxes):
         for other in kept:
@@ -133,7 +133,7 @@ def _found(features: Floats, grid: tuple[int, int], options: DetectOptions) -> l
 
 
 def drawn(image: Pixels, objects: Sequence[dict[str, Any]]) -> Pixels:
-    """Return the image [H, W, 3] with the boxes of objects and their scores."""
+    """Draw the boxes and the scores of objects on the image [H, W, 3]."""
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
     line = max(2, round(min(picture.size) / 150))
@@ -153,7 +153,7 @@ def _outputs(options: DetectOptions, model: ServedModel) -> Iterable[str]:
     """Return the inner output that both methods need.
 
     Raises:
-        InvalidRequest: an option belongs to another method.
+        InvalidRequest: an option does not belong to the chosen method.
     """
     if options.method == "lost" and options.threshold is not None:
         raise InvalidRequest("threshold has no effect with method=lost; it belongs to method=cut", param="threshold")
