@@ -93,7 +93,9 @@ def _chosen(options: AnalyzeOptions) -> list[_Chosen]:
             part is not allowed.
     """
     if len(set(options.outputs)) < len(options.outputs):
-        raise InvalidRequest(f"outputs: each may be named once, not {','.join(options.outputs)}", param="outputs")
+        raise InvalidRequest(
+            f"outputs: each part may be named only once, not {','.join(options.outputs)}", param="outputs"
+        )
     parts = []
     for part, (name, format_) in PARTS.items():
         given = getattr(options, part)

@@ -39,7 +39,8 @@ class DepthOptions(VisionOptions):
 
     format: Literal["json", "npy", "png", "png16"] = Field(
         "json",
-        description="numbers in JSON, metres as a float32 array, coloured picture (near is light), or 16-bit PNG",
+        description="json: smallest, largest and median depth; npy: metres as a float32 array; png: coloured picture, "
+        "near is light; png16: 16-bit PNG",
     )
     head: str | None = Field(
         None, max_length=64, description="name of the depth head; default: the only one that the model has"
@@ -50,7 +51,7 @@ class DepthOptions(VisionOptions):
     max_depth: float | None = Field(
         None, gt=0, le=LARGEST_DEPTH_M, description="largest depth in metres; default: that of the head"
     )
-    array: bool = Field(False, description="json: also return the map of the head, in metres")
+    array: bool = Field(False, description="also return the head's depth map, in metres, for format=json")
 
 
 class DepthAnswer(VisionAnswer):
@@ -65,7 +66,9 @@ class DepthAnswer(VisionAnswer):
     crop_box: Annotated[Box, Field(description="the part of the image that the network sees")]
     size: Annotated[list[int], Field(description="height and width of the image in pixels")]
     depth: NotRequired[
-        Annotated[Any, DocumentedAs(list[list[float]]), Field(description="the map of the head, which covers crop_box")]
+        Annotated[
+            Any, DocumentedAs(list[list[float]]), Field(description="the head's depth map, which covers crop_box")
+        ]
     ]
 
 

@@ -45,7 +45,8 @@ class DetectOptions(VisionOptions):
         ge=0,
         le=1,
         allow_inf_nan=False,
-        description="highest intersection over union of two boxes; the box with the lower score is left out",
+        description="highest intersection over union of two boxes; if it is higher, the box with the lower "
+        "score is left out",
     )
     threshold: float | None = Field(
         None,
@@ -68,7 +69,7 @@ class Detected(TypedDict):
 class DetectAnswer(VisionAnswer):
     """The answer to `POST /v1/detect` as JSON."""
 
-    found: Annotated[bool, Field(description="false if no object has the score `min_score`")]
+    found: Annotated[bool, Field(description="false if no object reaches min_score")]
     objects: Annotated[list[Detected], Field(description="the objects, best first")]
     crop_box: Box
 

@@ -36,12 +36,12 @@ class FeaturesOptions(VisionOptions):
     format: Literal["json", "pca", "npy", "pca_npy"] = Field(
         "json",
         description="features as JSON; a picture as PNG, in which similar patches have similar colours; features as an "
-        "array in numpy's format; or the colours of the patches as such an array",
+        "array in numpy's format; or the colours of the patches as an array in numpy's format",
     )
     layers: Indices = Field(
-        None, description="numbers of the blocks after which the features are taken, or all; default: the last block"
+        None, description="numbers of the blocks whose output is returned, or all; default: the last block"
     )
-    norm: bool = Field(True, description="apply the last norm of the network to the features")
+    norm: bool = Field(True, description="apply the network's final norm to the features")
     foreground: bool = Field(
         False, description="show only the foreground for format=pca and format=pca_npy; the background becomes black"
     )

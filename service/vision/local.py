@@ -78,7 +78,7 @@ class Vision:
         low, high = task.images
         if not low <= len(images) <= high:
             allowed = str(low) if low == high else f"{low} to {high}"
-            raise InvalidRequest(f"{len(images)} images: {name} takes {allowed}")
+            raise InvalidRequest(f"the number of images is {len(images)}, but {name} accepts {allowed}")
         parsed = parse_options(task.options, options)
         view = task.view(parsed, self.model)
         data = [image if isinstance(image, bytes) else Path(image).read_bytes() for image in images]

@@ -2,7 +2,7 @@
 Detection", arXiv 2301.11320, section 3.2).
 
 After each cut, the patches of the object are removed from the graph, and the remaining patches are cut again. MaskCut
-returns all masks. Here each mask has a score, and a mask with a low score is not returned.
+always returns a fixed number of masks. Here each mask has a score, and a mask with a low score is not returned.
 
 Legend: h, w size of the patch grid; n = h * w patches; D features.
 """

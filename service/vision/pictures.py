@@ -1,7 +1,7 @@
 """Make pictures: PNG files, colours for numbers, overlays, and maps of patches at the size of the image.
 
-Each colour map is defined by a few colours, with linear interpolation between them. They approximate the maps with the
-same names in matplotlib and in Google's "Turbo" (2019) to within a few levels.
+Each colour map is defined by a few colours, with linear interpolation between them. The colour maps differ by a few
+levels from those with the same names in matplotlib and from Google's "Turbo" (2019).
 
 Legend: H, W size of the image in pixels; h, w size of the patch grid.
 """
