@@ -3,9 +3,9 @@ arXiv 2202.11539; Shi and Malik 2000).
 
 The patches are the nodes of a graph. Two patches are linked with the weight 1 if their cosine is above a threshold, and
 with the weight `LINK` otherwise. A is the matrix of the weights, and D is the diagonal matrix of their sums. The vector
-v is the generalised eigenvector of (D - A) v = l D v with the second smallest eigenvalue. Patches are divided into
-those with a value of v above its mean and the others. The patch with the largest distance from the mean is the seed,
-and the object is the connected part of its side that contains it.
+v is the generalised eigenvector of (D - A) v = l D v with the second smallest eigenvalue. The patches are divided into
+two sides: those whose value of v is above the mean, and the others. The patch with the largest distance from the mean
+is the seed, and the object is the connected part of its side that contains it.
 
 - The features are the keys of the last block. docs/decisions/0024-no-object.md compares them with others.
 - TokenCut's threshold is 0.2. With some models, nearly all cosines are higher, so this threshold would link nearly all

@@ -173,9 +173,9 @@ TASK: Final = Task(
     description="""Find the objects in one image and return a box, a score and an area for each, without labels. Send
 the image in the JSON field `image`, as a file in a form, or as the raw body.
 
-`score` from 0 to 1 says how likely it is that the box shows an object. If no object has the score `min_score`, `found`
-is false and `objects` is empty. Boxes are [x, y, width, height] in pixels of the upright image. `format=overlay`
-returns the image as a PNG with the boxes.""",
+`score` from 0 to 1 says how likely it is that the box shows an object. If no object reaches `min_score`, `found` is
+false and `objects` is empty. Boxes are [x, y, width, height] in pixels of the upright image. `format=overlay` returns
+the image with the boxes as a PNG.""",
     options=DetectOptions,
     answer=DetectAnswer,
     formats={"json": JSON, "overlay": PNG},

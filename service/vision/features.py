@@ -221,7 +221,7 @@ Send the images in the JSON field `images`, as files in a form, or one image as 
 [images, h, w, D] for several images. If the request has `layers`, an axis for the layers comes before h.
 
 `format=pca` returns a picture: the first three principal components of all patches as red, green and blue. Similar
-patches have similar colours, also in different images of one request. `format=pca_npy` returns these colours, from 0 to
+patches have similar colours, even in different images of one request. `format=pca_npy` returns these colours, from 0 to
 1, as an array [h, w, 3] or [images, h, w, 3].""",
     options=FeaturesOptions,
     answer=FeaturesAnswer,

@@ -268,7 +268,7 @@ TASK: Final = Task(
 needed, and a word can be a short description. The model needs a dino.txt head. Send the image in the JSON field
 `image`, as a file in a form, or as the raw body.
 
-The text encoder computes new words in seconds, and the service keeps the vectors of the last few thousand words.""",
+The text encoder needs seconds for new words. The service keeps the vectors of the last few thousand words.""",
     options=WordsOptions,
     answer=WordsAnswer,
     formats={"json": JSON, "png": PNG, "rle": JSON, "overlay": PNG},
