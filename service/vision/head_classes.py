@@ -27,8 +27,8 @@ def head_scores(head: Head, embedded: Embedded, outputs: Mapping[str, Floats]) -
     """Return the probability of each class, highest first. `outputs` contains the inner outputs of the image that the
     head needs.
 
-    A classification head needs only the mean of the patches, which the embedding contains. So a head that needs no
-    inner outputs can use an embedding from the cache.
+    A classification head reads the patches only through their mean, which the embedding contains. So a head that needs
+    no inner outputs can use an embedding from the cache.
     """
     cls, mean_patch = embedded.vector("cls", False), embedded.vector("mean", False)
     logits = head.classify(ImageTokens(cls, mean_patch[None], (1, 1), outputs)).astype(np.float64)

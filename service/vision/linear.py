@@ -28,9 +28,9 @@ _BLOCK_LOGITS: Final = 1 << 16  # they fit into the cache of a core
 
 
 def segment_linear(head: Head, analysed: Analysed) -> Labels:
-    """Segment an image with a segmentation head, and return the label of each pixel, uint8 [H, W]. The label is the
-    number of the class plus 1, or 0 outside the part of the image that the network sees. `analysed` must have the inner
-    outputs that the head needs.
+    """Segment an image with a segmentation head. Return the label of each pixel, uint8 [H, W]: the number of its class
+    plus 1, or 0 outside the part of the image that the network sees. `analysed` must have the inner outputs that the
+    head needs.
     """
     return pixel_classes(head.segment(tokens_of(analysed)), analysed.size, analysed.crop_box)
 
