@@ -489,6 +489,21 @@ async def test_only_as_many_photos_are_kept_for_their_masks_as_there_are_decode_
         assert [(await post).status_code for post in posts] == [200] * 6
 
 
+async def test_only_as_many_answers_are_encoded_at_once_as_there_are_decode_threads(tmp_path, monkeypatch):
+    async with running(tmp_path) as run:
+        encodes = Blocked(monkeypatch, "service.vision.features.npy")
+        options = {"format": "npy"}
+        posts = [
+            asyncio.create_task(run.client.post("/v1/features", content=photo(i), headers=PNG, params=options))
+            for i in range(6)
+        ]
+        await until(lambda: encodes.calls == 2)
+        await asyncio.sleep(0.2)
+        assert encodes.calls == 2
+        encodes.opened.set()
+        assert [(await post).status_code for post in posts] == [200] * 6
+
+
 async def test_a_view_with_a_size_uses_the_whole_image_and_is_not_cached(tmp_path):
     async with running(tmp_path) as run:
         pipeline = run.service.pipeline
