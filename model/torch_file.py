@@ -3,8 +3,8 @@
 Since version 1.6, `torch.save` writes a ZIP archive: `data.pkl` describes the objects, and one file `data/<key>` per
 storage contains the storage's bytes. A pickle is a program, so this reader allows it to use only names that describe
 tensors: `OrderedDict`, `torch.Size`, the functions that rebuild a tensor or a parameter, and the names of storage
-types. Training checkpoints, such as those of mmcv, also contain numpy scalars. Each is replaced with an object that has
-no content. Any other name raises an error and is not imported.
+types. Training checkpoints, such as those of mmcv, also contain numpy scalars. Each of these scalars is replaced with
+an empty object. Any other name raises an error and is not imported.
 
 The arrays are mapped from the file, so they take no memory until they are read. Files from torch versions before 1.6
 raise an error.
@@ -92,7 +92,7 @@ class TorchFileError(ValueError):
 
 
 class _Ignored:
-    """An object without content. It takes the place of a numpy scalar and its parts."""
+    """An empty object that takes the place of a numpy scalar or of one of its parts."""
 
     def __init__(self, *arguments: object) -> None:
         pass
@@ -106,7 +106,7 @@ _IGNORED: Final = frozenset(
         ("numpy", "dtype"),
         ("numpy.core.multiarray", "scalar"),
         ("numpy._core.multiarray", "scalar"),
-        ("_codecs", "encode"),  # how protocol 2 stores the bytes of a scalar
+        ("_codecs", "encode"),  # how pickle protocol 2 stores the bytes of a scalar
     ]
 )
 

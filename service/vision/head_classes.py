@@ -14,8 +14,8 @@ from service.vision.knn import ClassScore
 
 
 def open_classification_head(model: ServedModel, name: str) -> Head:
-    """Open a classification head of the served model. `name` may be "auto" if the model has only one. This function
-    reads files.
+    """Open a classification head of the served model. `name` may be "auto" if the model has only one such head. This
+    function reads files, so call it in a worker thread.
 
     Raises:
         InvalidRequest: there is no such head. The message lists the heads that exist.

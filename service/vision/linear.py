@@ -2,9 +2,9 @@
 
 The logits of the patches are interpolated bilinearly to the pixels of the image, as in Meta's evaluation, and each
 pixel gets the class with the largest logit. The logits of a large image with many classes would not fit into memory, so
-they are computed for a few rows at a time. If their number exceeds `MAX_LOGITS`, the classes are determined on a
-coarser grid of pixels, and each pixel of the image gets the class of the nearest pixel of this grid. The time is
-therefore bounded.
+they are computed for a few rows at a time. To bound the time, at most `MAX_LOGITS` logits are computed: if there are
+more, the classes are determined on a coarser grid of pixels, and each pixel of the image gets the class of the nearest
+pixel of this grid.
 
 Legend: C classes, H, W size of the image in pixels; h, w size of the patch grid.
 """
