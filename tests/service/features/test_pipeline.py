@@ -2,11 +2,13 @@
 
 import asyncio
 import base64
+import gc
 import hashlib
 import importlib
 import json
 import re
 import threading
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -490,6 +492,43 @@ async def test_only_as_many_photos_are_kept_for_their_masks_as_there_are_decode_
         assert run.service.pipeline.batcher.images == 6
         gate.set()
         assert [(await post).status_code for post in posts] == [200] * 6
+
+
+async def test_only_as_many_answers_are_encoded_at_once_as_there_are_decode_threads(tmp_path, monkeypatch):
+    async with running(tmp_path) as run:
+        encodes = Blocked(monkeypatch, "service.vision.features.npy")
+        options = {"format": "npy"}
+        posts = [
+            asyncio.create_task(run.client.post("/v1/features", content=photo(i), headers=PNG, params=options))
+            for i in range(6)
+        ]
+        await until(lambda: encodes.calls == 2)
+        await asyncio.sleep(0.2)
+        assert encodes.calls == 2
+        encodes.opened.set()
+        assert [(await post).status_code for post in posts] == [200] * 6
+
+
+async def test_an_error_of_a_request_does_not_keep_the_image(tmp_path):
+    images = []
+
+    def answer(analysed):
+        images.append(weakref.ref(analysed.image))
+        try:
+            analysed.image.reshape(7)
+        except ValueError as error:
+            raise InvalidRequest("no") from error
+
+    async with running(tmp_path) as run:
+        gc.disable()
+        try:
+            for _ in range(3):
+                with pytest.raises(InvalidRequest):
+                    await run.service.pipeline.analyse(photo(), answer)
+            await asyncio.sleep(0.1)
+            assert [image() for image in images] == [None] * 3
+        finally:
+            gc.enable()
 
 
 async def test_a_view_with_a_size_uses_the_whole_image_and_is_not_cached(tmp_path):
