@@ -25,6 +25,7 @@ from cli.shared import (
     ThreadsOption,
     decode_limits,
     find_collection,
+    json_value,
     load_model,
     run_with,
 )
@@ -242,7 +243,7 @@ def search(
         from service.ingest.sources import read_photo
         from service.search.filters import parse_filter
 
-        condition = parse_filter(_json_value(where, "--filter")) if where is not None else None
+        condition = parse_filter(json_value(where, "--filter")) if where is not None else None
         info = await vectors.info(collection)
         pooling = pooling_of(info)
         data = read_photo(photo, max_bytes=settings.max_image_bytes)
@@ -303,18 +304,6 @@ def _pairs(texts: list[str]) -> dict[str, Any]:
         except ValueError:
             pairs[key] = value
     return pairs
-
-
-def _json_value(text: str, option: str) -> Any:
-    """Parse the JSON text of a command-line option and return its value.
-
-    Raises:
-        ValueError: the text is not JSON. The message names the option.
-    """
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{option} is not JSON: {error}") from error
 
 
 @contextmanager
