@@ -146,7 +146,6 @@ def test_the_python_function(run: Callable[..., Result], folder: Path) -> None:
 
 def test_an_image_that_is_no_longer_stored(run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
     words = ("0.png", "--box", BOX, *SHOP, "--min-score", 0)
-    assert run(*words).exit_code == 0  # the patch features are kept from now on
     gone = min((folder / "data" / "originals").glob("*/*/*"))
     content = gone.read_bytes()
     gone.unlink()
@@ -158,6 +157,37 @@ def test_an_image_that_is_no_longer_stored(run: Callable[..., Result], folder: P
     assert len(list(tmp_path.iterdir())) == 4
     assert "warning: shelf/" in result.stderr
     assert f"the image {gone.name} is not stored" in result.stderr
+
+
+def test_index_stores_the_patch_features(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "patches" / "patches.sqlite3"
+
+    def index(name: str, *options: str) -> None:
+        words = ["index", f"{folder}/photos", "-c", name, *options, "--data-dir", str(tmp_path)]
+        result = CliRunner().invoke(cli.app, words)
+        assert "5 indexed" in result.output, result.output
+
+    def find() -> dict[str, float]:
+        words = ["find-region", f"{folder}/0.png", "--box", BOX, *SHOP, "--min-score", "0", "--json"]
+        return scores(CliRunner().invoke(cli.app, [*words, "--data-dir", str(tmp_path)]))
+
+    def empty() -> None:
+        for part in file.parent.iterdir():
+            part.unlink()
+
+    index("bare")
+    assert not file.exists()
+    index("shop", "--originals")
+    (tmp_path / "originals").rename(tmp_path / "away")  # so that nothing can be computed
+    found = find()
+    (tmp_path / "away").rename(tmp_path / "originals")
+    assert len(found) == 5
+    empty()
+    assert find() == pytest.approx(found, abs=0.02)  # computed by the other way
+    monkeypatch.setenv("DINOV2_PATCH_STORE_BYTES", "0")
+    empty()
+    index("shop", "--force")
+    assert not file.exists()
 
 
 @pytest.mark.parametrize(
