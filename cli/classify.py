@@ -17,6 +17,7 @@ from cli.shared import (
     ThreadsOption,
     decode_limits,
     fail,
+    json_value,
     load_model,
     run_with,
     settings_for,
@@ -294,13 +295,7 @@ def _condition(text: str | None, option: str) -> "Filter | None":
     """
     from service.search.filters import parse_filter
 
-    if text is None:
-        return None
-    try:
-        fields = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{option} is not JSON: {error}") from error
-    return parse_filter(fields)
+    return None if text is None else parse_filter(json_value(text, option))
 
 
 def _print(

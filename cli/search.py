@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -25,6 +25,7 @@ from cli.shared import (
     ThreadsOption,
     decode_limits,
     find_collection,
+    json_value,
     load_model,
     run_with,
 )
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from model.artifact import Artifact
     from model.engines.protocol import Engine
     from model.folder import Account
+    from service.features.patches import Patches
     from service.ingest.folders import Problem
     from service.ingest.index import IndexOptions, IndexReport
     from service.search.store import VectorStore
@@ -196,6 +198,7 @@ async def _index(
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with (
         _photos_kept(settings, options.originals) as keep,
+        _patches_kept(settings, options.originals, artifact, engine) as keep_patches,
         _errors_file(errors) as on_problem,
         _until_interrupted() as stop,
         Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress,
@@ -213,7 +216,7 @@ async def _index(
             artifact,
             engine,
             options,
-            IndexHooks(stop, keep, on_problem, show),
+            IndexHooks(stop, keep, keep_patches, on_problem, show),
         )
 
 
@@ -242,7 +245,7 @@ def search(
         from service.ingest.sources import read_photo
         from service.search.filters import parse_filter
 
-        condition = parse_filter(_json_value(where, "--filter")) if where is not None else None
+        condition = parse_filter(json_value(where, "--filter")) if where is not None else None
         info = await vectors.info(collection)
         pooling = pooling_of(info)
         data = read_photo(photo, max_bytes=settings.max_image_bytes)
@@ -305,18 +308,6 @@ def _pairs(texts: list[str]) -> dict[str, Any]:
     return pairs
 
 
-def _json_value(text: str, option: str) -> Any:
-    """Parse the JSON text of a command-line option and return its value.
-
-    Raises:
-        ValueError: the text is not JSON. The message names the option.
-    """
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{option} is not JSON: {error}") from error
-
-
 @contextmanager
 def _photos_kept(
     settings: "Settings", wanted: bool
@@ -328,6 +319,30 @@ def _photos_kept(
     from service.originals import Originals
 
     yield Originals(settings.originals_place).put
+
+
+@contextmanager
+def _patches_kept(
+    settings: "Settings", wanted: bool, artifact: "Artifact", engine: "Engine"
+) -> "Iterator[Callable[[Mapping[str, Patches]], None] | None]":
+    """Yield a function that stores patch features on disk, by the digests of the images. Yield None if `wanted` is
+    false or the settings forbid it."""
+    if not wanted or not settings.patch_store_bytes:
+        yield None
+        return
+    from service.features.patch_cache import patches_key
+    from service.features.patch_store import PatchStore
+
+    store = PatchStore(settings.patch_store_file, settings.patch_store_bytes)
+
+    def keep(patches: "Mapping[str, Patches]") -> None:
+        model = artifact.fingerprint, engine.precision
+        store.set_many({patches_key(digest, *model): each.to_bytes() for digest, each in patches.items()})
+
+    try:
+        yield keep
+    finally:
+        store.close()
 
 
 @contextmanager

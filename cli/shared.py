@@ -5,6 +5,7 @@ embedded store at the same time. Heavy packages are imported only when a command
 """
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -214,23 +215,22 @@ def load_model(
 
 def artifact_with(fingerprint: str, data_dir: Path) -> Path | None:
     """Return the path of a local or bundled artifact whose fingerprint begins with `fingerprint`, or None if there is
-    none."""
-    for path, manifest in readable_artifacts(data_dir):
-        if fingerprint and manifest.fingerprint.startswith(fingerprint):
-            return path
-    return None
+    none. Print a warning for an artifact with an unreadable manifest."""
+    from service import artifact_choice
+
+    return artifact_choice.artifact_with(fingerprint, data_dir, _warn)
 
 
 def readable_artifacts(data_dir: Path) -> "Iterator[tuple[Path, Manifest]]":
-    """Yield the path and the manifest of each local artifact and of the bundled one. Print a warning for an artifact
-    with an unreadable manifest."""
-    from model.artifact import ArtifactError, find_artifacts, read_manifest
+    """Return an iterator over the path and the manifest of each local artifact and of the bundled one. It prints a
+    warning for an artifact with an unreadable manifest."""
+    from service import artifact_choice
 
-    for path in find_artifacts(data_dir):
-        try:
-            yield path, read_manifest(path)
-        except ArtifactError as error:
-            typer.echo(f"warning: {error}", err=True)
+    return artifact_choice.readable_artifacts(data_dir, _warn)
+
+
+def _warn(message: str) -> None:
+    typer.echo(f"warning: {message}", err=True)
 
 
 def decode_limits(settings: "Settings") -> "DecodeLimits":
@@ -238,3 +238,15 @@ def decode_limits(settings: "Settings") -> "DecodeLimits":
     from model.decode import DecodeLimits
 
     return DecodeLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)
+
+
+def json_value(text: str, option: str) -> Any:
+    """Parse the JSON text of a command-line option and return its value.
+
+    Raises:
+        ValueError: the text is not JSON. The message names the option.
+    """
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{option} is not JSON: {error}") from error

@@ -69,7 +69,7 @@ def _parameters(name: str) -> list[Any]:
         about = f"{about[0].upper()}{about[1:]}."
         if field == "format":
             about = f"Format of the answer: {', '.join(found.formats)}. Default: the first that suits the file."
-        option: Any = bool | None if info.annotation is bool else str | None
+        option: Any = bool | None if info.annotation in (bool, bool | None) else str | None
         types[field] = (Annotated[option, typer.Option(help=about)], None)
 
     def command(**values: Any) -> None:

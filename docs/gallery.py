@@ -95,7 +95,7 @@ The command below each picture made it, with the demo model: a network with 4 bl
 groceries, on two CPU cores. The images were chosen to show what each command does. On many other images, the results of
 this model are worse. Larger models give finer and more reliable results. The images are from the
 [Grocery Store Dataset](https://github.com/marcusklasson/GroceryStoreDataset) (Copyright (c) 2019 Marcus Klasson, MIT
-licence). `python docs/gallery.py FOLDER` makes all pictures again.
+licence), from its folder `val/`. `python docs/gallery.py FOLDER` makes all pictures again.
 [vision.md](vision.md) describes the commands.
 """
 
@@ -129,7 +129,7 @@ def _filled(command: str, paths: dict[str, str]) -> str:
 
 def make(folder: Path) -> None:
     """Run all commands with the images in a folder."""
-    paths = {path.stem: str(path.resolve()) for path in folder.glob("**/*.jpg")}
+    paths = {path.stem: str(path.resolve()) for path in folder.glob("val/*/*.jpg")}
     PICTURES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as data:
         for case in CASES:

@@ -20,16 +20,11 @@ from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.types import ASGIApp
 
 from model.artifact import Artifact
-from model.cpus import available_cpus
-from model.engines.general import open_general
 from model.engines.protocol import Engine, Tried
+from service.assembly import opened_service
 from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
-from service.features.cache import Cache, make_cache
-from service.features.patch_store import PatchStore
-from service.features.pipeline import Pipeline, PipelineLimits
-from service.features.served_model import ServedModel
+from service.features.cache import Cache
 from service.middleware import Border, error_body
-from service.originals import Originals
 from service.routes import (
     add_items,
     aliases,
@@ -157,30 +152,18 @@ class _Start:
         close these parts onto `stack`."""
         store = await self._store()
         stack.push_async_callback(store.close)
-        originals = Originals(self.settings.originals_place)
-        stack.push_async_callback(originals.close)
-        cache = self._cache() if self.cache is None else self.cache
-        stack.push_async_callback(cache.close)
-        limits = PipelineLimits.of(self.settings)
-        threads = self.settings.threads or available_cpus()
-        general = partial(open_general, self.artifact, self.engine, threads=threads)
-        kept = self.settings.patch_store_bytes
-        patch_store = PatchStore(self.settings.patch_store_file, kept) if kept else None
-        pipeline = Pipeline(self.artifact, self.engine, cache, self.metrics, limits, general, patch_store)
-        stack.push_async_callback(pipeline.close)
-        await pipeline.warm_up()
-        service = Service(
-            settings=self.settings,
-            artifact=self.artifact,
-            engine=self.engine,
+        parts = opened_service(
+            self.settings,
+            self.artifact,
+            self.engine,
+            store,
             tried=self.tried,
+            cache=self.cache,
             metrics=self.metrics,
             lifecycle=self.lifecycle,
-            store=store,
-            originals=originals,
-            pipeline=pipeline,
-            model=ServedModel(self.artifact, pipeline.forward_zeros, pipeline.forward_pixels),
         )
+        service = await stack.enter_async_context(parts)
+        await service.pipeline.warm_up()
         self.lifecycle.warm = True
         manifest, engine = self.artifact.manifest, self.engine
         self.metrics.model_info.labels(manifest.name, manifest.fingerprint, engine.name, engine.precision).set(1)
@@ -191,14 +174,6 @@ class _Start:
         if self.open_store is not None:
             return await self.open_store()
         return await opening.open_store(self.settings, on_recall=self._recall)
-
-    def _cache(self) -> Cache:
-        return make_cache(
-            self.settings.redis_url if self.settings.cache_bytes else None,
-            max_bytes=self.settings.cache_bytes,
-            ttl_s=self.settings.cache_ttl_s,
-            on_event=lambda event: self.metrics.cache_events.labels(event).inc(),
-        )
 
     def _recall(self, collection: str, ratio: float) -> None:
         self.metrics.index_recall.labels(collection).set(ratio)

@@ -2,13 +2,13 @@
 which engines are checked."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from model.artifact import MANIFEST, ArtifactError, find_artifacts, read_manifest, verify_file
+from model.artifact import MANIFEST, ArtifactError, Manifest, find_artifacts, read_manifest, verify_file
 from model.decode import DecodeError, decode
 from model.files import expanded, publish, waiting_lock, working_folder
 from model.folder import walk
@@ -58,6 +58,25 @@ def choose_artifact(model: str, data_dir: Path, report: Report = lambda line: No
         if _name(path) == name:
             return path
     return _export(name, data_dir, report)
+
+
+def readable_artifacts(data_dir: Path, tell: Callable[[str], object] = log.warning) -> Iterator[tuple[Path, Manifest]]:
+    """Yield the path and the manifest of each local artifact and of the bundled one. For an artifact with an unreadable
+    manifest, call `tell` with a message."""
+    for path in find_artifacts(data_dir):
+        try:
+            yield path, read_manifest(path)
+        except ArtifactError as error:
+            tell(str(error))
+
+
+def artifact_with(fingerprint: str, data_dir: Path, tell: Callable[[str], object] = log.warning) -> Path | None:
+    """Return the path of a local or bundled artifact whose fingerprint begins with `fingerprint`, or None if there is
+    none. `tell` is that of `readable_artifacts`."""
+    for path, manifest in readable_artifacts(data_dir, tell):
+        if fingerprint and manifest.fingerprint.startswith(fingerprint):
+            return path
+    return None
 
 
 def read_photo(path: Path, tell: Callable[[str], object] = log.warning) -> npt.NDArray[np.uint8] | None:

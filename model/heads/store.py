@@ -241,7 +241,7 @@ def choose_head(artifact: Artifact, kind: Kind, name: str | None) -> HeadRecord:
     """
     available = [record.name for record in list_heads(artifact, kind)]
     listed = f"heads for {kind}: {', '.join(available)}" if available else f"{artifact.name} has no head for {kind}"
-    advice = f"`dinov2 heads add` adds one of Meta's, and `dinov2 train-head {kind}` trains one"
+    advice = f"`dinov2 heads add` adds one of Meta's to a published model, and `dinov2 train-head {kind}` trains one"
     if name is None:
         if len(available) == 1:
             name = available[0]

@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol, TypeVar
 
-from service.features.cache import MemoryCache
+from service.features.cache import MemoryCache, cache_key
 from service.features.patch_store import PatchStore
 from service.features.patches import Patches
 
@@ -68,6 +68,12 @@ class PatchCache:
     async def close(self) -> None:
         if self._store is not None:
             self._store.close()
+
+
+def patches_key(digest: str, fingerprint: str, precision: str) -> str:
+    """Return the cache key of the patch features of an image. `digest` is the sha256 of the image's bytes in hex, and
+    the other arguments describe the model and the engine that compute the features."""
+    return cache_key(digest, fingerprint, {"precision": precision, "of": "patches"})
 
 
 def as_is(patches: dict[str, Patches]) -> dict[str, Patches]:

@@ -42,7 +42,7 @@ from service.features.batcher import Batcher
 from service.features.cache import Cache, cache_key
 from service.features.forward import Forward, Row
 from service.features.images import decode
-from service.features.patch_cache import PatchCache, as_is
+from service.features.patch_cache import PatchCache, as_is, patches_key
 from service.features.patch_store import PatchStore
 from service.features.patches import Patches
 from service.outcomes import Outcome, successes
@@ -359,7 +359,7 @@ class Pipeline:
         return cache_key(digest, self.artifact.fingerprint, {"precision": self.engine.precision})
 
     def _patches_key(self, digest: str) -> str:
-        return cache_key(digest, self.artifact.fingerprint, {"precision": self.engine.precision, "of": "patches"})
+        return patches_key(digest, self.artifact.fingerprint, self.engine.precision)
 
     async def _from_cache(self, keys: list[str]) -> dict[str, Embedded]:
         started = time.perf_counter()

@@ -3,7 +3,7 @@
 Several threads decode images in advance, so the engine waits only if decoding is slower than the neural network. At
 most two batches of decoded images wait for the engine, so memory does not grow with the number of images. The service
 returns the same vectors for the same files. `dinov2 index` (`service/ingest/index.py`) also uses `load_ahead` and
-`vectors_of`.
+`pooled`.
 """
 
 import threading
@@ -22,7 +22,7 @@ import numpy.typing as npt
 from model.artifact import Artifact
 from model.cpus import available_cpus
 from model.decode import DecodeLimits, sniff
-from model.engines.protocol import Engine
+from model.engines.protocol import Engine, Features
 from model.files import replacing
 from model.folder import HEAD_BYTES, OTHER_SUFFIXES, Account, suffix_of, walk
 from model.pooling import DEFAULT_POOLING, Pooling, width
@@ -146,7 +146,11 @@ def embed_files(
 def vectors_of(engine: Engine, pixels: Sequence[FloatArray], pooling: Pooling, normalize: bool) -> list[FloatArray]:
     """Run one forward pass over preprocessed images [3, h, w], which must all have the same size. Return one vector [D]
     for each image."""
-    features = engine.run(np.stack(pixels))
+    return pooled(engine.run(np.stack(pixels)), pooling, normalize)
+
+
+def pooled(features: Features, pooling: Pooling, normalize: bool) -> list[FloatArray]:
+    """Return the vector [D] of each image of a forward pass."""
     return [Embedded(parts, tokens=0).vector(pooling, normalize) for parts in compute_parts(features)]
 
 

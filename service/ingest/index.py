@@ -32,7 +32,8 @@ from model.pooling import DEFAULT_POOLING, Pooling
 from model.preprocess import preprocess
 from service.errors import BrokenImage, CollectionNotFound, Conflict, InvalidRequest, ModelMismatch, StorageFailed
 from service.features.images import decode
-from service.ingest.embed import FloatArray, load_ahead, vector_dims, vectors_of
+from service.features.patches import Patches
+from service.ingest.embed import FloatArray, load_ahead, pooled, vector_dims
 from service.ingest.folders import Photo, Problem
 from service.outcomes import Outcome, attempt
 from service.search.checks import check_id, check_source, metadata_text
@@ -86,12 +87,15 @@ class IndexHooks:
 
     stop: an event that ends the run early. The run finishes the batch that is being embedded, writes it and ends.
     keep: an async function that stores the bytes of an image. It is called before the image's item is written.
+    keep_patches: a function that stores the patch features of the images of a batch, by digest. The engine's thread
+        calls it.
     on_problem: a function that is called with each problem, from any thread of the run.
     on_progress: a function that is called with the report after each change, from any thread of the run.
     """
 
     stop: threading.Event = field(default_factory=threading.Event)
     keep: Callable[[bytes], Coroutine[Any, Any, object]] | None = None
+    keep_patches: Callable[[Mapping[str, Patches]], None] | None = None
     on_problem: Callable[[Problem], None] = lambda _: None
     on_progress: Callable[[IndexReport], None] = lambda _: None
 
@@ -149,6 +153,7 @@ class _Ready:
     digest: str
     metadata: Mapping[str, Any]
     pixels: FloatArray  # [3, h, w]
+    size: tuple[int, int]  # H, W of the upright image
 
 
 @dataclass
@@ -309,7 +314,8 @@ class _Run:
             metadata_text(metadata)
             item_id = digest if by_content else photo.id
             check_source(Item(item_id, np.zeros(0, np.float32), source=photo.source))
-            pixels = preprocess(decode(data, self.options.limits), self.artifact.manifest.preprocess)
+            image = decode(data, self.options.limits)
+            pixels = preprocess(image, self.artifact.manifest.preprocess)
             if self.hooks.keep is not None:
                 asyncio.run_coroutine_threadsafe(self.hooks.keep(data), self.loop).result()
         except (OSError, ValueError, ImportError) as error:
@@ -318,7 +324,7 @@ class _Run:
             with self.lock:
                 if self.under_way.setdefault(digest, photo) is not photo:
                     return None
-        return _Ready(photo, item_id, digest, metadata, pixels)
+        return _Ready(photo, item_id, digest, metadata, pixels, (image.shape[0], image.shape[1]))
 
     def _is_here(self, digest: str) -> bool:
         """Return whether an image with this sha256 is in the collection or is being indexed."""
@@ -354,7 +360,14 @@ class _Run:
             loaded.close()
 
     def _items(self, ready: Sequence[_Ready]) -> list[Item]:
-        vectors = vectors_of(self.engine, [image.pixels for image in ready], self.options.pooling, True)
+        features = self.engine.run(np.stack([image.pixels for image in ready]))
+        vectors = pooled(features, self.options.pooling, True)
+        if self.hooks.keep_patches is not None:
+            side = self.artifact.manifest.config.patch_size
+            grid = ready[0].pixels.shape[1] // side, ready[0].pixels.shape[2] // side
+            tokens = {image.digest: (rows, image.size) for image, rows in zip(ready, features.patches, strict=True)}
+            finite = {digest: each for digest, each in tokens.items() if np.isfinite(each[0]).all()}
+            self.hooks.keep_patches({digest: Patches.of(rows, grid, size) for digest, (rows, size) in finite.items()})
         items = []
         for image, vector in zip(ready, vectors, strict=True):
             if np.isfinite(vector).all() and vector.any():

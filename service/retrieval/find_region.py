@@ -4,9 +4,9 @@
 If more items match the filter than the request's number of candidates, the index proposes those that are most similar
 to the references. The images of all candidates are compared by their patch features. Cached features are read and
 compared in slices, in as many threads as there are decoding threads. A cancelled request stops after the current
-slices. Then missing features are computed, until half of the request's time limit has passed. The remaining candidates
-are pending. Computed features are cached, so a repeated request gets further. Masks are computed only for the returned
-page.
+slices. Then missing features are computed, in a request until half of its time limit has passed. The remaining
+candidates are pending. Computed features are cached, so a repeated request gets further. Masks are computed only for
+the returned page.
 """
 
 import asyncio
@@ -77,16 +77,16 @@ class _Compared:
 
 
 async def find_region(
-    service: Service, name: str, request: FindRegionIn, where: Filter | None, request_hash: str
+    service: Service, name: str, request: FindRegionIn, where: Filter | None, request_hash: str, until: float
 ) -> FoundRegions:
-    """Find a region in the images of a collection, and return one page of results, best first.
+    """Find a region in the images of a collection, and return one page of results, best first. No features are computed
+    after the time `until` (a value of `time.monotonic()`).
 
     Raises:
         InvalidRequest: the collection stores no images, or a reference or the cursor is invalid.
         ModelMismatch: another model computed the vectors of the collection.
         ServiceError: a reference cannot be used, or the service failed.
     """
-    started = time.monotonic()
     service.check_model(request.model)
     check_references(request.references)
     after = position_of(request.cursor, request_hash)
@@ -98,7 +98,6 @@ async def find_region(
     ranking = None if after is None else service.rankings.get(key)
     if ranking is None:
         candidates = await _candidates(service, target, request, marked, where)
-        until = started + service.settings.request_deadline_s / 2
         ranking = await _ranked(service, region, candidates, request.min_score, until)
         service.rankings.keep(key, ranking)
     shown, has_more = ranking.page(after, request.limit)

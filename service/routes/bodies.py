@@ -21,6 +21,7 @@ from service.data_urls import check_count, decode_texts
 from service.errors import BadRequest, InvalidRequest, UnsupportedMediaType
 from service.off_loop import off_loop
 from service.outcomes import Outcome, numbered
+from service.schema_base import Schema
 from service.search.checks import loads_exactly, may_have_lost_digits
 from service.settings import Settings
 
@@ -132,6 +133,20 @@ async def read_exact_json(request: Request, metadata_in: Callable[[dict[str, Any
 async def read_optional_json(request: Request) -> dict[str, Any]:
     """Parse the body of a request and return its JSON object. Return an empty dictionary if the request has no body."""
     return await read_json(request) if await request.body() else {}
+
+
+def refuse_query_options(request: Request, options: type[Schema]) -> None:
+    """Check that a request with a form or a JSON body has no options in its query string, where they would be ignored.
+
+    Raises:
+        InvalidRequest: the query string contains an option in `options`.
+    """
+    kind = media_type(request)
+    places = {"application/json": "a JSON field", "multipart/form-data": "a form field"}
+    if kind in places:
+        for name in request.query_params:
+            if name in options.model_fields:
+                raise InvalidRequest(f"{name} is in the query string: send it as {places[kind]}", param=name)
 
 
 def query_fields(request: Request) -> dict[str, Any]:

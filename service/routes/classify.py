@@ -11,7 +11,7 @@ from service.retrieval.class_request import classify as classify_images
 from service.retrieval.class_request import read_classify
 from service.retrieval.class_schemas import ClassifyAnswer, ClassifyIn, ClassifyOptions
 from service.routes.answers import JsonAnswer, json_response, server_timing
-from service.routes.bodies import media_type, read_upload
+from service.routes.bodies import media_type, read_upload, refuse_query_options
 from service.routes.describe import COLLECTION, IMAGES, Operation, Upload, describe
 from service.routes.direct import DirectRoute, service_of
 from service.timings import ms_since
@@ -39,6 +39,7 @@ async def classify(request: Request) -> JsonAnswer[ClassifyAnswer]:
     started = time.perf_counter()
     service = service_of(request)
     upload = await read_upload(request, service.settings, key="images")
+    refuse_query_options(request, ClassifyOptions)
     is_json = media_type(request) == "application/json"
     asked = await read_classify(upload.images, upload.fields, service.settings, is_json=is_json)
     options = asked.options

@@ -10,7 +10,7 @@ from service.errors import ModelNotFound, UnsupportedDimensions
 from service.options import parse_options
 from service.outcomes import split_items
 from service.routes.answers import JsonAnswer, encode_vector, json_response, server_timing
-from service.routes.bodies import read_upload
+from service.routes.bodies import read_upload, refuse_query_options
 from service.routes.describe import IMAGES, Operation, Upload, describe
 from service.routes.direct import DirectRoute, service_of
 from service.schemas import EmbeddingOptions, EmbeddingsIn
@@ -34,6 +34,7 @@ async def create_embeddings(request: Request) -> JsonAnswer[EmbeddingsAnswer]:
     cannot be read are listed in `errors`, and the others are embedded."""
     service = service_of(request)
     upload = await read_upload(request, service.settings, key="input")
+    refuse_query_options(request, EmbeddingOptions)
     options = parse_options(EmbeddingOptions, upload.fields)
     service.check_model(options.model)
     _check_dimensions(options, service)

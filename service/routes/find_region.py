@@ -6,17 +6,15 @@ from fastapi import APIRouter, Request
 
 from service.errors import ItemNotFound, ModelMismatch, ModelNotFound
 from service.off_loop import off_loop
-from service.options import check_fields, parse_options
 from service.rankings import request_hash
-from service.retrieval.find_region import FoundRegion
 from service.retrieval.find_region import find_region as find_in_collection
-from service.retrieval.region_schemas import MAX_REFERENCES, FindRegionAnswer, FindRegionIn, RegionFields
+from service.retrieval.region_answers import answer_fields, read_request
+from service.retrieval.region_schemas import FindRegionAnswer, FindRegionIn
 from service.routes.answers import JsonAnswer, json_response, server_timing
 from service.routes.bodies import read_json
 from service.routes.describe import COLLECTION, IMAGES, Operation, describe
 from service.routes.direct import DirectRoute, service_of
 from service.search.checks import check_name
-from service.search.filters import parse_filter
 from service.timings import ms_since
 
 router = APIRouter(prefix="/v1/collections", tags=["search"], route_class=DirectRoute)
@@ -42,42 +40,9 @@ async def find_region(request: Request, name: str) -> JsonAnswer[FindRegionAnswe
     service = service_of(request)
     check_name(name)
     fields = await read_json(request)
-    references = fields.get("references")
-    for reference in references[: MAX_REFERENCES + 1] if isinstance(references, list) else []:
-        if isinstance(reference, dict):
-            check_fields(reference, "a reference")
-            if isinstance(reference.get("mask"), dict):
-                check_fields(reference["mask"], "a mask")
-    options = parse_options(FindRegionIn, fields)
-    where = None if options.filter is None else parse_filter(options.filter)
+    options, where = read_request(fields)
     asked = await off_loop(len(await request.body()), lambda: request_hash(fields))
-    found = await find_in_collection(service, name, options, where, asked)
+    until = time.monotonic() + service.settings.request_deadline_s / 2
+    found = await find_in_collection(service, name, options, where, asked, until)
     timings = {"total": ms_since(started)}
-    ranking = found.ranking
-    body: FindRegionAnswer = {
-        "object": "list",
-        "collection": name,
-        "data": [_fields(each) for each in found.page],
-        "cursor": found.cursor,
-        "total": len(ranking.items),
-        "examined": ranking.examined,
-        "pending": ranking.pending,
-        "unreadable": ranking.unreadable,
-        **service.identity(found.tag),
-        "timings": timings,
-    }
-    return json_response(body, headers=server_timing(timings))
-
-
-def _fields(found: FoundRegion) -> RegionFields:
-    fields: RegionFields = {
-        "id": found.item.id,
-        "score": found.score,
-        "box": found.box,
-        "area": found.area,
-        "segmentation": {"size": found.segmentation["size"], "counts": found.segmentation["counts"]},
-        "metadata": dict(found.item.metadata),
-    }
-    if found.item.source is not None:
-        fields["source"] = found.item.source
-    return fields
+    return json_response(answer_fields(service, name, found, timings), headers=server_timing(timings))

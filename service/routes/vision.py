@@ -17,7 +17,7 @@ from service.options import parse_options
 from service.outcomes import Outcome, failures, successes
 from service.routes.answers import JsonAnswer, json_response, server_timing
 from service.routes.bodies import Upload as ReadUpload
-from service.routes.bodies import read_upload
+from service.routes.bodies import read_upload, refuse_query_options
 from service.routes.describe import IMAGES, Errors, Operation, Upload, describe
 from service.routes.direct import DirectRoute, service_of
 from service.schemas import VisionOptions
@@ -114,6 +114,7 @@ async def read_images(request: Request, task: Task[Any, Any], service: Service, 
         ServiceError: the body is not accepted.
     """
     upload = await read_upload(request, service.settings, key=key)
+    refuse_query_options(request, task.options)
     low, high = task.images
     count = len(upload.images)
     check_count(count, service.settings.model_copy(update={"max_batch_items": high}), key)

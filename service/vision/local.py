@@ -24,7 +24,7 @@ from model.engines.general import open_general
 from model.engines.protocol import Engine
 from model.preprocess import preprocess
 from service.artifact_choice import choose_artifact
-from service.errors import BrokenImage, InvalidRequest
+from service.errors import BrokenImage, InvalidRequest, ServiceError
 from service.features.forward import Forward, Row
 from service.features.images import decode
 from service.features.pipeline import Analysed, Embedded, View
@@ -59,12 +59,12 @@ class Vision:
         threads = self.threads or available_cpus()
         return Forward(self.engine, partial(open_general, self.artifact, self.engine, threads=threads))
 
-    def run(self, name: str, images: Sequence[bytes | str | Path], **options: Any) -> Answer:
+    def run(self, name: str, images: bytes | str | Path | Sequence[bytes | str | Path], **options: Any) -> Answer:
         """Run a task on images and return its answer: a dictionary with numpy arrays, or a `File`.
 
         Args:
             name: the name of the task, which is also the last part of its endpoint's path.
-            images: encoded images (bytes), or paths of image files.
+            images: one image or several: encoded images (bytes), or paths of image files.
             options: the options of the task, as for its endpoint.
 
         Raises:
@@ -74,6 +74,8 @@ class Vision:
         """
         if name not in tasks.SUMMARIES:
             raise InvalidRequest(f"unknown task {name!r}; the tasks are {', '.join(tasks.SUMMARIES)}")
+        if isinstance(images, bytes | str | Path):
+            images = [images]
         task = tasks.task(name)
         low, high = task.images
         if not low <= len(images) <= high:
@@ -81,13 +83,23 @@ class Vision:
             raise InvalidRequest(f"the number of images is {len(images)}, but {name} accepts {allowed}")
         parsed = parse_options(task.options, options)
         view = task.view(parsed, self.model)
-        data = [image if isinstance(image, bytes) else Path(image).read_bytes() for image in images]
         results, embedded = [], []
-        for image in data:
-            analysed = self.analyse(image, view)
+        for image in images:
+            analysed = self._analyse_file(image, view)
             results.append(task.compute(analysed, parsed, self.model))
             embedded.append(analysed.embedded)
         return add_embedding(task.encode(results, parsed), parsed, embedded)
+
+    def _analyse_file(self, image: bytes | str | Path, view: View) -> Analysed:
+        """Analyse an encoded image or an image file. An error of the image names the file."""
+        if isinstance(image, bytes):
+            return self.analyse(image, view)
+        try:
+            return self.analyse(Path(image).read_bytes(), view)
+        except ServiceError as error:
+            if error.param is not None:  # an option does not fit the image
+                raise
+            raise type(error)(f"{image}: {error.detail}") from error
 
     def analyse(self, image: bytes, view: View) -> Analysed:
         """Decode an image, run the network on it, and return all its features.

@@ -36,7 +36,8 @@ def pixel_labels(
     Args:
         grid: the patches of the image.
         masks: each bool [h, w].
-        image: uint8 [H, W, 3]. If it is given, the outlines follow its edges.
+        image: uint8 [H, W, 3]. If it is given, the outlines follow its edges. A region that would vanish keeps the
+            outline of its patches.
         one_part: keep only the largest part of each region.
         cover: whether the masks cover all patches. If so, each pixel that the network sees gets a label, and nothing is
             removed.
@@ -45,7 +46,12 @@ def pixel_labels(
     if cover:
         return label_pixels(grid, maps, image, everywhere=True)
     patch = grid.box[2] * grid.box[3] / (grid.shape[0] * grid.shape[1])
-    return tidy(label_pixels(grid, 2 * maps - 1, image), one_part=one_part, smallest=patch / 2)
+    labels = tidy(label_pixels(grid, 2 * maps - 1, image), one_part=one_part, smallest=patch / 2)
+    for number in range(1, len(masks) + 1) if image is not None else ():
+        if masks[number - 1].any() and not (labels == number).any():  # its colours resemble those around it
+            alone = pixel_labels(grid, [masks[number - 1]], None, one_part=one_part)
+            labels[(alone == 1) & (labels == 0)] = number
+    return labels
 
 
 def describe_regions(

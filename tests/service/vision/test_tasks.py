@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import cli.vision
 from cli import app
-from service.errors import InvalidRequest
+from service.errors import InvalidRequest, ServiceError
 from service.vision import tasks
 from service.vision.local import Vision
 from service.vision.task import File
@@ -101,6 +101,31 @@ def test_the_command_chooses_the_format_from_the_file(tmp_path: Path) -> None:
     assert (result.exit_code, "give its name with -o" in result.stderr) == (2, True)
     result = CliRunner().invoke(app, [*options[:-1], "--format", "gif"])
     assert (result.exit_code, "format: Input should be" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("path", "key"), [("segment", "image"), ("match", "images"), ("classify", "images"), ("embeddings", "input")]
+)
+async def test_an_option_in_the_query_is_not_ignored(path: str, key: str, serve: Serve) -> None:
+    text = base64.b64encode(photo()).decode()
+    async with serve() as run:
+        for body, place in (
+            ({"json": {key: [text, text]}}, "JSON field"),
+            ({"files": {"file": photo()}}, "form field"),
+        ):
+            answer = await run.client.post(f"/v1/{path}?model=auto", **body)
+            assert answer.status_code == 422, answer.text
+            assert f"model is in the query string: send it as a {place}" in answer.text
+        assert (await run.client.post(f"/v1/{path}?api-version=1", **body)).status_code != 500  # others are left alone
+
+
+def test_an_image_file_is_named_in_errors_and_one_image_needs_no_list(vision: Vision, tmp_path: Path) -> None:
+    image = tmp_path / "image.png"
+    image.write_bytes(b"no image")
+    with pytest.raises(ServiceError, match=f"{image}: not a known image"):
+        vision.run("segment", image)
+    image.write_bytes(photo())
+    assert vision.run("segment", str(image)) == vision.run("segment", [photo()]) == vision.run("segment", photo())
 
 
 def test_functions_refuse_bad_calls(vision: Vision) -> None:

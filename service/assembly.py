@@ -1,0 +1,79 @@
+"""Put the parts of a `Service` together. The application does this when it starts, and a command that needs a service
+does it without a web server."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+
+from model.artifact import Artifact
+from model.cpus import available_cpus
+from model.engines.general import open_general
+from model.engines.protocol import Engine, Tried
+from service.features.cache import Cache, make_cache
+from service.features.patch_store import PatchStore
+from service.features.pipeline import Pipeline, PipelineLimits
+from service.features.served_model import ServedModel
+from service.originals import Originals
+from service.search.store import VectorStore
+from service.settings import Settings
+from service.state import Lifecycle, Service
+from service.telemetry import Metrics
+
+
+@asynccontextmanager
+async def opened_service(
+    settings: Settings,
+    artifact: Artifact,
+    engine: Engine,
+    store: VectorStore,
+    *,
+    tried: tuple[Tried, ...] = (),
+    cache: Cache | None = None,
+    metrics: Metrics | None = None,
+    lifecycle: Lifecycle | None = None,
+) -> AsyncIterator[Service]:
+    """Open the parts that need a running event loop, yield the service, and close these parts at the end. The store
+    stays open.
+
+    Args:
+        settings: the operator's settings.
+        artifact: the exported model.
+        engine: the engine that has loaded the model.
+        store: the vector store.
+        tried: the engines that were tried, in order.
+        cache: the vector cache. If None, the cache that the settings specify is created.
+        metrics, lifecycle: these objects of the process. If None, new ones are created.
+    """
+    metrics = metrics or Metrics()
+    async with AsyncExitStack() as stack:
+        originals = Originals(settings.originals_place)
+        stack.push_async_callback(originals.close)
+        cache = _cache(settings, metrics) if cache is None else cache
+        stack.push_async_callback(cache.close)
+        general = partial(open_general, artifact, engine, threads=settings.threads or available_cpus())
+        kept = settings.patch_store_bytes
+        patch_store = PatchStore(settings.patch_store_file, kept) if kept else None
+        limits = PipelineLimits.of(settings)
+        pipeline = Pipeline(artifact, engine, cache, metrics, limits, general, patch_store)
+        stack.push_async_callback(pipeline.close)
+        yield Service(
+            settings=settings,
+            artifact=artifact,
+            engine=engine,
+            tried=tried,
+            metrics=metrics,
+            lifecycle=lifecycle or Lifecycle(),
+            store=store,
+            originals=originals,
+            pipeline=pipeline,
+            model=ServedModel(artifact, pipeline.forward_zeros, pipeline.forward_pixels),
+        )
+
+
+def _cache(settings: Settings, metrics: Metrics) -> Cache:
+    return make_cache(
+        settings.redis_url if settings.cache_bytes else None,
+        max_bytes=settings.cache_bytes,
+        ttl_s=settings.cache_ttl_s,
+        on_event=lambda event: metrics.cache_events.labels(event).inc(),
+    )
