@@ -417,7 +417,10 @@ class Pipeline:
             decoded = await self._decode(image, spec, keep_image=True)
             row, timings = await self._infer(decoded, view.outputs)
             assert decoded.image is not None
-            embedded = Embedded(row.parts, row.tokens, timings=timings)
+            parts = row.parts
+            if spec == self._spec and not row.by_serving:  # vectors of two engines are never mixed
+                parts = (await self._infer(decoded))[0].parts
+            embedded = Embedded(parts, row.tokens, timings=timings)
             if spec == self._spec:
                 [key] = await self._keys([Outcome(0, image)])
                 await self.cache.set_many({key.result(): embedded.to_bytes()})

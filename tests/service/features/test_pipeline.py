@@ -14,9 +14,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from model.engines.protocol import Features
+from model.preprocess import preprocess
 from service.errors import BrokenImage, EngineFailed, InvalidRequest, QueueFull, ShuttingDown, UnsupportedImage
 from service.features import pipeline
 from service.features.cache import MemoryCache
+from service.features.images import decode
 from service.features.pipeline import Embedded, View
 from service.outcomes import Outcome, numbered
 from tests.fakes import DIMS, N_PATCHES, SPEC, FakeEngine, fake_artifact, photo, plain_photo, running, until
@@ -556,8 +559,28 @@ async def test_the_second_engine_runs_what_the_first_cannot(tmp_path):
         run.service.pipeline._forward._open_general = lambda: opened.append(1) or second
         for view in (View(), View(("keys.0",)), View(spec=run.service.model.spec(56))):
             await run.service.pipeline.analyse(photo(), lambda analysed: None, view)
-    assert (first.images, second.images, opened) == (1, 2, [1])
+    assert (first.images, second.images, opened) == (
+        2,
+        2,
+        [1],
+    )  # the embedding of the second image comes from the first
     assert second.closed
+
+
+async def test_the_embedding_always_comes_from_the_serving_engine(tmp_path):
+    first, second = FakeEngine(), FakeEngine()
+    first.can_run = lambda size, outputs: not outputs  # type: ignore[method-assign]
+    second.run = lambda pixels: Features(*(array + 1 for array in first.run(pixels)))  # type: ignore[method-assign]
+    async with running(tmp_path, engine=first) as run:
+        run.service.pipeline._forward._open_general = lambda: second
+        seen = await run.service.pipeline.analyse(photo(), lambda analysed: analysed, View(("keys.0",)))
+        [cached] = await run.embed([photo()])
+        [other] = await run.embed([photo(1)])
+    assert cached.result().cached
+    np.testing.assert_array_equal(cached.result().parts, seen.embedded.parts)
+    assert not other.result().cached
+    expected = first.run(preprocess(decode(photo()), SPEC)[None])
+    np.testing.assert_allclose(seen.embedded.parts[0], expected.cls[0], atol=1e-6)
 
 
 async def test_images_of_one_request_are_analysed_in_one_batch_and_fail_alone(tmp_path):
