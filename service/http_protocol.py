@@ -2,7 +2,7 @@
 malformed requests.
 
 The head of a request consists of the request line and the headers. uvicorn parses requests with httptools. The class in
-this module changes four things:
+this module changes five things:
 
 - **Heads.** httptools does not limit the size of a head, and joins the pieces of a head in quadratic time. A request
   line of 50 MB blocks the event loop for minutes, and a connection that never completes its head stays open forever.
@@ -16,6 +16,8 @@ this module changes four things:
 - **Early answers.** If a request is answered before its body has been read, uvicorn closes the connection immediately.
   The operating system then sends a reset, and the client may lose the answer. The class first closes only the sending
   side.
+- **Unread answers.** A client that never reads a large answer would keep it in memory forever. The class closes its
+  connection.
 """
 
 import asyncio
@@ -32,6 +34,8 @@ MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_DISCARDED_HEAD_BYTES: Final = 16 * MAX_HEAD_BYTES
 LINGER_S: Final = 10.0
 """The time limit in seconds for discarding the rest of a body after an early answer."""
+STALL_S: Final = 30.0
+"""The time limit in seconds for a client that reads nothing of an answer."""
 _HOST: Final = re.compile(rb"([A-Za-z0-9._~%!$&'()*+,;=-]*|\[[0-9A-Za-z.:_~%!$&'()*+,;=-]+\])(:[0-9]*)?")
 _UPGRADE_HEADERS: Final = frozenset({b"upgrade", b"http2-settings"})
 
@@ -60,6 +64,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._discard_timer: TimerHandle | None = (
             None  # runs while the rest of a body is discarded before the next head
         )
+        self._stall_timer: TimerHandle | None = None  # runs while the client reads more slowly than the answer comes
         self._refused = False
         self._staged: _StagedTransport
 
@@ -72,10 +77,33 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_watching()
         for timer in (self._linger_timer, self._discard_timer):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_writing(None)
+
+    def resume_writing(self) -> None:
+        self._stop_watching()
+        super().resume_writing()
+
+    def _watch_writing(self, before: int | None) -> None:
+        """Drop the connection if the client has read nothing for `STALL_S` seconds. Otherwise its answer, which may
+        have hundreds of megabytes, would stay in memory. `before` is the number of bytes that were left to send."""
+        left = self.transport.get_write_buffer_size()
+        if before is not None and left >= before:
+            self.transport.abort()
+        else:
+            self._stall_timer = self.loop.call_later(STALL_S, self._watch_writing, left)
+
+    def _stop_watching(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
 
     def close_in_steps(self) -> None:
         """Close the connection after an answer.

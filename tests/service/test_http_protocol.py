@@ -19,6 +19,7 @@ from tests.fakes import until
 HEAD_S, KEEP_ALIVE_S = 0.3, 0.9
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 BIG = b"a" * (4 * MAX_HEAD_BYTES)
+HUGE = 32 * 2**20  # more than the buffers of the operating system hold
 
 
 class Quick(BoundedHttpProtocol):
@@ -38,6 +39,7 @@ async def app(scope, receive, send):
         await asyncio.sleep(2 * HEAD_S)
     error = scope.get("refusal")
     status, body = (200, b"%d" % size) if error is None else (error.status, error.detail.encode())
+    body = bytes(HUGE) if scope["path"] == "/huge" else body
     headers = [(b"content-length", b"%d" % len(body))] + [(b"connection", b"close")] * (scope["path"] == "/early")
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
@@ -371,3 +373,24 @@ async def test_no_request_behind_a_discarded_body_is_run():
     body = b"Content-Length: 200000\r\n\r\n" + bytes(200_000)
     answers = await answer_to(b"POST /early HTTP/1.1\r\nHost: x\r\n" + body + GET)
     assert statuses(answers) == [200]
+
+
+async def test_a_client_that_reads_nothing_of_a_large_answer_is_dropped(monkeypatch):
+    monkeypatch.setattr("service.http_protocol.STALL_S", 0.2)
+    monkeypatch.setattr(f"{__name__}.KEEP_ALIVE_S", 60)
+    async with connected() as (reader, writer):
+        writer.write(b"GET /huge HTTP/1.1\r\nHost: x\r\n\r\n")
+        await asyncio.sleep(1.5)  # the reader takes 128 KiB, and then nothing
+        answer = await rest(reader)
+    assert len(answer) < HUGE
+
+
+async def test_a_client_that_reads_slowly_gets_the_whole_answer(monkeypatch):
+    monkeypatch.setattr("service.http_protocol.STALL_S", 0.2)
+    answer = 0
+    async with connected() as (reader, writer):
+        writer.write(b"GET /huge HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        while chunk := await reader.read(2**20):
+            answer += len(chunk)
+            await asyncio.sleep(0.002)
+    assert answer > HUGE
