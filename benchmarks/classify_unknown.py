@@ -1,20 +1,20 @@
-"""Measure the classification of the Grocery Store images, and whether `unknown` has the error rate that was asked for.
+"""Measure the classification of the Grocery Store images, and whether `unknown` has the requested error rate.
 
     python benchmarks/classify_unknown.py --data GROCERY
 
 GROCERY contains `train/` and `val/`, with one folder per class. The features are those of an artifact, by default the
-bundled one. They are kept in a file, so that a second run starts at once. All results are computed by the functions
-that `POST /v1/classify` uses, with the embedded vector store.
+bundled one. They are kept in a file, so a second run does not compute them again. All results are computed by the
+functions that `POST /v1/classify` uses, with the embedded vector store.
 
 Each repetition holds out 20 classes, chosen at random among those of val. Images of these classes should be unknown.
 The coverage is the share of the test images of the other classes that are not called unknown. There are three
 protocols:
 
-- one source: the train and val images are shuffled. Three quarters are the collection and a quarter is the test.
-- other shops, leave-one-out: train is the collection and val is the test. The images are from other shops, and train
-  contains series of images of the same object, so collection and test are not exchangeable.
+- one source: the train and val images are shuffled. Three quarters are the collection, and the rest is the test set.
+- other shops, leave-one-out: train is the collection and val is the test set. The two are from different shops, and
+  train contains series of images of the same object, so collection and test set are not exchangeable.
 - other shops, held out: as before, but two thirds of the val images are used for the calibration (with the option
-  `calibration_filter`), and the test is the last third.
+  `calibration_filter`), and the last third is the test set.
 
 The script also measures the accuracy of k-NN and of prototypes on val, other scores and class-wise calibration, and the
 time that the endpoint adds to a forward pass. It prints the results and writes them to benchmarks/results/.
@@ -68,8 +68,8 @@ Floats = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Images:
-    """The vectors [n, D] of all images, of length 1, with the class, the split and the number of each image. Images of
-    a class with close numbers often show the same object."""
+    """The vectors [n, D] of all images, of length 1, with each image's class, split (train or val) and number. Images
+    of a class whose numbers are close often show the same object."""
 
     vectors: Floats
     labels: Floats
@@ -82,7 +82,7 @@ class Images:
 
 
 def load_images(data: Path, artifact: Artifact, kept: Path) -> Images:
-    """Compute the vectors of all images, or read them from the file `kept`."""
+    """Compute the vectors of all images, or read them from a file in the folder `kept`."""
     path = kept / f"{artifact.manifest.name}-{artifact.fingerprint[:8]}.npz"
     if not path.exists():
         files = find_files([data / "train", data / "val"])
@@ -103,7 +103,8 @@ def load_images(data: Path, artifact: Artifact, kept: Path) -> Images:
 
 @dataclass(frozen=True)
 class Round:
-    """The rows of one repetition: the collection, the held-out calibration items, and the known and unknown tests."""
+    """The rows of one repetition: the collection, the held-out calibration items, and the known and unknown test
+    images."""
 
     collection: Floats
     calibration: Floats
@@ -201,7 +202,7 @@ def _error(values: Sequence[float]) -> float:
 
 
 async def knn_accuracy(store: VectorStore, images: Images) -> dict[str, float]:
-    """Return the accuracy on val of k-NN among the train images."""
+    """Return the accuracy of k-NN on val, with the train images as neighbours."""
     train, val = (np.flatnonzero(images.splits == split) for split in ("train", "val"))
     await collection_of(store, images, Round(train, val[:0], val, val[:0]))
     accuracies = {}
@@ -213,8 +214,8 @@ async def knn_accuracy(store: VectorStore, images: Images) -> dict[str, float]:
 
 
 def few_shot(images: Images, rng: np.random.Generator, repeats: int) -> dict[str, dict[str, float]]:
-    """Return the accuracy on val of prototypes and of the nearest example, for the classes of val. The examples are
-    random train images. The coverage at 95 % is that of other train images, and of the val images."""
+    """Return the accuracy on val of prototypes and of the nearest example, and the coverage at 95 % of the val images
+    and of other train images. The classes are those of val, and the examples are random train images."""
     results = {}
     for shots in SHOTS:
         runs = []
@@ -246,7 +247,7 @@ def few_shot(images: Images, rng: np.random.Generator, repeats: int) -> dict[str
 def other_scores(images: Images, make: Callable[[], Round], repeats: int, k: int) -> dict[str, dict[str, float]]:
     """Return the AUROC and, with leave-one-out, the coverage at 95 % of several scores with the same neighbours: the
     similarity to the k-th neighbour (the one that the service uses), the mean similarity of k neighbours, the
-    similarity to the first, the share of votes of the best class, and the similarity to the k-th neighbour ranked among
+    similarity to the first, the best class's share of the votes, and the similarity to the k-th neighbour ranked among
     the items with the same predicted class. The last entry compares each item only with items of other classes, of
     other splits, or with a number that differs by at least `SERIES`.
     """
@@ -289,7 +290,7 @@ def _same_series(images: Images, rows: Floats) -> Floats:
 
 
 def _scores(similarities: Floats, labels: Floats, k: int) -> tuple[dict[str, Floats], Floats]:
-    """Return several scores of each row, and its predicted class."""
+    """Return several scores of each row (keyed by score), and the predicted class of each row."""
     nearest = np.argsort(-similarities, axis=1)[:, :k]
     values = np.take_along_axis(similarities, nearest, axis=1)
     weights = np.exp((values - values[:, :1]) / 0.07)
@@ -308,8 +309,8 @@ def _scores(similarities: Floats, labels: Floats, k: int) -> tuple[dict[str, Flo
 
 async def latency(artifact: Artifact, images: Images, requests: int) -> dict[str, Any]:
     """Return the median time of requests with one new image: an embedding, and a classification by the train images.
-    The requests alternate, and the vector cache is off. Also measure the first calibration, of this collection and of
-    one with 100,000 vectors, which are vectors of the images with noise."""
+    The two kinds of request alternate, and the vector cache is off. Also measure the first calibration of this
+    collection, and of one with 100,000 vectors, which are vectors of images with noise added."""
     engine = load_engine(artifact, "auto")
     with tempfile.TemporaryDirectory() as folder:
         app = create_app(Settings(data_dir=Path(folder), cache_bytes=0), artifact, engine)

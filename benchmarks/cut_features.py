@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/cut_features.py GROCERY --out benchmarks/results/2026-11-30-cut-features.json
 
-GROCERY is a folder of images, whose parts are pasted on a plain colour. The figures are mean intersections over union
-of the first part that is cut out with the nearest object, over patches. With a shift, a component of the same direction
-and of length 1 is added to all features, which have length 1. Most cosines are then high, as with many large models.
+GROCERY is a folder of images. Parts of them are pasted on a plain colour. The result is the mean intersection over
+union, counted in patches, of the first part that is cut out and the object that overlaps it most. With shift 1, the
+same vector of length 1 is added to all features, which also have length 1. Most cosines are then high, as in many large
+models.
 """
 
 import argparse
@@ -55,7 +56,8 @@ def main() -> None:
 
 
 def compared(vision: Vision, drawn: Scene) -> dict[str, float]:
-    """Return the overlap of the first part with the nearest object, for each feature, shift and threshold."""
+    """Return the overlap of the first part that is cut out with the object that it matches best, for each feature,
+    shift and threshold."""
     last, prefix = vision.model.config.depth - 1, 1 + vision.model.config.num_register_tokens
     view = View((f"keys.{last}", f"queries.{last}"), vision.model.spec(224))
     analysed = vision.analyse(encoded(drawn.image), view)

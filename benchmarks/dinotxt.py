@@ -4,13 +4,13 @@
 
 The weights are written to a temporary folder (2.3 GB). Each way of running the text encoder has its own process:
 
-- service: the service's own, ONNX Runtime with mapped weights and shared beginnings of sentences
-- prepacked: the same with weights that ONNX Runtime repacks for the CPU
-- unshared: the same as `service`, but with one forward pass per 50 sentences that share nothing
+- service: as in the service: ONNX Runtime with mapped weights, and shared prefixes of sentences computed once
+- prepacked: the same as `service`, but with weights that ONNX Runtime repacks for the CPU
+- unshared: the same as `service`, but with one forward pass per 50 sentences, without shared prefixes
 - numpy: the same computation as `service` in numpy, with scipy's error function
 
-A sentence has the form "a photo of a {}." with one or two tokens for the word. `cpu_s` is the time of all threads
-together. If other processes use the CPU, `wall_s` is longer than `cpu_s` divided by the number of threads.
+A sentence has the form "a photo of a {}." with one or two tokens for the word. `cpu_s` is the total CPU time of all
+threads. If other processes use the CPU, `wall_s` is longer than `cpu_s` divided by the number of threads.
 `anonymous_mb` is memory that only this process uses. `peak_mb` includes the mapped file, which the system can drop.
 """
 
@@ -105,7 +105,7 @@ def prepacked(path: Path, threads: int) -> Callable[[Prompts], np.ndarray]:
 
 
 def unshared(path: Path, threads: int) -> Callable[[Prompts], np.ndarray]:
-    """Return the service's text encoder without shared beginnings of sentences."""
+    """Return the service's text encoder without shared prefixes of sentences."""
     encoder = TextEncoder(path, threads=threads)
     run = encoder._session.run
 

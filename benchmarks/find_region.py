@@ -5,12 +5,12 @@
 find    A service in this process finds a region in a collection of `--items` images, whose patch features are stored on
         disk. The features are those of generated scenes, drawn from 240 images. Widths: 192 (the bundled model) and 384
         (a random ViT-S, whose stored features are those of the bundled model in two rotations, side by side).
-match   The time of `match` beside one forward pass at 224 pixels, in alternating runs.
+match   The time of `match` and of one forward pass at 224 pixels, in alternating runs.
 rerank  The time of `rerank: patches` at depth 20 without and with stored patch features.
 scenes  The mean IoU of masks and the rank of the right image, on generated scenes, with and without debias.
-budget  The share of entries found by repeated scans of more entries than fit, with random and with oldest eviction.
+budget  The share of entries that repeated scans find if not all entries fit. Random ones or the oldest are evicted.
 
-Set OMP_NUM_THREADS=1, as the service compares images in several threads. CPU times are of this process.
+Set OMP_NUM_THREADS=1, because the service compares images in several threads. CPU times are those of this process.
 """
 
 import argparse
@@ -188,7 +188,8 @@ def measure_scenes(vision: Vision, count: int = 96) -> dict[str, Any]:
 
 
 def measure_budget(entries: int = 1000, scans: int = 5) -> dict[str, dict[str, float]]:
-    """Simulate scans of `entries` entries with room for a share of them."""
+    """Simulate repeated scans of `entries` entries in a cache with room for a share of them, and return the shares
+    found."""
     shares: dict[str, dict[str, float]] = {}
     for share in (0.5, 0.8, 0.9):
         for name in ("random", "oldest"):

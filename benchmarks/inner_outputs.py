@@ -1,4 +1,4 @@
-"""Measure what marking inner outputs in a loaded graph costs: forward passes with and without them, in turns.
+"""Measure the cost of marking inner outputs in a loaded graph: forward passes with and without them take turns.
 
     python benchmarks/inner_outputs.py [--arch dinov2_vits14] [--rounds 60] [--threads N]
 

@@ -1,11 +1,12 @@
-"""Fit the constants of service/vision/object_score.py, and measure how often objects are found where there are none.
+"""Fit the constants of service/vision/object_score.py, and measure how often objects are found in images without
+objects.
 
     python benchmarks/object_score.py GROCERY --out benchmarks/results/2026-11-30-object-score.json
 
 GROCERY is the folder of grocery images. Positive examples are the first parts that are separated in these images, and
 the parts of generated scenes that match an object (intersection over union above 0.5). Negative examples are all parts
 that are separated in generated images without an object, and parts of scenes that match no object (below 0.2). The
-parts come from cuts and from LOST. The test uses other seeds and other images than the fit.
+parts come from cuts and from LOST. The test uses different seeds and images from the fit.
 """
 
 import argparse
@@ -63,8 +64,8 @@ def main() -> None:
 
 
 def features_of(vision: Vision, image: Pixels) -> tuple[dict[str, Features], tuple[int, int]]:
-    """Return the features of the patches of an image, scaled to length 1, and the size of the grid. "keys" are those
-    of the last block. The other features stand in for other models."""
+    """Return the features of the patches of an image, scaled to length 1, and the size of the grid. "keys" are those of
+    the last block. The other features imitate those of other models."""
     last, prefix = vision.model.config.depth - 1, 1 + vision.model.config.num_register_tokens
     view = View((f"keys.{last}", f"keys.{last - 1}"), vision.model.spec(_SIZE))
     analysed = vision.analyse(encoded(image), view)
@@ -133,7 +134,7 @@ def fit(
     measurements: list[Measurements], is_object: npt.NDArray[np.float64], weight: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.float64], float]:
     """Fit a logistic function with a small penalty. Objects and the other parts have the same total weight, so the
-    score is a probability if both are equally frequent."""
+    score is a probability if objects and other parts are equally frequent."""
     from scipy.optimize import minimize
 
     values = np.asarray(measurements)

@@ -3,7 +3,7 @@
     python benchmarks/vision.py [--arch dinov2_vits14] [--image FILE] [--rounds 30] [--threads N]
 
 Without `--arch`, the bundled model is measured, otherwise a model of this size with random weights. Both get heads with
-random numbers.
+random weights.
 
 Each round runs, in turns, a plain forward pass of one image and every task on the same image. The time of a task is
 that of its forward pass with the inner outputs that it needs, its computation, and the encoding of its answer. The

@@ -1,13 +1,13 @@
-"""Measures what a head costs beside one forward pass at 224 x 224: linear depth, DPT depth and linear segmentation.
+"""Measures the time of linear depth, DPT depth and linear segmentation, compared with one forward pass at 224 x 224.
 
     python benchmarks/vision_heads.py [--arch dinov2_vits14] [--out FILE.json]
 
 Without `--arch`, the bundled model is measured. With `--arch`, a model of this size with random weights is measured.
-The heads have random numbers. Forward pass and heads run alternately, so that other work on the machine affects all of
-them. The CPU time of all threads is measured, which depends less on other work than the time on the clock, and the
-fastest of the repetitions counts. The time of a head is that of `compute` and `encode` of its task: from
-the tokens to an answer. The image has 348 x 348 pixels. numpy uses one thread, because several threads of its library
-OpenBLAS wait for each other when other processes use the CPUs.
+The heads have random weights. Forward pass and heads take turns, so other work on the machine affects all of them. The
+CPU time of all threads is measured, which depends less on other work than wall time does, and the fastest of the
+repetitions counts. The time of a head is that of its task's `compute` and `encode`, which lead from the tokens to an
+answer. The image has 348 x 348 pixels. numpy uses one thread, because several threads of its library OpenBLAS wait for
+each other when other processes use the CPUs.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def random_artifact(arch: str, folder: Path) -> Artifact:
 
 
 def add_heads(artifact: Artifact) -> dict[str, HeadDescription]:
-    """Add one head of each kind with random numbers, and return their descriptions by name."""
+    """Add one head of each kind with random weights, and return the heads' descriptions, keyed by name."""
     config = artifact.manifest.config
     rng = np.random.default_rng(0)
     four = tuple(np.linspace(0, config.depth - 1, 4).round().astype(int).tolist())

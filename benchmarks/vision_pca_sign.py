@@ -11,7 +11,7 @@ sign. The script counts how often the sign changes:
   they are not the same component.
 - pairs: all pairs of images of one class, for components whose cosine is at least 0.6.
 
-The figures are averages over the first three components. The script prints a table, and as the last line the result as
+The results are averages over the first three components. The script prints a table, and as the last line the result as
 JSON, which is also written to benchmarks/results/.
 """
 
@@ -37,7 +37,8 @@ from service.vision.pca import reference_direction
 
 Array = npt.NDArray[np.float64]
 Rule = Callable[[Array, Array, Array], float]
-"""Gets the patches [N, D], the component [D] and the coordinates [N]. The component gets the sign of the result."""
+"""A function of the patches [N, D], the component [D] and the coordinates [N]. The component gets the sign of its
+result."""
 
 COMPONENTS = 3
 RANDOM_DIRECTIONS = 12

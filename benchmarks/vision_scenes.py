@@ -156,8 +156,8 @@ def _colour(hue: float, rng: np.random.Generator) -> npt.NDArray[np.float64]:
 def _texture(
     rng: np.random.Generator, size: tuple[int, int], colour: npt.NDArray[np.float64], contrast: float
 ) -> npt.NDArray[np.float64]:
-    """Draw a texture without any larger structure, float64 [H, W, 3]: filtered noise, stripes or squares. Its elements
-    are at most a tenth of the short side."""
+    """Draw a texture, float64 [H, W, 3]: filtered noise, stripes or squares. Its elements are at most a tenth of the
+    short side, so it has no larger structure."""
     y, x = np.mgrid[: size[0], : size[1]]
     period = min(size) * rng.uniform(0.015, 0.1)
     turn = rng.uniform(0, np.pi)

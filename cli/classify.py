@@ -133,10 +133,10 @@ def classify(
 
 
 def _way(given: set[str]) -> str:
-    """Return the option that says how to classify. `given` contains the options of the command that have a value.
+    """Return the option that selects how to classify. `given` contains the command's options that have a value.
 
     Raises:
-        typer.Exit: there is not exactly one such option, or another option does not fit it.
+        typer.Exit: there is not exactly one such option, or another option is not allowed with it.
     """
     ways = [way for way in ("--collection", "--example", "--head") if way in given]
     if len(ways) != 1:
@@ -187,7 +187,8 @@ async def _by_collection(
     error_rate: float,
     loader: tuple[str, str, int | None],
 ) -> "Classified":
-    """Classify images by a collection. `loader` contains the model, the engine and the number of threads."""
+    """Classify images by the labels of a collection's items. `loader` contains the model, the engine and the number of
+    threads."""
     from service.ingest.index import pooling_of, vector_tag
     from service.retrieval.classify import classify_by_collection
     from service.search.checks import check_match
@@ -224,7 +225,7 @@ def _by_examples(
 
 
 def _example_paths(examples: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the class and the path of each example image. A folder stands for all images in it.
+    """Return the classes and the paths of the example images, as two lists. A folder stands for all images in it.
 
     Raises:
         ValueError: an example is not NAME=PATH, or its path does not exist.
@@ -305,8 +306,8 @@ def _print(
     top: int,
     as_json: bool,
 ) -> None:
-    """Print a line for each image, or JSON in the format of the REST answer, with the path of each image. `classified`
-    is None if a head made the verdicts."""
+    """Print a line for each image, or JSON in the format of the REST answer with the path of each image added.
+    `classified` is None if a head made the verdicts."""
     from service.retrieval.class_answers import calibration_fields, verdict_fields
 
     calibration = None if classified is None else calibration_fields(classified, error_rate)

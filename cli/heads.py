@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from model.artifact import Artifact
 
 app = typer.Typer(
-    help="Heads of a model: add one of Meta's, list, delete. `dinov2 train-head` trains one.", no_args_is_help=True
+    help="Add one of Meta's heads to a model, list a model's heads, or delete one. `dinov2 train-head` trains a head.",
+    no_args_is_help=True,
 )
 HeadModelOption = Annotated[str, typer.Option(help="An artifact folder, a model's name, or auto.")]
 
@@ -21,22 +22,25 @@ HeadModelOption = Annotated[str, typer.Option(help="An artifact folder, a model'
 @app.command()
 def add(
     file: Annotated[Path, typer.Argument(help="One of Meta's heads, as a .pth or .safetensors file.")],
-    name: Annotated[str | None, typer.Option(help="Name of the head. Default: the name of the file.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the head. Default: the file's name without its ending.")
+    ] = None,
     kind: Annotated[
         Literal["classification", "segmentation", "depth"] | None,
-        typer.Option(help="The expected kind. A head of another kind is refused. Default: any."),
+        typer.Option(help="The expected kind. A head of another kind is an error. Default: any kind."),
     ] = None,
     model: HeadModelOption = "auto",
     min_depth: Annotated[
-        float | None, typer.Option(help="Smallest depth in metres. Default: from the file's name (nyu, kitti).")
+        float | None, typer.Option(help="Smallest depth in metres. Default: depends on the file's name (nyu or kitti).")
     ] = None,
     max_depth: Annotated[
-        float | None, typer.Option(help="Largest depth in metres. Default: from the file's name (nyu 10, kitti 80).")
+        float | None,
+        typer.Option(help="Largest depth in metres. Default: depends on the file's name (nyu: 10, kitti: 80)."),
     ] = None,
     classes: Annotated[
         Path | None,
         typer.Option(
-            help="Text file with the names of the classes, one per line. Default: ADE20K's, VOC's or numbers."
+            help="Text file with the names of the classes, one per line. Default: those of ADE20K or VOC, or numbers."
         ),
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a head of the same name.")] = False,

@@ -24,20 +24,22 @@ def train_head(
         ),
     ],
     model: Annotated[str, typer.Option(help="An artifact folder, a model's name, or auto.")] = "auto",
-    name: Annotated[str | None, typer.Option(help="Name of the head. Default: what it predicts.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the head. Default: its kind, such as depth.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a head of the same name.")] = False,
     data_dir: ArtifactsDirOption = DATA,
     held_out: Annotated[
-        float, typer.Option(help="Share of the images that is held out, if there is no train/ and val/.")
+        float, typer.Option(help="Share of the images to hold out, unless the folder is divided into train/ and val/.")
     ] = 0.2,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the held-out images and of the training.")] = 0,
-    blocks: Annotated[int, typer.Option(min=1, help="Number of last blocks that the head reads.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for choosing the held-out images and for the training.")] = 0,
+    blocks: Annotated[
+        int, typer.Option(min=1, help="Number of blocks that the head reads, counted from the last.")
+    ] = 1,
     resize: Annotated[
         int | None,
         typer.Option(
             min=14,
             max=4096,
-            help="Short side of the network's input in pixels, for segmentation and depth. Default: as exported.",
+            help="Short side of the network's input in pixels, for segmentation and depth. Default: the model's own.",
         ),
     ] = None,
     iterations: Annotated[int, typer.Option(min=1, help="Training iterations, for segmentation and depth.")] = 300,
@@ -55,8 +57,8 @@ def train_head(
     ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Device to compute on.")] = "auto",
 ) -> None:
-    """Fit a head on labelled images, and add it to a model. A part of the images is held out and used for the metrics.
-    A running service uses the new head at once."""
+    """Fit a head on labelled images, and add it to a model. Some of the images are held out, and the metrics are
+    measured on them. A running service uses the new head at once."""
     need_torch("train-head")
     from model.artifact import load_artifact
     from model.heads.store import add_head, check_name
@@ -76,7 +78,7 @@ def train_head(
             max_depth=max_depth,
         )
         artifact = load_artifact(choose_artifact(model, data_dir), derived_dir=data_dir / "derived")
-        check_name(artifact, name or kind, replace=replace)  # before the training, which takes minutes
+        check_name(artifact, name or kind, replace=replace)  # check before the training, which takes minutes
         fitted = _fit(kind, name or kind, artifact, folder, settings, cache, device)
         path = add_head(artifact, fitted.description, fitted.tensors, replace=replace)
     except (ValueError, OSError, FloatingPointError) as error:

@@ -1,5 +1,5 @@
-"""The commands of the vision tasks, such as `dinov2 segment`. They are made from the tasks' options, so each command
-accepts the options of its endpoint.
+"""The commands of the vision tasks, such as `dinov2 segment`. The commands are generated from the tasks' options, so
+each command accepts the options of its endpoint.
 
 A task's options are read when its command runs or prints its help, because reading them imports numpy and pydantic.
 """
@@ -44,7 +44,7 @@ class Commands(typer.core.TyperGroup):
 
 
 def _parameters(name: str) -> list[Any]:
-    """Return the parameters of a task's command. Typer makes them from the signature of a function."""
+    """Return the parameters of a task's command. Typer derives them from the signature of a function."""
     from service.vision.tasks import task
 
     found = task(name)
@@ -133,7 +133,7 @@ def _format_for(name: str, out: Path | None) -> str:
     """Return the first format of a task that suits the name of the file.
 
     Raises:
-        ValueError: the task has no such format.
+        ValueError: none of the task's formats suits the file's name.
     """
     from service.vision.tasks import task
 

@@ -1,4 +1,5 @@
-"""Make the gallery: `python docs/gallery.py FOLDER` runs its commands, and without FOLDER only the page is written.
+"""Make the gallery. `python docs/gallery.py FOLDER` runs its commands and writes the page. Without FOLDER, only the
+page is written.
 
 FOLDER contains the images of the Grocery Store Dataset (MIT licence), for example `FOLDER/val/Avocado/Avocado_004.jpg`.
 The pictures are written to docs/gallery/. The page docs/gallery.md shows each picture with the command that made it.
@@ -18,8 +19,8 @@ PICTURES = ROOT / "docs" / "gallery"
 
 
 class Picture(NamedTuple):
-    """A picture: its heading, the command without `dinov2`, and what it shows. `{Name_001}` in the command is the path
-    of an image, and the picture is the file after `-o`."""
+    """A picture: its heading, the command without `dinov2`, and what the picture shows. In the command, `{Name_001}`
+    stands for the path of an image, and the picture is the file after `-o`."""
 
     heading: str
     command: str
@@ -30,23 +31,24 @@ CASES: Final = [
     Picture(
         "Attention of all blocks",
         "attention {Honeydew-Melon_002} --format figure --size 224 -o attention-figure.png",
-        "Each row is a block and each column a head.",
+        "Each row is a block, and each column is a head. In each map, the brightest patches get the most attention "
+        "from the class token.",
     ),
     Picture(
         "Attention over the image",
         "attention {Yellow-Onion_005} --format overlay --size 224 -o attention.png",
-        "The mean of the heads of the last block.",
+        "The mean over the heads of the last block.",
     ),
     Picture(
         "Rollout",
         "attention {Honeydew-Melon_002} --format overlay --fuse-blocks rollout --size 224 -o rollout.png",
-        "The attention followed through all blocks.",
+        "The attention, followed through all blocks from the last to the first.",
     ),
     Picture(
         "Colours of patch features",
         "features {Honeydew-Melon_001} {Honeydew-Melon_004} --format pca --size 224 -o features.png",
-        "Three principal components as red, green and blue, computed for both images together: similar parts have "
-        "similar colours.",
+        "The first three principal components of the patches of both images, as red, green and blue. Similar parts "
+        "have similar colours.",
     ),
     Picture(
         "Foreground",
@@ -56,7 +58,7 @@ CASES: Final = [
     Picture(
         "One object",
         "segment {Cantaloupe_004} --method cut --format overlay --size 224 -o cut.png",
-        "A normalised cut, with its outline refined by the colours of the image.",
+        "The part that a normalised cut separates. Its outline follows the colours of the image.",
     ),
     Picture(
         "Several objects",
@@ -66,7 +68,7 @@ CASES: Final = [
     Picture(
         "Groups of similar patches",
         "segment {Honeydew-Melon_001} --method cluster --k 4 --format overlay --size 224 -o cluster.png",
-        "k-means on the patch features.",
+        "Four groups, found by k-means on the patch features.",
     ),
     Picture(
         "A region from one point",
@@ -77,23 +79,24 @@ CASES: Final = [
     Picture(
         "Objects without labels",
         "detect {Honeydew-Melon_001} --format overlay --size 224 -o detect.png",
-        "Boxes with their scores.",
+        "A box around each object, with its score.",
     ),
     Picture(
         "Corresponding parts",
         "match {God-Morgon-Red-Grapefruit-Juice_001} {God-Morgon-Red-Grapefruit-Juice_003} --format png --size 224 "
         "-o match.png",
-        "Lines connect patches that are each other's nearest neighbour.",
+        "Each line connects two patches that are each other's nearest neighbour. Yellow lines have the highest scores.",
     ),
 ]
 
 HEAD: Final = """# Gallery
 
-Each picture was made by the command below it, with the demo model: a network with 4 blocks that was trained on 2,640
-images of groceries, on two CPU cores. The images were chosen to show what a command does; on many other images, the
-results of this model are worse. Larger models give finer and more reliable results. The images are from the
+The command below each picture made it, with the demo model: a network with 4 blocks that was trained on 2,640 images of
+groceries, on two CPU cores. The images were chosen to show what each command does. On many other images, the results of
+this model are worse. Larger models give finer and more reliable results. The images are from the
 [Grocery Store Dataset](https://github.com/marcusklasson/GroceryStoreDataset) (Copyright (c) 2019 Marcus Klasson, MIT
-licence). `python docs/gallery.py FOLDER` makes all pictures again. [vision.md](vision.md) describes the commands.
+licence). `python docs/gallery.py FOLDER` makes all pictures again.
+[vision.md](vision.md) describes the commands.
 """
 
 
@@ -116,7 +119,7 @@ def page() -> str:
 
 
 def _filled(command: str, paths: dict[str, str]) -> str:
-    """Replace `{Name_001}` in a command with the path of this image, or with the file's name."""
+    """Replace each `{Name_001}` in a command with its path in `paths`, or with the name of its file."""
     words = command.split(" ")
     for i, word in enumerate(words):
         if word.startswith("{") and word.endswith("}") and ":" not in word:
@@ -125,7 +128,7 @@ def _filled(command: str, paths: dict[str, str]) -> str:
 
 
 def make(folder: Path) -> None:
-    """Run all commands."""
+    """Run all commands with the images in a folder."""
     paths = {path.stem: str(path.resolve()) for path in folder.glob("**/*.jpg")}
     PICTURES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as data:

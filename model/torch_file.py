@@ -3,8 +3,8 @@
 Since version 1.6, `torch.save` writes a ZIP archive: `data.pkl` describes the objects, and one file `data/<key>` per
 storage contains the storage's bytes. A pickle is a program, so this reader allows it to use only names that describe
 tensors: `OrderedDict`, `torch.Size`, the functions that rebuild a tensor or a parameter, and the names of storage
-types. Training checkpoints, such as those of mmcv, also contain numpy scalars. Each is replaced with an object that has
-no content. Any other name raises an error and is not imported.
+types. Training checkpoints, such as those of mmcv, also contain numpy scalars. Each of these scalars is replaced with
+an empty object. Any other name raises an error and is not imported.
 
 The arrays are mapped from the file, so they take no memory until they are read. Files from torch versions before 1.6
 raise an error.
@@ -14,6 +14,7 @@ import io
 import math
 import pickle
 import pickletools
+import reprlib
 import struct
 import zipfile
 import zlib
@@ -88,7 +89,7 @@ class TorchFileError(ValueError):
 
 
 class _Ignored:
-    """An object without content. It takes the place of a numpy scalar and its parts."""
+    """An empty object that takes the place of a numpy scalar or of one of its parts."""
 
     def __init__(self, *arguments: object) -> None:
         pass
@@ -102,7 +103,7 @@ _IGNORED: Final = frozenset(
         ("numpy", "dtype"),
         ("numpy.core.multiarray", "scalar"),
         ("numpy._core.multiarray", "scalar"),
-        ("_codecs", "encode"),  # how protocol 2 stores the bytes of a scalar
+        ("_codecs", "encode"),  # how pickle protocol 2 stores the bytes of a scalar
     ]
 )
 
@@ -236,7 +237,7 @@ class _Unpickler(pickle.Unpickler):
         match pid:
             case ("storage", _StorageType(name=kind), str(key), _, int(count)) if count >= 0:
                 return self._storage(kind, key, count)
-        raise TorchFileError(f"it refers to something other than a storage: {str(pid)[:100]}")
+        raise TorchFileError(f"it refers to something other than a storage: {reprlib.repr(pid)}")
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: object) -> Array:
@@ -247,7 +248,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: object) -> Ar
     if not isinstance(storage, np.ndarray) or not isinstance(offset, int) or offset < 0:
         raise TorchFileError("a tensor has no storage or a wrong offset")
     if not _are_counts(size) or not _are_counts(stride) or len(size) != len(stride):
-        raise TorchFileError(f"a tensor has size {size} and stride {stride}")
+        raise TorchFileError(f"a tensor has size {reprlib.repr(size)} and stride {reprlib.repr(stride)}")
     used = 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     # A tensor can have more elements than its storage (see `Tensor.expand`), and a copy of it could fill the memory.
     if offset + used > storage.size or math.prod(size) > storage.size:

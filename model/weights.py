@@ -47,8 +47,8 @@ _SAFETENSORS_DTYPES: Final = {
 def read_tensors(path: Path | str) -> dict[str, Array]:
     """Read a safetensors or PyTorch file and return its tensors as arrays, keyed by their names in the file.
 
-    If the file is one of Meta's training dumps, only the tensors under its key `teacher` are returned. If it is a
-    checkpoint of mmcv, as Meta's segmentation and depth heads are, only those under `state_dict` are returned.
+    If the file is one of Meta's training dumps, only the tensors under its key `teacher` are returned. If it is an mmcv
+    checkpoint, such as Meta's segmentation and depth heads, only the tensors under `state_dict` are returned.
 
     Raises:
         CheckpointError (a ValueError): the file is damaged, contains no weights, or is a pickle with objects other than

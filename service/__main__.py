@@ -37,6 +37,7 @@ from model.engines.choice import PHOTOS_AT_LOAD, choose_engine
 from model.engines.protocol import Engine
 from service.app import App, create_app
 from service.artifact_choice import Report, choose_artifact, read_photos
+from service.blas import use_one_blas_thread
 from service.errors import ServiceError
 from service.http_protocol import BoundedHttpProtocol
 from service.settings import Settings, load_settings
@@ -113,6 +114,7 @@ def load(settings: Settings, report: Report) -> Loaded:
     artifact = load_artifact(path, derived_dir=settings.data_dir / "derived")
     photos = read_photos(settings.engine_photos, PHOTOS_AT_LOAD) if settings.engine_photos else None
     choice = choose_engine(artifact, settings.engine, threads=settings.threads, photos=photos)
+    use_one_blas_thread()  # after the export, which may use numpy for the whole network
     report("opening the collections")
     return Loaded(create_app(settings, artifact, choice.engine, tried=choice.tried), artifact, choice.engine)
 

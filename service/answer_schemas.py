@@ -86,7 +86,7 @@ class HeadAnswer(TypedDict):
     name: str
     kind: HeadKind | Literal["words"]
     architecture: Architecture | Literal["dinotxt"]
-    fingerprint: Annotated[str, Field(description="sha256 of the head's weights; of the text encoder for words")]
+    fingerprint: Annotated[str, Field(description="sha256 of the head's weights; for words, of the text encoder's")]
     blocks: Annotated[list[int], Field(description="blocks of the model whose tokens the head reads, from 0")]
     classes: Annotated[list[str], Field(description="names of the classes; empty for depth and words")]
     depth_range: Annotated[list[float] | None, Field(description="smallest and largest depth in metres")]
@@ -133,7 +133,7 @@ class RunLengths(TypedDict):
 
 
 class VisionAnswer(Identity):
-    """What the JSON answers of all vision tasks contain."""
+    """The fields that the JSON answers of all vision tasks contain."""
 
     timings: Timings
 

@@ -1,8 +1,8 @@
-"""Pages of a ranking: the cursor that continues a ranking, and the rankings that are kept for the next page.
+"""Divides rankings into pages: the cursor that leads to the next page, and the rankings that are kept for it.
 
 A cursor contains the score and the id of the last result on its page, and a hash of the request. The next page begins
-after this position. The ranking is kept for a few minutes, so usually the pages of one request show one ranking. If it
-is no longer kept, or another process answers, it is computed again.
+after this result. A ranking is kept for a few minutes, so the pages of a request usually come from the same ranking. If
+the ranking is no longer kept, or another process answers, it is computed again.
 """
 
 import base64
@@ -24,7 +24,8 @@ _PAGING: Final = ("cursor", "limit")
 
 
 class Ranked(NamedTuple):
-    """An item that contains the region. Items are sorted in the order of this tuple: best score first, then by id."""
+    """An item whose image contains the wanted region. Sorting these tuples puts the best score first, and orders equal
+    scores by id."""
 
     minus_score: float
     id: str
@@ -37,7 +38,7 @@ class Ranked(NamedTuple):
 
 @dataclass(frozen=True)
 class Ranking:
-    """All items that reach the lowest score, in order, and the numbers of items that were and were not compared."""
+    """All items that reach the minimum score, in order, and the numbers of items that were and were not compared."""
 
     items: list[Ranked]
     examined: int
@@ -45,14 +46,14 @@ class Ranking:
     unreadable: int
 
     def page(self, after: tuple[float, str] | None, limit: int) -> tuple[list[Ranked], bool]:
-        """Return up to `limit` items after the position `after`, and whether more items follow."""
+        """Return up to `limit` items after the position `after` (a score and an id), and whether more items follow."""
         start = 0 if after is None else bisect_right(self.items, (*after, "g"))  # digests are hexadecimal
         return self.items[start : start + limit], len(self.items) > start + limit
 
 
 @dataclass
 class Rankings:
-    """The most recent rankings, by request. Used on the event loop's thread."""
+    """The most recent rankings, keyed by request. Only the event loop's thread uses them."""
 
     now: Callable[[], float] = time.monotonic
     _kept: "OrderedDict[tuple[str, str], tuple[float, Ranking]]" = field(default_factory=OrderedDict)
@@ -72,18 +73,18 @@ class Rankings:
 
 
 def request_hash(fields: Mapping[str, Any]) -> str:
-    """Return a hash of a request's fields, without the fields that differ between the pages."""
+    """Return a hash of the request fields that are the same for all pages."""
     asked = {name: value for name, value in fields.items() if name not in _PAGING and value is not None}
     return hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
 def cursor_after(item: Ranked, request: str) -> str:
-    """Return the cursor of a page that ends with `item`."""
+    """Return the cursor for the page after `item`."""
     return base64.urlsafe_b64encode(orjson.dumps([item.minus_score, item.id, request])).decode()
 
 
 def position_of(cursor: str | None, request: str) -> tuple[float, str] | None:
-    """Return the position that a cursor contains, or None if the cursor is None.
+    """Return the score and the id that a cursor contains, or None if the cursor is None.
 
     Raises:
         InvalidRequest: the cursor is not from an answer to this request.

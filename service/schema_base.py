@@ -60,7 +60,8 @@ Whole = Annotated[int, FROM_FLOAT]
 """An integer, which may also be sent as a number such as `10.0`."""
 OptionalWhole = Annotated[int | None, FROM_FLOAT]
 ONE_OR_MORE = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
-"""Accepts a single text for a list of texts, as the parser of forms returns a field that occurs once."""
+"""Also accepts a single text in place of a list of texts, because the form parser returns a field that occurs once as a
+text."""
 
 
 def _listed(value: Any) -> Any:
@@ -72,7 +73,7 @@ def _listed(value: Any) -> Any:
 
 
 LISTED = BeforeValidator(_listed)
-"""Accepts `1,2` for a list, as forms, query strings and the command line have no lists."""
+"""Also accepts `1,2` in place of a list, because forms, query strings and the command line have no lists."""
 
 
 def _from_json_text(value: Any) -> Any:
@@ -85,7 +86,7 @@ def _from_json_text(value: Any) -> Any:
 
 
 JSON_TEXT = BeforeValidator(_from_json_text)
-"""Accepts an object or a list as JSON text, as forms, query strings and the command line send them."""
+"""Also accepts an object or a list as a JSON text, because forms, query strings and the command line send texts."""
 
 
 class DocumentedAs:

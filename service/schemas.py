@@ -72,11 +72,11 @@ class VisionOptions(Options):
 
 
 class EmbeddingToo(VisionOptions):
-    """The options of vision tasks that can return the embedding of the image, too."""
+    """The options of vision tasks that can also return the embedding of the image."""
 
     include: Annotated[list[Literal["embedding"]], FailFast(), Field(max_length=1), LISTED] = Field(
         default_factory=list,
-        description="embedding: return the embedding, too; the answer is then always JSON",
+        description="embedding: also return the embedding; the answer is then always JSON",
     )
     pooling: Pooling = Field(DEFAULT_POOLING, description="pooling of the embedding")
     normalize: bool = Field(True, description="scale the embedding to length 1")

@@ -1,4 +1,4 @@
-"""Results that several requests share: each is computed once, although several requests may need it at the same time.
+"""Results that several requests share. Each is computed only once, even if several requests need it at the same time.
 
 A key names everything that a result depends on, for example the version of a collection. When the collection changes,
 requests use another key, and the old result is discarded when newer results take its place.
@@ -23,7 +23,7 @@ class _Result:
 
 
 class SharedResults:
-    """A cache that contains the `MAX_RESULTS` most recently used results. It is used on the event loop's thread."""
+    """A cache that contains the `MAX_RESULTS` most recently used results. Only the event loop's thread uses it."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._results: OrderedDict[Hashable, _Result] = OrderedDict()
@@ -32,8 +32,8 @@ class SharedResults:
     async def get(self, key: Hashable, compute: Callable[[], Awaitable[T]], *, max_age_s: float | None = None) -> T:
         """Return the result for `key`. If there is none, or if it is older than `max_age_s` seconds, compute it.
 
-        The computation goes on if the caller is cancelled, so that the next request finds the result. If it fails, all
-        callers that wait for it get the error, and the next call tries again.
+        The computation continues if the caller is cancelled, so the next request finds the result. If the computation
+        fails, all callers that wait for it get the error, and the next call tries again.
         """
         kept = self._results.get(key)
         if kept is None or (max_age_s is not None and self._now() - kept.started > max_age_s):

@@ -1,15 +1,16 @@
-"""Fits heads on frozen features: classes, a class per pixel, or depth, from 20 labelled images on.
+"""Fits heads that predict classes, a class per pixel, or depth from frozen features. A head needs at least 20 labelled
+images.
 
-The features of each image are computed once and stay in memory. A part of the images is held out, and the metrics of a
-head are measured on this part only. All random choices depend on the seed, so the same call gives the same head.
+The features of each image are computed once and stay in memory. Some of the images are held out, and the metrics of a
+head are measured only on them. All random choices depend on the seed, so the same call gives the same head.
 
     classification   FOLDER/<class>/...                     one folder for each class
     segmentation     FOLDER/images/..., FOLDER/masks/...    masks are indexed or 8-bit gray PNGs; 255: ignored
     depth            FOLDER/images/..., FOLDER/depth/...    depth maps are 16-bit PNGs in millimetres; 0: unknown
 
-An image and its map have the same name, except for the suffix. If the images are divided into `train` and `val`, `val`
-is held out. The networks and their training are those of the evaluations (`training/evaluate/`): batch normalisation
-and a linear layer for segmentation, linear depth, and logistic regression.
+An image and its mask or depth map have the same name, except for the suffix. If the images are divided into `train` and
+`val`, `val` is held out. The networks and their training are those of the evaluations (`training/evaluate/`): batch
+normalisation and a linear layer for segmentation, linear depth, and logistic regression.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -43,7 +44,7 @@ Flags = npt.NDArray[np.bool_]
 
 MIN_IMAGES: Final = 20
 MAX_CLASSES: Final = 10_000
-HEADROOM: Final = 1.5  # a weighted mean of bins hardly reaches the last bin
+HEADROOM: Final = 1.5  # a weighted mean of all bins hardly ever reaches the last bin
 C_CHOICES: Final = tuple(10.0**power for power in range(-5, 5))
 TOLERANCE, MAX_ITERATIONS = 1e-5, 300  # of logistic regression
 CLASS_NAMES: Final = "classes.txt"
@@ -57,10 +58,10 @@ class FitSettings:
     """The settings for fitting a head.
 
     `held_out` is the share of the images that is held out if the folder is not divided into `train` and `val`. `blocks`
-    is the number of last blocks that the head reads. `resize` is the short side of the network's input in pixels for
-    segmentation and depth, which use the whole image; None means the short side that the model was exported with.
-    `min_depth` and `max_depth` are in metres; if `max_depth` is None, it is 1.5 times the largest depth in the training
-    maps (docs/decisions/0025-heads.md).
+    is the number of blocks that the head reads, counted from the last. `resize` is the short side of the network's
+    input in pixels for segmentation and depth, which use the whole image. If it is None, the model's own short side is
+    used. `min_depth` and `max_depth` are in metres. If `max_depth` is None, it is 1.5 times the largest depth in the
+    training maps (docs/decisions/0025-heads.md).
     """
 
     held_out: float = 0.2
@@ -102,8 +103,8 @@ def fit_segmentation(name: str, backbone: Backbone, folder: Path, settings: FitS
     number.
 
     Raises:
-        ValueError: there are fewer than 20 images, the masks have fewer than two classes, a mask has another size than
-            its image, or a setting cannot be used. The message gives the reason.
+        ValueError: there are fewer than 20 images, the masks contain fewer than two classes, a mask and its image
+            differ in size, or a setting cannot be used. The message gives the reason.
         FloatingPointError: the loss is not finite.
         OSError: a file or a folder cannot be read.
     """
@@ -141,8 +142,8 @@ def fit_depth(name: str, backbone: Backbone, folder: Path, settings: FitSettings
     """Fit a linear depth head on the images and depth maps in a folder.
 
     Raises:
-        ValueError: there are fewer than 20 images, the maps contain no depth in the range, a map has another size than
-            its image, or a setting cannot be used. The message gives the reason.
+        ValueError: there are fewer than 20 images, the maps contain no depth in the range, a map and its image differ
+            in size, or a setting cannot be used. The message gives the reason.
         FloatingPointError: the loss is not finite.
         OSError: a folder cannot be listed.
     """
@@ -203,10 +204,11 @@ def _pairs(folder: Path, kind: str, suffixes: Sequence[str], settings: FitSettin
 
 
 def check_sizes(pairs: Sequence[Pair], read: Callable[[Path], Tensor]) -> None:
-    """Check that each map has the size of its image. Pairs that cannot be read are left to `DenseData`.
+    """Check that each map has the size of its image. Pairs that cannot be read are skipped here, because `DenseData`
+    handles them.
 
     Raises:
-        ValueError: a map has another size. The message counts these maps and names the first.
+        ValueError: the sizes of a map and its image differ. The message counts such maps and names the first.
     """
 
     def sizes(pair: Pair) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
@@ -232,7 +234,7 @@ def dense_spec(own: PreprocessSpec, resize: int | None) -> PreprocessSpec:
 
 
 def _targets(data: DenseData) -> Iterator[Tensor]:
-    """Read the maps one at a time, at their original size."""
+    """Read the maps one at a time, at their original sizes."""
     return (data.read_target(pair.target) for pair in data.pairs)
 
 
@@ -262,7 +264,8 @@ def fit_classification(
     """Fit a classification head on labelled images: logistic regression on the class tokens of the last blocks and the
     mean patch token, which are the inputs of Meta's heads.
 
-    The strength of the L2 penalty is the one with the lowest log loss on a fifth of the training images.
+    The L2 penalty is the one with the lowest log loss on a fifth of the training images, which are set aside to choose
+    it.
 
     Raises:
         ValueError: there are fewer than 20 readable images or fewer than two classes, or an image has no label.
@@ -335,7 +338,8 @@ def _held_out_images(
 def _fit(inputs: Tensor, labels: Tensor, n_classes: int, seed: int, track: Track) -> tuple[Logistic, float]:
     """Choose the inverse strength C of the penalty, and fit a logistic regression to all training images.
 
-    The values of C are tried in ascending order, until the log loss on the images set aside has risen twice in a row.
+    The values of C are tried in ascending order, until the log loss on the images that are set aside has risen twice in
+    a row.
     """
     aside = torch.from_numpy(hold_out(labels.numpy(), 0.2, seed))
     losses: dict[float, float] = {}
@@ -361,8 +365,9 @@ def _fit(inputs: Tensor, labels: Tensor, n_classes: int, seed: int, track: Track
 
 
 def hold_out(labels: Indices, share: float, seed: int) -> Flags:
-    """Choose images to hold out at random, bool [n]: the share `share` of each class, rounded, but at least one image
-    of a class with two or more, and none of a class with one. `labels` are class numbers [n]."""
+    """Choose images to hold out at random, and return bool [n]. From each class, the share `share` of its images is
+    held out, but at least one image and never all. A class with one image is not held out. `labels` are class numbers
+    [n]."""
     rng = np.random.default_rng(seed)
     aside = np.zeros(len(labels), bool)
     for number in np.unique(labels):

@@ -25,7 +25,7 @@ Pair = tuple[str, str]
 KNOWN_VOCABULARY_SHA256: Final = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 """The hash of `bpe_simple_vocab_16e6.txt.gz` in the package open-clip-torch 3.3.0."""
 
-MAX_VOCABULARY_BYTES: Final = 16 << 20  # after decompression; CLIP's file has 3 MB
+MAX_VOCABULARY_BYTES: Final = 16 << 20  # after decompression; CLIP's file then has 3 MB
 START, END = "<|startoftext|>", "<|endoftext|>"
 _SYMBOLS: Final = 2 * 256  # each byte, within a word and at its end
 _SPECIAL: Final = 2  # START and END
@@ -49,7 +49,7 @@ def read_merges(path: Path, count: int) -> list[Pair]:
     Each line contains a pair, except for the first line, which is a comment.
 
     Raises:
-        VocabularyError: the file is damaged, too large, or has fewer pairs.
+        VocabularyError: the file is damaged, too large, or contains fewer than `count` pairs.
         OSError: the file cannot be read.
     """
     try:
@@ -82,7 +82,7 @@ class Tokenizer:
         merges = read_merges(path, max(0, vocab_size - _SYMBOLS - _SPECIAL))
         symbols = [_byte_symbols()[byte] for byte in _byte_order()]
         names = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *("".join(pair) for pair in merges), START, END]
-        self._ids = {name: index for index, name in enumerate(names)}  # the last one, if a name occurs twice
+        self._ids = {name: index for index, name in enumerate(names)}  # if a name occurs twice, its last index counts
         self._ranks = {pair: index for index, pair in enumerate(merges)}
         self.start, self.end = self._ids[START], self._ids[END]
         self._tokens_of = lru_cache(maxsize=10_000)(self._word_tokens)
@@ -116,10 +116,10 @@ class Tokenizer:
 
 
 def clean(text: str) -> str:
-    """Return a text in the form in which it is divided into words.
+    """Return the cleaned text, which `split_words` divides into words.
 
-    The result is in lower case, with straight quotation marks and single spaces, and without HTML entities, ligatures,
-    full-width letters and control characters.
+    The result is in lower case, with straight quotation marks and single spaces. HTML entities, ligatures and
+    full-width characters are replaced with ordinary characters, and control characters are removed.
     """
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # JSON allows lone surrogates
     if "<" not in text:
@@ -131,7 +131,8 @@ def clean(text: str) -> str:
 
 @lru_cache(maxsize=1)
 def _replacements() -> dict[int, str]:
-    """Return the characters that `clean` replaces, as `str.translate` takes them. An empty text removes a character."""
+    """Return the replacements that `clean` makes, as a table for `str.translate`. A character that maps to "" is
+    removed."""
     table = dict.fromkeys((*range(0x09), 0x0B, *range(0x0E, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF), "")
     table |= dict.fromkeys(range(0xFFF9, 0xFFFD), "")
     table |= {code: unicodedata.normalize("NFKC", chr(code)) for code in (*_LIGATURES, *range(0xFF01, 0xFFF0))}
@@ -142,7 +143,7 @@ def _replacements() -> dict[int, str]:
 
 
 def split_words(text: str) -> Iterator[str]:
-    """Divide a clean text into words, which contain no spaces."""
+    """Divide a cleaned text into words, and leave out the spaces between them."""
     kinds = [_kind(character) for character in text]
     start = 0
     while start < len(text):
@@ -165,7 +166,8 @@ def _kind(character: str) -> str:
 
 
 def _byte_order() -> list[int]:
-    """Return all bytes in the order of their tokens: first the ones that Latin-1 prints, then the others."""
+    """Return all bytes in the order of their tokens: first those with a printable Latin-1 character, then the
+    others."""
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return printed + sorted(set(range(256)) - set(printed))
 
@@ -174,7 +176,7 @@ def _byte_order() -> list[int]:
 def _byte_symbols() -> dict[int, str]:
     """Return the character that the vocabulary file uses for each byte.
 
-    It is the byte's Latin-1 character if that is printed, and otherwise one of the characters from U+0100 on.
+    It is the byte's Latin-1 character if that is printable, and otherwise a character from U+0100 on.
     """
     order = _byte_order()
     others = [byte for byte in order if byte not in range(0x21, 0x7F) and byte not in {*range(0xA1, 0x100)} - {0xAD}]

@@ -1,11 +1,12 @@
-"""The ONNX graphs of dino.txt's two networks. Their weights stay in a safetensors file, and ONNX Runtime maps it.
+"""The ONNX graphs of dino.txt's two networks. Their weights stay in a safetensors file, which ONNX Runtime maps into
+memory.
 
-A graph names the place of each tensor in the file. It is small, so it is built whenever a network is opened and never
-stored. `Gemm` multiplies by the transposed weight, so the file keeps Meta's names and shapes.
+A graph refers to each tensor by its position in the file. It is small, so it is never stored, but built whenever a
+network is opened. The tensors keep Meta's names and shapes: `Gemm` can multiply by the transpose of a weight.
 
 Source: facebookresearch/dinov2, `dinov2/hub/text/` and `dinov2/layers/`.
 
-Legend: B images, T tokens of an image, P prompts, n nodes of their tree, L length of the longest prompt, D width, A
+Legend: B images, T tokens per image, P prompts, n nodes of the prompt tree, L length of the longest prompt, D width, A
 attention heads, O width of the output.
 """
 
@@ -26,7 +27,7 @@ NORM_EPS: Final = 1e-5  # torch's default; the backbone has 1e-6
 
 
 class _Graph(GraphBuilder):
-    """A graph that is built from the tensors of a safetensors file, which are float32."""
+    """A graph whose weights are the float32 tensors of a safetensors file."""
 
     def __init__(self, path: Path) -> None:
         super().__init__({})
@@ -39,7 +40,7 @@ class _Graph(GraphBuilder):
         return key in self._header
 
     def stored(self, key: str) -> str:
-        """Add a tensor of the file as an initializer and return its name, `key`."""
+        """Add the tensor `key` from the file as an initializer, and return its name."""
         if key in self._names:
             return key
         self._names.add(key)
@@ -62,7 +63,7 @@ class _Graph(GraphBuilder):
         return self.node("LayerNormalization", inputs, f"{key}.out", axis=-1, epsilon=NORM_EPS)
 
     def linear(self, x: str, key: str) -> str:
-        """Add the linear layer `key` on x, which has two dimensions. The layer may have no bias."""
+        """Apply the linear layer `key` to `x`, which has two dimensions. The file may contain no bias for the layer."""
         inputs = [x, self.stored(f"{key}.weight")]
         if self.has(f"{key}.bias"):
             inputs.append(self.stored(f"{key}.bias"))
@@ -79,7 +80,7 @@ class _Graph(GraphBuilder):
 def vision_head_graph(path: Path, shape: VisionHeadShape) -> bytes:
     """Return the graph of a vision head, as an ONNX file.
 
-    The input `tokens` [B, T, D] are the backbone's tokens after the last block and its norm: class, registers, patches.
+    The input `tokens` [B, T, D] are the backbone's tokens after its final norm, in the order class, registers, patches.
     The output `refined` has the same shape.
 
     Args:
@@ -156,7 +157,7 @@ def text_encoder_graph(path: Path, shape: TextEncoderShape) -> bytes:
 
 
 def _hidden_places(graph: _Graph) -> str:
-    """Add an array [n, 1, 1, L] that is 0 for the places on each node's path, and -infinity for the places after it."""
+    """Add the attention mask [n, 1, 1, L]: 0 for the places on a node's path, and -infinity for the filler after it."""
     longest = graph.node("Shape", ["paths"], "longest_list", start=1, end=2)
     longest = graph.node("Squeeze", [longest], "longest")
     zero, one = (graph.constant(f"scalar_{value}", np.array(value, np.int64)) for value in (0, 1))

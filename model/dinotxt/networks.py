@@ -1,9 +1,9 @@
 """Runs the two networks of dino.txt in ONNX Runtime, on the CPU.
 
-The weights are mapped from their file and not repacked. A copy for faster products would take 2 GB for the published
-text encoder (measurements: docs/decisions/0027-dinotxt.md).
+The weights are mapped from their file. ONNX Runtime does not repack them for faster matrix products, because the
+repacked copy would take 2 GB for the published text encoder (measurements: docs/decisions/0027-dinotxt.md).
 
-Legend: B images, T tokens of an image, P prompts, D width, O width of the text encoder's output.
+Legend: B images, T tokens per image, P prompts, D width, O width of the text encoder's output.
 """
 
 from collections.abc import Sequence
@@ -36,9 +36,9 @@ class VisionHead:
         self._session = _session(vision_head_graph(path, self.shape), path.parent, threads)
 
     def refine(self, tokens: Floats) -> Floats:
-        """Return the refined tokens of some images [B, T, D].
+        """Return the refined tokens [B, T, D] of a batch of images.
 
-        `tokens` [B, T, D] are the backbone's tokens after its last norm: class, registers, patches.
+        `tokens` [B, T, D] are the backbone's tokens after its final norm, in the order class, registers, patches.
         """
         refined: Floats = self._session.run(["refined"], {"tokens": tokens.astype(np.float32, copy=False)})[0]
         return refined
@@ -57,7 +57,7 @@ class TextEncoder:
         self._session = _session(text_encoder_graph(path, self.shape), path.parent, threads)
 
     def encode(self, prompts: Sequence[Prompt]) -> Floats:
-        """Return the vectors of prompts [P, O], not normalised. A prompt is a list of token ids."""
+        """Return one vector per prompt, [P, O], not normalised. A prompt is a list of token ids."""
         features = np.empty((len(prompts), self.shape.out_dim), np.float32)
         for part in in_parts(prompts):
             tree = prompt_tree([prompts[index] for index in part])

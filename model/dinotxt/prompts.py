@@ -1,9 +1,9 @@
-"""The tree of prompts that the text encoder computes.
+"""The prefix tree of the prompts that the text encoder computes.
 
 The encoder's attention is causal, so the features of a token depend only on the tokens before it. Therefore, tokens
-after the end token have no effect, and prompts are not padded to the full context. Prompts with the same beginning
-share the features of this beginning: "a photo of a cat." and "a photo of a dog." have six of nine tokens in common. The
-tree has one node per distinct beginning, and each node is computed once.
+after the end token have no effect, and prompts are not padded to the full context. Prompts with a common prefix share
+its features: "a photo of a cat." and "a photo of a dog." have six of nine tokens in common. The tree has one node for
+each distinct prefix, and each node is computed once.
 
 Legend: P prompts, n nodes, L length of the longest prompt.
 """
@@ -23,16 +23,17 @@ keys on all paths take 42 MB, and so do the values."""
 
 
 class PromptTree(NamedTuple):
-    """The distinct beginnings of some prompts. A node is the last token of one such beginning."""
+    """The distinct prefixes of several prompts, as a tree. Each node stands for one prefix and contains its last
+    token."""
 
     tokens: Indices  # [n], token ids
     depths: Indices  # [n], the position of each token in its prompt, from 0
-    paths: Indices  # [n, L], the nodes from the first token to the node; the node is repeated to fill the row
+    paths: Indices  # [n, L], the nodes from the first token to this node, which is repeated to fill the row
     ends: Indices  # [P], the node of each prompt's last token
 
 
 def prompt_tree(prompts: Sequence[Prompt]) -> PromptTree:
-    """Return the tree of some prompts. A prompt is a list of token ids and must not be empty."""
+    """Return the prefix tree of several prompts. A prompt is a list of token ids and must not be empty."""
     nodes: dict[tuple[int, int], int] = {}  # (parent, token) -> node
     tokens: list[int] = []
     paths: list[list[int]] = []
@@ -54,15 +55,16 @@ def prompt_tree(prompts: Sequence[Prompt]) -> PromptTree:
 
 
 def count_nodes(prompts: Sequence[Prompt]) -> int:
-    """Return the number of distinct beginnings of some prompts, which determines the time to encode them."""
+    """Return the number of distinct prefixes of several prompts. It determines the time to encode the prompts."""
     return len({tuple(prompt[:end]) for prompt in prompts for end in range(1, len(prompt) + 1)})
 
 
 def in_parts(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
-    """Divide prompts into parts for one forward pass each, and yield the indices of each part's prompts.
+    """Divide prompts into parts, one for each forward pass, and yield the indices of the prompts in each part.
 
-    Prompts with the same beginning are neighbours in the sorted order, so they are usually in the same part. The number
-    of tokens times the length of the longest prompt is at most MAX_PLACES in each part that has several prompts.
+    The prompts are sorted, so prompts with a common prefix are usually in the same part. In a part with several
+    prompts, the number of tokens, with shared ones counted once, times the length of the longest prompt is at most
+    `MAX_PLACES`.
     """
     part: list[int] = []
     tokens = longest = 0
@@ -79,7 +81,7 @@ def in_parts(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
 
 
 def _shared(first: Prompt, second: Prompt) -> int:
-    """Return the length of the common beginning of two prompts."""
+    """Return the length of the longest common prefix of two prompts."""
     for index, (a, b) in enumerate(zip(first, second, strict=False)):
         if a != b:
             return index

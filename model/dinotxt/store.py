@@ -6,15 +6,14 @@
       text_encoder.safetensors      Meta's tensors, float32; 2.15 GB for the published encoder
       bpe_simple_vocab_16e6.txt.gz  CLIP's vocabulary
 
-The folder of the bundled artifact, and one that cannot be written, are not changed. Their dino.txt is stored in
-`artifact.derived`. A folder appears complete or not at all, so a running service uses it without a restart. The tensors
-are stored as safetensors, because ONNX Runtime maps them from this format.
+If the artifact is the bundled one, or its folder is not writable, dino.txt is stored in `artifact.derived` instead. A
+folder appears complete or not at all, so a running service uses it without a restart. The tensors are stored as
+safetensors, because ONNX Runtime can map this format into memory.
 """
 
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -30,23 +29,22 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from model.artifact import BUNDLED_DIR, Artifact, FileRecord, describe_file
+from model.artifact import Artifact, FileRecord, describe_file
 from model.convert import CheckpointError
 from model.dinotxt.bpe import KNOWN_VOCABULARY_SHA256, Tokenizer, VocabularyError
 from model.dinotxt.networks import TextEncoder, VisionHead
 from model.dinotxt.towers import check_match, text_encoder_shape, vision_head_shape
 from model.files import publish
+from model.head_folders import NAME_PATTERN, folder_for_new_heads, head_folders
 from model.messages import in_words
 from model.weights import read_tensors
 
 log = logging.getLogger(__name__)
 
-FOLDER: Final = "heads"
 RECORD: Final = "dinotxt.json"
 VISION_HEAD: Final = "vision_head.safetensors"
 TEXT_ENCODER: Final = "text_encoder.safetensors"
 VOCABULARY: Final = "bpe_simple_vocab_16e6.txt.gz"
-NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 DEFAULT_NAME: Final = "dinotxt"
 MAX_RECORD_BYTES: Final = 1 << 20
 HOW_TO_ADD: Final = (
@@ -81,7 +79,7 @@ class Record(BaseModel):
 
 
 class Sources(NamedTuple):
-    """The files from which dino.txt is added: Meta's two files, as .pth or .safetensors, and CLIP's vocabulary."""
+    """The files that make up dino.txt: Meta's two files, as .pth or .safetensors, and CLIP's vocabulary."""
 
     vision_head: Path
     text_encoder: Path
@@ -109,11 +107,11 @@ def add_dinotxt(artifact: Artifact, sources: Sources, name: str = DEFAULT_NAME, 
 
     Raises:
         DinoTxtError: a file is not the expected one, the files do not belong to this model, the name is not allowed or
-            used already, or a file cannot be read or written.
+            already used, or a file cannot be read or written.
     """
     if not re.fullmatch(NAME_PATTERN, name):
         raise DinoTxtError(f"name {name!r}: use up to 64 letters, digits, dots, dashes and underscores")
-    target = _parent(artifact) / name
+    target = folder_for_new_heads(artifact) / name
     if target.exists() and not replace:
         raise DinoTxtError(f"{target}: exists already: choose another name, or replace it")
     try:
@@ -145,7 +143,7 @@ def add_dinotxt(artifact: Artifact, sources: Sources, name: str = DEFAULT_NAME, 
 def write_safetensors(path: Path, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
     """Write tensors to a safetensors file as float32.
 
-    One tensor at a time is read and converted. The safetensors library would need memory for all of them.
+    Only one tensor at a time is read and converted, whereas the safetensors library needs memory for all of them.
 
     Raises:
         CheckpointError: a value is not finite.
@@ -170,10 +168,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, npt.NDArray[Any]]) -> No
 def list_dinotxt(artifact: Artifact) -> list[Record]:
     """Return the records of all dino.txt folders of an artifact, sorted by name.
 
-    A folder with an unreadable record, or one that belongs to another model, is left out and logged.
+    A folder that belongs to another model or has an unreadable record is left out, and a warning is logged.
     """
     records = []
-    for folder in _folders(artifact).values():
+    for folder in head_folders(artifact, RECORD).values():
         try:
             records.append(_read_record(folder, artifact))
         except DinoTxtError as error:
@@ -182,13 +180,13 @@ def list_dinotxt(artifact: Artifact) -> list[Record]:
 
 
 def remove_dinotxt(artifact: Artifact, name: str) -> None:
-    """Delete dino.txt with this name.
+    """Delete the dino.txt with this name.
 
     Raises:
         DinoTxtNotFound: the artifact has no dino.txt of this name.
-        DinoTxtError: it cannot be deleted.
+        DinoTxtError: the folder cannot be deleted.
     """
-    folders = _folders(artifact)
+    folders = head_folders(artifact, RECORD)
     if name not in folders:
         raise DinoTxtNotFound(f"{artifact.name} has no dino.txt named {name!r}")
     try:
@@ -198,13 +196,14 @@ def remove_dinotxt(artifact: Artifact, name: str) -> None:
 
 
 def open_dinotxt(artifact: Artifact, name: str | None = None) -> DinoTxt:
-    """Open dino.txt with this name, or the only one if `name` is None. The one that was used last stays open.
+    """Open the dino.txt with this name, or the artifact's only one if `name` is None. The most recently used one stays
+    open.
 
     Raises:
         DinoTxtNotFound: the artifact has no dino.txt of this name, or `name` is None and there are several.
         DinoTxtError: a file is damaged or was changed, or belongs to another model.
     """
-    folders = _folders(artifact)
+    folders = head_folders(artifact, RECORD)
     if name is None and len(folders) == 1:
         [name] = folders
     if name is None or name not in folders:
@@ -216,7 +215,7 @@ def open_dinotxt(artifact: Artifact, name: str | None = None) -> DinoTxt:
         return _opened(folders[name], record.model_dump_json())
 
 
-_lock: Final = Lock()  # so that two requests do not open the same files
+_lock: Final = Lock()  # keeps two requests from opening the same files at once
 
 
 @lru_cache(maxsize=1)
@@ -261,19 +260,3 @@ def _read_record(folder: Path, artifact: Artifact) -> Record:
             f"{path}: it belongs to the model with fingerprint {record.model[:8]}, not to {artifact.fingerprint[:8]}"
         )
     return record
-
-
-def _folders(artifact: Artifact) -> dict[str, Path]:
-    """Return the folders of dino.txt by name. If a name occurs twice, the one in the artifact's folder is used."""
-    folders: dict[str, Path] = {}
-    for parent in (artifact.path / FOLDER, artifact.derived / FOLDER):
-        for path in sorted(parent.glob(f"*/{RECORD}")):
-            if not path.parent.name.startswith("."):
-                folders.setdefault(path.parent.name, path.parent)
-    return folders
-
-
-def _parent(artifact: Artifact) -> Path:
-    """Return the folder in which new folders of dino.txt are stored."""
-    bundled = BUNDLED_DIR.resolve() in artifact.path.resolve().parents
-    return (artifact.derived if bundled or not os.access(artifact.path, os.W_OK) else artifact.path) / FOLDER

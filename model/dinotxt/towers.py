@@ -1,4 +1,4 @@
-"""The tensors of dino.txt's two networks, and the check that a file contains exactly these.
+"""The tensors of dino.txt's two networks, and the check that a file contains exactly these tensors.
 
 The widths are read from the file. The published files belong to ViT-L/14 with 4 registers: the vision head has 2
 blocks of width 1024, and the text encoder has 24 blocks of width 1280 and a projection to 2 * 1024.
@@ -24,7 +24,7 @@ NUM_REGISTERS: Final = 4
 
 @dataclass(frozen=True)
 class VisionHeadShape:
-    """The shape of a vision head: width and hidden width of the feed-forward layers, and the number of blocks."""
+    """The shape of a vision head: the width, the hidden width of the feed-forward layers, and the number of blocks."""
 
     width: int
     hidden: int
@@ -35,8 +35,8 @@ class VisionHeadShape:
 class TextEncoderShape:
     """The shape of a text encoder.
 
-    `context_length` is the largest number of tokens of a prompt, including the start and the end token. `out_dim` is
-    the width of the vectors.
+    `context_length` is the largest number of tokens in a prompt, including the start and the end token. `out_dim` is
+    the width of the vectors that the encoder returns.
     """
 
     width: int
@@ -166,7 +166,7 @@ def _dimensions(shapes: Shapes, key: str, count: int, what: str) -> tuple[int, .
 
 
 def _hint(shapes: Shapes) -> str:
-    """Return a guess of what a wrong file is, as the end of an error message."""
+    """Guess what a wrong file contains. Return the guess as the end of an error message."""
     if any(name.startswith("visual_model.") for name in shapes):
         return "this is DINOv3's file with both networks, which belongs to another backbone"
     if "backbone.token_embedding.weight" in shapes:

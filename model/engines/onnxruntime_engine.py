@@ -14,7 +14,8 @@ been run.
 
 Attention maps and heads need the results of inner layers (*inner outputs*, see `model/engines/protocol.py`). These
 tensors exist in every graph, and the engine marks them as outputs in memory. A pass returns only the outputs that the
-caller names, so the other passes take no longer. An image's features do not depend on which outputs a pass returns.
+caller names, so passes without inner outputs are not slower. An image's features do not depend on which outputs a pass
+returns.
 
 ONNX Runtime's official builds since 1.29 send telemetry to Microsoft (sessions, model hashes, a device id stored in
 ~/.cache) unless an environment variable disables it before the module loads. The API call that disables telemetry is

@@ -5,11 +5,11 @@ a time. Each runtime is implemented in a file `*_engine.py` in this folder with 
 `EngineFile`), and has a row in `runtimes.py`. These files import their runtime only when they open an engine, so a
 server that does not use torch never imports torch.
 
-An engine may also return *inner outputs*, from which attention maps and the results of heads are computed. Each is
-float32 [B, T, D], with the T tokens in the order class, registers, patches:
+An engine may also return *inner outputs*, from which attention maps and the results of heads are computed. Each inner
+output is float32 [B, T, D], with the T tokens in the order class, registers, patches:
 
     queries.<i>, keys.<i>   the queries and keys of block i, the A heads side by side
-    tokens.<i>              the tokens after block i, without the last norm
+    tokens.<i>              the tokens after block i, before the final norm
 
 Legend: B batch, H x W pixels, N patches (row-major grid), R registers, T = 1 + R + N tokens, D width, A heads.
 """

@@ -124,8 +124,9 @@ class TorchEngine:
         """Run a batch of normalised pixels [B, 3, H, W], and return the outputs in `names` as float32, keyed by name.
 
         The names are the fields of `Features`, inner outputs (see `model/engines/protocol.py`), and the other outputs
-        of exported graphs: `attention` [B, A, T] and `layer.<i>` [B, T, D], for A heads, T tokens and width D. With
-        inner outputs, the pass is not compiled. `attention` and every layer each require a separate, slower pass.
+        of exported graphs: `attention` [B, A, T] and `layer.<i>` [B, T, D], for A heads, T tokens and width D. If an
+        inner output is requested, the pass is not compiled. `attention` and every layer each require a separate, slower
+        pass.
 
         Raises:
             ValueError: the model has no output of this name.
@@ -163,7 +164,8 @@ class TorchEngine:
         return kind in INNER_TENSORS and block.isdecimal() and int(block) < len(self._model.blocks)
 
     def _run_hooked(self, x: "Tensor", inner: Sequence[str]) -> dict[str, FloatArray]:
-        """Run the pixels [B, 3, H, W] once. Return the features and the inner outputs with these names."""
+        """Run one forward pass over the pixels [B, 3, H, W]. Return the features and the inner outputs with these
+        names, keyed by name."""
         taken: dict[str, Tensor] = {}
 
         def keep(name: str, part: int | None) -> Callable[..., None]:

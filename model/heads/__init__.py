@@ -7,5 +7,5 @@ published    reads and checks Meta's published heads
 store        stores heads in an artifact, lists them, and opens them
 class_names  names of the classes of ADE20K and Pascal VOC
 
-No module imports torch. `training/heads.py` fits new heads.
+No module in this package imports torch. `training/heads.py` fits new heads.
 """

@@ -6,8 +6,8 @@ the patch tokens, and the result becomes a map at 4, 2, 1 or 1/2 times the patch
 four fusion blocks add the next larger map and double the size. Two more steps double the size once more and reduce the
 channels to one. The depth is relu(output) + the smallest depth.
 
-One step is done in another order than in Meta's code: the 1x1 convolution at the end of a fusion block comes before the
-enlargement, which takes a quarter of the multiplications. The result is the same, because bilinear weights sum to 1.
+One step differs from Meta's code: the 1x1 convolution at the end of a fusion block comes before the enlargement, not
+after it. It then takes a quarter of the multiplications, and the result is the same, because bilinear weights sum to 1.
 
 Legend: B batch, D width, h x w patches, H x W = 32 ceil(h/2) x 32 ceil(w/2) size of the result.
 """
@@ -26,7 +26,8 @@ from model.onnx_graph.build import IR_VERSION, OPSET
 from model.onnx_graph.nodes import GraphBuilder
 
 MAX_PATCHES: Final = 2500
-"""The largest number of patches. The largest map of the graph then has 640,000 positions and 256 channels, 0.7 GB."""
+"""The largest number of patches. The graph's largest map then has 640,000 positions and 256 channels, and takes 0.7
+GB."""
 
 
 def output_size(grid: tuple[int, int]) -> tuple[int, int]:
@@ -37,11 +38,11 @@ def output_size(grid: tuple[int, int]) -> tuple[int, int]:
 def build_dpt(tensors: Mapping[str, Floats], embed_dim: int) -> onnx.ModelProto:
     """Build the graph of a DPT head.
 
-    The inputs are `patches.<k>` [B, h, w, D] and `cls.<k>` [B, 1, 1, D] for k = 0..3, for any grid. The output `depth`
-    [B, H, W] is in metres above the smallest depth.
+    The inputs are `patches.<k>` [B, h, w, D] and `cls.<k>` [B, 1, 1, D] for k = 0..3. The grid may have any size. The
+    output `depth` [B, H, W] is the depth minus the smallest depth, in metres.
 
     Args:
-        tensors: the head's tensors, with the names and shapes of `model.heads.record.dpt_shapes`.
+        tensors: the head's tensors, with the names and shapes that `model.heads.record.dpt_shapes` returns.
         embed_dim: D.
     """
     graph = GraphBuilder(tensors)
@@ -66,7 +67,7 @@ def build_dpt(tensors: Mapping[str, Floats], embed_dim: int) -> onnx.ModelProto:
 
 
 class DptSession:
-    """A DPT head that is loaded in ONNX Runtime, on the CPU. It may be called from several threads."""
+    """A DPT head that is loaded in ONNX Runtime, on the CPU. Several threads may call it."""
 
     most_patches: Final = MAX_PATCHES
 
@@ -81,7 +82,8 @@ class DptSession:
         self._session: Any = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
     def run(self, layers: Sequence[tuple[Floats, Floats]], grid: tuple[int, int], min_depth: float) -> Floats:
-        """Compute depths in metres, [H, W], from the class token [D] and the patch tokens [h * w, D] of four blocks.
+        """Compute depths in metres, [H, W]. `layers` contains the class token [D] and the patch tokens [h * w, D] of
+        four blocks.
 
         Raises:
             HeadError: there are more than `MAX_PATCHES` patches.
@@ -101,7 +103,7 @@ class DptSession:
 def _reassemble(graph: GraphBuilder, k: int, dim: int) -> str:
     """Add the nodes that turn the tokens of the head's block k into a map of 256 channels, and return its name."""
     key = f"reassemble_blocks.readout_projects.{k}.0"
-    weight = graph.weight(f"{key}.weight")  # [D, 2D]: first for the patches, then for the class token
+    weight = graph.weight(f"{key}.weight")  # [D, 2D]: the columns for the patches, then those for the class token
     patch_part = graph.constant(f"{key}.patches", weight[:, :dim].T)
     cls_part = graph.constant(f"{key}.cls", weight[:, dim:].T)
     constant = graph.node("MatMul", [f"cls.{k}", cls_part], f"{key}.of_cls")  # [B, 1, 1, D]

@@ -3,10 +3,10 @@
 The depth rule is that of facebookresearch/dinov2 (`dinov2/hub/depth/decode_heads.py`): the logits of K bins are
 enlarged by a factor of 4, the weight of a bin is relu(logit) + 0.1 divided by the sum of these values over all bins,
 and the depth is the weighted mean of K evenly spaced depths. Meta's code enlarges the tokens and then computes the
-logits. This module computes the logits first. The result is the same, because bilinear weights sum to 1, and it takes a
-sixteenth of the multiplications.
+logits. This module computes the logits first. This takes a sixteenth of the multiplications, and the result is the
+same, because bilinear weights sum to 1.
 
-Legend: C classes, D width, F inputs of a head, h x w = N patches, K bins, H x W size of a result, n blocks.
+Legend: C classes, D width, F inputs of a head, h x w = N patches, K bins, n blocks.
 """
 
 from collections.abc import Sequence
@@ -18,18 +18,18 @@ from model.heads.record import Floats
 
 UPSAMPLE: Final = 4
 BIN_FLOOR: Final = 0.1
-_BLOCK_FLOATS: Final = 1 << 16  # logits that are enlarged at a time; they fit into the cache of a core
+_BLOCK_FLOATS: Final = 1 << 16  # number of logits that are enlarged at a time; they fit into the cache of a core
 
 
 def fold_batch_norm(weight: Floats, bias: Floats, norm: Sequence[Floats], eps: float) -> tuple[Floats, Floats]:
-    """Return the weight [C, F] and the bias [C] of a linear layer that equals batch normalisation followed by a linear
-    layer.
+    """Fold batch normalisation into the linear layer that follows it. Return the weight [C, F] and the bias [C] of the
+    combined layer.
 
     Args:
-        weight: [C, F], of the given linear layer.
-        bias: [C], of the given linear layer.
-        norm: scale, shift, running mean and running variance of the normalisation, each [F].
-        eps: the number that is added to the variance.
+        weight: the weight of the given linear layer, [C, F].
+        bias: the bias of the given linear layer, [C].
+        norm: the scale, shift, running mean and running variance of the normalisation, each [F].
+        eps: the number that the normalisation adds to the variance.
     """
     scale, shift, mean, variance = (part.astype(np.float64) for part in norm)
     gain = scale / np.sqrt(variance + eps)
@@ -69,7 +69,7 @@ def depth_map(
         bias: [K].
         layers: the class token [D] and the patch tokens [N, D] of each of n blocks.
         grid: (h, w).
-        depth_range: the depths of the first and the last bin, metres.
+        depth_range: the depths of the first and the last bin, in metres.
     """
     parts = [part for cls, patches in layers for part in (patches, cls)]
     columns = _split(weight, parts)

@@ -6,9 +6,9 @@
     dinov2_<arch>_{nyu,kitti}_linear[4]_head.pth      depth, 1 or 4 blocks
     dinov2_<arch>_{nyu,kitti}_dpt_head.pth            depth, DPT
 
-The kind is recognised by the names of the tensors. Shapes alone do not determine the backbone: the segmentation head of
-ViT-S for four blocks has the same shapes as that of ViT-g for one block. The file name is therefore checked as well, if
-it has Meta's form. Files may also be safetensors files with the same tensor names.
+The names of the tensors determine the kind of a head. Their shapes do not always determine the backbone: ViT-S's
+segmentation head for four blocks has the same shapes as ViT-g's for one block. A file name in Meta's form is therefore
+checked as well. Safetensors files with the same tensor names are also accepted.
 
 Legend: C classes or bins, D width of the backbone.
 """
@@ -36,7 +36,7 @@ BATCH_NORM_EPS: Final = 1e-5
 MAX_TENSORS: Final = 1000
 
 DEPTH_BLOCKS: Final[Mapping[int, tuple[int, ...]]] = {12: (2, 5, 8, 11), 24: (4, 11, 17, 23), 40: (9, 19, 29, 39)}
-"""The four blocks that Meta's depth heads read, by the number of blocks of the backbone."""
+"""The four blocks that Meta's depth heads read, keyed by the backbone's number of blocks."""
 
 _FILE_NAME: Final = re.compile(
     r"dinov2_vit(?P<size>[sblg])14(?P<reg>_reg4?)?_((?P<data>ade20k|voc2012|nyu|kitti)_)?"
@@ -58,13 +58,13 @@ def read_published(
 
     Args:
         path: a PyTorch or safetensors file with Meta's tensor names.
-        name: the name that the head gets.
+        name: the name to give the head.
         config: the shape of the backbone.
-        kind: the expected kind; None accepts every kind.
-        depth_range: smallest and largest depth in metres, for a depth head. If None, the range follows from the data
-            set in the file name.
-        classes: names of the classes. If None, those of ADE20K or Pascal VOC are used if the file name contains this
-            data set and the number of classes is right. Otherwise, a class is named by its number.
+        kind: the expected kind. If None, every kind is accepted.
+        depth_range: smallest and largest depth in metres, for a depth head. If None, the range is that of the data set
+            in the file name.
+        classes: names of the classes. If None, and the file name contains ade20k or voc2012, the classes of this
+            data set are used, provided that their number is right. Otherwise, each class is named by its number.
 
     Returns:
         The description of the head, and its tensors in float32: `weight` [C, F] and `bias` [C] of a linear head with F
@@ -138,10 +138,10 @@ def _kind(tensors: Mapping[str, Array]) -> tuple[Kind, Architecture]:
 
 
 def _check_name(name: "re.Match[str]", config: ViTConfig) -> None:
-    """Check that the backbone in a file name is the given one.
+    """Check that a file name in Meta's form names a backbone of this shape.
 
     Raises:
-        HeadError: it is another one.
+        HeadError: the file name names another backbone.
     """
     size, registers = f"dinov2_vit{name['size']}14", 4 if name["reg"] else 0
     named = CONFIGS[size]
@@ -181,7 +181,7 @@ def _matrix(tensors: Mapping[str, Array], kind: Kind) -> tuple[Floats, Floats]:
 
 
 def _segmentation(tensors: Mapping[str, Array]) -> tuple[Floats, Floats]:
-    """Return the weight [C, F] and the bias [C] of a segmentation head, with its batch normalisation included."""
+    """Return the weight [C, F] and the bias [C] of a segmentation head, with its batch normalisation folded in."""
     allowed = {"conv_seg.weight", "conv_seg.bias", "bn.num_batches_tracked", *(f"bn.{part}" for part in _BN)}
     if extra := set(tensors) - allowed:
         raise HeadError(f"not Meta's linear segmentation head: it also has {_few(extra)}")

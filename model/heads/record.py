@@ -8,8 +8,8 @@ There are three kinds of linear head, which differ in their input. D is the widt
 
 A DPT head predicts depth and reads the patch tokens and class tokens of four blocks.
 
-`normed` says whether the tokens pass through the backbone's final norm before the head reads them. Meta's depth heads
-read them without this norm, and all other heads with it.
+`normed` says whether the tokens pass through the backbone's final norm before the head reads them. They do so for all
+heads except Meta's depth heads.
 
 Legend: C classes or bins, D width of the backbone, F inputs of a linear head, N patches, R registers.
 """
@@ -23,16 +23,16 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.config import ViTConfig
+from model.head_folders import NAME_PATTERN
 
 Floats = npt.NDArray[np.float32]
 Kind = Literal["classification", "segmentation", "depth"]
 Architecture = Literal["linear", "dpt"]
 
-NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 NORM_EPS: Final = 1e-6  # of the backbone's final norm
 LARGEST_DEPTH_M: Final = 1e6
 DPT_CHANNELS: Final = 256
-MAX_PIXEL_CLASSES: Final = 255  # a label of 8 bits that is not 0 for each
+MAX_PIXEL_CLASSES: Final = 255  # each class needs an 8-bit label other than 0
 
 
 class HeadError(ValueError):
@@ -68,8 +68,8 @@ class HeadDescription(BaseModel):
     def outputs(self, config: ViTConfig) -> tuple[str, ...]:
         """Return the names of the backbone's inner outputs that the head needs.
 
-        The output `tokens.<i>` contains the tokens after block i, without the final norm. It is not needed for the last
-        block if the head reads normed tokens, because every forward pass returns these.
+        The output `tokens.<i>` contains the tokens after block i, before the final norm. A head that reads normed
+        tokens does not need it for the last block, because every forward pass returns the normed tokens of that block.
         """
         last = config.depth - 1
         return tuple(f"tokens.{i}" for i in self.layers if not (self.normed and i == last))
@@ -94,9 +94,9 @@ class ImageTokens:
     Args:
         cls: the class token [D], after the final norm.
         patches: the patch tokens [N, D] after the final norm, row by row.
-        grid: number of patches down and across.
-        inner: inner outputs of the backbone by name. `tokens.<i>` is [1 + R + N, D]: the tokens after block i (class
-            token, registers, patches) without the final norm.
+        grid: the number of rows and of columns of patches.
+        inner: the backbone's inner outputs, keyed by name. `tokens.<i>` is [1 + R + N, D]: the tokens after block i
+            (class token, registers, patches), before the final norm.
     """
 
     cls: Floats
@@ -150,7 +150,8 @@ def check_tensors(tensors: Mapping[str, npt.NDArray[Any]], record: HeadDescripti
     """Check the names, shapes and values of a head's tensors, and that the backbone has the head's blocks.
 
     Raises:
-        HeadError: a tensor is missing, extra, of another shape, or not finite, or a block does not exist.
+        HeadError: a tensor is missing or unexpected, has the wrong shape or a value that is not finite, or a block does
+            not exist.
     """
     outside = [i for i in record.layers if not 0 <= i < config.depth]
     if outside or list(record.layers) != sorted(set(record.layers)):

@@ -4,21 +4,19 @@
       head.json           describes the head (`model.heads.record.HeadRecord`)
       head.safetensors    the head's tensors, float32
 
-The folder of the bundled artifact, and one that cannot be written, do not receive heads. Their heads are stored in the
-same way in `artifact.derived`. Heads are not part of an artifact's manifest or fingerprint, because they do not change
-its features. They are found by listing the folders, so a running service uses a new head without a restart.
+If the artifact is the bundled one, or its folder is not writable, its heads are stored in the same way in
+`artifact.derived` instead. Heads are not part of an artifact's manifest or fingerprint, because they do not change the
+artifact's features. Heads are found by listing the folders, so a running service uses a new head without a restart.
 
-A head's folder appears complete or not at all. A head is checked when it is opened: the hash of its tensors, their
-names, shapes and values, and the fingerprint of the model that it belongs to.
+A head's folder appears complete or not at all. When a head is opened, the hash, names, shapes and values of its tensors
+are checked, and the fingerprint of the model that it belongs to.
 """
 
 import hashlib
 import logging
-import os
 import re
-import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -31,12 +29,12 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save_file
 
-from model.artifact import BUNDLED_DIR, WEIGHTS, Artifact, StoredWeights
+from model.artifact import WEIGHTS, Artifact, StoredWeights
 from model.config import ViTConfig
 from model.files import publish
+from model.head_folders import NAME_PATTERN, folder_for_new_heads, head_folders
 from model.heads.linear import classification_logits, depth_map, layer_norm, segmentation_logits
 from model.heads.record import (
-    NAME_PATTERN,
     NORM_EPS,
     Floats,
     HeadDescription,
@@ -54,7 +52,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FOLDER: Final = "heads"
 RECORD: Final = "head.json"
 TENSORS: Final = "head.safetensors"
 MAX_RECORD_BYTES: Final = 4 << 20
@@ -87,28 +84,28 @@ class Head:
         return None if self.dpt is None else self.dpt.most_patches
 
     def classify(self, tokens: ImageTokens) -> Floats:
-        """Return the logits [C] of one image."""
+        """Return the logits of one image, [C]."""
         assert self.record.kind == "classification"
         cls = [cls for cls, _ in self._layers(tokens)]
         return classification_logits(self.tensors["weight"], self.tensors["bias"], cls, tokens.patches.mean(axis=0))
 
     def segment(self, tokens: ImageTokens) -> Floats:
-        """Return the logits [C, h, w] of each patch of one image."""
+        """Return the logits of each patch of one image, [C, h, w]."""
         assert self.record.kind == "segmentation"
         patches = [patches for _, patches in self._layers(tokens)]
         return segmentation_logits(self.tensors["weight"], self.tensors["bias"], patches, tokens.grid)
 
     def depth(self, tokens: ImageTokens, depth_range: tuple[float, float] | None = None) -> Floats:
-        """Return depths in metres within a range.
+        """Return depths in metres, clipped to a range.
 
         The result is [4h, 4w] for a linear head, and [32 ceil(h/2), 32 ceil(w/2)] for a DPT head.
 
         Args:
             tokens: the tokens of the image.
-            depth_range: smallest and largest depth in metres; None: those in the head's record.
+            depth_range: smallest and largest depth in metres. If None, those in the head's record are used.
 
         Raises:
-            HeadError: the image has more patches than a DPT head accepts.
+            HeadError: the head is a DPT head, and the image has more patches than it accepts.
         """
         low, high = depth_range or self.record.depth_range or (0, 0)
         layers = self._layers(tokens)
@@ -136,7 +133,8 @@ class Head:
 def make_head(
     record: HeadRecord, tensors: Mapping[str, Floats], config: ViTConfig, norm: tuple[Floats, Floats]
 ) -> Head:
-    """Return a head that is ready for use. The arguments are the fields of `Head`; the tensors have been checked."""
+    """Return a head that is ready for use. The arguments are the fields of `Head`. The tensors must already have been
+    checked."""
     if record.architecture == "linear":
         return Head(record, config, tensors, norm)
     from model.heads.dpt import DptSession  # imports onnx
@@ -161,8 +159,8 @@ def add_head(
     """
     check_name(artifact, head.name, replace=replace)
     check_tensors(tensors, head, artifact.manifest.config)
-    existing = next((folder for folder in _folders(artifact) if folder.name == head.name), None)
-    target = existing or _parent(artifact) / head.name
+    existing = head_folders(artifact, RECORD).get(head.name)
+    target = existing or folder_for_new_heads(artifact) / head.name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".adding-") as temporary:
@@ -174,7 +172,13 @@ def add_head(
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             created = datetime.now(UTC).isoformat(timespec="seconds")
             record = HeadRecord(**head.model_dump(), sha256=digest, model=artifact.fingerprint, created=created)
-            (folder / RECORD).write_text(record.model_dump_json(indent=1) + "\n")
+            text = record.model_dump_json(indent=1) + "\n"
+            if len(text.encode()) > MAX_RECORD_BYTES:
+                raise HeadError(
+                    f"{head.name}: its description, with the names of {len(head.classes)} classes, has more than "
+                    f"{MAX_RECORD_BYTES} bytes"
+                )
+            (folder / RECORD).write_text(text)
             if existing is not None:
                 target.rename(Path(temporary) / "old")
             publish(folder, target)
@@ -191,7 +195,7 @@ def check_name(artifact: Artifact, name: str, *, replace: bool) -> None:
     """
     if not re.fullmatch(NAME_PATTERN, name):
         raise HeadError(f"name {name!r}: use up to 64 letters, digits, dots, dashes and underscores")
-    if not replace and any(folder.name == name for folder in _folders(artifact)):
+    if not replace and name in head_folders(artifact, RECORD):
         raise HeadError(f"{artifact.name} already has a head named {name}: choose another name, or replace it")
 
 
@@ -202,8 +206,10 @@ def remove_head(artifact: Artifact, name: str) -> None:
         HeadNotFound: the artifact has no head of this name.
         HeadError: the head cannot be deleted.
     """
+    folder = _folder(artifact, name)
     try:
-        shutil.rmtree(_folder(artifact, name))
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".deleting-") as temporary:
+            folder.rename(Path(temporary) / "old")  # first, so that no request finds half of the head
     except OSError as error:
         raise HeadError(f"the head {name} cannot be deleted: {error}") from error
 
@@ -211,10 +217,10 @@ def remove_head(artifact: Artifact, name: str) -> None:
 def list_heads(artifact: Artifact, kind: Kind | None = None) -> list[HeadRecord]:
     """Return the records of the artifact's heads, or of those of one kind, sorted by name.
 
-    A head whose record is unreadable, or that belongs to another model, is left out and logged.
+    A head that belongs to another model or has an unreadable record is left out, and a warning is logged.
     """
     records = []
-    for folder in _folders(artifact):
+    for folder in head_folders(artifact, RECORD).values():
         try:
             record = _record(folder, artifact)
         except HeadError as error:
@@ -229,8 +235,8 @@ def choose_head(artifact: Artifact, kind: Kind, name: str | None) -> HeadRecord:
     """Return the record of the head with this name and kind. If `name` is None, return the only head of this kind.
 
     Raises:
-        HeadNotFound: there is no such head, or `name` is None and there are several. The message lists the heads of
-            this kind, and says how to get one.
+        HeadNotFound: there is no such head, or `name` is None and there are several. The message lists the model's
+            heads of this kind, and says how to add or train one.
         HeadError: the head's record is unreadable, or it belongs to another model.
     """
     available = [record.name for record in list_heads(artifact, kind)]
@@ -243,7 +249,7 @@ def choose_head(artifact: Artifact, kind: Kind, name: str | None) -> HeadRecord:
             raise HeadNotFound(f"choose a head: {listed}")
         else:
             raise HeadNotFound(f"{listed}; {advice}")
-    if all(folder.name != name for folder in _folders(artifact)):
+    if name not in head_folders(artifact, RECORD):
         raise HeadNotFound(f"there is no head named {name!r}; {listed}; {advice}")
     record = _record(_folder(artifact, name), artifact)
     if record.kind != kind:
@@ -252,11 +258,11 @@ def choose_head(artifact: Artifact, kind: Kind, name: str | None) -> HeadRecord:
 
 
 def open_head(artifact: Artifact, record: HeadRecord) -> Head:
-    """Return a head that is ready for use. The most recently used heads stay in memory.
+    """Open a head and return it. The most recently used heads stay in memory.
 
     Raises:
         HeadNotFound: the head no longer exists.
-        HeadError: its file is damaged, or does not match the record.
+        HeadError: the head's file is damaged, or does not match the record.
     """
     config, weights = artifact.manifest.config, artifact.file(WEIGHTS)
     with _lock:
@@ -279,7 +285,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     return names
 
 
-_lock: Final = Lock()  # so that two requests do not open the same head
+_lock: Final = Lock()  # keeps two requests from opening the same head at once
 
 
 @lru_cache(maxsize=OPEN_HEADS)
@@ -317,7 +323,7 @@ def _record(folder: Path, artifact: Artifact) -> HeadRecord:
     except ValidationError as error:
         raise HeadError(f"{path}: not a head's record: {in_words(error)}") from error
     if record.name != folder.name:
-        raise HeadError(f"{path}: the head is named {record.name}, but its folder {folder.name}")
+        raise HeadError(f"{path}: the head is named {record.name}, but its folder is named {folder.name}")
     if record.model != artifact.fingerprint:
         raise HeadError(
             f"{path}: the head belongs to the model with fingerprint {record.model[:8]}, "
@@ -327,23 +333,7 @@ def _record(folder: Path, artifact: Artifact) -> HeadRecord:
 
 
 def _folder(artifact: Artifact, name: str) -> Path:
-    for folder in _folders(artifact):
-        if folder.name == name:
-            return folder
-    raise HeadNotFound(f"{artifact.name} has no head named {name!r}")
-
-
-def _folders(artifact: Artifact) -> Sequence[Path]:
-    """Return the folders of the artifact's heads. If a name occurs twice, the head in the artifact's folder is used."""
-    found: dict[str, Path] = {}
-    for parent in (artifact.path / FOLDER, artifact.derived / FOLDER):
-        for path in sorted(parent.glob(f"*/{RECORD}")):
-            if not path.parent.name.startswith("."):
-                found.setdefault(path.parent.name, path.parent)
-    return list(found.values())
-
-
-def _parent(artifact: Artifact) -> Path:
-    """Return the folder in which new heads of the artifact are stored."""
-    bundled = BUNDLED_DIR.resolve() in artifact.path.resolve().parents
-    return (artifact.derived if bundled or not os.access(artifact.path, os.W_OK) else artifact.path) / FOLDER
+    folder = head_folders(artifact, RECORD).get(name)
+    if folder is None:
+        raise HeadNotFound(f"{artifact.name} has no head named {name!r}")
+    return folder

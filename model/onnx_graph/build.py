@@ -37,8 +37,8 @@ OPSET = 23
 IR_VERSION = 11
 NORM_EPS = 1e-6
 INNER_TENSORS = {"queries": "blocks.{}.attn.q", "keys": "blocks.{}.attn.k", "tokens": "blocks.{}.mlp.residual"}
-"""The tensors of block {} that an engine can return in addition to the graph's outputs, by the first part of the
-output's name (see `model/engines/protocol.py`)."""
+"""The tensors of block {} that an engine can return as inner outputs (see `model/engines/protocol.py`), keyed by the
+first part of the output's name."""
 EXTERNAL_ABOVE_BYTES = 1 << 30  # a protobuf message is limited to 2 GiB
 END = np.iinfo(np.int64).max  # the end of a Slice that includes the last element
 

@@ -2,9 +2,9 @@
 
 One worker thread owns the engine. Whenever this thread is free, it takes the oldest waiting images as one batch. It
 never waits for a batch to fill, so an idle engine answers a single image at once. Under load, images arrive during a
-pass and form the next batch. A batch contains only images that have the same shape, and need the same inner outputs, as
-the oldest waiting image. To limit memory, it contains at most `batch_max_patches` patches, and an image with inner
-outputs counts several times. An image with more patches than this forms a batch on its own.
+pass and form the next batch. All images in a batch have the same shape and need the same inner outputs as the oldest
+waiting image. To limit memory, a batch contains at most `batch_max_patches` patches, and the patches of an image that
+needs inner outputs count several times. An image with more patches than this forms a batch on its own.
 
 The queue has two limits. `reserve` limits the number of accepted images that have no result yet. It is called before an
 image is decoded. `submit` limits the number of patches in the queue. Both methods raise `QueueFull`, with a Retry-After
@@ -40,8 +40,9 @@ log = logging.getLogger(__name__)
 
 MAX_RETRY_AFTER_S = 60
 OUTPUTS_PER_PATCH = 4
-"""With this many inner outputs, an image counts for twice its patches, with twice as many for three times, and so on.
-Each inner output is as large as the patch features, and a pass needs memory for a few arrays of this size anyway."""
+"""An image that needs this many inner outputs counts as twice its patches. One that needs twice as many counts as three
+times its patches, and so on. Each inner output is as large as the patch features, and a pass needs memory for a few
+arrays of this size anyway."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Done(Generic[Row]):
 @dataclass(eq=False)
 class Job(Generic[Row]):
     """One image in the queue. `pixels` is float32 [3, h, w]. `outputs` are the names of the inner outputs that it needs
-    (see `model/engines/protocol.py`). `patches` is the number of patches for which the image counts."""
+    (see `model/engines/protocol.py`). `patches` is the number of patches that the image counts as."""
 
     pixels: FloatArray
     outputs: tuple[str, ...]
@@ -243,7 +244,7 @@ class Batcher(Generic[Row]):
         """Remove the next batch from the queue and return it. The batch consists of the oldest image and later images
         with the same shape and outputs, up to the limit of patches. Images with a cancelled future are dropped."""
         batch: list[Job[Row]] = []
-        passed: list[Job[Row]] = []  # images of another kind; they return to the front of the queue
+        passed: list[Job[Row]] = []  # images with another shape or other outputs; they return to the front of the queue
         patches = 0
         while self._queue:
             job = self._queue[0]

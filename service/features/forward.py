@@ -1,8 +1,8 @@
-"""Run forward passes, and split their results into the features of each image.
+"""Runs forward passes, and splits their results into the features of each image.
 
-Most images are run by the serving engine. Some requests choose their own input size or need inner outputs (see
-`model/engines/protocol.py`), which this engine may not support. A second engine, which `model/engines/general.py`
-describes, runs these images. It is opened for the first of them.
+The serving engine runs most images. Some requests choose their own input size or need inner outputs (see
+`model/engines/protocol.py`), which the serving engine may not support. A second engine (see `model/engines/general.py`)
+runs the images of such requests. It is opened when the first of them arrives.
 
 Legend: B images in a batch, P parts (see model/pooling.py), D width of the model, N patches, R registers, T = 1 + R + N
 tokens, h x w size of the network's input.
@@ -37,9 +37,10 @@ class Row(NamedTuple):
 
 
 class Forward:
-    """The engines of a service, as one function from pixels to rows. Only one thread at a time may call it.
+    """The engines of a service, combined into one function from pixels to rows. Only one thread at a time may call it.
 
-    `open_general` opens the engine for images that `engine` cannot run. If it is None, these images fail.
+    `open_general` opens the engine for images that `engine` cannot run. If it is None, such images fail with
+    `EngineFailed`.
     """
 
     def __init__(self, engine: Engine, open_general: Callable[[], Engine] | None = None) -> None:
@@ -75,7 +76,7 @@ class Forward:
             self._general.close()
 
     def _engine_for(self, size: tuple[int, int], names: tuple[str, ...]) -> Engine:
-        """Return the engine that runs inputs of this size (h, w) and returns the inner outputs in `names`."""
+        """Return an engine that accepts inputs of this size (h, w) and can return the inner outputs in `names`."""
         if self._engine.can_run(size, names):
             return self._engine
         if self._general is None:

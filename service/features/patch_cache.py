@@ -1,4 +1,4 @@
-"""Cache the patch features of images by the sha256 of the image: the latest in memory, and more of them on disk."""
+"""Caches the patch features of images by the images' sha256: the most recent ones in memory, and more on disk."""
 
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol, TypeVar
@@ -20,10 +20,10 @@ class PatchCache:
     """The cached patch features of images.
 
     Args:
-        key: returns the cache key of an image, given the sha256 of its bytes in hex.
-        memory_bytes: the limit of the memory.
+        key: a function that returns the cache key of an image, given the sha256 of its bytes in hex.
+        memory_bytes: the most memory that the features may take.
         store: the store on disk, or None.
-        in_thread: runs the reads and writes of the store.
+        in_thread: a function that runs the store's reads and writes in a thread.
     """
 
     def __init__(
@@ -39,8 +39,8 @@ class PatchCache:
         return self._store is not None
 
     async def read(self, digests: Iterable[str], work: Callable[[dict[str, Patches]], T]) -> T:
-        """Call `work` in a thread with the cached patch features of these images, and return its result. The features
-        are in a dict by digest, which has no entry for an image without cached features."""
+        """Call `work` in a thread with the cached patch features of these images, and return its result. `work` gets
+        the features as a dict keyed by digest, without the images that have no cached features."""
         keys = {digest: self._key(digest) for digest in dict.fromkeys(digests)}
         entries: dict[str, bytes | None] = dict(
             zip(keys, await self._memory.get_many(list(keys.values())), strict=True)
@@ -56,7 +56,7 @@ class PatchCache:
         return await self._in_thread(find)
 
     async def add(self, digest: str, patches: Patches, *, recent: bool = True) -> None:
-        """Add the patch features of an image. If `recent` is false, they are only added to the disk, because they will
+        """Add the patch features of an image. If `recent` is false, they are written only to disk, because they will
         probably not be needed soon."""
         key, data = self._key(digest), patches.to_bytes()
         if recent:

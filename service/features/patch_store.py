@@ -1,13 +1,13 @@
-"""Keep patch features on disk, so that they are computed only once.
+"""Keeps patch features on disk, so they are computed only once.
 
 The store is one SQLite file with a row for each image. It is a cache: an entry that is missing, damaged or cannot be
 read is a miss, and a write that fails is skipped. In both cases a warning is logged, and no request fails. Several
 processes may use the same file. A commit is atomic, so a killed process leaves no partial entry, and each entry has a
 checksum. A file that is damaged or has another version is replaced with an empty one.
 
-If the budget is used up, each write deletes random entries first. The alternative would be to delete the oldest. Then
-a search that reads more entries than fit would always delete the ones that it needs next, and would never find any
-(docs/decisions/0029-patch-store.md).
+When the file has reached its size limit, each write first deletes random entries. To delete the oldest entries would be
+worse: a search that reads more entries than fit would always delete the ones that it needs next, and would never find
+any (docs/decisions/0029-patch-store.md).
 """
 
 import hashlib
@@ -69,7 +69,7 @@ class PatchStore:
         return [_unframed(row, found[row]) if row in found else None for row in rows]
 
     def set_many(self, items: Mapping[str, bytes]) -> None:
-        """Store each value under its key. A value that does not fit into the budget is not stored."""
+        """Store each value under its key. A value that takes more than half of `max_bytes` is not stored."""
         rows = [(_row_key(key), value) for key, value in items.items() if _file_bytes(value) <= self.max_bytes // 2]
         if not rows:
             return
@@ -88,7 +88,7 @@ class PatchStore:
             db.close()
 
     def _make_room(self, db: sqlite3.Connection, needed: int) -> None:
-        """Delete random entries until `needed` bytes fit into the budget."""
+        """Delete random entries until `needed` more bytes fit into `max_bytes`."""
         while _used_bytes(db) + needed > self.max_bytes:
             with _transaction(db):
                 start = os.urandom(hashlib.sha256().digest_size)
@@ -98,12 +98,13 @@ class PatchStore:
                     gone = db.execute(f"DELETE FROM entries WHERE id IN ({after})", (b"", _ENTRIES_PER_DELETE)).rowcount  # noqa: S608
             if not gone:
                 return
-        if _pragma(db, "page_count") * _PAGE_BYTES > self.max_bytes:  # the budget was higher before
+        if _pragma(db, "page_count") * _PAGE_BYTES > self.max_bytes:  # the limit was higher before
             db.executescript("PRAGMA incremental_vacuum")  # `execute` would free only one page
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
-        """Lend a connection to the calling thread. Raise sqlite3.Error if the file cannot be opened."""
+        """Lend a connection to the calling thread. Raise sqlite3.Error if the file cannot be opened or the store is
+        closed."""
         with self._lock:
             if self._closed or self._is_foreign:
                 raise sqlite3.OperationalError("the store is closed" if self._closed else f"{self.file} is not ours")
@@ -141,7 +142,7 @@ class PatchStore:
             db.execute("PRAGMA synchronous = NORMAL")
             db.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
             db.execute(f"PRAGMA journal_size_limit = {_WAL_PAGES * _PAGE_BYTES}")
-            db.execute(f"PRAGMA mmap_size = {2**40}")  # reads take 40 % less time
+            db.execute("PRAGMA mmap_size = 0")  # a read of a mapped file that was cut off would kill the process
         except BaseException:
             db.close()
             raise
@@ -151,14 +152,14 @@ class PatchStore:
     def _create(db: sqlite3.Connection) -> None:
         db.execute("PRAGMA journal_mode = WAL")
         with _transaction(db):
-            if _is_empty(db):  # no other process was faster
+            if _is_empty(db):  # unless another process was faster
                 db.execute(_SCHEMA)
                 db.execute(f"PRAGMA user_version = {_VERSION}")
                 db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
 
     @contextmanager
     def _guarded(self, what: str) -> Iterator[None]:
-        """Turn any error of SQLite or the file system within a `with` block into a warning. Replace a damaged file."""
+        """Turn any error of SQLite or the file system within a `with` block into a warning. Delete a damaged file."""
         try:
             yield
         except sqlite3.OperationalError as error:  # the disk is full, or the file is locked or cannot be opened
@@ -185,7 +186,8 @@ class PatchStore:
 
 
 def _row_key(key: str) -> bytes:
-    """Return the key of a row. Hashes are spread evenly, so the entries that follow a random value are random."""
+    """Return the hash of a key, which identifies its row. Hashes are evenly distributed, so the entries after a random
+    value are a random choice."""
     return hashlib.sha256(key.encode()).digest()
 
 
@@ -194,13 +196,13 @@ def _framed(row: bytes, value: bytes) -> bytes:
 
 
 def _unframed(row: bytes, framed: bytes) -> bytes | None:
-    """Return the value that `_framed` packed, or None if the bytes are not intact."""
+    """Return the value that `_framed` packed, or None if the bytes are damaged."""
     value = framed[_CHECKSUM_BYTES:]
     return value if xxhash.xxh3_64_digest(row + value) == framed[:_CHECKSUM_BYTES] else None
 
 
 def _file_bytes(value: bytes) -> int:
-    """Return an upper bound of the space that an entry takes in the file."""
+    """Return an upper bound on the bytes that an entry takes in the file."""
     return (len(value) // _PAGE_BYTES + 2) * _PAGE_BYTES
 
 

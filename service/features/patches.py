@@ -2,8 +2,8 @@
 
 Only the direction of a patch's vector matters, because patches are compared by their cosine. Each vector is therefore
 stored as whole numbers from -127 to 127, in proportion to its components. This takes half the memory of float16.
-docs/decisions/0029-patch-store.md has the error of a cosine. The sizes of the image and of the patch grid are stored
-with the vectors, because both are needed to compute the box that a patch covers, in pixels of the image.
+docs/decisions/0029-patch-store.md gives the resulting error of a cosine. The sizes of the image and of the patch grid
+are stored with the vectors, because both are needed to compute the box that a patch covers, in pixels of the image.
 
 Legend: N patches, D features; H, W size in pixels of the upright image (after EXIF rotation); h, w size of the patch
 grid; N = h * w. Patches are in row-major order.
@@ -25,7 +25,7 @@ _LARGEST: Final = 127
 @dataclass(frozen=True)
 class Patches:
     """The patch features of one image. `rows` is int8 [N, D], with one row per patch. A row has the direction of the
-    patch's vector, and the largest of its absolute values is 127. A zero row stays zero."""
+    patch's vector, scaled so that its largest absolute value is 127. A zero row stays zero."""
 
     rows: npt.NDArray[np.int8]
     grid: tuple[int, int]  # h, w
@@ -51,7 +51,7 @@ class Patches:
 
 
 def unit_rows(rows: npt.NDArray[Any]) -> Floats:
-    """Return the rows [N, D], which may be of any number type, as float32 and each scaled to length 1. A zero row stays
+    """Return the rows [N, D] as float32, each scaled to length 1. The rows may have any number type. A zero row stays
     zero."""
     values = rows.astype(np.float32)
     lengths = np.linalg.norm(values, axis=1, keepdims=True)  # [N, 1]

@@ -93,7 +93,8 @@ class Embedded:
 class Analysed:
     """One decoded image, and all the features that one forward pass computes from it.
 
-    `spec` is the preprocessing of the image. `outputs` contains the inner outputs that the caller asked for, by name.
+    `spec` is the preprocessing of the image. `outputs` contains the inner outputs that the caller asked for, keyed by
+    name.
     """
 
     embedded: Embedded
@@ -117,7 +118,7 @@ class Analysed:
 
 @dataclass(frozen=True)
 class View:
-    """What `Pipeline.analyse` computes from an image. `outputs` are the names of inner outputs (see
+    """Says what `Pipeline.analyse` computes from an image. `outputs` are the names of the inner outputs to compute (see
     `model/engines/protocol.py`). `spec` is the preprocessing. If it is None, the artifact's own is used, and the
     embedding is cached."""
 
@@ -221,8 +222,8 @@ class Pipeline:
 
     async def embed(self, images: Sequence[Outcome[bytes]], *, store_patches: bool = False) -> list[Outcome[Embedded]]:
         """Compute the features of one request's images, or take them from the cache. For each image, in order, return
-        its features or its error. If `store_patches` is true, the patch features of the images that are computed are
-        also written to the store on disk.
+        its features or its error. If `store_patches` is true, the patch features of the images that were not in the
+        cache are also written to the store on disk.
 
         An image that already has an error keeps this error. Each returned outcome has the same index as the outcome in
         `images`.
@@ -243,8 +244,8 @@ class Pipeline:
 
     async def analyse(self, image: bytes, answer: Callable[[Analysed], T], view: View = PLAIN) -> T:
         """Compute all features of one image. Then call `answer` in a thread, with the decoded image and its features,
-        and return its result. The class token and the mean of the patch tokens are also cached, unless `view` has its
-        own preprocessing.
+        and return its result. The class token and the mean of the patch tokens are also cached, unless `view` asks for
+        another preprocessing than the artifact's.
 
         The decoded image stays in memory until `answer` returns. To limit memory, the number of images that are
         analysed at the same time is at most the number of decoding threads. Further images wait and are decoded later.
@@ -260,7 +261,7 @@ class Pipeline:
         self, images: Sequence[Outcome[bytes]], answer: Callable[[Analysed], T], view: View = PLAIN
     ) -> list[Outcome[T]]:
         """Analyse several images, as `analyse` does. For each image, in order, return the result of `answer` or the
-        error. An image that already has an error keeps this error.
+        image's error. An image that already has an error keeps it.
 
         Raises:
             QueueFull, ShuttingDown, ModelUnavailable: the queue does not accept the images. No image was decoded.
@@ -289,7 +290,7 @@ class Pipeline:
         return await self._all(images, self._start_patches)
 
     async def _all(self, images: Sequence[Outcome[S]], start: "Callable[[S], asyncio.Task[T]]") -> "list[Outcome[T]]":
-        """Reserve a place in the queue for each image, start its task, and wait for all tasks."""
+        """Reserve a place in the queue for each image, start a task for each, and wait for all tasks."""
         self.batcher.reserve(sum(image.error is None for image in images))
         outcomes = [image.then(start) for image in images]
         tasks = successes(outcomes)

@@ -1,4 +1,4 @@
-"""The served artifact, with the data that vision tasks derive from it and keep."""
+"""The served artifact, and the data that vision tasks compute from it once and keep."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,10 +21,10 @@ FloatArray = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class ServedModel:
-    """An artifact and what is computed from it once. Any thread may use it, except where a method says otherwise.
+    """An artifact and the data computed from it once. Any thread may use it, unless a method says otherwise.
 
-    `forward_zeros` runs an input of zeros with a height and width in pixels, and returns its patch features [N, D].
-    `forward_pixels` runs an input [3, h, w] and returns its features.
+    `forward_zeros` runs a forward pass on zeros of the given height and width in pixels, and returns the patch features
+    [N, D]. `forward_pixels` runs a forward pass on an input [3, h, w] and returns its features.
     """
 
     artifact: Artifact
@@ -42,8 +42,8 @@ class ServedModel:
         return weights["norm.weight"].astype(np.float32), weights["norm.bias"].astype(np.float32)
 
     def patches_of_zeros(self, height: int, width: int) -> FloatArray:
-        """Return the patch features [N, D] of a network's input of zeros. In the service, this must be called in a
-        worker thread, because the event loop's thread starts the forward pass.
+        """Return the patch features [N, D] of an input of zeros with this height and width in pixels. In the service,
+        this must be called in a worker thread, because the event loop's thread starts the forward pass.
 
         Raises:
             EngineFailed: the forward pass failed, or this model has no engine.
@@ -53,8 +53,8 @@ class ServedModel:
         return self.forward_zeros(height, width)
 
     def features_of(self, pixels: FloatArray) -> Row:
-        """Return the features of a network's input [3, h, w]. In the service, this must be called in a worker thread,
-        because the event loop's thread starts the forward pass.
+        """Return the features of an input [3, h, w] of the network. In the service, this must be called in a worker
+        thread, because the event loop's thread starts the forward pass.
 
         Raises:
             EngineFailed: the forward pass failed, or this model has no engine.
@@ -64,20 +64,21 @@ class ServedModel:
         return self.forward_pixels(pixels)
 
     def keep(self, key: tuple[Any, ...], value: Any, *, most: int) -> None:
-        """Keep a value in `derived`. At most `most` values are kept whose keys have the same first part."""
+        """Keep a value in `derived`. Among the values whose keys begin with the same part, only the latest `most` are
+        kept."""
         self.derived[key] = value
         same_kind = [other for other in list(self.derived) if other[0] == key[0]]
         for old in same_kind[: max(0, len(same_kind) - most)]:
             self.derived.pop(old, None)
 
     def norm(self, tokens: FloatArray) -> FloatArray:
-        """Apply the last LayerNorm of the network to tokens [T, D], for instance to an inner output `tokens.<i>`."""
+        """Apply the network's final LayerNorm to tokens [T, D], for instance to an inner output `tokens.<i>`."""
         return layer_norm(tokens, *self._norm, NORM_EPS)
 
     def spec(self, size: int | None) -> PreprocessSpec | None:
-        """Return the preprocessing for a request with this `size`. It resizes the whole image so that its short side
-        has `size` pixels, rounded to a multiple of the patch size. If `size` is None, return None, which means the
-        preprocessing of the artifact."""
+        """Return the preprocessing for a request with this `size`. The preprocessing resizes the whole image so that
+        its short side has `size` pixels, rounded to a multiple of the patch size. If `size` is None, return None, which
+        stands for the artifact's own preprocessing."""
         if size is None:
             return None
         own = self.artifact.manifest.preprocess

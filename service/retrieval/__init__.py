@@ -1,1 +1,1 @@
-"""Parse search requests, compute the vector of each query, query the store, and order the results."""
+"""Answer requests that compare images with stored items: search, classification, and the search for a marked region."""

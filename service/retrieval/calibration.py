@@ -1,4 +1,4 @@
-"""Measure how similar the labelled items of a collection are to each other, so that `service/vision/conformal.py` can
+"""Measures how similar the labelled items of a collection are to each other, so that `service/vision/conformal.py` can
 decide which images are unknown.
 
 The score of an image is the cosine similarity to its k-th nearest reference item. There are two ways to choose the
@@ -6,9 +6,9 @@ items whose scores an image is compared with:
 
 - leave-one-out: each labelled item is compared with all others.
 - held out: the items that pass a filter are compared with the rest, and are not neighbours of any image. The p-values
-  then hold for images that resemble the held-out items, also if the rest of the collection is from another source.
+  then hold for images that resemble the held-out items, even if the rest of the collection is from another source.
 
-The work is limited: at most `MAX_ITEMS` items, drawn at random, are searched for. The result is used until the
+To limit the work, the scores of at most `MAX_ITEMS` items, drawn at random, are measured. They are reused until the
 collection changes.
 """
 
@@ -19,16 +19,16 @@ from typing import Final, Literal
 import numpy as np
 
 from service.errors import InvalidRequest
-from service.search.filters import And, Exists, Filter, Not, Path, Scalar, value_at
+from service.search.filters import And, Exists, Filter, Not, Path, scalar_at
 from service.search.sampling import draw
-from service.search.store import CollectionInfo, Item, Metadata, SearchParams, VectorStore
+from service.search.store import CollectionInfo, Item, SearchParams, VectorStore
 from service.shared_results import SharedResults
 from service.vision.conformal import Scores
 
 MAX_ITEMS: Final = 2000
 MAX_AGE_S: Final = 60.0
-"""A calibration is used for this time if the store does not know when items change. A change of the number of items
-ends it earlier."""
+"""If the store cannot tell when items change, a calibration is reused for this time, or until the number of items
+changes."""
 _HITS_PER_CALL: Final = 10_000
 _QUERIES_PER_CALL: Final = 250
 
@@ -41,8 +41,8 @@ class Reference:
 
     path: the metadata key that contains the class of an item.
     k: the number of neighbours.
-    where: the condition that these items pass. None means that there is none.
-    held_out: the condition for the items that are used for the calibration only.
+    where: the condition that these items pass, or None.
+    held_out: the condition for the items that are used only for the calibration, or None.
     """
 
     path: Path
@@ -68,8 +68,7 @@ class Calibration:
 
     scores: the scores [m] in ascending order.
     k: the number of neighbours. It is lower than requested if the collection has few labelled items.
-    where: the condition that searches for neighbours need. None means that all items of the collection may be
-        neighbours.
+    where: the filter for searches for neighbours. None means that all items of the collection may be neighbours.
     drawn_from: the number of items from which the m items were drawn.
     is_random: whether the m items are a random sample of these items.
     """
@@ -85,7 +84,7 @@ class Calibration:
 async def calibration_of(
     store: VectorStore, shared: SharedResults, info: CollectionInfo, reference: Reference
 ) -> Calibration:
-    """Return the calibration of a collection, which is computed if the collection has changed.
+    """Return the calibration of a collection. It is computed again if the collection has changed.
 
     Raises:
         InvalidRequest: no item has a label, or no labelled item is held out.
@@ -116,10 +115,10 @@ async def calibrate(store: VectorStore, info: CollectionInfo, reference: Referen
             param="calibration_filter",
         )
     sample = await draw(store, info, MAX_ITEMS, where if is_loo else calibrating)
-    if all(label_of(item.metadata, reference.path) is None for item in sample.items):
+    if all(scalar_at(item.metadata, reference.path) is None for item in sample.items):
         raise _no_label(info, reference)
     k = max(1, min(reference.k, items - 1 if is_loo else items))
-    measured = sample.items if items > 1 or not is_loo else []  # an only item has no neighbour
+    measured = sample.items if items > 1 or not is_loo else []  # a single item has no neighbour
     scores: list[float] = []
     step = max(1, min(_QUERIES_PER_CALL, _HITS_PER_CALL // (k + 1)))
     for start in range(0, len(measured), step):
@@ -128,13 +127,6 @@ async def calibrate(store: VectorStore, info: CollectionInfo, reference: Referen
     ascending = np.sort(np.array(scores, np.float64))
     method: Method = "leave-one-out" if is_loo else "held-out"
     return Calibration(ascending, method, drawn_from, k, where, sample.is_random)
-
-
-def label_of(metadata: Metadata, path: Path) -> Scalar | None:
-    """Return the class of an item: the string, number or boolean at `path` in its metadata, or None if there is
-    none."""
-    value = value_at(metadata, path)
-    return value if isinstance(value, str | int | float) else None
 
 
 def key_text(path: Path) -> str:

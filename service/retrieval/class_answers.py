@@ -1,4 +1,4 @@
-"""Build the parts of the answer to a request that classifies images. The route and the command use them."""
+"""Builds the parts of the answer to a request that classifies images, for the route and the command."""
 
 from service.retrieval.class_request import ClassifyResults
 from service.retrieval.class_schemas import BasisFields, CalibrationFields, ClassifyOptions, VerdictFields
@@ -55,13 +55,13 @@ def calibration_fields(classified: Classified, error_rate: float) -> Calibration
     elif not calibration.is_random:
         fields["note"] = (
             "this vector store cannot draw items at random from a collection of this size, so the known images are "
-            "its first items"
+            "drawn from its first items"
         )
     return fields
 
 
 def least_count(error_rate: float) -> int:
-    """Return the lowest number of calibration images at which an image can be called unknown."""
+    """Return the lowest number of calibration images with which an image can be called unknown at this error rate."""
     count = max(0, int(1 / error_rate) - 2)
     while not can_promise(count, error_rate):
         count += 1

@@ -1,4 +1,4 @@
-"""Parse a request to classify images, and compute the answer."""
+"""Parses a request to classify images, and computes the verdicts."""
 
 import asyncio
 import time
@@ -34,7 +34,7 @@ _ONLY_WITH: Final = {
     "pooling": ("classes",),
     "error_rate": ("collection", "classes"),
 }
-"""The ways to classify with which an option is possible."""
+"""The ways to classify that allow each option."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class ClassifyRequest:
 
 
 class Seen(NamedTuple):
-    """The features of an image that the caller has already computed: those that are embedded, and the inner outputs in
-    `class_outputs`."""
+    """The features of an image that the caller has already computed: the embedding's parts, and the inner outputs that
+    `class_outputs` names."""
 
     embedded: Embedded
     outputs: Mapping[str, Floats]
@@ -69,10 +69,10 @@ class Seen(NamedTuple):
 class ClassifyResults:
     """The verdict or the error of each image.
 
-    classified: the calibration on which the verdicts are based. It is None for a head, and if no image could be
-        classified.
-    tag: the tag of the vectors that were compared.
-    head: the name of the head.
+    classified: the calibration on which the verdicts are based. It is None if a head made the verdicts, or if no image
+        could be classified.
+    tag: describes how the compared vectors were computed (see `Service.tag`).
+    head: the name of the head that made the verdicts, if any.
     """
 
     images: list[Outcome[Verdict]]
@@ -135,8 +135,8 @@ async def classify(
 
 
 async def class_outputs(service: Service, request: ClassifyRequest) -> tuple[str, ...]:
-    """Check that a request can be answered, as far as this is possible without its images, and return the names of the
-    inner outputs that it needs.
+    """Check as much of a request as is possible without its images, and return the names of the inner outputs that it
+    needs.
 
     Raises:
         ServiceError: there is no such head or collection, or the collection is not suitable.
@@ -151,7 +151,7 @@ async def class_outputs(service: Service, request: ClassifyRequest) -> tuple[str
 async def _embedded(
     service: Service, images: list[Outcome[bytes]], seen: Sequence[Outcome[Seen]] | None
 ) -> list[Outcome[Embedded]]:
-    """Return the features of the images from `seen`, or compute them if it is None."""
+    """Return the features of the images: those in `seen`, or newly computed ones if `seen` is None."""
     if seen is None:
         return await service.pipeline.embed(images)
     return [outcome.then(lambda known: known.embedded) for outcome in seen]
@@ -180,7 +180,8 @@ async def _by_head(
 
 
 async def _calibrated_target(service: Service, request: ClassifyRequest, reference: Reference) -> Target:
-    """Return the collection of a request. This fails for an unsuitable collection, before the images are embedded."""
+    """Check and calibrate the collection of a request, and return it. An unsuitable collection raises an error here,
+    before any image is embedded."""
     assert request.options.collection is not None
     target = await Target.of(service, request.options.collection)
     check_match(target.info, tag=service.tag(pooling=target.pooling), dimension=target.info.dimension)
@@ -207,7 +208,7 @@ async def _by_collection(
 async def _by_examples(
     service: Service, request: ClassifyRequest, seen: Sequence[Outcome[Seen]] | None
 ) -> ClassifyResults:
-    """Classify images by examples. All images are embedded together."""
+    """Classify images by examples. If `seen` is None, the images and the examples are embedded together."""
     pooling = request.options.pooling or DEFAULT_POOLING
     count = len(request.images)
     examples = [Outcome(count + i, example.image) for i, example in enumerate(request.examples)]
@@ -236,7 +237,8 @@ def _unit_vector(embedded: Embedded, pooling: Pooling) -> Floats:
 def _results(
     vectors: Sequence[Outcome[Floats]], classified: Classified | None, tag: str, timings: dict[str, float]
 ) -> ClassifyResults:
-    """Replace the vector of each image by its verdict. `classified` has a verdict for each image that has a vector."""
+    """Replace the vector of each image with its verdict. `classified` has a verdict for each image that has a
+    vector."""
     verdicts = iter(classified.verdicts if classified is not None else ())
     images = [outcome.then(lambda _: next(verdicts)) for outcome in vectors]
     return ClassifyResults(images, tag, timings, classified)

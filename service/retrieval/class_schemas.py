@@ -58,7 +58,7 @@ class ClassifyOptions(Options):
     )
     top: Whole = Field(5, ge=1, le=MAX_K, description="highest number of classes in `scores`")
     pooling: Pooling | None = Field(
-        None, description=f"with classes: {POOLING_DESCRIPTION}; with collection, it is that of the collection"
+        None, description=f"with classes: {POOLING_DESCRIPTION}; with collection, the collection's pooling is used"
     )
     on_error: Literal["fail", "partial"] = Field(
         "fail", description="partial: classify the valid images and list the errors of the others"
@@ -106,23 +106,23 @@ class VerdictFields(TypedDict):
         float | None,
         Field(description="the image is unknown if this is at most the error rate; null: nothing to compare with"),
     ]
-    scores: Annotated[list[ClassScoreFields], Field(description="best classes first, also if the image is unknown")]
+    scores: Annotated[list[ClassScoreFields], Field(description="best classes first, even if the image is unknown")]
     neighbours: NotRequired[list[NeighbourFields]]
 
 
 class CalibrationFields(TypedDict):
-    """The known images with which the images of the request were compared."""
+    """The known images that the images of the request were compared with."""
 
     method: Literal["leave-one-out", "held-out", "examples"]
     items: Annotated[int, Field(description="number of known images")]
-    drawn_from: Annotated[int, Field(description="number of images from which they were drawn at random")]
+    drawn_from: Annotated[int, Field(description="number of images from which the known images were drawn at random")]
     k: NotRequired[Annotated[int, Field(description="number of neighbours; lower than requested if items are few")]]
     error_rate: float
     least_error_rate: Annotated[float, Field(description="lowest error rate that this number of images allows")]
     promised: Annotated[
         bool, Field(description="whether the error rate holds for images from the same source as the known images")
     ]
-    note: NotRequired[Annotated[str, Field(description="why it is not promised")]]
+    note: NotRequired[Annotated[str, Field(description="reason why the error rate is not promised, or may not hold")]]
 
 
 class BasisFields(TypedDict):

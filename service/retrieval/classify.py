@@ -1,7 +1,7 @@
-"""Classify images: by the labelled items of a collection (k-NN), or by a few example images of each class.
+"""Classifies images by the labelled items of a collection (k-NN), or by a few example images of each class.
 
 Both ways also decide whether an image belongs to none of the classes (`service/vision/conformal.py`). The functions
-work on vectors. The route and the command compute the vectors.
+work on vectors, which their callers compute.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from service.retrieval.calibration import Calibration, Reference, calibration_of, label_of
-from service.search.filters import Scalar
+from service.retrieval.calibration import Calibration, Reference, calibration_of
+from service.search.filters import Scalar, scalar_at
 from service.search.store import CollectionInfo, Floats, Hit, VectorStore
 from service.shared_results import SharedResults
 from service.vision.conformal import can_promise, p_values
@@ -32,7 +32,7 @@ class Verdict:
     """The classification of one image.
 
     label: the class, or None if the image is unknown.
-    p_value: the p-value of the hypothesis that the image is known, or None if there are no calibration items.
+    p_value: the p-value of the hypothesis that the image is known, or None if there is no calibration item.
     scores: the classes, best first.
     neighbours: the k nearest items, nearest first, or None for a classification by examples.
     """
@@ -79,7 +79,7 @@ async def classify_by_collection(
     )
     verdicts = []
     for hits, p_value in zip(rankings, _p_values(calibration, [_kth(hits) for hits in rankings]), strict=True):
-        neighbours = [Neighbour(hit.id, label_of(hit.metadata, reference.path), hit.score) for hit in hits]
+        neighbours = [Neighbour(hit.id, scalar_at(hit.metadata, reference.path), hit.score) for hit in hits]
         scores = vote([neighbour.label for neighbour in neighbours], [hit.score for hit in hits])
         verdicts.append(_verdict(scores, p_value, error_rate, neighbours))
     return _classified(verdicts, calibration, error_rate)
@@ -113,7 +113,7 @@ def _p_values(calibration: Calibration, scores: Sequence[float] | Floats) -> lis
 
 
 def _kth(hits: Sequence[Hit]) -> float:
-    """Return the similarity to the last of the hits, which are the k nearest items. If there are none, return -1."""
+    """Return the similarity to the last hit. `hits` are the k nearest items. If there are none, return -1."""
     return hits[-1].score if hits else -1.0
 
 

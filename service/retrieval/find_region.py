@@ -1,11 +1,12 @@
-"""Find a region that is marked in reference images in the images of a collection (`service/vision/find_region.py`).
+"""Searches the images of a collection for a region that is marked in reference images (the comparison itself is in
+`service/vision/find_region.py`).
 
-If more items match the filter than the request wants examined, the index proposes those that are most similar to the
-references. The images of all candidates are compared by their patch features. Cached features are read and compared in
-slices, in as many threads as there are decoding threads, and a cancelled request stops after the current slices. Then
-missing features are computed, in a request until half of its time limit is over. The candidates that are left are
-pending: since computed features are cached, a repeated request gets further. Masks are computed only for the returned
-page.
+If more items match the filter than the request's number of candidates, the index proposes those that are most similar
+to the references. The images of all candidates are compared by their patch features. Cached features are read and
+compared in slices, in as many threads as there are decoding threads. A cancelled request stops after the current
+slices. Then missing features are computed, in a request until half of its time limit has passed. The remaining
+candidates are pending. Computed features are cached, so a repeated request gets further. Masks are computed only for
+the returned page.
 """
 
 import asyncio
@@ -47,7 +48,8 @@ _SCORE_DIGITS: Final = 4
 
 @dataclass(frozen=True)
 class FoundRegion:
-    """The region in the image of an item. `segmentation` contains COCO run lengths, and `box` is that of the mask."""
+    """The region in the image of an item. `segmentation` contains COCO run lengths, and `box` is the bounding box of
+    the mask."""
 
     item: Item
     score: float
@@ -58,7 +60,7 @@ class FoundRegion:
 
 @dataclass(frozen=True)
 class FoundRegions:
-    """One page of results, with the numbers that describe the whole ranking."""
+    """One page of results, and the numbers that describe the whole ranking."""
 
     tag: str
     page: list[FoundRegion]
@@ -68,7 +70,7 @@ class FoundRegions:
 
 @dataclass
 class _Compared:
-    """The results of comparing images: the scores by digest, and the digests of unreadable images."""
+    """The results of comparing images: the scores, keyed by digest, and the digests of unreadable images."""
 
     scores: dict[str, float] = field(default_factory=dict)
     unreadable: set[str] = field(default_factory=set)
@@ -82,7 +84,7 @@ async def find_region(
 
     Raises:
         InvalidRequest: the collection stores no images, or a reference or the cursor is invalid.
-        ModelMismatch: another model made the vectors of the collection.
+        ModelMismatch: another model computed the vectors of the collection.
         ServiceError: a reference cannot be used, or the service failed.
     """
     service.check_model(request.model)
@@ -128,8 +130,9 @@ def _learn(service: Service, marked: Sequence[Marked], debias: bool) -> Region:
 async def _candidates(
     service: Service, target: Target, request: FindRegionIn, marked: Sequence[Marked], where: Filter | None
 ) -> dict[str, str | None]:
-    """Return the candidates: the digest of each item's image, or None if it is unknown, by id. Items that are named as
-    references are left out. If the index proposes the candidates, the most similar ones come first."""
+    """Return the candidates as a dict from each item's id to the digest of its image, or to None if the digest is
+    unknown. Items that serve as references are left out. If the index proposes the candidates, the most similar ones
+    come first."""
     name, most = target.info.name, request.candidates
     excluded = {reference.id for reference in request.references if reference.id is not None}
     digests: dict[str, str | None] = {}
@@ -139,7 +142,7 @@ async def _candidates(
             page = await service.store.scroll(name, where=where, cursor=cursor, limit=_SCROLLED_AT_ONCE)
             digests |= {item.id: photo_digest(item) for item in page.items}
             cursor = page.cursor
-            if cursor is None or len(digests) > most + len(excluded):  # items may be added meanwhile
+            if cursor is None or len(digests) > most + len(excluded):  # items may be added in the meantime
                 break
     else:
         vectors = np.stack([each.vector for each in marked])
@@ -194,8 +197,8 @@ async def _compare_cached(service: Service, region: Region, digests: Sequence[st
 async def _compare_others(
     service: Service, region: Region, digests: Sequence[str], compared: _Compared, until: float
 ) -> None:
-    """Compute the patch features of the other images, and compare them. Stop at the time `until`, or if the queue is
-    full."""
+    """Compute the patch features of the images that are not cached, and compare them. Stop at the time `until`, or if
+    the queue is full."""
     faults: list[ServiceError] = []
     spec = service.artifact.manifest.preprocess
     for part in _slices(digests, min(_COMPUTED_AT_ONCE, service.settings.items_per_request)):
@@ -228,7 +231,7 @@ def _scores(region: Region, spec: PreprocessSpec, patches: Mapping[str, Patches]
 
 
 async def _with_masks(service: Service, target: Target, region: Region, ranked: Sequence[Ranked]) -> list[FoundRegion]:
-    """Compute the masks of one page. An item is left out if it or its image has been deleted meanwhile."""
+    """Compute the masks of one page. An item is left out if it or its image has been deleted in the meantime."""
     items = await service.store.get(target.info.name, [each.id for each in ranked]) if ranked else []
     page: list[FoundRegion] = []
     for start in range(0, len(ranked), _COMPUTED_AT_ONCE):

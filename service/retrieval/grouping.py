@@ -9,11 +9,10 @@ full, no items are left, or `MAX_DEPTH` items are read. In the last case, `Group
 only the beginning of the ranking.
 """
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from service.search.filters import Path, Scalar, value_at
+from service.search.filters import Path, Scalar, scalar_at
 from service.search.store import MAX_DEPTH, Hit
 
 Search = Callable[[int], Awaitable[Sequence[Hit]]]
@@ -76,15 +75,10 @@ def split(hits: Iterable[Hit], path: Path, size: int) -> list[Group]:
     out."""
     groups: dict[tuple[bool, Scalar], Group] = {}
     for hit in hits:
-        value = _value(hit.metadata, path)
+        value = scalar_at(hit.metadata, path)
         if value is None:
             continue
         group = groups.setdefault((isinstance(value, bool), value), Group(value, []))  # 1 == True, but not as groups
         if len(group.hits) < size:
             group.hits.append(hit)
     return list(groups.values())
-
-
-def _value(metadata: Mapping[str, Any], path: Path) -> Scalar | None:
-    value = value_at(metadata, path)
-    return value if isinstance(value, str | int | float) else None

@@ -1,4 +1,4 @@
-"""Compute the features of the references of a request that finds a region."""
+"""Computes the features of the references in a find-region request."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ def check_references(references: Sequence[ReferenceIn]) -> None:
     """Check that each reference has exactly one of `image` and `id`.
 
     Raises:
-        InvalidRequest: a reference has none or both.
+        InvalidRequest: a reference has both or neither.
     """
     for i, reference in enumerate(references):
         if (reference.image is None) == (reference.id is None):
@@ -70,7 +70,7 @@ async def read_references(service: Service, target: Target, references: Sequence
 
 
 def shown_patches(size: tuple[int, int], grid: tuple[int, int], spec: PreprocessSpec) -> Bools | None:
-    """Return which patches show the image, bool [N], or None if all do. The others show padding."""
+    """Return which patches show the image, bool [N], or None if all do. Other patches show padding."""
     if spec.fit != "pad":
         return None
     return np.asarray(image_weights(size, crop_box(*size, spec), grid).ravel() > 0)

@@ -28,7 +28,7 @@ class ReferenceIn(Body):
     )
     mask: MaskIn | None = None
     point: Annotated[list[Side] | None, FailFast()] = Field(
-        None, min_length=2, max_length=2, description="[x, y] in pixels of the upright image: the patch there"
+        None, min_length=2, max_length=2, description="[x, y] in pixels of the upright image; marks the patch there"
     )
 
 
@@ -49,7 +49,7 @@ class FindRegionIn(Options):
         "most similar to the references",
     )
     min_score: float = Field(0.5, ge=0, le=1, allow_inf_nan=False, description="lowest score of a result")
-    debias: bool = Field(True, description="remove the part of the features that depends on the position of a patch")
+    debias: bool = Field(True, description="remove the part of the features that depends only on a patch's position")
     limit: Whole = Field(20, ge=1, le=MAX_PAGE, description="highest number of results in the answer")
     cursor: str | None = Field(
         None, max_length=1000, description="cursor from the answer with the previous page; unset: first page"

@@ -1,4 +1,4 @@
-"""Read the patch features of stored images. Features that are not cached are computed from the images."""
+"""Reads the patch features of stored images. Features that are not cached are computed from the images."""
 
 import asyncio
 from collections.abc import Sequence

@@ -28,7 +28,7 @@ router = APIRouter(tags=["vision"], route_class=DirectRoute)
 
 
 class _Analysis(NamedTuple):
-    """The parts of the answer for the image, and what the classification needs."""
+    """The parts of the answer that are ready, and what the classification needs."""
 
     parts: dict[str, Any]
     embedded: Embedded

@@ -1,4 +1,4 @@
-"""Find a region that is marked in a few images in the images of a collection: `/v1/collections/{name}/find-region`."""
+"""Find a marked region in the images of a collection: `POST /v1/collections/{name}/find-region`."""
 
 import time
 
@@ -29,13 +29,13 @@ router = APIRouter(prefix="/v1/collections", tags=["search"], route_class=Direct
     )
 )
 async def find_region(request: Request, name: str) -> JsonAnswer[FindRegionAnswer]:
-    """Find a region in the images of a collection that stores its images. The region is marked in one to eight images
-    by a mask, a box or a point. The answer contains the items whose images contain the region, best first, with its
-    mask. Up to `candidates` items are examined.
+    """Find a region in the images of a collection that stores its images. The region is marked in one to eight
+    reference images by a mask, a box or a point. The answer lists the items whose images contain the region, best
+    first, with a mask of the region. Up to `candidates` items are examined.
 
     The patch features of images are cached. `pending` is the number of candidates whose features could not be computed
     in time. Send the request again to examine more of them. To get the next page, send the same request with the
-    `cursor` of the answer."""
+    `cursor` from the answer."""
     started = time.perf_counter()
     service = service_of(request)
     check_name(name)

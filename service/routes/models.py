@@ -39,8 +39,8 @@ async def get_model(request: Request, name: str) -> JsonAnswer[ModelAnswer]:
 def model_answer(service: Service) -> ModelAnswer:
     """Return the description of the served model for an answer. It includes everything that determines the vectors:
     fingerprint, preprocessing, engine and precision. It also includes the measured differences between the features of
-    each engine and those of the reference (`parity`), the origin of the weights (`provenance`), and the heads that the
-    model has at the moment."""
+    each engine and those of the reference (`parity`), the origin of the weights (`provenance`), and the model's current
+    heads."""
     manifest = service.artifact.manifest
     return {
         "id": service.artifact.name,

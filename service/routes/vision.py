@@ -37,7 +37,8 @@ _OWN_MODULES: Final = ("analyze",)  # tasks whose endpoints are in other modules
 
 
 class Seen(NamedTuple):
-    """The result of a task for one image, without the decoded image, so that its memory can be freed."""
+    """The result of a task for one image. It does not contain the decoded image, whose memory can therefore be
+    freed."""
 
     result: Any
     embedded: Embedded
@@ -48,7 +49,8 @@ def add_route(router: APIRouter, task: Task[Any, Any], answer: Answerer, errors:
     """Add the endpoint of a task to a router.
 
     Args:
-        answer: the function that answers a request. It gets the request, the task, and the field with the images.
+        answer: the function that answers a request. It gets the request, the task, and the name of the field with the
+            images.
         errors: the errors of the endpoint, in addition to those of all vision tasks.
     """
     key = "images" if task.many else "image"
@@ -65,7 +67,7 @@ def add_route(router: APIRouter, task: Task[Any, Any], answer: Answerer, errors:
 
     endpoint.__name__ = task.name
     endpoint.__doc__ = task.description
-    endpoint.__annotations__["return"] = JsonAnswer[task.answer] | Response  # type: ignore[name-defined]  # a type that is known at run time
+    endpoint.__annotations__["return"] = JsonAnswer[task.answer] | Response  # type: ignore[name-defined]  # a type that is known only at run time
     files = tuple(dict.fromkeys(kind for kind in task.formats.values() if kind != JSON))
     operation = Operation(
         errors=(*IMAGES, ModelNotFound, *errors),
@@ -97,7 +99,7 @@ async def _answer(request: Request, task: Task[Any, Any], key: str) -> Response:
 
 
 def respond(answer: Answer, service: Service, stages: dict[str, float]) -> Response:
-    """Return the response with this answer. `stages` are the durations in milliseconds."""
+    """Return the HTTP response for a task's answer. `stages` are the durations in milliseconds."""
     headers = server_timing(stages) | {"X-Model": service.artifact.name}
     headers |= {"X-Model-Fingerprint": service.artifact.fingerprint}
     if isinstance(answer, File):
@@ -106,7 +108,7 @@ def respond(answer: Answer, service: Service, stages: dict[str, float]) -> Respo
 
 
 async def read_images(request: Request, task: Task[Any, Any], service: Service, key: str) -> ReadUpload:
-    """Read the body of a request and check the number of its images.
+    """Read the body of a request and check the number of images in it.
 
     Raises:
         InvalidRequest: the task does not accept this number of images.

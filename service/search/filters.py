@@ -141,6 +141,12 @@ def value_at(metadata: Mapping[str, Any], path: Path) -> Any:
     return value
 
 
+def scalar_at(metadata: Mapping[str, Any], path: Path) -> Scalar | None:
+    """Return the string, number or boolean at `path`, or None if there is none."""
+    value = value_at(metadata, path)
+    return value if isinstance(value, str | int | float) else None
+
+
 def _kind(value: Any) -> str:
     """Return the JSON type of a value: "boolean", "number", "string" or "other". Integers and floats are both
     numbers."""

@@ -72,7 +72,7 @@ def page_by_number(db: sqlite3.Connection, row: Row, where: Filter | None, after
 
 def sampled(db: sqlite3.Connection, row: Row, where: Filter | None, size: int) -> list[Item]:
     """Return `size` random items that pass a filter, or all of them if there are fewer, in the order of their numbers.
-    The choice depends only on the numbers of the items that pass."""
+    The same items are chosen each time, unless the numbers of the items that pass have changed."""
     condition, parameters = condition_of(where)
     query = f"SELECT number FROM items_{row.key} i WHERE {condition} ORDER BY number"
     numbers = [number for (number,) in db.execute(query, parameters)]

@@ -13,8 +13,8 @@ _PAGE: Final = 1000
 
 
 class Sample(NamedTuple):
-    """Items of a collection. `is_random` is False if the collection is so large that only its first items, in the order
-    of the store, could be drawn."""
+    """Items drawn from a collection. `is_random` is False if they were drawn only from the collection's first items, in
+    the store's order, because the collection is too large to be read completely."""
 
     items: list[Item]
     is_random: bool
@@ -23,8 +23,8 @@ class Sample(NamedTuple):
 async def draw(store: VectorStore, info: CollectionInfo, size: int, where: Filter | None = None) -> Sample:
     """Draw up to `size` items at random from a collection, or from the items that match a filter.
 
-    A store with the capability `sample` draws them itself. From other stores, up to `MAX_READ` items are read page by
-    page, and each of them is equally likely to be drawn (reservoir sampling: Vitter, 1985).
+    A store with the capability `sample` draws the items itself. From another store, about the first `MAX_READ` items
+    are read page by page, and each of them is equally likely to be drawn (reservoir sampling: Vitter, 1985).
     """
     if "sample" in store.capabilities:
         return Sample(await cast(SampleStore, store).sample(info.name, size, where=where), True)

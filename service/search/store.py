@@ -83,8 +83,8 @@ class CollectionSpec:
 
 @dataclass(frozen=True)
 class CollectionInfo:
-    """The description of a collection. `version` is a text that changes whenever an item of the collection changes. It
-    is None if the store does not know when items change."""
+    """The description of a collection. `version` is a text that changes whenever an item in the collection changes, or
+    None if the store cannot tell when items change."""
 
     name: str
     spec: CollectionSpec
@@ -383,9 +383,9 @@ class SampleStore(VectorStore, Protocol):
     """A store that can draw items at random (capability `sample`)."""
 
     async def sample(self, collection: str, size: int, *, where: Filter | None = None) -> list[Item]:
-        """Return `size` different items of a collection, or of those that match a filter, or all of them if there are
-        fewer. All sets of `size` items are equally likely. A second call returns the same items unless the collection
-        has changed."""
+        """Return `size` different items from a collection, or from its items that match a filter. If there are fewer,
+        return all of them. All sets of `size` items are equally likely. A second call returns the same items unless the
+        collection has changed."""
 
 
 class StatsStore(VectorStore, Protocol):

@@ -1,2 +1,2 @@
-"""Use features that the network has already computed: to find the foreground of an image, to compute vectors of image
-regions, and to compare images patch by patch."""
+"""The vision tasks, such as attention maps, segmentation, depth and matching, and their algorithms. All of them use
+features that the network has already computed."""

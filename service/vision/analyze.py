@@ -1,7 +1,7 @@
 """The task "analyze": several results from one forward pass.
 
-Each part of the answer comes from another task. Its options are those of that task, and the pass returns the inner
-outputs that any of the parts needs.
+Each part of the answer comes from another task and has the options of that task. The forward pass returns the inner
+outputs of all these tasks.
 """
 
 from collections.abc import Sequence
@@ -93,7 +93,9 @@ def _chosen(options: AnalyzeOptions) -> list[_Chosen]:
             part is not allowed.
     """
     if len(set(options.outputs)) < len(options.outputs):
-        raise InvalidRequest(f"outputs: each may be named once, not {','.join(options.outputs)}", param="outputs")
+        raise InvalidRequest(
+            f"outputs: each part may be named only once, not {','.join(options.outputs)}", param="outputs"
+        )
     parts = []
     for part, (name, format_) in PARTS.items():
         given = getattr(options, part)
@@ -125,7 +127,8 @@ def _outputs(options: AnalyzeOptions, model: ServedModel) -> list[str]:
 
 
 def _compute(analysed: Analysed, options: AnalyzeOptions, model: ServedModel) -> dict[str, Any]:
-    """Compute the parts of the answer for one image. The service adds the part "class", which may need a collection.
+    """Compute the parts of the answer for one image, except the part "class". It may need a collection, so the endpoint
+    (`service/routes/analyze.py`) adds it.
 
     Raises:
         InvalidRequest: the part "class" is requested.

@@ -92,8 +92,8 @@ Numbers = Annotated[Any, DocumentedAs(list[list[float]])]
 
 
 class AttentionAnswer(VisionAnswer):
-    """The answer to `POST /v1/attention` as JSON. The lists have one element per block, or one if the blocks are fused.
-    Their elements have one element per head, or one if the heads are fused."""
+    """The answer to `POST /v1/attention` as JSON. The nested lists have one element per block, or one element if the
+    blocks are fused. Each of these has one element per head, or one element if the heads are fused."""
 
     blocks: Annotated[list[int], Field(description="numbers of the blocks, in the order of the maps")]
     heads: Annotated[list[int], Field(description="numbers of the heads, in the order of the maps")]
@@ -109,7 +109,7 @@ class AttentionAnswer(VisionAnswer):
 
 
 class _Selection(NamedTuple):
-    """What a request selects from a model. `fusion` is None if the heads are not fused."""
+    """The blocks and heads that a request selects. `fusion` is None if the heads are not fused."""
 
     blocks: list[int]
     heads: list[int]
@@ -124,15 +124,15 @@ class _Selection(NamedTuple):
 
 @dataclass(frozen=True)
 class _Attention:
-    """The result for one image. `content` is an encoded picture, or the maps, [blocks, heads, h, w] or [blocks, heads,
-    H, W]."""
+    """The result for one image. `content` is an encoded picture, or an array of maps, [blocks, heads, h, w] or [blocks,
+    heads, H, W]."""
 
     content: File | npt.NDArray[Any]
     about: dict[str, Any]
 
 
 def _selection(options: AttentionOptions, config: ViTConfig) -> _Selection:
-    """Return what the options select.
+    """Return the blocks and heads that the options select, and how they are fused.
 
     Raises:
         InvalidRequest: the model has no such block or head, or the options contradict each other.
@@ -223,7 +223,8 @@ def _check_amount(selection: _Selection, analysed: Analysed, options: AttentionO
 
 
 def _weights(analysed: Analysed, selection: _Selection, config: ViTConfig) -> Floats:
-    """Return the class token's weights, float32 [blocks, heads, T]. Fused blocks or heads count as one."""
+    """Return the class token's weights, float32 [blocks, heads, T]. The size of the axis of fused blocks or heads is
+    1."""
     outputs, heads = analysed.outputs, selection.heads
     if selection.rollout:
         assert selection.fusion is not None
@@ -238,7 +239,8 @@ def _weights(analysed: Analysed, selection: _Selection, config: ViTConfig) -> Fl
 
 
 def _scaled(maps: Floats, options: AttentionOptions) -> npt.NDArray[Any]:
-    """Return maps [..., N] as the option `values` says. If `mass` is set, return the marked patches as uint8."""
+    """Scale maps [..., N] as the option `values` says. If the option `mass` is set, return 1 for marked patches and 0
+    for others, as uint8, instead."""
     if options.mass is not None:
         return top_mass(maps, options.mass).astype(np.uint8)
     if options.values == "raw":
@@ -247,7 +249,7 @@ def _scaled(maps: Floats, options: AttentionOptions) -> npt.NDArray[Any]:
 
 
 def _enlarged(values: npt.NDArray[Any], analysed: Analysed, options: AttentionOptions) -> npt.NDArray[Any]:
-    """Return a map [h, w] at the size of the image, [H, W]. Pixels that the network does not see are 0."""
+    """Enlarge a map [h, w] to the size of the image, [H, W]. Pixels that the network does not see are 0."""
     if options.mass is not None:
         return (to_image(values, analysed.size, analysed.crop_box) >= 0.5).astype(np.uint8)
     if options.values != "range":

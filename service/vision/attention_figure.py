@@ -55,7 +55,8 @@ class Layout(NamedTuple):
 
 
 def layout(cells: int, columns: int | None, aspect: float) -> Layout:
-    """Arrange `cells` maps with this ratio of width to height. If `columns` is None, the figure becomes about 4:3."""
+    """Arrange `cells` maps, whose ratio of width to height is `aspect`, in `columns` columns. If `columns` is None,
+    their number is chosen so that the figure is about 4:3."""
     side = min(_CELL, max(_SMALLEST, math.sqrt(_AREA / cells)))
     width, height = side * math.sqrt(aspect), side / math.sqrt(aspect)
     shrink = min(1.0, _LONGEST / max(width, height))
@@ -91,7 +92,7 @@ def draw_figure(
         title: the text above the maps.
         ticks: the texts beside the colour bar, evenly spaced, lowest value first.
         colours: the colour map.
-        binary: whether the maps contain only 0 and 1, and are drawn without values in between.
+        binary: whether the maps contain only 0 and 1. They are then drawn without colours in between.
     """
     font = ImageFont.load_default(_FONT)
     height, width = figure_size(plan)
@@ -154,7 +155,7 @@ def _draw_bar(canvas: Image.Image, corner: tuple[int, int], shades: Pixels, tick
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Break a text into lines that are at most `width` pixels wide, if their words allow it."""
+    """Break a text into lines that are at most `width` pixels wide. A wider word gets its own line."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

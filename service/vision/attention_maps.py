@@ -1,13 +1,13 @@
 """Compute attention maps: how much weight the class token gives to each patch, in any block and head.
 
 The weights are softmax(q k^T / sqrt(d)), computed from the queries and keys that the engine returns. Only the class
-token's row of the matrix is computed. Rollout (Abnar and Zuidema 2020, arXiv 2005.00928) follows the attention through
-all blocks and needs the complete matrices. It multiplies the matrices (A + I) / 2 of all blocks. Only the class token's
-row of the product is wanted, so a vector is passed through the blocks from the last to the first, which avoids all
-products of two T x T matrices.
+token's row of this matrix is computed. Rollout (Abnar and Zuidema 2020, arXiv 2005.00928) follows the attention through
+all blocks, and needs their complete attention matrices A. It is the product of the matrices (A + I) / 2 of all blocks.
+Only the class token's row of this product is needed, so a row vector is multiplied with the matrices from the last
+block to the first. This avoids products of two T x T matrices.
 
-The class token also attends to itself and to the registers. The columns of these tokens are the first 1 + R, and they
-are removed by this count. The remaining weights, those of the patches, therefore sum to less than 1.
+The class token also attends to itself and to the registers. The first 1 + R columns, which belong to these tokens, are
+removed. The remaining weights, those of the patches, therefore sum to less than 1.
 
 Legend: L blocks, A heads of a block, D width, d = D / A; h, w size of the patch grid, N = h * w patches; R registers;
 T = 1 + R + N tokens: class, registers, patches in row-major order.
@@ -26,8 +26,8 @@ _ROWS: Final = 256
 
 
 class PatchAttention(NamedTuple):
-    """The weights that the class token gives to the patches, float32 [..., N], and two fractions [...] of its total
-    weight: the weight of the class token itself and the weight of all registers."""
+    """The weights that the class token gives to the patches, float32 [..., N], and its remaining weight, as two shares
+    [...] of the total: that of the class token itself, and that of all registers."""
 
     patches: Floats
     class_share: Floats
@@ -49,8 +49,8 @@ def rollout(
 ) -> Floats:
     """Return the class token's row of the attention rollout over all blocks, float32 [T]. The row sums to 1.
 
-    In each block, the chosen heads are fused to one matrix A, and the rows of A + I are scaled to sum 1. `outputs` has
-    `queries.<i>` and `keys.<i>` [T, D] of all blocks.
+    In each block, the chosen heads are fused into one matrix A, and the rows of A + I are scaled to sum 1. `outputs`
+    has `queries.<i>` and `keys.<i>` [T, D] of all blocks.
     """
     row = np.zeros(len(outputs["queries.0"]), np.float32)
     row[0] = 1
@@ -107,8 +107,8 @@ def _softmax(logits: Floats) -> Floats:
 
 
 def fuse_heads(weights: Floats, fusion: HeadFusion) -> Floats:
-    """Fuse the weights [L, A, T] of several heads to [L, 1, T]. The rows of a maximum sum to more than 1, and those of
-    a minimum to less."""
+    """Fuse the weights [L, A, T] of several heads into [L, 1, T]. If the fusion is a maximum, the rows of the result
+    can sum to more than 1; if it is a minimum, to less."""
     if fusion == "mean":
         return np.asarray(weights.mean(axis=1, keepdims=True))
     return np.asarray((np.max if fusion == "max" else np.min)(weights, axis=1, keepdims=True))
@@ -136,7 +136,7 @@ def stretched(maps: Floats) -> Floats:
 
 
 def entropy(maps: Floats) -> Floats:
-    """Return the entropy of each map [..., N] in nats, after scaling the map to sum 1. The result [...] is from 0, if
+    """Return the entropy of each map [..., N] in nats, after scaling the map to sum 1. The result [...] goes from 0, if
     one patch has all the weight, to ln N, if all patches have the same weight. It is 0 for a map of zeros."""
     shares = renormalised(maps)
     logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
@@ -145,8 +145,8 @@ def entropy(maps: Floats) -> Floats:
 
 def top_mass(maps: Floats, share: float) -> npt.NDArray[np.bool_]:
     """Mark the smallest set of patches that holds at least `share` of the weight of each map [..., N]. `share` is above
-    0 and at most 1. DINO (arXiv 2104.14294, figure 3) shows 0.6. If patches have the same weight, those that come
-    first are marked. A map of zeros has no marked patch."""
+    0 and at most 1. DINO (arXiv 2104.14294, figure 3) uses 0.6. Among patches of the same weight, those that come first
+    are marked first. A map of zeros has no marked patch."""
     order = np.argsort(-maps, axis=-1, kind="stable")
     heaviest = np.take_along_axis(maps, order, axis=-1).astype(np.float64)
     sums = heaviest.cumsum(axis=-1)

@@ -2,9 +2,9 @@
 2007).
 
 The result is deterministic: the random choices have a fixed seed. If the number of groups is not given, the numbers
-from 2 to 8 are tried, and the one with the best simplified silhouette is chosen (Hruschka et al. 2006). For a patch,
-this is (b - a) / max(a, b), where a is its distance to the centre of its own group and b the distance to the nearest
-other centre. The highest mean over all patches is the best.
+from 2 to 8 are compared by their simplified silhouette (Hruschka et al. 2006). For a patch, this is (b - a) / max(a,
+b), where a is its distance to the centre of its own group, and b is its distance to the nearest other centre. The
+number of groups with the highest mean over all patches is chosen.
 
 Legend: h, w size of the patch grid; n = h * w patches; D features; k groups.
 """
@@ -29,8 +29,8 @@ _SEED: Final = 0
 
 
 def cluster(features: Floats, k: int | None = None) -> Indices:
-    """Divide patches into groups and return the group of each patch, int64 [n]. The groups are numbered from 0 on, the
-    largest first. If all patches are equal, they are one group. There are never more groups than different patches.
+    """Divide patches into groups and return the group of each patch, int64 [n]. The groups are numbered from 0, the
+    largest first. If all patches are equal, they form one group. There are never more groups than different patches.
 
     Args:
         features: [n, D] the features of the patches, scaled to length 1.
@@ -51,7 +51,8 @@ def cluster(features: Floats, k: int | None = None) -> Indices:
 
 
 def k_means(features: Floats, k: int) -> tuple[Indices, Floats]:
-    """Return the groups [n] and their centres [k, D] with the least sum of squared distances among four starts."""
+    """Run k-means from four random starts. Return the group of each patch [n] and the centres [k, D] from the run with
+    the smallest sum of squared distances."""
     rng = np.random.default_rng(_SEED)
     best: tuple[float, Indices, Floats] | None = None
     for _ in range(_STARTS):

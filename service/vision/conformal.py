@@ -2,8 +2,8 @@
 
 This is conformal prediction (Vovk, Gammerman, Shafer: Algorithmic Learning in a Random World, 2005). Each image has a
 score that is high if the image is similar to the known images. The p-value of an image is the share of known images
-with a score that is not higher. An image is unknown if its p-value is at most the error rate. If the image and the
-known images are exchangeable (their order carries no information, as with random samples from the same source), an
+whose score is not higher than its own. An image is unknown if its p-value is at most the error rate. If the image and
+the known images are exchangeable (their order carries no information, as with random samples from the same source), an
 image of a known class is called unknown with a probability of at most the error rate. docs/decisions/0026-unknown.md
 gives the reasons and the measurements.
 """
@@ -31,12 +31,12 @@ def p_values(calibration: npt.ArrayLike, scores: npt.ArrayLike) -> Scores:
 
 
 def least_error_rate(count: int) -> float:
-    """Return the lowest error rate at which an image can be called unknown, given `count` calibration scores. It is the
-    lowest possible p-value."""
+    """Return the lowest error rate at which an image can be called unknown, given `count` calibration scores. It equals
+    the lowest possible p-value."""
     return 1.0 / (count + 1)
 
 
 def can_promise(count: int, error_rate: float) -> bool:
-    """Return whether `count` calibration scores suffice for this error rate. If not, no p-value is as low as the error
-    rate, and no image is called unknown."""
+    """Return whether `count` calibration scores are enough for this error rate. With fewer, every p-value is above the
+    error rate, so no image is called unknown."""
     return least_error_rate(count) <= error_rate

@@ -2,15 +2,16 @@
 arXiv 2202.11539; Shi and Malik 2000).
 
 The patches are the nodes of a graph. Two patches are linked with the weight 1 if their cosine is above a threshold, and
-with the weight `LINK` otherwise. The second smallest generalised eigenvector of (D - A) v = l D v, where A contains the
-weights and D their sums, divides the patches at its mean. The object is the connected part that contains the largest
-absolute value of v.
+with the weight `LINK` otherwise. A is the matrix of the weights, and D is the diagonal matrix of their sums. The vector
+v is the generalised eigenvector of (D - A) v = l D v with the second smallest eigenvalue. The patches are divided into
+two sides: those whose value of v is above the mean, and the others. The patch with the largest distance from the mean
+is the seed, and the object is the connected part of its side that contains it.
 
 - The features are the keys of the last block. docs/decisions/0024-no-object.md compares them with others.
-- TokenCut's threshold is 0.2. With some models, nearly all cosines are higher, so a fixed threshold divides nothing.
-  The default is therefore computed from the cosines of the image (`link_threshold`).
-- The eigenvector is found with Lanczos' method, which needs a few dozen products with A. A dense solver needs a time
-  that grows with the third power of the number of patches.
+- TokenCut's threshold is 0.2. With some models, nearly all cosines are higher, so this threshold would link nearly all
+  patches. The default is therefore computed from the cosines of the image (`link_threshold`).
+- The eigenvector is computed with Lanczos' method, which needs a few dozen products of A with a vector. The time of a
+  dense solver would grow with the third power of the number of patches.
 
 Legend: h, w size of the patch grid; n = h * w patches; D features; m patches that take part.
 """
@@ -52,12 +53,12 @@ class Cut(NamedTuple):
 def normalised_cut(
     features: Floats, grid: tuple[int, int], *, threshold: float | None = None, among: Mask | None = None
 ) -> Cut | None:
-    """Separate one object. Return None if fewer than two patches take part, or if all of them are equal.
+    """Separate one object. Return None if fewer than two patches take part, or if all of these are equal.
 
     Args:
         features: [n, D] the features of the patches, scaled to length 1, in row-major order.
         grid: (h, w).
-        threshold: the cosine above which two patches are linked. None computes it from the cosines.
+        threshold: the cosine above which two patches are linked. If None, it is computed from the cosines.
         among: bool [h, w], the patches that take part. None means all.
     """
     kept = np.arange(len(features)) if among is None else np.flatnonzero(among)
@@ -82,8 +83,8 @@ def first_object(
     """Separate one object of at least 2 % of all patches, and of at least two patches. Return None if there is none.
     The arguments are those of `normalised_cut`.
 
-    A cut often separates one or two patches that resemble nothing else. Such patches are taken out of the graph, and
-    the rest is cut again, up to 8 times.
+    A cut often separates one or two patches that resemble nothing else. Such patches are removed from the graph, and
+    the remaining patches are cut again, up to 8 cuts.
     """
     remaining = np.ones(grid, bool) if among is None else among.copy()
     for _ in range(_ATTEMPTS):
@@ -95,7 +96,7 @@ def first_object(
 
 
 def smallest_object(grid: tuple[int, int]) -> int:
-    """Return the lowest number of patches of an object."""
+    """Return the lowest number of patches that an object may have."""
     return max(2, -(-grid[0] * grid[1] // 50))
 
 
@@ -160,8 +161,8 @@ def link_threshold(rows: Floats) -> float:
     """Return the cosine above which two of the patches [m, D] are linked.
 
     Otsu's threshold divides the cosines into low and high ones. The result lies between the mean of the low cosines and
-    Otsu's threshold, at 0.8 of the way. It moves with the cosines, so it also divides patches whose cosines are all
-    high. It is computed from at most 128 patches.
+    Otsu's threshold, at 0.8 of the way. If all cosines are high, the result is high too, so it still divides the
+    patches. It is computed from at most 128 patches.
     """
     sample = rows[:: -(-len(rows) // _SAMPLED_PATCHES)]
     cosines = (sample @ sample.T)[np.triu_indices(len(sample), 1)]
@@ -173,7 +174,7 @@ def link_threshold(rows: Floats) -> float:
 
 
 def spread(rows: Floats) -> float:
-    """Return the mean squared distance of the rows [m, D] from their mean, divided by their mean square."""
+    """Return the mean squared distance of the rows [m, D] from their mean, divided by their mean squared length."""
     mean = rows.mean(axis=0, dtype=np.float64)
     square = float(np.square(rows, dtype=np.float64).sum(axis=1).mean())
     return 1 - float(mean @ mean) / square if square > 0 else 0.0
@@ -190,7 +191,7 @@ def part_at(mask: Mask, index: int) -> Mask:
 
 
 def _cut_value(linked: Floats, inside: Mask) -> float:
-    """Return the normalised cut that separates the patches `inside` [m] from the others."""
+    """Return the normalised cut between the patches in `inside` [m] and the others."""
     ones = inside.astype(np.float32)
     total = LINK * len(linked) + (1 - LINK) * linked.sum(axis=1, dtype=np.float64)
     within = LINK * ones.sum() + (1 - LINK) * (linked @ ones).astype(np.float64)  # links of each patch to the inside

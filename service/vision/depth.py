@@ -1,7 +1,7 @@
 """The task "depth": estimate the distance of each pixel in metres with a depth head (`model/heads/`).
 
-The result of the head is enlarged bilinearly to the size of the image. Pixels outside the part of the image that the
-network sees have no depth: 0 in the files, and grey in the coloured picture.
+The head's depth map is enlarged bilinearly to the size of the image. Pixels outside the part of the image that the
+network sees have no depth: they are 0 in the files, and grey in the coloured picture.
 
 Legend: H, W size of the image in pixels; h, w size of the patch grid.
 """
@@ -39,7 +39,8 @@ class DepthOptions(VisionOptions):
 
     format: Literal["json", "npy", "png", "png16"] = Field(
         "json",
-        description="numbers in JSON, metres as a float32 array, coloured picture (near is light), or 16-bit PNG",
+        description="json: smallest, largest and median depth; npy: metres as a float32 array; png: coloured picture, "
+        "near is light; png16: 16-bit PNG",
     )
     head: str | None = Field(
         None, max_length=64, description="name of the depth head; default: the only one that the model has"
@@ -50,7 +51,7 @@ class DepthOptions(VisionOptions):
     max_depth: float | None = Field(
         None, gt=0, le=LARGEST_DEPTH_M, description="largest depth in metres; default: that of the head"
     )
-    array: bool = Field(False, description="json: also return the map of the head, in metres")
+    array: bool = Field(False, description="also return the head's depth map, in metres, for format=json")
 
 
 class DepthAnswer(VisionAnswer):
@@ -65,7 +66,9 @@ class DepthAnswer(VisionAnswer):
     crop_box: Annotated[Box, Field(description="the part of the image that the network sees")]
     size: Annotated[list[int], Field(description="height and width of the image in pixels")]
     depth: NotRequired[
-        Annotated[Any, DocumentedAs(list[list[float]]), Field(description="the map of the head, which covers crop_box")]
+        Annotated[
+            Any, DocumentedAs(list[list[float]]), Field(description="the head's depth map, which covers crop_box")
+        ]
     ]
 
 
@@ -88,7 +91,8 @@ def _compute(analysed: Analysed, options: DepthOptions, model: ServedModel) -> _
     """Compute the depth map of an image.
 
     Raises:
-        InvalidRequest: there is no such head, the range of depths is empty, or the input is too large for a DPT head.
+        InvalidRequest: there is no such head, the range of depths is empty or too large for the format, or the input is
+            too large for a DPT head.
         EngineFailed: the head cannot be used, or its result is not finite.
     """
     head = open_named(model, "depth", options.head)
@@ -143,7 +147,7 @@ def _as_json(depth: _Depth, array: bool) -> dict[str, Any]:
 
 
 def _picture(metres: Floats) -> npt.NDArray[np.uint8]:
-    """Return a picture of depths [H, W], uint8 [H, W, 3], from the nearest (light) to the farthest pixel (dark)."""
+    """Draw depths [H, W] as a picture, uint8 [H, W, 3]. The nearest pixel is light, and the farthest pixel is dark."""
     seen = metres > 0
     low, high = (float(metres[seen].min()), float(metres[seen].max())) if seen.any() else (0.0, 0.0)
     picture = coloured((metres - low) / max(high - low, 1e-6), "magma_r")
@@ -152,10 +156,10 @@ def _picture(metres: Floats) -> npt.NDArray[np.uint8]:
 
 
 def _units(largest: float) -> int:
-    """Return the scale of a 16-bit PNG for depths up to `largest` metres.
+    """Return the units per metre of a 16-bit PNG for depths up to `largest` metres.
 
     Raises:
-        InvalidRequest: no scale holds this depth.
+        InvalidRequest: the depth is too large for every scale.
     """
     for units in UNITS_PER_METRE:
         if largest * units <= _LARGEST_UNIT:

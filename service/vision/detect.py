@@ -45,7 +45,8 @@ class DetectOptions(VisionOptions):
         ge=0,
         le=1,
         allow_inf_nan=False,
-        description="highest intersection over union of two boxes; the box with the lower score is left out",
+        description="highest intersection over union of two boxes; if it is higher, the box with the lower "
+        "score is left out",
     )
     threshold: float | None = Field(
         None,
@@ -68,14 +69,14 @@ class Detected(TypedDict):
 class DetectAnswer(VisionAnswer):
     """The answer to `POST /v1/detect` as JSON."""
 
-    found: Annotated[bool, Field(description="false if no object has the score `min_score`")]
+    found: Annotated[bool, Field(description="false if no object reaches min_score")]
     objects: Annotated[list[Detected], Field(description="the objects, best first")]
     crop_box: Box
 
 
 @dataclass(frozen=True)
 class _Detected:
-    """The objects in one image, and the picture if the request asks for it."""
+    """The objects in one image, and the picture with their boxes if the request asks for it."""
 
     objects: list[dict[str, Any]]
     crop_box: list[float]
@@ -83,9 +84,9 @@ class _Detected:
 
 
 def suppress(boxes: Sequence[Sequence[float]], max_overlap: float) -> list[int]:
-    """Return the indices of the boxes that remain after non-maximum suppression, in order. The boxes, each (x, y,
-    width, height), are sorted by their score, best first. A box is left out if its intersection over union with a
-    remaining box is above `max_overlap`."""
+    """Return the indices of the boxes that remain after non-maximum suppression, in ascending order. `boxes` contains
+    (x, y, width, height) for each box, and is sorted by score, best first. A box is left out if its intersection over
+    union with an earlier remaining box is above `max_overlap`."""
     kept: list[int] = []
     for index, (x, y, width, height) in enumerate(boxes):
         for other in kept:
@@ -133,7 +134,7 @@ def _found(features: Floats, grid: tuple[int, int], options: DetectOptions) -> l
 
 
 def drawn(image: Pixels, objects: Sequence[dict[str, Any]]) -> Pixels:
-    """Return the image [H, W, 3] with the boxes of objects and their scores."""
+    """Draw the boxes and the scores of objects on the image [H, W, 3]."""
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
     line = max(2, round(min(picture.size) / 150))
@@ -153,7 +154,7 @@ def _outputs(options: DetectOptions, model: ServedModel) -> Iterable[str]:
     """Return the inner output that both methods need.
 
     Raises:
-        InvalidRequest: an option belongs to another method.
+        InvalidRequest: an option does not belong to the chosen method.
     """
     if options.method == "lost" and options.threshold is not None:
         raise InvalidRequest("threshold has no effect with method=lost; it belongs to method=cut", param="threshold")
@@ -172,9 +173,9 @@ TASK: Final = Task(
     description="""Find the objects in one image and return a box, a score and an area for each, without labels. Send
 the image in the JSON field `image`, as a file in a form, or as the raw body.
 
-`score` from 0 to 1 says how likely it is that the box shows an object. If no object has the score `min_score`, `found`
-is false and `objects` is empty. Boxes are [x, y, width, height] in pixels of the upright image. `format=overlay`
-returns the image as a PNG with the boxes.""",
+`score` from 0 to 1 says how likely it is that the box shows an object. If no object reaches `min_score`, `found` is
+false and `objects` is empty. Boxes are [x, y, width, height] in pixels of the upright image. `format=overlay` returns
+the image with the boxes as a PNG.""",
     options=DetectOptions,
     answer=DetectAnswer,
     formats={"json": JSON, "overlay": PNG},

@@ -36,12 +36,12 @@ class FeaturesOptions(VisionOptions):
     format: Literal["json", "pca", "npy", "pca_npy"] = Field(
         "json",
         description="features as JSON; a picture as PNG, in which similar patches have similar colours; features as an "
-        "array in numpy's format; or the colours of the patches as such an array",
+        "array in numpy's format; or the colours of the patches as an array in numpy's format",
     )
     layers: Indices = Field(
-        None, description="numbers of the blocks after which the features are taken, or all; default: the last block"
+        None, description="numbers of the blocks whose output is returned, or all; default: the last block"
     )
-    norm: bool = Field(True, description="apply the last norm of the network to the features")
+    norm: bool = Field(True, description="apply the network's final norm to the features")
     foreground: bool = Field(
         False, description="show only the foreground for format=pca and format=pca_npy; the background becomes black"
     )
@@ -70,7 +70,7 @@ class FeaturesAnswer(VisionAnswer):
 
 @dataclass(frozen=True)
 class _Features:
-    """The features [L, h, w, D] of one image. `shown` is set if a picture is wanted."""
+    """The features [L, h, w, D] of one image from L layers. `shown` is set if the request asks for colours."""
 
     features: Floats
     crop_box: tuple[float, float, float, float]
@@ -102,12 +102,13 @@ def _layers(options: FeaturesOptions, config: ViTConfig) -> list[int]:
 
 
 def _outputs(options: FeaturesOptions, model: ServedModel) -> list[str]:
-    """Return the inner outputs that a request needs. The normed features of the last block are no inner output."""
+    """Return the inner outputs that a request needs. The normed features of the last block are not an inner output:
+    every forward pass returns them."""
     return [f"tokens.{i}" for i in _layers(options, model.config) if not (options.norm and i == model.config.depth - 1)]
 
 
 def _compute(analysed: Analysed, options: FeaturesOptions, model: ServedModel) -> _Features:
-    """Collect the features of an image, and what its picture needs.
+    """Collect the features of an image, and the data for its picture.
 
     Raises:
         InvalidRequest: the answer would be too large.
@@ -140,7 +141,7 @@ def _check_amount(amount: int, options: FeaturesOptions) -> None:
 
 
 def _shown(analysed: Analysed, options: FeaturesOptions) -> Shown:
-    """Return what the picture of an image needs. Patches that show mostly padding do not count."""
+    """Return the data for an image's picture. Patches that show mostly padding are not used."""
     shares = image_weights(analysed.size, analysed.crop_box, analysed.grid)
     used = shares >= shares.max() / 2
     scores = image = None
@@ -192,7 +193,7 @@ def _coloured(results: Sequence[_Features], options: FeaturesOptions) -> Answer:
 
 
 def _one_array(arrays: Sequence[Floats], results: Sequence[_Features], options: FeaturesOptions) -> Floats:
-    """Return the array of a single image, or the arrays of several images as one array with one more axis.
+    """Return the array of a single image, or the arrays of several images stacked along a new first axis.
 
     Raises:
         InvalidRequest: the images have different grids.
@@ -220,7 +221,7 @@ Send the images in the JSON field `images`, as files in a form, or one image as 
 [images, h, w, D] for several images. If the request has `layers`, an axis for the layers comes before h.
 
 `format=pca` returns a picture: the first three principal components of all patches as red, green and blue. Similar
-patches have similar colours, also in different images of one request. `format=pca_npy` returns these colours, from 0 to
+patches have similar colours, even in different images of one request. `format=pca_npy` returns these colours, from 0 to
 1, as an array [h, w, 3] or [images, h, w, 3].""",
     options=FeaturesOptions,
     answer=FeaturesAnswer,

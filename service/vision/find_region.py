@@ -1,18 +1,19 @@
-"""Find a region that is marked in a few reference images in other images, by patch features. The steps are those of
+"""Find a region in images, by patch features. The region is marked in a few reference images. The steps are those of
 INSID3 (arXiv 2603.28480, 2026), which needs neither training nor labels. docs/decisions/0028-find-region.md explains
-where this module differs from it, and has the measurements.
+where this module differs from INSID3, and has the measurements.
 
 1. The positional bias is removed from all features, which are then centred: the origin is the midpoint between the mean
    of the marked patches and the mean of the other patches of the references.
-2. The prototype is the mean of the marked patches. A patch of another image is a candidate if its cosine to the
-   prototype is above a threshold, which lies between the means of the marked and of the other reference patches, and if
-   the reference patch that is most similar to it is marked. For the score, at most half of the patches of an image are
-   candidates, those with the highest cosines, to limit the time.
-3. The score of an image is the mean, over the marked patches of a reference, of the highest cosine to a candidate. The
-   best reference counts. The score is therefore high only if the image contains all parts of the region.
-4. For the mask, the core is determined: the candidates that are nearly as similar to a marked patch as the best
-   candidates. The patches of the image are then divided into two classes, by their similarity to the mean of the core
-   and to the mean of the other patches.
+2. The prototype is the mean of the marked patches. A patch of another image is a candidate under two conditions. Its
+   cosine to the prototype must be above a threshold, which lies between the mean cosine of the marked and that of the
+   other reference patches. And the reference patch that is most similar to it must be marked. To limit the time,
+   candidates for the score are only looked for in the half of the patches with the highest cosines.
+3. The score of an image is the mean, over the marked patches of a reference, of the highest cosine to a candidate. If
+   there are several references, the highest score counts. A score is high only if the image contains all parts of the
+   region.
+4. The mask starts from a core: the candidates that are nearly as similar to a marked patch as the best candidates. The
+   patches of the image are then divided into two classes, by their similarity to the mean of the core and to the mean
+   of the other patches.
 
 Steps 1 to 3 take a few matrix products per image, and step 4 is needed only for the images that are returned.
 
@@ -58,12 +59,12 @@ class Reference(NamedTuple):
 
 @dataclass(frozen=True)
 class Region:
-    """What is known of a region from its references.
+    """What the references say about a region.
 
-    basis, origin: define the projection of features, [K, D] and [D].
+    basis, origin: the positional basis [K, D] and the origin [D], which define the projection of features.
     prototype: the mean of the projected marked patches, [D].
     threshold: the lowest cosine of a candidate to the prototype.
-    inside, outside: the projected patches of the references, [I, D] and [O, D].
+    inside, outside: the projected marked patches [I, D] and other patches [O, D] of the references.
     starts: the position in `inside` of the first patch of each reference.
     """
 
@@ -115,8 +116,8 @@ def learn_region(references: Sequence[Reference], basis: Floats) -> Region:
 def scores(region: Region, images: Sequence[tuple[Rows, Bools | None]]) -> Floats:
     """Return the score of each image, float32 [len(images)] from 0 to 1. An image without candidates has the score 0.
 
-    An image is a pair: its patch features [N, D] of any number type, and which of its patches show the image, bool [N].
-    The second value is None if all patches do.
+    Each image is a pair: its patch features [N, D] of any number type, and which of its patches show the image rather
+    than padding, bool [N], or None if all patches do.
     """
     counts = [len(rows) for rows, _ in images]
     rows = np.concatenate([rows for rows, _ in images]).astype(np.float32)
@@ -143,8 +144,9 @@ def scores(region: Region, images: Sequence[tuple[Rows, Bools | None]]) -> Float
 
 
 def mask_scores(region: Region, rows: Rows, shown: Bools | None = None) -> Floats:
-    """Return a number for each patch of an image, float32 [N]. Patches of the region have positive numbers. The
-    arguments are those of one image in `scores`. If no patch is a candidate, no number is positive."""
+    """Return a number for each patch of an image, float32 [N]. It is positive for patches that belong to the region. If
+    no patch is a candidate, no number is positive. `rows` and `shown` are the pair that `scores` expects for an
+    image."""
     projected = region.project(unit_rows(rows))
     similar = (projected @ region.inside.T).max(axis=1)  # [N]
     margins = projected @ region.prototype - region.threshold
@@ -163,10 +165,10 @@ def mask_scores(region: Region, rows: Rows, shown: Bools | None = None) -> Float
 
 
 def _marked(reference: Reference) -> Bools:
-    """Return which patches of a reference are marked: those with at least half of the highest weight. A region that is
-    smaller than a patch marks one patch or a few."""
+    """Return which patches of a reference are marked: those whose weight is at least half of the highest weight. So a
+    region that is smaller than a patch marks at least one patch."""
     weights = np.where(reference.shown, reference.weights, 0)
-    return np.asarray(weights >= 0.5 * max(float(weights.max()), _LEAST))
+    return np.asarray((weights > 0) & (weights >= 0.5 * float(weights.max())))
 
 
 def _mean(rows: Floats, weights: npt.NDArray[Any]) -> Floats:
@@ -187,8 +189,8 @@ def _projected(rows: Floats, origin: Floats, basis: Floats) -> Floats:
 
 
 def _lengths(region: Region, rows: Floats) -> tuple[Floats, Floats]:
-    """Return the length of each row, and the length of its projection if the row is scaled to length 1 before. Both are
-    float32 [N]."""
+    """For each row, return two lengths, each float32 [N]: that of the row, and that of the projection of the row scaled
+    to length 1."""
     lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows))
     against = np.concatenate([region.origin[None], region.basis])  # [1 + K, D]
     products = (rows @ against.T) / np.maximum(lengths, _LEAST)[:, None]  # [N, 1 + K]
@@ -199,11 +201,11 @@ def _lengths(region: Region, rows: Floats) -> tuple[Floats, Floats]:
 
 
 def _cosines(region: Region, rows: Floats, lengths: Floats, shortened: Floats, against: Floats) -> Floats:
-    """Return the cosines of the projected rows to the vectors `against` [M, D], float32 [N, M]. These vectors must be
-    projected. `_lengths` returned `lengths` and `shortened` for the rows.
+    """Return the cosines of the projected rows to the vectors `against` [M, D], float32 [N, M]. These vectors must
+    already be projected. `lengths` and `shortened` are the results of `_lengths` for the rows.
 
-    The result equals `region.project(rows / lengths) @ against.T`. The rows are not projected here, because the dot
-    product with a projected vector is the same before and after the projection, except for the origin.
+    The result equals `region.project(rows / lengths) @ against.T`. The rows themselves are not projected, which saves
+    time: the dot product of a centred row and a projected vector is the same before and after the row is projected.
     """
     products = rows @ against.T
     products /= np.maximum(lengths, _LEAST)[:, None]

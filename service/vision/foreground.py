@@ -2,9 +2,9 @@
 forward pass.
 
 The first principal component of an image's DINOv2 patch features, the direction along which they vary most, separates
-the object from its background. The DINOv2 paper (arXiv 2304.07193, figure 1) also applies a threshold to this
-component. The code centres the patches [N, D], projects them onto the component, chooses the sign so that the
-foreground has the higher values, and applies Otsu's threshold.
+the object from its background. The DINOv2 paper (arXiv 2304.07193, figure 1) thresholds this component, too. The code
+centres the patches [N, D], projects them onto the component, chooses the sign so that the foreground has the higher
+values, and applies Otsu's threshold.
 
 - The sign of a principal component is arbitrary. `orient` chooses the sign based on the positions of the patches.
   docs/decisions/0003-foreground-sign.md compares this rule with others.
@@ -13,7 +13,7 @@ foreground has the higher values, and applies Otsu's threshold.
 - The projection is upsampled (bilinear between patch centres) and then thresholded. Upsampling a mask that is already
   thresholded would give jagged outlines.
 - The network sees a crop of the image. Pixels outside the crop are background. `crop_box` is the position of the crop.
-- If the preprocessing pads images, patches that show mostly padding are left out of the computation.
+- If the preprocessing pads images, patches that show mostly padding are not used.
 
 Legend: H, W size of the upright image (after EXIF rotation); h, w size of the patch grid; N = h * w patches in
 row-major order; D features.
@@ -89,7 +89,8 @@ def segment_foreground(patches: Floats, height: int, width: int, spec: Preproces
 
 def _of_padded(patches: Floats, size: tuple[int, int], box: Box, grid: tuple[int, int]) -> Foreground:
     """Return the foreground of an image of size (H, W) that was padded to fill `box`. Only patches that show at least
-    half as much of the image as the fullest patch take part. The others get the score of the nearest such patch."""
+    half as much of the image as the patch that shows the most are used. Each other patch gets the score of the nearest
+    patch that is used."""
     shares = image_weights(size, box, grid)
     used = shares >= shares.max() / 2  # a rectangle of patches
     rows, columns = np.flatnonzero(used.any(axis=1)), np.flatnonzero(used.any(axis=0))

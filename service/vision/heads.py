@@ -1,6 +1,6 @@
 """Find and open the heads of the served model (`model/heads/`) for vision tasks.
 
-The folders of the heads are listed for each request, so a new head is used without a restart.
+The folders of the heads are listed for each request, so a new head can be used without a restart.
 """
 
 import logging
@@ -54,11 +54,12 @@ def outputs_of(model: ServedModel, kind: Kind, name: str | None) -> tuple[str, .
 
 
 def tokens_of(analysed: Analysed) -> ImageTokens:
-    """Return the tokens of an image for the methods of a head."""
+    """Return the tokens of an image in the form that the methods of `Head` expect."""
     return ImageTokens(analysed.embedded.parts[0], analysed.patches, analysed.grid, analysed.outputs)
 
 
 def _unusable(name: str | None, error: HeadError) -> EngineFailed:
-    """Return an error for the client. The reason may contain the path of a file, so it is only logged."""
+    """Log why a head cannot be used, and return an error for the client. The reason may contain the path of a file, so
+    the error does not contain it."""
     log.error("a head cannot be used: %s", error)
     return EngineFailed(f"the head {name!r} cannot be used; the log of the service has the reason")

@@ -65,7 +65,7 @@ def chosen(indices: Any, count: int, param: str) -> list[int]:
     for index in indices:
         if not -count <= index < count:
             raise InvalidRequest(
-                f"{param}: the model has no number {index}; it has {count} {param}, 0 to {count - 1}, "
+                f"{param}: {index} is out of range; the model has {count} {param}, 0 to {count - 1}, "
                 f"and -1 is the last one",
                 param=param,
             )

@@ -2,9 +2,9 @@
 
 The logits of the patches are interpolated bilinearly to the pixels of the image, as in Meta's evaluation, and each
 pixel gets the class with the largest logit. The logits of a large image with many classes would not fit into memory, so
-they are computed for a few rows at a time. If their number exceeds `MAX_LOGITS`, the classes are determined on a
-coarser grid of pixels, and each pixel of the image gets the class of the nearest pixel of this grid. The time is
-therefore bounded.
+they are computed for a few rows at a time. To bound the time, at most `MAX_LOGITS` logits are computed: if there are
+more, the classes are determined on a coarser grid of pixels, and each pixel of the image gets the class of the nearest
+pixel of this grid.
 
 Legend: C classes, H, W size of the image in pixels; h, w size of the patch grid.
 """
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.heads.store import Head
+from service.errors import EngineFailed
 from service.features.pipeline import Analysed
 from service.vision.heads import tokens_of
 from service.vision.pictures import bilinear_weights
@@ -31,8 +32,14 @@ def segment_linear(head: Head, analysed: Analysed) -> Labels:
     """Segment an image with a segmentation head. Return the label of each pixel, uint8 [H, W]: the number of its class
     plus 1, or 0 outside the part of the image that the network sees. `analysed` must have the inner outputs that the
     head needs.
+
+    Raises:
+        EngineFailed: a logit is not finite, because the numbers of the head are too large.
     """
-    return pixel_classes(head.segment(tokens_of(analysed)), analysed.size, analysed.crop_box)
+    logits = head.segment(tokens_of(analysed))
+    if not np.isfinite(logits).all():
+        raise EngineFailed(f"the head {head.record.name!r} gives classes that are not finite")
+    return pixel_classes(logits, analysed.size, analysed.crop_box)
 
 
 def pixel_classes(logits: Floats, size: tuple[int, int], crop_box: Box) -> Labels:

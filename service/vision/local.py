@@ -64,8 +64,8 @@ class Vision:
 
         Args:
             name: the name of the task, which is also the last part of its endpoint's path.
-            images: encoded images, or paths of image files.
-            options: the options of the endpoint.
+            images: encoded images (bytes), or paths of image files.
+            options: the options of the task, as for its endpoint.
 
         Raises:
             InvalidRequest: the task is unknown, or an option or the number of images is not allowed.
@@ -78,7 +78,7 @@ class Vision:
         low, high = task.images
         if not low <= len(images) <= high:
             allowed = str(low) if low == high else f"{low} to {high}"
-            raise InvalidRequest(f"{len(images)} images: {name} takes {allowed}")
+            raise InvalidRequest(f"the number of images is {len(images)}, but {name} accepts {allowed}")
         parsed = parse_options(task.options, options)
         view = task.view(parsed, self.model)
         data = [image if isinstance(image, bytes) else Path(image).read_bytes() for image in images]
@@ -90,7 +90,7 @@ class Vision:
         return add_embedding(task.encode(results, parsed), parsed, embedded)
 
     def analyse(self, image: bytes, view: View) -> Analysed:
-        """Decode an image, run it through the network, and return all its features.
+        """Decode an image, run the network on it, and return all its features.
 
         Raises:
             ServiceError: the image cannot be used.

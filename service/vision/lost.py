@@ -1,13 +1,13 @@
 """Find objects from the similarity of patches: LOST (Siméoni et al. 2021, arXiv 2109.14279), with centred similarities.
 
 LOST calls two patches similar if the dot product of their features is positive. With DINOv2, nearly all dot products
-are positive, and LOST fails. Here the mean of all features is subtracted first, so about half of the dot products are
-negative with every model.
+are positive, so plain LOST fails. Here the mean of all features is subtracted first, so with every model, about half of
+the dot products are negative.
 
 - An object is smaller than its surroundings, so its patches are similar to few others. The seed is the patch that is
   similar to the fewest.
-- Patches that are similar to few others, and to the seed, belong to the seed's object. The sum of their similarities to
-  a patch decides whether the patch is a part of the object, too.
+- Patches that are similar to the seed and to few others are assumed to belong to the seed's object. A patch is a part
+  of the object if the sum of its similarities to these patches is positive.
 - The object is the connected part that contains the seed.
 
 Legend: h, w size of the patch grid; n = h * w patches; D features; m patches that take part.
@@ -58,7 +58,7 @@ def lost_mask(features: Floats, grid: tuple[int, int], among: Mask | None = None
 
 def next_object(features: Floats, grid: tuple[int, int], remaining: Mask) -> Mask | None:
     """Find an object of at least 2 % of all patches among the patches `remaining`, bool [h, w]. Return None if there is
-    none. Smaller objects are taken out of `remaining`, up to 8 times."""
+    none. Smaller objects are removed from `remaining`, and the search is repeated, up to 8 times."""
     for _ in range(_ATTEMPTS):
         mask = lost_mask(features, grid, remaining)
         if mask is None or mask.sum() >= smallest_object(grid):
@@ -68,6 +68,7 @@ def next_object(features: Floats, grid: tuple[int, int], remaining: Mask) -> Mas
 
 
 def several_lost(features: Floats, grid: tuple[int, int], *, max_objects: int, min_score: float) -> list[Found]:
-    """Find up to `max_objects` objects with LOST, best first. After each object, its patches no longer take part."""
+    """Find up to `max_objects` objects with LOST, best first. Each search leaves out the patches that earlier searches
+    found."""
     following = partial(next_object, features, grid)
     return several(features, grid, following, max_objects=max_objects, min_score=min_score)

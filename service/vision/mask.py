@@ -1,4 +1,4 @@
-"""Encode a mask as COCO's compressed run lengths, as a PNG image, or as an overlay on the image. Decode run lengths.
+"""Encode masks as COCO's compressed run lengths, as PNG images, or as overlays on images. Decode run lengths.
 
 COCO's run-length encoding (cocoapi, `common/maskApi.c`) is a list of the lengths of runs of equal pixels, in
 column-major order. The first run is background. Its length is 0 if the mask begins with foreground. To compress the

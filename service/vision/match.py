@@ -63,7 +63,7 @@ class MatchOptions(VisionOptions):
 
 
 class PatchPair(TypedDict):
-    """Two patches that correspond. Each list contains the value for the first and the second image."""
+    """Two patches that correspond. Each list has two elements: one for the first image and one for the second."""
 
     points: Annotated[list[Point], Field(description="centres of the two patches, [x, y] in pixels")]
     boxes: Annotated[list[Box], Field(description="the two patches, [x, y, width, height] in pixels")]
@@ -83,11 +83,11 @@ class MatchAnswer(VisionAnswer):
 
 @dataclass(frozen=True)
 class _Side:
-    """What matching needs from one of the two images.
+    """The data of one of the two images that matching needs.
 
     rows: the patch features, float32 [N, D] with rows of length 1. The rows of patches that show only padding are zero.
     shares: the fraction of each patch that shows the image, float32 [h, w].
-    picture: the image for the drawing, reduced in size, or None.
+    picture: the image reduced in size, uint8 [height, width, 3], or None if no picture is drawn.
     """
 
     rows: Floats
@@ -155,7 +155,7 @@ def _reduced(image: Pixels) -> Pixels:
 
 def _drawn(first: _Side, second: _Side, matches: Sequence[Match]) -> Pixels:
     """Draw both images side by side, with a line for each match, the best on top. The colour of a line shows its score,
-    from yellow (the highest of these matches) to dark blue (the lowest)."""
+    from yellow (the highest score of these matches) to dark blue (the lowest)."""
     assert first.picture is not None
     assert second.picture is not None
     left = first.picture.shape[1] + _GAP
@@ -175,14 +175,15 @@ def _drawn(first: _Side, second: _Side, matches: Sequence[Match]) -> Pixels:
 
 
 def _heights(scores: list[float]) -> Floats:
-    """Map scores, which are sorted from high to low, linearly to the range from 1 to 0."""
+    """Scale scores linearly, so that the highest becomes 1 and the lowest becomes 0. `scores` is sorted from high to
+    low."""
     values = np.asarray(scores, np.float32)
     spread = float(values[0] - values[-1]) if len(values) else 0.0
     return np.ones_like(values) if spread <= 0 else (values - values[-1]) / np.float32(spread)
 
 
 def _on_picture(side: _Side, patch: int, left: int) -> tuple[float, float]:
-    """Return the centre of a patch on the drawing, where the reduced image begins at x = `left`."""
+    """Return the centre of a patch (x, y) on the drawing, on which the reduced image begins at x = `left`."""
     assert side.picture is not None
     x, y = side.centre(patch)
     return left + x * side.picture.shape[1] / side.size[1], y * side.picture.shape[0] / side.size[0]

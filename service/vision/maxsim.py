@@ -8,8 +8,8 @@ finds the highest cosine similarity to any patch of the candidate. The score is 
     score = mean over i of  max over j of  cos(query[i], candidate[j])
 
 The code computes all cosines as one matrix product and takes the maximum of each row. The score is not symmetric:
-content of the candidate that is not in the query does not lower it. The positions of patches do not matter, so a high
-score does not prove that the parts are arranged in the same way.
+content that is in the candidate but not in the query does not lower it. The positions of patches do not matter, so a
+high score does not prove that the parts are arranged in the same way.
 
 A patch of the query and a patch of the candidate match if each is the other's nearest neighbour.
 
@@ -35,8 +35,8 @@ class Match(NamedTuple):
 
 def maxsim(query: Floats, candidate: Floats, weights: Floats | None = None) -> float:
     """Return the MaxSim score of `query` [Q, D] and `candidate` [N, D], from -1 to 1. For each patch of the query, find
-    the highest cosine similarity to any patch of the candidate. The score is the mean of these values, with the weights
-    `weights` [Q], or with equal weights if `weights` is None."""
+    the highest cosine similarity to any patch of the candidate. The score is the mean of these values, weighted with
+    `weights` [Q]. If `weights` is None, all weights are equal."""
     return _mean_best(query @ candidate.T, weights)
 
 

@@ -1,8 +1,8 @@
 """Find several objects by repeated cuts, as MaskCut does (Wang et al. 2023, "Cut and Learn for Unsupervised Object
 Detection", arXiv 2301.11320, section 3.2).
 
-After each cut, the patches of the object are taken out of the graph, and the rest is cut again. MaskCut always returns
-a fixed number of masks. Here each mask has a score, and masks below the lowest score are not objects.
+After each cut, the patches of the object are removed from the graph, and the remaining patches are cut again. MaskCut
+always returns a fixed number of masks. Here each mask has a score, and a mask with a low score is not returned.
 
 Legend: h, w size of the patch grid; n = h * w patches; D features.
 """
@@ -42,11 +42,11 @@ def several(
 ) -> list[Found]:
     """Find up to `max_objects` objects with at least the score `min_score`, best first.
 
-    `next_mask` receives the patches that remain, bool [h, w], and returns the next mask among them, or None. The search
-    ends after three masks that are no objects.
+    `next_mask` receives the patches that are not in an earlier mask, bool [h, w]. It returns a mask of some of these
+    patches, or None to end the search. The search also ends after three masks whose score is too low.
 
     Args:
-        features: [n, D] the features of all patches, scaled to length 1. The scores are computed from them.
+        features: [n, D] the features of all patches, scaled to length 1, from which the scores are computed.
         grid: (h, w).
     """
     remaining, unclaimed = np.ones(grid, bool), np.ones(grid, bool)
@@ -69,8 +69,7 @@ def several(
 def several_cuts(
     features: Floats, grid: tuple[int, int], *, max_objects: int, min_score: float, threshold: float | None = None
 ) -> list[Found]:
-    """Find up to `max_objects` objects with repeated cuts, best first. `threshold` is the argument of
-    `normalised_cut`."""
+    """Find up to `max_objects` objects with repeated cuts, best first. `threshold` is that of `normalised_cut`."""
 
     def cut(remaining: Mask) -> Mask | None:
         following = first_object(features, grid, threshold=threshold, among=remaining)

@@ -1,8 +1,8 @@
 """Decide whether a separated part of an image is an object.
 
-Methods that need no labels always separate something, even in a blank image. Four relative measurements tell objects
-from the parts that are separated in blank images, gradients, noise and textures. A logistic function combines them into
-a score from 0 to 1. benchmarks/object_score.py fits its constants and prints the error rates, which
+Methods that need no labels always separate something, even in a blank image. Four measurements distinguish objects from
+the parts that are separated in blank images, gradients, noise and textures. A logistic function combines them into a
+score from 0 to 1. benchmarks/object_score.py fits its constants and prints the error rates, which
 docs/decisions/0024-no-object.md reports.
 
 Legend: h, w size of the patch grid; n = h * w patches; D features.
@@ -28,14 +28,14 @@ _FLOOR: Final = 0.01
 
 
 class Measurements(NamedTuple):
-    """What `object_score` looks at.
+    """The measurements from which `object_score` computes the score.
 
-    edge: logarithm of the ratio of two mean cosine distances of neighbouring patches: across the outline, and
-        elsewhere. It is near 0 if the outline crosses a smooth transition.
-    separation: logarithm of the squared distance of the two means, divided by the squared error of this distance.
-        It is low for a few patches that differ by chance.
+    edge: logarithm of the mean cosine distance of neighbouring patches across the outline, divided by that of other
+        neighbours. It is near 0 if the outline crosses a smooth transition.
+    separation: logarithm of the squared distance between the mean inside and the mean outside, divided by the squared
+        error of this distance. It is low for a few patches that differ by chance.
     step: logarithm of the mean cosine distance of neighbouring patches across the outline.
-    explained: the share of the spread of all patches that the division into inside and outside explains.
+    explained: the share of the variance of all patches that the division into inside and outside explains.
     """
 
     edge: float
@@ -50,7 +50,8 @@ def object_score(features: Floats, mask: Mask, among: Mask | None = None) -> flo
     Args:
         features: [n, D] the features of all patches, scaled to length 1.
         mask: bool [h, w].
-        among: bool [h, w], the patches that are not a part of another object. It contains `mask`. None means all.
+        among: bool [h, w], the patches that are not a part of another object, including those in `mask`. None means all
+            patches.
 
     Returns:
         The score. It is 0 if the mask is empty or no other patch in `among` is next to it.
@@ -84,8 +85,8 @@ def measure(features: Floats, mask: Mask, among: Mask | None = None) -> Measurem
 
 
 def _neighbour_distances(features: Floats, mask: Mask, kept: Mask) -> tuple[float, float] | None:
-    """Return two mean cosine distances of neighbouring patches: of those where one is in the mask and the other is not,
-    and of all other neighbours. Only patches in `kept` count. Without other neighbours, the second mean is 0. Return
+    """Return two mean cosine distances of neighbouring patches: that of pairs with exactly one patch in the mask, and
+    that of all other pairs. Only patches in `kept` are used. If there are no other pairs, the second mean is 0. Return
     None if no patch in the mask has a neighbour outside."""
     cells = features.reshape(*mask.shape, -1)  # [h, w, D]
     distances, crossing = [], []

@@ -27,13 +27,13 @@ _GAP: Final = 8  # pixels between two images
 
 @dataclass(frozen=True)
 class Shown:
-    """One image as a picture shows it.
+    """How a picture shows one image.
 
     size: the size (H, W) of the upright image.
     crop_box: the part of the image that the network sees.
     used: bool [h, w], the patches from which the colours are computed.
-    scores: float32 [h, w], above 0 where the picture shows colours. None shows all of `crop_box`.
-    image: the image itself, at `thumbnail_size` or smaller, if the picture shows it, too.
+    scores: float32 [h, w], above 0 where the picture shows colours. If None, it shows colours in all of `crop_box`.
+    image: the image itself, at `thumbnail_size` or smaller, if the picture also shows the image.
     """
 
     size: tuple[int, int]
@@ -66,7 +66,8 @@ def joint_colours(features: Sequence[Floats], used: Sequence[Mask]) -> list[Floa
 
 
 def thumbnail_size(size: tuple[int, int], height: int = JOINT_HEIGHT) -> tuple[int, int]:
-    """Return the size (H, W) of an image of size (H, W), reduced to at most `height` pixels in height."""
+    """Return the size (H, W) to which an image of this size is reduced: at most `height` pixels high, with the same
+    aspect ratio."""
     height = min(height, size[0])
     return height, max(1, round(size[1] * height / size[0]))
 
@@ -75,8 +76,8 @@ def draw_colours(colours: Sequence[Floats], shown: Sequence[Shown]) -> Pixels:
     """Draw the colours [h, w, 3] of images, and return a picture, uint8 [height, width, 3].
 
     The picture of a single image has the size of the image. Several images are drawn side by side at the same height,
-    with at most JOINT_HEIGHT pixels. If `shown` has the images themselves, each is drawn above its colours, also with
-    at most this height. What the network does not see and what is not in the foreground is black.
+    with at most JOINT_HEIGHT pixels. If `shown` contains the images themselves, each image is drawn above its colours,
+    also with at most this height. Parts that the network does not see or that are not in the foreground are black.
 
     Raises:
         InvalidRequest: the picture would be too large.
@@ -107,7 +108,7 @@ def draw_colours(colours: Sequence[Floats], shown: Sequence[Shown]) -> Pixels:
 
 
 def _enlarged(colours: Floats, shown: Shown, size: tuple[int, int]) -> Pixels:
-    """Return the colours [h, w, 3] of an image at this size (H, W), uint8 [H, W, 3]."""
+    """Enlarge the colours [h, w, 3] of an image to `size` (H, W), and return them as uint8 [H, W, 3]."""
     down, across = size[0] / shown.size[0], size[1] / shown.size[1]
     x, y, width, height = shown.crop_box
     box = x * across, y * down, width * across, height * down

@@ -1,8 +1,8 @@
-"""Relate the patch grid of an image to its pixels: which patches show the image,
-and how a map over patches becomes a map over pixels.
+"""Relate the patch grid of an image to its pixels: which patches show the image, and how a map over patches becomes a
+map over pixels.
 
-If the preprocessing pads images, some patches show only padding. Such patches would look like an object of their own,
-so a `PatchGrid` leaves them out. The remaining patches form a rectangle.
+If the preprocessing pads images, some patches show only padding. Methods would take such patches for an object, so a
+`PatchGrid` leaves them out. The remaining patches form a rectangle.
 
 Legend: H, W size of the upright image; h, w size of the grid of the remaining patches; n = h * w; D features; K maps;
 a, b size of a map. Boxes are (x, y, width, height) in pixels of the upright image.
@@ -30,8 +30,9 @@ class PatchGrid:
 
     size: (H, W).
     crop_box: the part of the image that the network sees.
-    full: the size of the network's grid of patches.
-    rows, columns: the range of the patches of this grid that show at least half as much of the image as the fullest.
+    full: the size (h, w) of the network's grid, which includes patches that show only padding.
+    rows, columns: the ranges of rows and columns whose patches show enough of the image: at least half as much as the
+        patch that shows the most.
     """
 
     size: tuple[int, int]
@@ -112,7 +113,8 @@ class PatchGrid:
 
 
 class _Between(NamedTuple):
-    """For each pixel in the slice `pixels`, the indices of two cells, and the share of the second of them."""
+    """For each pixel in the slice `pixels`, the indices of the two cells to interpolate between, and the weight of the
+    second cell."""
 
     pixels: slice
     first: npt.NDArray[np.int64]
@@ -121,9 +123,9 @@ class _Between(NamedTuple):
 
 
 def _between(size: int, start: float, extent: float, cells: int, limits: tuple[float, ...]) -> _Between:
-    """Return what linear interpolation along one axis of an image with `size` pixels needs. The range from `start` to
-    `start + extent` is divided into `cells` cells of equal length. `limits` is the start and the extent of the range in
-    which pixels are wanted."""
+    """Return the cells and weights for linear interpolation along one axis of an image with `size` pixels. The range
+    from `start` to `start + extent` is divided into `cells` cells of equal length. `limits` contains the start and the
+    extent of the range from which pixels are returned."""
     centres = np.arange(size) + 0.5
     inside = np.flatnonzero((centres >= limits[0]) & (centres < limits[0] + limits[1]))
     at = ((centres[inside] - start) * (cells / extent) - 0.5).clip(0, cells - 1)  # from the centre of the first cell

@@ -1,6 +1,6 @@
 """Reduce the patch features of one or more images to three numbers per patch, by principal component analysis (PCA).
-Shown as red, green and blue, they give similar parts similar colours, within an image and across images that are
-analysed together (DINOv2 paper, arXiv 2304.07193, figure 1).
+Shown as red, green and blue, these numbers give similar parts similar colours, within an image and across images that
+are analysed together (DINOv2 paper, arXiv 2304.07193, figure 1).
 
 The sign of a principal component is arbitrary, and a different sign inverts a colour. `_oriented` therefore chooses the
 sign by a rule that depends on the component alone: the dot product with a fixed reference direction is positive. Two
@@ -33,7 +33,7 @@ _GOLDEN: Final = 0.6180339887498949
 
 class Pca(NamedTuple):
     """The mean of the patches [D] and the components [C, D], as float64. The components are unit vectors, largest
-    variance first. A component that has no variance is zero."""
+    variance first. A component without variance is a zero vector."""
 
     mean: Doubles
     components: Doubles
@@ -71,21 +71,21 @@ def fit_pca(groups: Sequence[Floats], count: int = COMPONENTS) -> Pca:
 
 
 def project(patches: Floats, pca: Pca) -> Floats:
-    """Return the coordinates of the patches [n, D] along the components, float32 [n, C]. The coordinate along a dropped
-    component is 0."""
+    """Return the coordinates of the patches [n, D] along the components, float32 [n, C]. The coordinate along a
+    component without variance is 0."""
     return np.asarray((patches - pca.mean) @ pca.components.T, np.float32)
 
 
 def colour_range(coordinates: Floats) -> tuple[Floats, Floats]:
-    """Return the lowest and the highest value [C] of each channel that is shown: two quantiles of the coordinates
-    [n, C]."""
+    """Return the lowest and the highest value that each channel shows, each [C]: two quantiles of the coordinates [n,
+    C]."""
     low, high = np.quantile(coordinates, [TAIL, 1 - TAIL], axis=0)
     return low.astype(np.float32), high.astype(np.float32)
 
 
 def to_colours(coordinates: Floats, limits: tuple[Floats, Floats]) -> Floats:
-    """Scale coordinates [..., C] to colours from 0 to 1, and clip values outside the limits. A channel without a range
-    becomes 0.5."""
+    """Scale coordinates [..., C] to colours from 0 to 1, and clip values outside the limits. A channel whose two limits
+    are equal becomes 0.5."""
     low, high = limits
     span = high - low
     colours = np.full(coordinates.shape, 0.5, np.float32)
@@ -94,9 +94,9 @@ def to_colours(coordinates: Floats, limits: tuple[Floats, Floats]) -> Floats:
 
 
 def reference_direction(width: int) -> Doubles:
-    """Return the direction [D] that decides the sign of a component. Its numbers are spread evenly over -1 to 1 without
-    a pattern, the multiples of the golden ratio modulo 1. They are the same on every platform and in every version of
-    numpy, which does not hold for random numbers."""
+    """Return the direction [D] that decides the sign of a component. Its numbers are multiples of the golden ratio
+    modulo 1, scaled to the range from -1 to 1, over which they are evenly spread. They are the same on every platform
+    and in every version of numpy, unlike random numbers."""
     return np.asarray(2 * (np.arange(1, width + 1) * _GOLDEN % 1) - 1, np.float64)
 
 

@@ -1,7 +1,7 @@
 """Make pictures: PNG files, colours for numbers, overlays, and maps of patches at the size of the image.
 
-The colour maps are given by a few colours, between which is interpolated linearly. They approximate the maps with the
-same names in matplotlib and in Google's "Turbo" (2019) to within a few levels.
+Each colour map is defined by a few colours, with linear interpolation between them. The colour maps differ by a few
+levels from those with the same names in matplotlib and from Google's "Turbo" (2019).
 
 Legend: H, W size of the image in pixels; h, w size of the patch grid.
 """
@@ -51,8 +51,8 @@ def coloured(values: Floats, name: ColourMap = "viridis") -> Pixels:
 
 
 def blend(image: Pixels, colours: Pixels, alpha: float | Floats = 0.6) -> Pixels:
-    """Return an image [H, W, 3] under a picture of the same size. `alpha` from 0 to 1 is the opacity of the picture, or
-    of each pixel if it is an array [H, W, 1]."""
+    """Draw a picture over an image [H, W, 3] of the same size, and return the result. `alpha`, from 0 to 1, is the
+    opacity of the picture. An array [H, W, 1] gives the opacity of each pixel."""
     assert image.shape == colours.shape, (image.shape, colours.shape)
     return np.asarray(image + (colours.astype(np.float32) - image) * np.float32(alpha) + 0.5, np.float32).astype(
         np.uint8
@@ -60,8 +60,8 @@ def blend(image: Pixels, colours: Pixels, alpha: float | Floats = 0.6) -> Pixels
 
 
 def png_bytes(pixels: npt.NDArray[Any]) -> bytes:
-    """Encode an image as a PNG: uint8 [H, W, 3] or [H, W], or uint16 [H, W]. The compression with run lengths takes two
-    thirds of the time of the default compression. Images become 1 % larger, and figures 3 %."""
+    """Encode an image as a PNG: uint8 [H, W, 3] or [H, W], or uint16 [H, W]. Run-length compression takes two thirds of
+    the time of the default compression, and makes images 1 % larger and figures 3 % larger."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
     return buffer.getvalue()

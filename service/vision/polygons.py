@@ -2,8 +2,8 @@
 
 The outline of a mask runs along the edges between pixels. Each of these edges has a direction, with the mask on its
 right, so the edges form closed rings. A ring around a part of the mask runs clockwise, and a ring around a hole runs
-counter-clockwise (in images, y points down). The exact polygon has a corner at each turn. It is then simplified with
-the method of Douglas and Peucker (1973).
+counter-clockwise (in images, y points down). The exact polygon has a corner at each turn. The polygon is then
+simplified with the method of Douglas and Peucker (1973).
 
 Legend: H, W size of the image. A point (x, y) is the top left corner of the pixel in column x and row y.
 """
@@ -25,7 +25,7 @@ _STEPS: Final = ((1, 0), (0, 1), (-1, 0), (0, -1))  # right, down, left, up, as 
 
 
 class Polygons(NamedTuple):
-    """The outlines of a mask, each as [x1, y1, x2, y2, ...] in pixels: around its parts and around its holes."""
+    """The outlines of a mask's parts and of its holes, each as [x1, y1, x2, y2, ...] in pixels."""
 
     outer: list[list[int]]
     holes: list[list[int]]
@@ -87,7 +87,7 @@ def _rings(mask: Mask) -> list[Points]:
 
 
 def _edges(padded: Mask) -> tuple[Points, Points]:
-    """Return the start, as the index of a corner, and the direction of each edge between the mask and the rest."""
+    """Return the start (the index of a corner) and the direction of each edge between the mask and the rest."""
     width = padded.shape[1] + 1
     starts: list[Points] = []
     directions: list[Points] = []

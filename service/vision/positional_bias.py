@@ -1,12 +1,12 @@
 """Remove the part of patch features that depends on the position of a patch rather than on the image.
 
-A network adds a learned position to each patch, and a trace of it remains in the features. Patches at the same place in
-two images are therefore more similar than their content. INSID3 (arXiv 2603.28480, 2026) measures this trace on an
-image of zeros, which has no content, so that its features differ only by position. The trace is the space of the
-directions in which they vary most. Features are projected onto the rest.
+A network adds a learned position to each patch, and a trace of it remains in the features. Two patches at the same
+place in two images are therefore more similar than their content. INSID3 (arXiv 2603.28480, 2026) measures this trace
+on an image of zeros, which has no content, so its features differ only by position. The directions in which these
+features vary most are removed from the features of other images.
 
-INSID3 removes a fixed number of directions. Here it is the lowest number that explains a share of the variance, because
-models differ in width. docs/decisions/0028-find-region.md has the effect.
+INSID3 removes a fixed number of directions. Models differ in width, so this module removes the lowest number of
+directions that explains a given share of the variance. docs/decisions/0028-find-region.md measures the effect.
 
 Legend: N patches, D features, K directions. Basis: K orthogonal unit vectors, [K, D].
 """
@@ -43,8 +43,8 @@ def without_bias(rows: Floats, basis: Floats) -> Floats:
 
 
 def basis_of(model: ServedModel, grid: tuple[int, int]) -> Floats:
-    """Return the basis of a model for inputs with this grid of patches (h, w). It is computed once and kept, for the 16
-    grids that were computed last. Call this function in a worker thread.
+    """Return the basis of a model for inputs with this grid of patches (h, w). The bases of the 16 grids that were
+    computed last are kept. Call this function in a worker thread.
 
     Raises:
         ServiceError: the forward pass failed.

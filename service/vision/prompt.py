@@ -1,9 +1,9 @@
-"""Segment the region that a user points at: points, a box or a mask in, the similar region out. Only the patch features
-are needed, so each further click on an image costs a few milliseconds if its features are kept.
+"""Segment the region that a user points at with points, a box or a mask. Only patch features are needed, so if the
+features of an image are kept, each further click on the image takes a few milliseconds.
 
 - Points and masks: a patch belongs to the region if its highest cosine to a positive patch is above Otsu's threshold of
-  these cosines, and above its highest cosine to a negative patch. The region is then described by its mean, and the
-  step is repeated once with this mean as a further positive patch.
+  these cosines, and above its highest cosine to a negative patch. This step is repeated once with the mean of the
+  region as an additional positive patch.
 - A box: the region starts as the middle of the box, and all patches outside the box are background. A patch in the box
   belongs to the region if its cosine to the mean of the region is higher than its cosine to the mean of the rest. This
   is repeated until nothing changes, up to five times, as in GrabCut (Rother et al. 2004).
@@ -31,9 +31,9 @@ def similar_region(features: Floats, positive: Mask, negative: Mask, *, connecte
 
     Args:
         features: [n, D] the features of the patches, scaled to length 1.
-        positive, negative: bool [h, w]. At least one patch is positive.
-        connected: return only the parts that contain a positive patch. Otherwise, only the parts that contain a
-            negative patch and no positive one are left out.
+        positive, negative: bool [h, w], the patches that the user marked. At least one patch is positive.
+        connected: return only the connected parts that contain a positive patch. If false, return all parts, except
+            those that contain a negative patch and no positive one.
     """
     positives, negatives = features[positive.ravel()], features[negative.ravel()]
     against = (features @ negatives.T).max(axis=1) if len(negatives) else np.full(len(features), -np.inf, np.float32)
@@ -56,9 +56,9 @@ def _threshold(cosines: Floats) -> float:
     """Return the cosine above which patches are similar to the positive ones.
 
     Otsu's threshold divides the cosines [n] into two classes. If the image has several objects, the upper class can
-    contain some of them together with the region. It is therefore divided again, up to three times, while it clearly
-    consists of two classes: the division explains at least 87 % of its variance (75 % for a uniform distribution), and
-    leaves at least 1 % of the patches.
+    contain some of them together with the region. The upper class is therefore divided again, up to three times, as
+    long as it clearly consists of two classes. This is the case if the division explains at least 87 % of its variance
+    (75 % for a uniform distribution) and leaves at least 1 % of all patches.
     """
     threshold = otsu_threshold(cosines)
     for _ in range(_DIVISIONS):
@@ -99,7 +99,7 @@ def region_in_box(features: Floats, inside: Mask, positive: Mask, negative: Mask
 
 
 def _middle(inside: Mask) -> Mask:
-    """Return the middle half, in both directions, of the patches of a box [h, w]."""
+    """Return the patches in the middle of a box [h, w]: half of its rows and half of its columns."""
     rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
     down, across = len(rows) // 4, len(columns) // 4
     middle = np.zeros_like(inside)
@@ -108,7 +108,7 @@ def _middle(inside: Mask) -> Mask:
 
 
 def _mean(features: Floats, mask: Mask) -> Floats:
-    """Return the direction of the mean of the patches in `mask`, a vector [D] of length 1."""
+    """Return the mean of the patches in `mask`, scaled to length 1, [D]."""
     mean = features[mask.ravel()].mean(axis=0)
     return np.asarray(mean / max(float(np.linalg.norm(mean)), 1e-12), np.float32)
 

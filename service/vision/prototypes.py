@@ -18,7 +18,7 @@ from service.vision.conformal import Scores
 
 @dataclass(frozen=True)
 class Prototypes:
-    """The prototypes of C classes, and what they were made from."""
+    """The prototypes of C classes, and the examples from which they were computed."""
 
     names: tuple[str, ...]  # of the C classes
     examples: Floats  # [E, D], each of length 1
@@ -47,10 +47,10 @@ class Prototypes:
         return result
 
     def leave_one_out(self) -> Scores:
-        """For each example whose class has further examples, compute the highest similarity to a prototype. The example
-        itself is left out of the prototype of its class. Return these similarities in ascending order.
+        """For each example, compute the highest similarity to a prototype, with the example itself left out of the
+        prototype of its class. Return these similarities in ascending order.
 
-        An example that is alone in its class is left out of the result. Without it, its class has no prototype.
+        An example that is alone in its class is not in the result, because its class would have no prototype.
         """
         others = self.similarities(self.examples)  # [E, C]
         rows = np.arange(len(self.examples))

@@ -1,9 +1,9 @@
 """Turn maps over patches into masks over pixels whose outlines follow the edges of the image.
 
 A patch covers 14 or more pixels, so a mask that is only interpolated misses the outline of the object by several
-pixels. The guided filter (He et al. 2010; He and Sun 2015, "Fast Guided Filter", arXiv 1505.00996) fits, in each
-window, the map as a linear function of the colour. The function is fitted on a small copy of the image with box
-filters, so its time does not depend on the size of the window. It is then applied to all pixels.
+pixels. The guided filter (He et al. 2010; He and Sun 2015, "Fast Guided Filter", arXiv 1505.00996) fits the map as a
+linear function of the colour in each window of the image. The functions are fitted on a small copy of the image with
+box filters, so the time does not depend on the size of the window. They are then applied to all pixels.
 
 Legend: H, W size of the upright image; h, w size of the patch grid; K maps; a, b size of the small copy.
 """
@@ -31,8 +31,8 @@ _SMOOTHNESS: Final = 1e-3
 
 
 def label_pixels(grid: PatchGrid, maps: Floats, image: Pixels | None = None, *, everywhere: bool = False) -> Labels:
-    """Return the label of each pixel, uint8 [H, W]: the number of the map with the highest value, counted from 1, or 0
-    if no map is above 0 there. Pixels that the network does not see have the label 0.
+    """Return the label of each pixel, uint8 [H, W]: the number of the map with the highest value there, counted from 1,
+    or 0 if no map has a value above 0 there. Pixels that the network does not see have the label 0.
 
     If there are many maps or pixels, the labels are computed for a smaller image, and then enlarged.
 
@@ -40,7 +40,7 @@ def label_pixels(grid: PatchGrid, maps: Floats, image: Pixels | None = None, *, 
         grid: the patches of the image.
         maps: float32 [K, h, w], at most 255 maps.
         image: uint8 [H, W, 3]. If it is given, the outlines follow its edges.
-        everywhere: also label pixels at which no map is above 0.
+        everywhere: also label pixels at which no map has a value above 0.
     """
     assert len(maps) <= MAX_LABELS, len(maps)
     if not len(maps):
@@ -66,7 +66,8 @@ def label_pixels(grid: PatchGrid, maps: Floats, image: Pixels | None = None, *, 
 
 
 def _within_bounds(grid: PatchGrid, maps: int, image: Pixels | None) -> tuple[PatchGrid, Pixels | None]:
-    """Return the grid and the image, or smaller versions if the image has too many pixels for this number of maps."""
+    """Return the grid and the image. If the image has too many pixels for this number of maps, return smaller versions
+    of the grid and the image."""
     height, width = grid.size
     factor = (_MAX_VALUES / (maps * height * width)) ** 0.5
     if factor >= 1:
@@ -90,7 +91,7 @@ def _only_seen(labels: Labels, grid: PatchGrid) -> Labels:
 
 
 def tidy(labels: Labels, *, one_part: bool, smallest: float) -> Labels:
-    """Fill holes and remove small parts, and return the labels [H, W]. The array itself is changed.
+    """Fill holes and remove small parts in `labels`, which is changed in place, and return it.
 
     Args:
         labels: uint8 [H, W].
@@ -117,8 +118,8 @@ def tidy(labels: Labels, *, one_part: bool, smallest: float) -> Labels:
 
 
 def holes(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Return the pixels outside a mask [H, W] from which no path through common edges leads to the border of the
-    array without crossing the mask."""
+    """Return the holes of a mask [H, W]: the pixels outside the mask that are not connected to the border of the array.
+    Pixels are connected through common edges."""
     from scipy import ndimage
 
     parts, _ = ndimage.label(~mask)
@@ -130,8 +131,8 @@ def holes(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
 
 
 def _fit(grid: PatchGrid, maps: Floats, image: Pixels) -> Floats:
-    """Fit each map as a linear function of the colour, and return the factors of red, green and blue and the constant
-    at each patch, float32 [K, 4, a, b]. The cells of the small copy divide the patches evenly."""
+    """Fit each map as a linear function of the colour. Return the factors of red, green and blue and the constant in
+    each cell of the small copy, float32 [K, 4, a, b]. The cells divide the patches evenly."""
     copy, seen = _small_copy(grid, image)  # [a, b, 3], [a, b]
     wide = _resized(maps, copy.shape[:2])  # [K, a, b]
     side = max(copy.shape[0] / grid.shape[0], copy.shape[1] / grid.shape[1])

@@ -3,9 +3,8 @@
 The network sees a crop of the image, divided into a grid of patches. A region is a box or a mask in pixels of the
 image, or a point, which stands for the patch that contains it. The weight of a patch is the fraction of its area that
 the region covers, from 0 to 1. So a region smaller than a patch still has features, and its edges need not align with
-the grid. The vector of a region is the weighted mean of the
-patch tokens. Such a vector can only be compared with vectors of `pooling=mean`, because these are also means of patch
-tokens.
+the grid. The vector of a region is the weighted mean of the patch tokens. Such a vector can only be compared with
+vectors of `pooling=mean`, because these are also means of patch tokens.
 
 Legend: H, W size of the upright image (after EXIF rotation); h, w size of the patch grid; N = h * w; D features. Boxes
 are (x, y, width, height) in pixels; pixel (X, Y) is the square from (X, Y) to (X + 1, Y + 1). `crop_box` is the part of
@@ -30,8 +29,8 @@ _PIXELS_PER_BLOCK: Final = 2**22
 
 
 def image_weights(size: tuple[int, int], crop_box: Box, grid: tuple[int, int]) -> Floats:
-    """Return the fraction of each patch that shows the image, float32 [h, w] from 0 to 1. Patches show something else
-    only if the preprocessing pads images. `size` is the size of the image in pixels, (H, W)."""
+    """Return the fraction of each patch that shows the image, float32 [h, w] from 0 to 1. It is below 1 only if the
+    preprocessing pads images. `size` is the size of the image in pixels, (H, W)."""
     return box_weights((0, 0, size[1], size[0]), crop_box, grid)
 
 
@@ -44,8 +43,8 @@ def box_weights(
         box: the box in pixels of the image.
         crop_box: the part of the image that the network sees.
         grid: the size of the crop box in patches, (h, w).
-        size: the size of the image in pixels, (H, W). The part of the box outside the image counts for nothing. If
-            None, the box must be inside the image.
+        size: the size of the image in pixels, (H, W). The part of the box outside the image is ignored. If None, the
+            box must be inside the image.
         where: the field of the request that contains the box, for error messages.
 
     Raises:
@@ -160,8 +159,8 @@ def patch_box(index: int, grid: tuple[int, int], crop_box: Box) -> list[float]:
 
 
 def _seen(weights: npt.NDArray[np.float64], crop_box: Box, what: str, where: str) -> Floats:
-    """Return the weights as float32. The error message calls the region `what`. `where` is the field of the request
-    that contains it.
+    """Return the weights as float32. `what` names the region in the error message. `where` is the field of the request
+    that contains the region.
 
     Raises:
         InvalidRequest: all weights are 0, because the region is outside the crop box.

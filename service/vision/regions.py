@@ -1,7 +1,7 @@
 """Describe the regions of an image: as run lengths, polygons, a picture of labels, or coloured on the image.
 
-The labels of an image are an array uint8 [H, W]: 0 outside all regions, and the number of the region elsewhere, from 1
-on. So regions never overlap, and every mask has the size of the upright image.
+Regions are given as labels, an array uint8 [H, W]: 0 outside all regions, and the number of the region, counted from 1,
+elsewhere. So regions never overlap, and every mask has the size of the upright image.
 """
 
 import io
@@ -38,7 +38,8 @@ def pixel_labels(
         masks: each bool [h, w].
         image: uint8 [H, W, 3]. If it is given, the outlines follow its edges.
         one_part: keep only the largest part of each region.
-        cover: the masks cover all patches. Each pixel that the network sees gets a label, and nothing is removed.
+        cover: whether the masks cover all patches. If so, each pixel that the network sees gets a label, and nothing is
+            removed.
     """
     maps = np.stack([mask.astype(np.float32) for mask in masks]) if masks else np.zeros((0, *grid.shape), np.float32)
     if cover:
@@ -54,7 +55,7 @@ def describe_regions(
     pixels, its box and, if `format_` is "rle" or "polygons", its outline.
 
     Raises:
-        InvalidRequest: an outline is too ragged for polygons.
+        InvalidRequest: an outline has too many edges for polygons.
     """
     from scipy import ndimage
 
@@ -78,8 +79,8 @@ def describe_regions(
 
 @cache
 def label_colours() -> Pixels:
-    """Return a colour for each label, uint8 [256, 3]. Labels that follow each other have very different hues. The
-    colour of the label 0 is black."""
+    """Return a colour for each label, uint8 [256, 3]. Consecutive labels have very different hues. The colour of the
+    label 0 is black."""
     hues = (0.02 + np.arange(-1, 255) * 0.618034) % 1
     third = hues[:, None] + np.array([0, 2 / 3, 1 / 3])  # red, green, blue
     wave = np.clip(np.abs((third % 1) * 6 - 3) - 1, 0, 1)

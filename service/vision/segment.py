@@ -50,7 +50,7 @@ class PointIn(Body):
 
 
 class PromptIn(Body):
-    """What the user points at. It has points, a box or a mask, or points together with a box or a mask."""
+    """What the user points at: points, a box or a mask, or points together with a box or a mask."""
 
     points: Annotated[list[PointIn], FailFast()] = Field(default_factory=list, max_length=MAX_POINTS)
     box: Annotated[list[Side] | None, FailFast()] = Field(
@@ -65,15 +65,17 @@ class SegmentOptions(EmbeddingToo):
     method: Method = Field(
         "foreground",
         description="foreground: first principal component; cluster: groups of similar patches; cut: one object, by a "
-        "normalised cut; multi: several objects, by repeated cuts; prompt: the region that `prompts` point at; linear: "
-        "the class of each pixel, by a trained segmentation head",
+        "normalised cut; multi: several objects, by repeated cuts; prompt: the regions that `prompts` point at; "
+        "linear: the class of each pixel, by a trained segmentation head",
     )
     format: Literal["png", "rle", "polygons", "overlay"] = Field(
         "png",
         description="mask or labels as PNG, masks as COCO RLE in JSON, polygons in JSON, or the image with tinted "
         "regions as PNG",
     )
-    k: OptionalWhole = Field(None, ge=2, le=MAX_GROUPS, description="cluster: number of groups; default: chosen")
+    k: OptionalWhole = Field(
+        None, ge=2, le=MAX_GROUPS, description="cluster: number of groups; default: the best from 2 to 8"
+    )
     max_objects: Whole = Field(10, ge=1, le=MAX_OBJECTS, description="multi: highest number of objects")
     min_score: float = Field(
         MIN_SCORE, ge=0, le=1, allow_inf_nan=False, description="cut and multi: lowest score of an object"
@@ -86,10 +88,12 @@ class SegmentOptions(EmbeddingToo):
         description="cut and multi: cosine above which patches are linked; default: computed from the image",
     )
     prompts: Annotated[list[PromptIn], FailFast(), Field(max_length=MAX_PROMPTS), JSON_TEXT] = Field(
-        default_factory=list, description="prompt: one region is returned for each"
+        default_factory=list, description="prompt: what to segment; each prompt gives one region"
     )
     connected: bool = Field(
-        True, description="prompt: false returns all similar parts of the image for points and masks"
+        True,
+        description="prompt with points or a mask: true returns only the part at the prompt; false returns all similar "
+        "parts of the image",
     )
     head: str | None = Field(
         None,
@@ -139,8 +143,8 @@ class SegmentAnswer(VisionAnswer):
 
 
 class _Regions(NamedTuple):
-    """The labels of the pixels of an image, the score of each region if the method has scores, and what else the answer
-    contains."""
+    """The label of each pixel of an image, the score of each region if the method has scores, and the other fields of
+    the answer."""
 
     labels: Labels
     scores: list[float] | None
@@ -191,7 +195,7 @@ def object_features(analysed: Analysed, model: ServedModel) -> Floats:
 
 
 def refined_image(analysed: Analysed, options: SegmentOptions) -> npt.NDArray[np.uint8] | None:
-    """Return the image whose edges the outlines shall follow, or None if `refine` is false."""
+    """Return the image, whose edges the outlines then follow, or None if `refine` is false."""
     return None if options.refine is False else analysed.image
 
 
@@ -285,7 +289,7 @@ def _prompted(features: Floats, grid: PatchGrid, prompt: PromptIn, where: str, o
 
 
 def _half_covered(shares: Floats) -> Mask:
-    """Return the patches of which at least half is covered, or those that are covered the most if there are none."""
+    """Return the patches that are at least half covered. If there are none, return those that are covered the most."""
     return np.asarray(shares >= min(0.5, float(shares.max())))
 
 
@@ -317,7 +321,7 @@ def _outputs(options: SegmentOptions, model: ServedModel) -> Iterable[str]:
     """Return the inner outputs that the method needs.
 
     Raises:
-        InvalidRequest: an option belongs to another method.
+        InvalidRequest: an option does not belong to the method, or one that it needs is missing.
     """
     for name, methods in _BELONGS_TO.items():
         if name in options.model_fields_set and options.method not in methods:

@@ -1,8 +1,8 @@
-"""What every vision task consists of. A task is one endpoint, one command and one Python function.
+"""The type of vision tasks. Each task is an endpoint, a command and a Python function.
 
-A task computes its result from one image at a time, and encodes the results of one request as JSON or as a file. The
-endpoint (`service/routes/vision.py`), the command (`cli/vision.py`) and the Python function (`service/vision/local.py`)
-are made from the same `Task`, so they accept the same options and return the same answers.
+A task computes a result for each image of a request, one image at a time, and encodes all results as one answer: JSON
+or a file. The endpoint (`service/routes/vision.py`), the command (`cli/vision.py`) and the Python function
+(`service/vision/local.py`) are made from the same `Task`, so they accept the same options and return the same answers.
 """
 
 import base64
@@ -52,14 +52,14 @@ class Task(Generic[O, S]):
     description: the text about the endpoint in the OpenAPI document.
     options: the schema of the options. Its field `format` names one of `formats`.
     answer: the type of the JSON answer.
-    formats: the media type of each format. The first format of a media type is the command's default for files of
-        this kind.
+    formats: the media type of each format. If several formats have the same media type, the command uses the first of
+        them by default for files of this type.
     compute: computes the result for one image, in a worker thread. It may raise any ServiceError.
-    encode: makes the answer from the results for all images of a request, in a worker thread. Its numpy arrays must be
-        contiguous.
-    outputs: the inner outputs that `compute` needs (see `model/engines/protocol.py`). They may depend on the heads that
-        the model has at the moment. The function also refuses options that contradict each other or do not fit the
-        model.
+    encode: makes the answer from the results for all images of a request, in a worker thread. The numpy arrays in the
+        answer must be contiguous.
+    outputs: returns the names of the inner outputs that `compute` needs (see `model/engines/protocol.py`). They may
+        depend on the heads that the model has at the moment. This function also refuses options that contradict each
+        other or do not fit the model.
     images: the lowest and the highest number of images in a request.
     headers: the names of the headers that the answer may have, in addition to those of all vision tasks.
     """
@@ -82,7 +82,7 @@ class Task(Generic[O, S]):
         return self.images[1] > 1
 
     def view(self, options: O, model: ServedModel) -> View:
-        """Return what to compute from each image of a request.
+        """Return what the network must compute for each image of a request: the inner outputs and the preprocessing.
 
         Raises:
             InvalidRequest: the options name something that the model does not have.
@@ -91,8 +91,8 @@ class Task(Generic[O, S]):
 
 
 def add_embedding(answer: Answer, options: VisionOptions, embedded: Sequence[Embedded]) -> Answer:
-    """If the options ask for the embedding of the image, return a JSON answer that contains it. A file becomes a base64
-    text under the name of its format. Otherwise return the answer unchanged."""
+    """Add the embedding of the image to an answer if the options ask for it. The result is then JSON: a file becomes a
+    base64 string in the field with the name of its format. Otherwise, return the answer unchanged."""
     if not isinstance(options, EmbeddingToo) or not options.include:
         return answer
     if isinstance(answer, File):

@@ -1,5 +1,5 @@
-"""The table of all vision tasks. A task's module is imported when the task is used for the first time, so that the
-command line starts fast."""
+"""The table of all vision tasks. A task's module is imported when the task is first used, so that the command line
+starts fast."""
 
 from functools import cache
 from importlib import import_module

@@ -19,10 +19,10 @@ _BLOCK_FLOATS: Final = 1 << 23  # 32 MiB
 
 
 def label_map(similarities: Floats, size: tuple[int, int], crop_box: Box, lowest: float | None = None) -> Labels:
-    """Return the number of the most similar word for each pixel, uint8 [H, W]. Words are numbered from 1.
+    """Return the label of each pixel, uint8 [H, W]: the number of the most similar word, counted from 1.
 
-    The similarities of the patches are interpolated bilinearly. A pixel outside `crop_box` has the label 0, and so does
-    one that is less similar than `lowest` to every word.
+    The similarities of the patches are interpolated bilinearly. The label is 0 outside `crop_box`, and where the
+    similarity to every word is below `lowest`.
 
     Args:
         similarities: [C, h, w], at most 255 words. The patches cover `crop_box`.
@@ -54,7 +54,7 @@ def label_map(similarities: Floats, size: tuple[int, int], crop_box: Box, lowest
 
 
 def palette(count: int) -> Pixels:
-    """Return the colours of the labels 0 to `count`, uint8 [count + 1, 3]. Label 0 is black. Neighbouring labels have
+    """Return the colours of the labels 0 to `count`, uint8 [count + 1, 3]. Label 0 is black. Consecutive labels have
     very different hues."""
     golden = (5**0.5 - 1) / 2
     colours = [

@@ -1,4 +1,4 @@
-"""Turn words into vectors with the text encoder of dino.txt, and keep the vectors.
+"""Compute the vectors of words with the text encoder of dino.txt, and cache them.
 
 A word is put into one or more sentences, and the vector of the word is the mean of the sentences' unit vectors, scaled
 to length 1 (Radford et al.: Learning Transferable Visual Models From Natural Language Supervision, 2021). The first
@@ -52,7 +52,7 @@ class WordVectors(NamedTuple):
 
 
 class WordCache:
-    """The vectors of the words that were used last. Any thread may use it.
+    """A cache of the vectors of the most recently used words. Any thread may use it.
 
     Only one thread encodes at a time, because the encoder uses all cores.
     """
@@ -66,11 +66,12 @@ class WordCache:
 
         Args:
             dinotxt: the text encoder and its tokenizer.
-            words: the words, each at most once.
+            words: the words, without duplicates.
             templates: sentences in which `{}` is replaced with the word.
 
         Raises:
-            InvalidRequest: a sentence is too long for the encoder, or all sentences together are.
+            InvalidRequest: a sentence has too many tokens for the encoder, or the new sentences together have too many
+                for a request.
             EngineFailed: a vector is not finite.
         """
         files = dinotxt.record.files
@@ -94,8 +95,8 @@ CACHE: Final = WordCache()
 
 
 def sentences(templates: Sequence[str]) -> tuple[str, ...]:
-    """Return the sentences that `templates` names. Each element is a sentence that contains `{}` once, or the name of
-    one of `TEMPLATE_LISTS`.
+    """Return the sentences that `templates` lists. Each element is a sentence that contains `{}` once, or the name of
+    one of the `TEMPLATE_LISTS`, which stands for all sentences of this list.
 
     Raises:
         InvalidRequest: an element is neither of these.
@@ -116,7 +117,7 @@ def sentences(templates: Sequence[str]) -> tuple[str, ...]:
 
 
 def _encode(dinotxt: DinoTxt, words: Sequence[str], templates: Sequence[str]) -> WordVectors:
-    """Encode all sentences of some words, and return the vectors of the words."""
+    """Encode the sentences of words, and return the vectors of the words."""
     prompts = []
     context_length = dinotxt.text_encoder.shape.context_length
     for word in words:
@@ -131,8 +132,8 @@ def _encode(dinotxt: DinoTxt, words: Sequence[str], templates: Sequence[str]) ->
             prompts.append(prompt)
     if (tokens := count_nodes(prompts)) > MAX_NEW_TOKENS:
         raise InvalidRequest(
-            f"words: {len(words)} new words in {len(templates)} sentences have {tokens:,} tokens; one request may have "
-            f"{MAX_NEW_TOKENS:,}: send fewer new words or templates at a time, as the vectors of words are kept",
+            f"words: {len(words)} new words in {len(templates)} sentences have {tokens:,} tokens, but a "
+            f"request may have at most {MAX_NEW_TOKENS:,}: send fewer words at a time, because encoded words are kept",
             param="words",
         )
     features = dinotxt.text_encoder.encode(prompts).reshape(len(words), len(templates), -1)  # [C, sentences, 2 * D]
@@ -143,6 +144,7 @@ def _encode(dinotxt: DinoTxt, words: Sequence[str], templates: Sequence[str]) ->
 
 
 def _mean_direction(features: Floats) -> Floats:
-    """Return the mean of unit vectors [C, sentences, D], scaled to length 1: [C, D]."""
+    """Scale vectors [C, sentences, D] to length 1, and return their mean over the sentences, scaled to length 1, [C,
+    D]."""
     unit = unit_rows(features.reshape(-1, features.shape[-1])).reshape(features.shape)
     return unit_rows(unit.mean(axis=1))

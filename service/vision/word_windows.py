@@ -1,8 +1,9 @@
 """Compare the patches of a large image with words in overlapping windows.
 
-A backbone that was trained on small images sees more detail if an image is enlarged and divided into windows of the
-size that it knows. Meta's notebook for dino.txt does this with a short side of 512 pixels, windows of 384 pixels and
-steps of 192 pixels, for patches of 16 pixels. The nearest sizes for DINOv2's patches of 14 pixels are used here.
+A backbone that was trained on small images sees more detail if an image is enlarged and then divided into windows of
+the size on which the backbone was trained. Meta's notebook for dino.txt does this with a short side of 512 pixels,
+windows of 384 pixels and steps of 192 pixels, for patches of 16 pixels. This module uses the nearest sizes for DINOv2's
+patches of 14 pixels.
 
 Legend: C words, h x w size of the patch grid of the enlarged image.
 """
@@ -25,8 +26,8 @@ MAX_WINDOWS: Final = 16
 
 
 class WindowedMap(NamedTuple):
-    """The similarity of the patches of an enlarged image to C words, [C, h, w], and the part of the image that they
-    cover, (x, y, width, height) in pixels."""
+    """The similarity of each patch of an enlarged image to C words, [C, h, w], and the part of the image that the
+    patches cover, (x, y, width, height) in pixels of the original image."""
 
     similarities: Floats
     crop_box: Box
@@ -35,12 +36,14 @@ class WindowedMap(NamedTuple):
 def windowed_similarities(
     analysed: Analysed, model: ServedModel, compare: Callable[[FloatArray], Floats]
 ) -> WindowedMap:
-    """Enlarge an image, compare each window with words, and return the mean of the windows that contain a patch.
+    """Enlarge an image, and compare each window with words. Return the similarities of each patch, averaged over the
+    windows that contain the patch.
 
     Args:
         analysed: the image.
         model: the model with its preprocessing.
-        compare: returns the similarities [C, WINDOW, WINDOW] of a network's input [3, height, width].
+        compare: returns the similarities [C, WINDOW, WINDOW] of the patches of a window to C words, given the pixels of
+            the window as the network's input [3, height, width].
 
     Raises:
         InvalidRequest: the image is so long that it needs more than `MAX_WINDOWS` windows.
@@ -75,7 +78,7 @@ def _window_starts(size: tuple[int, int], spec: PreprocessSpec) -> tuple[list[in
     if len(rows) * len(columns) > MAX_WINDOWS:
         raise InvalidRequest(
             f"windows: an image of {size[1]} x {size[0]} pixels needs {len(rows)} x {len(columns)} windows, but at "
-            f"most {MAX_WINDOWS} are computed: divide the image, or leave out windows",
+            f"most {MAX_WINDOWS} are allowed: divide the image, or do not set windows",
             param="windows",
         )
     return rows, columns

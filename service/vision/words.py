@@ -1,6 +1,6 @@
 """The task "words": which of the given words describe an image, and where.
 
-It needs the networks of dino.txt (`model/dinotxt/`), which belong to Meta's ViT-L/14 with registers.
+The task needs the two networks of dino.txt (`model/dinotxt/`), which were trained for Meta's ViT-L/14 with registers.
 
 Legend: C words, D width, N patches, R registers, H x W size of the image, h x w size of the patch grid.
 """
@@ -58,7 +58,9 @@ class WordsOptions(VisionOptions):
         description="sentences in which {} is replaced with the word; none: the word alone; one: `a photo of a {}.`; "
         "several: the mean of seven sentences, which is slower for new words",
     )
-    head: str | None = Field(None, max_length=64, description="name of the dino.txt head; default: the only one")
+    head: str | None = Field(
+        None, max_length=64, description="name of the dino.txt head; default: the only one that the model has"
+    )
     windows: bool = Field(
         False,
         description="find the pixels of each word in overlapping windows of the enlarged image, which shows smaller "
@@ -70,11 +72,11 @@ class WordsOptions(VisionOptions):
 
 
 class WordScore(TypedDict):
-    """One word. `segmentation` and `area` are present for `format=rle`, if a pixel has the word."""
+    """The result for one word. With `format=rle`, `segmentation` and `area` are present if any pixel has the word."""
 
     word: str
     label: Annotated[int, Field(description="value of the word's pixels for format=png: its position, from 1")]
-    score: Annotated[float, Field(description="softmax over all words; 1 if there is only one word")]
+    score: Annotated[float, Field(description="softmax over all words of the request; 1 if there is only one word")]
     similarity: Annotated[float, Field(description="cosine similarity of the image and the word")]
     share: Annotated[float, Field(description="share of the patches that are most similar to this word")]
     colour: Annotated[list[int], Field(description="red, green and blue of the word for format=overlay")]
@@ -108,7 +110,7 @@ class ImageWords:
 
 @dataclass(frozen=True)
 class _Result:
-    """The result for one image. `labels` is None for `format=json`. `picture` is the answer as a PNG, if it is one."""
+    """The result for one image. `labels` is None for `format=json`. `picture` is set if the answer is a PNG."""
 
     found: ImageWords
     labels: Labels | None
@@ -119,7 +121,8 @@ class _Result:
 def words_scores(analysed: Analysed, dinotxt: DinoTxt, vectors: WordVectors) -> ImageWords:
     """Compare an image with words.
 
-    The vector of the image is the class token and the mean patch token after the vision head, joined.
+    The vector of the image is the class token and the mean patch token after the vision head, concatenated and scaled
+    to length 1.
 
     Raises:
         EngineFailed: a feature after the vision head is not finite.
@@ -149,7 +152,8 @@ def _refined(dinotxt: DinoTxt, cls: Floats, registers: Floats, patches: Floats) 
 def _with_windows(
     found: ImageWords, analysed: Analysed, dinotxt: DinoTxt, vectors: WordVectors, model: ServedModel
 ) -> tuple[ImageWords, Box]:
-    """Return the result with the similarities of the patches in windows, and the part of the image that they cover."""
+    """Return the result with its patch similarities replaced by those from windows, and the part of the image that the
+    patches cover."""
 
     def compare(pixels: Floats) -> Floats:
         row = model.features_of(pixels)
@@ -164,7 +168,7 @@ def _opened(options: WordsOptions, model: ServedModel) -> DinoTxt:
     """Open the dino.txt head that the options name.
 
     Raises:
-        InvalidRequest: the model has no such head, or has several and the options name none.
+        InvalidRequest: the model has no such head, or the options name no head and the model has several.
         EngineFailed: its files are damaged.
     """
     try:
@@ -177,7 +181,7 @@ def _opened(options: WordsOptions, model: ServedModel) -> DinoTxt:
 
 
 def _checked_words(words: Sequence[str]) -> list[str]:
-    """Return the words without spaces around them.
+    """Return the words without leading and trailing spaces.
 
     Raises:
         InvalidRequest: a word is empty or occurs twice.
@@ -202,7 +206,8 @@ def _compute(analysed: Analysed, options: WordsOptions, model: ServedModel) -> _
     """Compare an image with the words, and draw the picture that the options ask for.
 
     Raises:
-        InvalidRequest: the model has no such dino.txt head, or a word is too long, or all words together are.
+        InvalidRequest: the model has no such dino.txt head, a word has too many tokens, or the new words together have
+            too many tokens.
         EngineFailed: a feature is not finite.
     """
     dinotxt = _opened(options, model)
@@ -263,7 +268,7 @@ TASK: Final = Task(
 needed, and a word can be a short description. The model needs a dino.txt head. Send the image in the JSON field
 `image`, as a file in a form, or as the raw body.
 
-The text encoder computes new words in seconds, and the service keeps the vectors of the last few thousand words.""",
+The text encoder needs seconds for new words. The service keeps the vectors of the last few thousand words.""",
     options=WordsOptions,
     answer=WordsAnswer,
     formats={"json": JSON, "png": PNG, "rle": JSON, "overlay": PNG},

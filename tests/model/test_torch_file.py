@@ -198,3 +198,16 @@ def test_a_damaged_pickle(path: Path, body: bytes) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_torch_file(tmp_path / "none.pth")
+
+
+def test_an_error_does_not_print_an_object_that_is_huge_as_text(path: Path) -> None:
+    """A tuple that contains the same tuple twice, 60 times: a few hundred bytes, but 2**60 parentheses as text."""
+    nested = pickle.EMPTY_TUPLE + pickle.BINPUT + b"\0"
+    for i in range(60):
+        get = pickle.BINGET + bytes([i])
+        nested += get + get + pickle.TUPLE2 + pickle.BINPUT + bytes([i + 1])
+    bad = changed(
+        path, lambda name, data: pickle.PROTO + b"\2" + nested + pickle.BINPERSID + b"." if "pkl" in name else data
+    )
+    with pytest.raises(TorchFileError, match="something other than a storage"):
+        read_torch_file(bad)

@@ -14,7 +14,7 @@ from model.artifact import Artifact
 from model.config import ViTConfig
 from model.heads.linear import layer_norm
 from model.heads.record import HeadDescription
-from model.heads.store import add_head, choose_head, open_head
+from model.heads.store import Head, add_head, choose_head, open_head
 from service.features.pipeline import View
 from service.retrieval.class_schemas import MAX_K
 from service.search.store import CollectionSpec, Item
@@ -312,6 +312,13 @@ async def test_a_head_of_the_model_classifies(tmp_path: Path, layers: tuple[int,
     assert "calibration" not in answer
     assert auto.json()["head"] == "colours"
     assert len(auto.json()["data"][0]["scores"]) == 1
+
+
+async def test_logits_that_are_not_finite_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Head, "classify", lambda *_: np.array([np.inf, 1], np.float32))
+    async with running(tmp_path, artifact=with_head(tmp_path / "small-aaaaaaaa", (0,))) as run:
+        answer = await ask(run, {"images": text(photo(1)), "head": "colours"}, 500)
+    assert "the head 'colours' gives classes that are not finite" in answer["detail"]
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,8 @@ def depth_metrics(predicted: Tensor, depth: Tensor) -> tuple[float, float, float
 
 
 def _in_range(depth: Tensor, bins: Tensor) -> Tensor:
-    """Return which pixels of a map count: bool, the same shape as `depth`. `bins` are those of the head."""
+    """Return which pixels of a map count: those with a depth in the range of the head's `bins`. The result is bool,
+    with the shape of `depth`."""
     return (depth > bins[0].item()) & (depth <= bins[-1].item())
 
 

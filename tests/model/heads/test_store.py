@@ -69,7 +69,7 @@ def test_a_second_head_of_the_same_name_replaces_the_first_only_if_asked(artifac
 def test_a_read_only_artifact_keeps_its_heads_in_the_derived_folder(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store.os, "access", lambda path, mode: False)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
     assert add_head(artifact, classifier(), tensors()) == artifact.derived / "heads" / "colours"
     assert [record.name for record in list_heads(artifact)] == ["colours"]
 
@@ -128,7 +128,10 @@ def test_a_changed_file_is_refused(artifact: Artifact) -> None:
         (lambda record: json.dumps(record | {"kind": "captions"}).encode(), "must be"),
         (lambda record: json.dumps(record | {"run": "rm"}).encode(), "run"),
         (lambda record: json.dumps(record | {"model": "b" * 64}).encode(), "fingerprint bbbbbbbb, not to aaaaaaaa"),
-        (lambda record: json.dumps(record | {"name": "other"}).encode(), "named other, but its folder colours"),
+        (
+            lambda record: json.dumps(record | {"name": "other"}).encode(),
+            "named other, but its folder is named colours",
+        ),
         (lambda record: b" " * (4 << 20) + json.dumps(record).encode(), "larger than"),
     ],
 )
@@ -144,6 +147,28 @@ def test_a_bad_record_is_left_out_of_the_list_and_refused(
     assert "colours" in caplog.text
     with pytest.raises(HeadError, match=reason):
         choose_head(artifact, "classification", "colours")
+
+
+def test_a_head_whose_description_could_not_be_read_again_is_not_stored(artifact: Artifact) -> None:
+    names = tuple("x" * (store.MAX_RECORD_BYTES // 3) + str(i) for i in range(3))
+    with pytest.raises(HeadError, match=r"the names of 3 classes, has more than \d+ bytes"):
+        add_head(artifact, classifier(classes=names), tensors())
+    assert list_heads(artifact) == []
+
+
+def test_a_head_disappears_as_a_whole(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = add_head(artifact, classifier(), tensors())
+    files = folder.parent
+    monkeypatch.setattr("os.unlink", lambda *_, **__: pytest.fail("a file of the head was deleted in its place"))
+    real = Path.rename
+
+    def renamed(path: Path, target: Path) -> Path:
+        monkeypatch.undo()
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    remove_head(artifact, "colours")
+    assert list(files.iterdir()) == []
 
 
 def test_the_choice_of_a_head_says_what_there_is(artifact: Artifact) -> None:

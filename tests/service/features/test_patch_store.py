@@ -148,6 +148,29 @@ def test_a_damaged_file_is_replaced(store: PatchStore, damage: str, caplog: pyte
     again.close()
 
 
+def test_a_file_that_is_cut_off_while_it_is_open_does_not_kill_the_process(tmp_path: Path) -> None:
+    code = """
+import os, sys
+from pathlib import Path
+from service.features.patch_store import PatchStore
+store = PatchStore(Path(sys.argv[1]), 2**26)
+values = {f"k{i}": os.urandom(100_000) for i in range(100)}
+store.set_many(values)
+store.close()  # moves the entries from the write-ahead log into the file
+store = PatchStore(Path(sys.argv[1]), 2**26)
+assert store.get_many(list(values)) == list(values.values())
+os.truncate(store.file, 100_000)
+for _ in range(2):
+    found = store.get_many(list(values))
+    assert all(value in (None, values[key]) for key, value in zip(values, found))
+store.set_many(values)
+assert store.get_many(list(values)) == list(values.values())
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "patches.sqlite3")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_file_of_another_version_is_replaced(store: PatchStore) -> None:
     store.set_many({"a": b"1"})
     store.close()

@@ -62,7 +62,7 @@ async def test_classes_from_examples(serve: Serve) -> None:
     [
         ({"outputs": []}, "outputs"),
         ({"outputs": ["mask", "colour"]}, "outputs.1: Input should be 'embedding'"),
-        ({"outputs": ["mask", "mask"]}, "outputs: each may be named once, not mask,mask"),
+        ({"outputs": ["mask", "mask"]}, "outputs: each part may be named only once, not mask,mask"),
         ({"outputs": ["mask"], "boxes": {}}, "boxes: has options, but outputs does not contain boxes"),
         ({"outputs": ["mask"], "classify": {}}, "classify: has options, but outputs does not contain class"),
         ({"outputs": ["mask"], "mask": {"format": "png"}}, "mask.format: this option applies to the whole request"),
@@ -71,7 +71,7 @@ async def test_classes_from_examples(serve: Serve) -> None:
         ({"outputs": ["class"]}, "classify: exactly one of collection, classes, head is needed, not none"),
         ({"outputs": ["class"], "size": 56, "classify": {"collection": "c", "label": "n"}}, "so leave out size"),
         ({"outputs": ["depth"], "depth": {"head": "none"}}, "there is no head named 'none'"),
-        ({"outputs": ["attention"], "attention": {"blocks": [99]}}, "blocks: the model has no number 99"),
+        ({"outputs": ["attention"], "attention": {"blocks": [99]}}, "blocks: 99 is out of range"),
     ],
 )
 async def test_bad_requests(body: dict[str, Any], message: str, serve: Serve) -> None:

@@ -159,8 +159,8 @@ def test_an_equal_map_is_drawn(vision: Vision, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("query", "param", "text"),
     [
-        ("blocks=4", "blocks", "blocks: the model has no number 4; it has 4 blocks, 0 to 3"),
-        ("heads=-4", "heads", "heads: the model has no number -4; it has 3 heads, 0 to 2"),
+        ("blocks=4", "blocks", "blocks: 4 is out of range; the model has 4 blocks, 0 to 3"),
+        ("heads=-4", "heads", "heads: -4 is out of range; the model has 3 heads, 0 to 2"),
         ("blocks=1,1", "blocks", "blocks: 1 is chosen twice"),
         ("blocks=first", "blocks", "blocks: must be all, or integers such as 0,5,-1, not 'first'"),
         ("fuse_blocks=rollout&blocks=1", "blocks", "blocks=[1]: fuse_blocks=rollout uses all blocks"),
@@ -201,5 +201,5 @@ async def test_the_amount_of_the_answer_is_bounded(serve: Serve, monkeypatch: py
 
 def test_options_are_refused_before_the_forward_pass(vision: Vision, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(vision), "analyse", lambda *args: pytest.fail("the network ran"))
-    with pytest.raises(InvalidRequest, match="blocks: the model has no number 7"):
+    with pytest.raises(InvalidRequest, match="blocks: 7 is out of range"):
         local(vision, blocks=[7])

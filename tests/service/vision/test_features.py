@@ -143,7 +143,7 @@ async def test_the_endpoint(serve: Serve) -> None:
 @pytest.mark.parametrize(
     ("query", "param", "problem"),
     [
-        ("layers=4", "layers", "layers: the model has no number 4; it has 4 layers, 0 to 3"),
+        ("layers=4", "layers", "layers: 4 is out of range; the model has 4 layers, 0 to 3"),
         ("layers=1,-3", "layers", "layers: -3 is chosen twice"),
         ("format=pca&layers=0,1", "layers", "format=pca shows one layer, not 2"),
         ("format=pca_npy&layers=all", "layers", "format=pca_npy shows one layer, not 4"),

@@ -121,6 +121,16 @@ def test_padding_is_no_candidate_and_no_background() -> None:
     assert not (mask_scores(region, rows, shown) > 0)[~shown].any()
 
 
+@pytest.mark.parametrize("weight", [1e-14, 1e-30])
+def test_a_tiny_region_marks_the_patch_that_contains_it(weight: float) -> None:
+    image = planted(0)
+    weights = np.zeros(len(image.rows), np.float32)
+    weights[0] = weight
+    region = learn_region([Reference(image.rows, weights, np.ones(len(image.rows), bool))], NO_BASIS)
+    assert len(region.inside) == 1
+    assert scores(region, [(image.rows, None)])[0] > 0.5
+
+
 def test_marking_the_whole_image_still_finds_the_same_image_first() -> None:
     whole = planted(0)
     region = learn_region([Reference(whole.rows, np.ones(64, np.float32), np.ones(64, bool))], NO_BASIS)

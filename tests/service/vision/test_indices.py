@@ -54,7 +54,7 @@ def test_negative_numbers_count_from_the_end() -> None:
 
 @pytest.mark.parametrize("index", [3, -4, 999_999_999])
 def test_a_number_out_of_range(index: int) -> None:
-    message = f"heads: the model has no number {index}; it has 3 heads, 0 to 2, and -1 is the last one"
+    message = f"heads: {index} is out of range; the model has 3 heads, 0 to 2, and -1 is the last one"
     with pytest.raises(InvalidRequest, match=message) as caught:
         chosen([0, index], 3, "heads")
     assert caught.value.param == "heads"

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.heads.store import choose_head, open_head
-from service.errors import InvalidRequest
+from model.heads.store import Head, choose_head, open_head
+from service.errors import EngineFailed, InvalidRequest
 from service.features.pipeline import View
 from service.vision import linear
 from service.vision.linear import pixel_classes
@@ -109,6 +109,13 @@ def test_bad_requests_for_a_head_are_refused(
     with pytest.raises(InvalidRequest, match=reason) as caught:
         model.run("segment", [IMAGE], **options)
     assert caught.value.param == param
+
+
+def test_logits_that_are_not_finite_are_an_error(model: Vision, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Head.segment
+    monkeypatch.setattr(Head, "segment", lambda head, tokens: real(head, tokens) * np.float32(np.inf))
+    with pytest.raises(EngineFailed, match="the head 'parts' gives classes that are not finite"):
+        model.run("segment", [IMAGE], method="linear")
 
 
 def test_without_a_head_the_answer_says_how_to_get_one(vision: Vision, tmp_path: Path) -> None:

@@ -218,5 +218,5 @@ def test_options_beyond_their_bounds_are_refused(vision: Vision, options: dict[s
 
 
 def test_one_image_is_not_enough(vision: Vision) -> None:
-    with pytest.raises(InvalidRequest, match="1 images: match takes 2"):
+    with pytest.raises(InvalidRequest, match="the number of images is 1, but match accepts 2"):
         vision.run("match", [photo()])

@@ -106,7 +106,7 @@ def test_the_command_chooses_the_format_from_the_file(tmp_path: Path) -> None:
 def test_functions_refuse_bad_calls(vision: Vision) -> None:
     with pytest.raises(InvalidRequest, match=r"unknown task 'see'; the tasks are .*segment"):
         vision.run("see", [photo()])
-    with pytest.raises(InvalidRequest, match="2 images: segment takes 1"):
+    with pytest.raises(InvalidRequest, match="the number of images is 2, but segment accepts 1"):
         vision.run("segment", [photo(), photo()])
     with pytest.raises(InvalidRequest, match="colour: unknown field"):
         vision.run("segment", [photo()], colour="red")

@@ -362,7 +362,7 @@ def test_words_and_sentences_are_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     cache, head = WordCache(), FakeDinoTxt()
     cache.vectors(head, ["cat"], ["a {}.", "a {}!"])  # type: ignore[arg-type]
     with pytest.raises(
-        InvalidRequest, match="words: 3 new words in 2 sentences have 24 tokens; one request may have 20"
+        InvalidRequest, match="words: 3 new words in 2 sentences have 24 tokens, but a request may have at most 20"
     ):
         cache.vectors(head, ["dog", "cow", "hen", "cat"], ["a {}.", "a {}!"])  # type: ignore[arg-type]
     assert len(head.encoded) == 2
