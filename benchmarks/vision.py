@@ -91,7 +91,7 @@ def load(arch: str | None, threads: int, folder: Path) -> Vision:
     """Return the bundled model, or one of this size with random weights, with heads in `folder`."""
     artifact = load_artifact(bundled_artifact(), derived_dir=folder) if arch is None else random_artifact(arch, folder)
     add_heads(artifact)
-    return Vision(artifact, OnnxEngine(artifact.file("model.onnx"), threads=threads, inner=True), threads)
+    return Vision(artifact, OnnxEngine(artifact.file("model.onnx"), threads=threads, inner="always"), threads)
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> None:

@@ -153,7 +153,7 @@ def main() -> None:
             artifact = load_artifact(bundled_artifact(), derived_dir=Path(folder))
         else:
             artifact = random_artifact(arguments.arch, Path(folder))
-        engine = OnnxEngine(artifact.file("model.onnx"), threads=available_cpus(), inner=True)
+        engine = OnnxEngine(artifact.file("model.onnx"), threads=available_cpus(), inner="always")
         vision = Vision(dataclasses.replace(artifact), engine, threads=available_cpus())
         best = measure(vision, buffer.getvalue())
     forward = best["forward pass"]

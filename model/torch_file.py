@@ -69,6 +69,9 @@ _OPERATIONS: Final = frozenset(
     ]
 )
 """The operations of pickle's protocol 2 that `torch.save` writes for tensors and plain values."""
+_WITHOUT_PARTS: Final = frozenset(["BINUNICODE", "GLOBAL", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE"])
+"""Operations that create an object which contains no others, or which has no hash."""
+MAX_REPEATS: Final = 1 << 22
 _CRC_CHUNK: Final = 1 << 24
 _DTYPES: Final = {
     "DoubleStorage": np.dtype("<f8"),
@@ -163,12 +166,25 @@ def _read(path: Path, archive: zipfile.ZipFile) -> Any:
 
 
 def _check_operations(data: bytes) -> None:
-    """Check the operations of a pickle before any is executed, because some can take any amount of memory."""
+    """Check the operations of a pickle before any is executed, because some can take any amount of memory.
+
+    A tuple that contains another tuple twice, and so on, takes a few bytes per level, but the time to hash it doubles
+    with each level. `repeats` is an upper bound of the number of objects that a hash visits more than once.
+    """
+    sizes: dict[int, int] = {}
+    repeats, previous = 0, ""
     for operation, argument, _ in pickletools.genops(data):
         if operation.name not in _OPERATIONS:
             raise TorchFileError(f"its pickle has the operation {operation.name}, which torch does not write")
         if "BINPUT" in operation.name and int(argument or 0) > len(data):
             raise TorchFileError(f"its pickle refers to object {argument} of at most {len(data)}")
+        if "BINPUT" in operation.name and previous not in _WITHOUT_PARTS:
+            sizes[int(argument or 0)] = 1 + repeats
+        elif "BINGET" in operation.name:
+            repeats += sizes.get(int(argument or 0), 0)
+        if repeats > MAX_REPEATS:
+            raise TorchFileError("its pickle repeats objects inside objects too often")
+        previous = operation.name
 
 
 def _small_file(archive: zipfile.ZipFile, info: zipfile.ZipInfo, *, limit: int) -> bytes:
@@ -237,7 +253,7 @@ class _Unpickler(pickle.Unpickler):
         match pid:
             case ("storage", _StorageType(name=kind), str(key), _, int(count)) if count >= 0:
                 return self._storage(kind, key, count)
-        raise TorchFileError(f"it refers to something other than a storage: {reprlib.repr(pid)}")
+        raise TorchFileError(f"it refers to something other than a storage: {reprlib.repr(pid)[:100]}")
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: object) -> Array:

@@ -64,7 +64,16 @@ def attempt(index: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
     try:
         return Outcome(index, work(*args, **kwargs))
     except ServiceError as error:
+        _forget_frames(error)
         return Outcome(index, error=error)
+
+
+def _forget_frames(error: ServiceError) -> None:
+    """Remove the traceback and the causes of an error of the request. Their frames have variables such as the decoded
+    image, and together with the frame that raises the error again, they form a cycle. So the image would stay in memory
+    until the garbage collector runs."""
+    if error.status < 500:
+        error.__traceback__ = error.__cause__ = error.__context__ = None
 
 
 async def attempt_await(index: int, work: Awaitable[T]) -> Outcome[T]:

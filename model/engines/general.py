@@ -34,7 +34,7 @@ def open_general(artifact: Artifact, serving: Engine, *, threads: int) -> Engine
     if not path.exists():
         derive_graph(artifact.weights, manifest.config, GraphSpec(size=None), path)
     provider: Provider = "cuda" if serving.name == "onnxruntime-cuda" else "cpu"
-    engine = OnnxEngine(path, threads=threads, provider=provider, inner=True)
+    engine = OnnxEngine(path, threads=threads, provider=provider, inner="always")
     pixels = parity.pixels_at(parity.sample_photos(SAMPLES), manifest.preprocess, manifest.input_size)
     record = parity.measure(parity.features(engine, pixels), serving, pixels)
     try:

@@ -13,9 +13,9 @@ continue on the CPU. The GPU providers have never run in this project. docs/engi
 been run.
 
 Attention maps and heads need the results of inner layers (*inner outputs*, see `model/engines/protocol.py`). These
-tensors exist in every graph, and the engine marks them as outputs in memory. A pass returns only the outputs that the
-caller names, so passes without inner outputs are not slower. An image's features do not depend on which outputs a pass
-returns.
+tensors exist in every graph, but have to be marked as outputs when a session loads the graph. Passes of such a session
+take about 4 % longer (docs/decisions/0030-inner-outputs.md). The engine therefore opens a second session for them when
+they are needed for the first time. It needs memory for another copy of the weights.
 
 ONNX Runtime's official builds since 1.29 send telemetry to Microsoft (sessions, model hashes, a device id stored in
 ~/.cache) unless an environment variable disables it before the module loads. The API call that disables telemetry is
@@ -27,8 +27,9 @@ Legend: B batch, H x W pixels, T tokens, D width.
 
 import os
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -41,6 +42,7 @@ from model.engines.protocol import Features, FloatArray, OpenRequest
 from model.onnx_graph.build import INNER_TENSORS, GraphSpec
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
+Inner = Literal["no", "on demand", "always"]
 
 TILED_ABOVE_TOKENS: Final = 1024
 """A CPU session uses tiled attention for images with more patch tokens than this."""
@@ -54,6 +56,7 @@ _PROVIDER_OF: Final[dict[str, Provider]] = {
 }
 _NAMES = {provider: name for name, provider in _PROVIDER_OF.items()}
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+_FLOAT_COPY = ".float"
 _HEAVY = {"Conv", "MatMul", "Attention", "MultiHeadAttention", "LayerNormalization", "Gelu"}
 _STATUS = {"failed": "failed", "not measured": "was not measured"}
 
@@ -97,7 +100,7 @@ def open(request: OpenRequest) -> "OnnxEngine":
         provider=provider,
         cache_dir=cache,
         prepack=not request.few_passes,
-        inner=provider != "tensorrt" and not request.few_passes,
+        inner="no" if provider == "tensorrt" or request.few_passes else "on demand",
     )
 
 
@@ -115,7 +118,8 @@ class OnnxEngine:
         spinning: whether waiting threads spin.
         prepack: whether ONNX Runtime repacks the weights for the CPU. This makes forward passes faster, but keeps
             a second copy of the weights in memory.
-        inner: whether `run_outputs` can return inner outputs.
+        inner: whether `run_outputs` can return inner outputs: "no", "on demand" (from a second session, which the first
+            such call opens), or "always" (from the engine's only session).
 
     Raises:
         ValueError: ONNX Runtime cannot load the file, or the provider cannot run the model.
@@ -133,48 +137,26 @@ class OnnxEngine:
         cache_dir: Path | None = None,
         spinning: bool = False,
         prepack: bool = True,
-        inner: bool = False,
+        inner: Inner = "no",
     ) -> None:
         need_provider(provider)
-        ort = load_runtime()
-        try:
-            model = onnx.load(path, load_external_data=False)
-        except Exception as error:  # protobuf raises its own exception class, or OSError
-            raise ValueError(f"{path}: not an ONNX graph: {error}") from error
+        model = _read_graph(path)
         self._largest_batch = LARGEST_BATCH if provider == "tensorrt" else None
         self.name, self.precision, self.device = _NAMES[provider], precision, "cpu" if provider == "cpu" else "cuda"
         self._tensors = {output.name: output.name for output in model.graph.output}  # by the output's public name
-        if inner:
-            self._tensors |= _mark_inner_outputs(model, half=precision in ("fp16", "bf16"))
-        self.outputs = tuple(self._tensors)
+        self._inner_tensors = {} if inner == "no" else _inner_tensors(model, half=precision in ("fp16", "bf16"))
+        self.outputs = (*self._tensors, *self._inner_tensors)
         self.patch_size = _patch_size(model)
         self._shape: tuple[int | str, ...] = tuple(  # (3, H, W); a name marks a free dimension
             dim.dim_param or dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim[1:]
         )
         tokens = self._tokens()
         self.tiled = tiled if tiled is not None else provider == "cpu" and (not tokens or tokens > TILED_ABOVE_TOKENS)
-        if self.tiled:
-            _use_tiled_attention(model)
-        options = _options(ort.SessionOptions(), threads, spinning, prepack, path)
-        chosen = [provider] if provider != "tensorrt" else [provider, "cuda"]
-        settings = [_settings(name, precision, self._shape, cache_dir or path.parent) for name in chosen]
-        graph = model.SerializeToString() if self.tiled or inner else str(path)
-        del model  # frees a copy of the weights before the session makes its own
-        try:
-            self._session: Any = ort.InferenceSession(
-                graph,
-                options,
-                providers=[_PROVIDERS[name] for name in chosen],
-                provider_options=settings,
-                enable_fallback=0,  # otherwise a GPU error would move all later passes to the CPU
-            )
-        except Exception as error:  # ONNX Runtime raises its own exception classes
-            raise ValueError(f"{path}: ONNX Runtime cannot load it: {error}") from error
-        started = self._session.get_providers()
-        if _PROVIDERS[provider] not in started:
-            raise ValueError(f"ONNX Runtime could not start {_PROVIDERS[provider]}; it would use {started[0]} instead")
-        if provider != "cpu":
-            _check_assignment(self._session, provider)
+        options = _options(load_runtime().SessionOptions(), threads, spinning, prepack, path)
+        settings = partial(_settings, precision=precision, shape=self._shape, cache_dir=cache_dir or path.parent)
+        self._open = partial(_open_session, path, provider, options, settings, self.tiled)
+        self._session: Any = self._open(self._inner_tensors if inner == "always" else {})
+        self._inner_session = self._session if inner == "always" else None
 
     def run(self, pixels: FloatArray) -> Features:
         """Compute the features of a batch of normalised pixels [B, 3, H, W].
@@ -197,15 +179,18 @@ class OnnxEngine:
         missing = [name for name in names if name not in self.outputs]
         if missing:
             raise ValueError(f"this graph has no output {missing[0]!r}; its outputs are {', '.join(self.outputs)}")
+        session, all_tensors = self._session, self._tensors | self._inner_tensors
+        if any(name in self._inner_tensors for name in names):
+            session = self._inner_session = self._inner_session or self._open(self._inner_tensors)
         step = self._largest_batch or len(pixels)  # a larger batch would make TensorRT rebuild, which takes minutes
-        tensors = [self._tensors[name] for name in names]
-        parts = [self._session.run(tensors, {"pixels": pixels[i : i + step]}) for i in range(0, len(pixels), step)]
+        tensors = [all_tensors[name] for name in names]
+        parts = [session.run(tensors, {"pixels": pixels[i : i + step]}) for i in range(0, len(pixels), step)]
         outputs = parts[0] if len(parts) == 1 else [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
         return {name: np.asarray(array, dtype=np.float32) for name, array in zip(names, outputs, strict=True)}
 
     def close(self) -> None:
-        """Release the session. The engine cannot run afterwards."""
-        self._session = None
+        """Release the sessions. The engine cannot run afterwards."""
+        self._session = self._inner_session = None
 
     def _tokens(self) -> int:
         """Return the number of patch tokens per image, or 0 if the graph accepts images of any size."""
@@ -344,23 +329,89 @@ def _settings(provider: str, precision: str, shape: Sequence[int | str], cache_d
     return settings
 
 
-def _mark_inner_outputs(model: onnx.ModelProto, *, half: bool) -> dict[str, str]:
-    """Add the tensors of all inner outputs to the outputs of the graph, and return the names of the tensors, keyed by
-    the names of the outputs. If `half` is True, queries and keys have half precision and are cast to float32."""
+def _read_graph(path: Path) -> onnx.ModelProto:
+    try:
+        return onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf raises its own exception class, or OSError
+        raise ValueError(f"{path}: not an ONNX graph: {error}") from error
+
+
+def _open_session(
+    path: Path,
+    provider: Provider,
+    options: Any,
+    settings: Callable[[str], dict[str, str]],
+    tiled: bool,
+    inner_tensors: Mapping[str, str],
+) -> Any:
+    """Open and return an ONNX Runtime session for a graph.
+
+    Args:
+        path: the graph's file.
+        provider: the execution provider.
+        options: the session's options.
+        settings: a function that returns the options of a provider.
+        tiled: whether to replace the attention nodes with tiled attention.
+        inner_tensors: the tensors to mark as outputs, keyed by the names of the inner outputs.
+
+    Raises:
+        ValueError: ONNX Runtime cannot load the file, or the provider cannot run the model.
+    """
+    graph: Any = str(path)
+    if tiled or inner_tensors:
+        model = _read_graph(path)
+        if tiled:
+            _use_tiled_attention(model)
+        _mark_outputs(model, inner_tensors.values())
+        graph = model.SerializeToString()
+        del model  # frees a copy of the weights before the session makes its own
+    chosen = [provider] if provider != "tensorrt" else [provider, "cuda"]
+    try:
+        session: Any = load_runtime().InferenceSession(
+            graph,
+            options,
+            providers=[_PROVIDERS[name] for name in chosen],
+            provider_options=[settings(name) for name in chosen],
+            enable_fallback=0,  # otherwise a GPU error would move all later passes to the CPU
+        )
+    except Exception as error:  # ONNX Runtime raises its own exception classes
+        raise ValueError(f"{path}: ONNX Runtime cannot load it: {error}") from error
+    started = session.get_providers()
+    if _PROVIDERS[provider] not in started:
+        raise ValueError(f"ONNX Runtime could not start {_PROVIDERS[provider]}; it would use {started[0]} instead")
+    if provider != "cpu":
+        _check_assignment(session, provider)
+    return session
+
+
+def _inner_tensors(model: onnx.ModelProto, *, half: bool) -> dict[str, str]:
+    """Return the names of the tensors of all inner outputs, keyed by the names of the outputs.
+
+    If `half` is True, queries and keys have half precision. Their tensors are then float32 copies, which
+    `_mark_outputs` adds.
+    """
     made = {name for node in model.graph.node for name in node.output}
     tensors: dict[str, str] = {}
     block = 0
     while INNER_TENSORS["tokens"].format(block) in made:
         for kind, pattern in INNER_TENSORS.items():
-            tensor = pattern.format(block)
-            if half and kind != "tokens":
-                model.graph.node.append(helper.make_node("Cast", [tensor], [f"{tensor}.float"], to=TensorProto.FLOAT))
-                tensor += ".float"
-            shape = ["batch", "all_tokens", None]
-            model.graph.output.append(helper.make_tensor_value_info(tensor, TensorProto.FLOAT, shape))
-            tensors[f"{kind}.{block}"] = tensor
+            copied = half and kind != "tokens"
+            tensors[f"{kind}.{block}"] = pattern.format(block) + (_FLOAT_COPY if copied else "")
         block += 1
     return tensors
+
+
+def _mark_outputs(model: onnx.ModelProto, tensors: Iterable[str]) -> None:
+    """Add tensors to the outputs of the graph.
+
+    If a name ends in `_FLOAT_COPY`, a float32 copy of the tensor is added.
+    """
+    for tensor in tensors:
+        if tensor.endswith(_FLOAT_COPY):
+            source = tensor.removesuffix(_FLOAT_COPY)
+            model.graph.node.append(helper.make_node("Cast", [source], [tensor], to=TensorProto.FLOAT))
+        shape = ["batch", "all_tokens", None]
+        model.graph.output.append(helper.make_tensor_value_info(tensor, TensorProto.FLOAT, shape))
 
 
 def _use_tiled_attention(model: onnx.ModelProto) -> None:

@@ -29,6 +29,7 @@ class Row(NamedTuple):
     patches: FloatArray  # [N, D]
     registers: FloatArray  # [R, D]
     outputs: Mapping[str, FloatArray]  # inner outputs by name, each [T, D]
+    by_serving: bool  # False if the second engine computed the row
 
     @property
     def tokens(self) -> int:
@@ -66,7 +67,13 @@ class Forward:
         if not np.isfinite(parts).all():  # the mean is finite only if all patches are
             raise EngineFailed("the engine's features are not finite")
         return [
-            Row(p.copy(), features.patches[i], features.registers[i], {name: out[i] for name, out in inner.items()})
+            Row(
+                p.copy(),
+                features.patches[i],
+                features.registers[i],
+                {name: out[i] for name, out in inner.items()},
+                engine is self._engine,
+            )
             for i, p in enumerate(parts)
         ]
 

@@ -204,6 +204,7 @@ class Pipeline:
         self._flights: dict[str, _Flight] = {}
         self._decoders = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="decode")
         self._answerers = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="answer")
+        self._encoders = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="encode")
         self._hasher = ThreadPoolExecutor(
             1, thread_name_prefix="hash"
         )  # its own thread, so cached images do not wait for decoding
@@ -274,6 +275,12 @@ class Pipeline:
 
         return await self._all(images, start)
 
+    async def encode(self, work: Callable[[], T]) -> T:
+        """Call `work`, which encodes the results of a request, in a thread, and return its result. The number of calls
+        at the same time is at most the number of decoding threads, because a picture of a large image takes a lot of
+        memory."""
+        return await self._in_thread(self._encoders, work)
+
     async def kept_patches(self, digests: Iterable[str]) -> dict[str, Patches]:
         """Return the cached patch features of the images with these digests, as a dict by digest. A digest is the
         sha256 of an image's bytes in hex. The dict has no entry for an image without cached patch features."""
@@ -333,7 +340,7 @@ class Pipeline:
         """Stop the pipeline. Images that are still in the queue fail with `ShuttingDown`."""
         self.batcher.close()
         self._forward.close()
-        for threads in (self._decoders, self._answerers, self._hasher):
+        for threads in (self._decoders, self._answerers, self._encoders, self._hasher):
             threads.shutdown(wait=False, cancel_futures=True)
         await self.patch_cache.close()
 
@@ -410,7 +417,10 @@ class Pipeline:
             decoded = await self._decode(image, spec, keep_image=True)
             row, timings = await self._infer(decoded, view.outputs)
             assert decoded.image is not None
-            embedded = Embedded(row.parts, row.tokens, timings=timings)
+            parts = row.parts
+            if spec == self._spec and not row.by_serving:  # vectors of two engines are never mixed
+                parts = (await self._infer(decoded))[0].parts
+            embedded = Embedded(parts, row.tokens, timings=timings)
             if spec == self._spec:
                 [key] = await self._keys([Outcome(0, image)])
                 await self.cache.set_many({key.result(): embedded.to_bytes()})

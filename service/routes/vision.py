@@ -1,7 +1,6 @@
 """The endpoints of all vision tasks (`service/vision/tasks.py`). Each image is decoded once, and a single forward pass
 provides everything that the task and the embedding need."""
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -88,7 +87,7 @@ async def _answer(request: Request, task: Task[Any, Any], key: str) -> Response:
     view = task.view(options, service.model)
     seen = await results_of(upload.images, partial(_see, task, options, service), service, view, key)
     encode_started = time.perf_counter()
-    answer = await asyncio.to_thread(task.encode, [each.result for each in seen], options)
+    answer = await service.pipeline.encode(partial(task.encode, [each.result for each in seen], options))
     stages = {
         **slowest([each.embedded for each in seen]),
         task.name: max(each.compute_ms for each in seen),

@@ -6,7 +6,7 @@ network sees have no depth: they are 0 in the files, and grey in the coloured pi
 Legend: H, W size of the image in pixels; h, w size of the patch grid.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, NotRequired
 
@@ -24,7 +24,7 @@ from service.schema_base import DocumentedAs
 from service.schemas import VisionOptions
 from service.vision.heads import open_named, outputs_of, tokens_of
 from service.vision.pictures import coloured, to_image
-from service.vision.task import JSON, NPY, PNG, Answer, Task, npy, png
+from service.vision.task import JSON, NPY, PNG, Answer, File, Task, npy, png
 
 Floats = npt.NDArray[np.float32]
 
@@ -32,6 +32,8 @@ UNITS_PER_METRE: Final = (1000, 256)
 """The possible scales of a 16-bit PNG: millimetres up to 65.535 m, and KITTI's scale up to 255.996 m."""
 _LARGEST_UNIT: Final = 65_535
 _UNSEEN: Final = 128
+_ROWS_PER_BLOCK: Final = 256
+MAX_NUMBERS: Final = 2**25  # in an array
 
 
 class DepthOptions(VisionOptions):
@@ -87,12 +89,13 @@ def _outputs(options: DepthOptions, model: ServedModel) -> tuple[str, ...]:
     return outputs_of(model, "depth", options.head)
 
 
-def _compute(analysed: Analysed, options: DepthOptions, model: ServedModel) -> _Depth:
-    """Compute the depth map of an image.
+def _compute(analysed: Analysed, options: DepthOptions, model: ServedModel) -> _Depth | File:
+    """Compute the depth map of an image. A file is also encoded here and not in `_encode`, because the number of images
+    that are computed at the same time is limited, and so is their memory.
 
     Raises:
-        InvalidRequest: there is no such head, the range of depths is empty or too large for the format, or the input is
-            too large for a DPT head.
+        InvalidRequest: there is no such head, the range of depths is empty or too large for the format, the input is
+            too large for a DPT head, or the image is too large for an array.
         EngineFailed: the head cannot be used, or its result is not finite.
     """
     head = open_named(model, "depth", options.head)
@@ -112,13 +115,28 @@ def _compute(analysed: Analysed, options: DepthOptions, model: ServedModel) -> _
     metres = head.depth(tokens_of(analysed), (low, high))
     if not np.isfinite(metres).all():
         raise EngineFailed("the depth is not finite")
-    return _Depth(metres, analysed.size, analysed.crop_box, (low, high), head)
+    depth = _Depth(metres, analysed.size, analysed.crop_box, (low, high), head)
+    return depth if options.format == "json" else _file(depth, options)
 
 
-def _encode(results: Sequence[_Depth], options: DepthOptions) -> Answer:
+def _encode(results: Sequence[_Depth | File], options: DepthOptions) -> Answer:
     [depth] = results
-    if options.format == "json":
-        return _as_json(depth, options.array)
+    return depth if isinstance(depth, File) else _as_json(depth, options.array)
+
+
+def _file(depth: _Depth, options: DepthOptions) -> File:
+    """Encode the depths at the size of the image.
+
+    Raises:
+        InvalidRequest: the image has too many pixels for an array, or no 16-bit PNG holds the largest depth.
+    """
+    height, width = depth.size
+    if options.format == "npy" and height * width > MAX_NUMBERS:
+        raise InvalidRequest(
+            f"format=npy: the answer would be {height * width:,} numbers ({height} x {width}), but at most "
+            f"{MAX_NUMBERS:,} are allowed; use format=png16",
+            param="format",
+        )
     metres = to_image(depth.metres, depth.size, depth.crop_box)
     if options.format == "npy":
         return npy(metres)
@@ -126,7 +144,9 @@ def _encode(results: Sequence[_Depth], options: DepthOptions) -> Answer:
     if options.format == "png16":
         units = _units(depth.depth_range[1])
         headers["X-Depth-Units-Per-Metre"] = str(units)
-        values = np.minimum(np.rint(metres * units), _LARGEST_UNIT).astype(np.uint16)
+        values = np.empty(metres.shape, np.uint16)
+        for rows in _blocks(len(metres)):
+            values[rows] = np.minimum(np.rint(metres[rows] * units), _LARGEST_UNIT)
         return png(values)._replace(headers=headers)
     return png(_picture(metres))._replace(headers=headers)
 
@@ -149,10 +169,18 @@ def _as_json(depth: _Depth, array: bool) -> dict[str, Any]:
 def _picture(metres: Floats) -> npt.NDArray[np.uint8]:
     """Draw depths [H, W] as a picture, uint8 [H, W, 3]. The nearest pixel is light, and the farthest pixel is dark."""
     seen = metres > 0
-    low, high = (float(metres[seen].min()), float(metres[seen].max())) if seen.any() else (0.0, 0.0)
-    picture = coloured((metres - low) / max(high - low, 1e-6), "magma_r")
-    picture[~seen] = _UNSEEN
+    high = float(metres.max())
+    low = float(metres.min(where=seen, initial=high))
+    picture = np.empty((*metres.shape, 3), np.uint8)
+    for rows in _blocks(len(metres)):
+        picture[rows] = coloured((metres[rows] - low) / max(high - low, 1e-6), "magma_r")
+        picture[rows][~seen[rows]] = _UNSEEN
     return picture
+
+
+def _blocks(height: int) -> Iterator[slice]:
+    """Return blocks of rows. The temporary arrays for all rows of a large image would use too much memory."""
+    return (slice(start, start + _ROWS_PER_BLOCK) for start in range(0, height, _ROWS_PER_BLOCK))
 
 
 def _units(largest: float) -> int:

@@ -80,7 +80,7 @@ class _Detected:
 
     objects: list[dict[str, Any]]
     crop_box: list[float]
-    picture: Pixels | None
+    picture: File | None
 
 
 def suppress(boxes: Sequence[Sequence[float]], max_overlap: float) -> list[int]:
@@ -117,7 +117,7 @@ def _compute(analysed: Analysed, options: DetectOptions, model: ServedModel) -> 
     regions = describe_regions(labels, [each.score for each in found], "json", 0)
     kept = suppress([region["box"] for region in regions], options.max_overlap)
     objects = [{key: regions[index][key] for key in ("box", "score", "area")} for index in kept]
-    picture = drawn(analysed.image, objects) if options.format == "overlay" else None
+    picture = png(drawn(analysed.image, objects)) if options.format == "overlay" else None
     return _Detected(objects, list(analysed.crop_box), picture)
 
 
@@ -164,7 +164,7 @@ def _outputs(options: DetectOptions, model: ServedModel) -> Iterable[str]:
 def _encode(results: Sequence[_Detected], options: DetectOptions) -> Answer:
     [detected] = results
     answer = {"found": bool(detected.objects), "objects": detected.objects, "crop_box": detected.crop_box}
-    return answer if detected.picture is None else File(png(detected.picture).data, PNG, fields=answer)
+    return answer if detected.picture is None else detected.picture._replace(fields=answer)
 
 
 TASK: Final = Task(

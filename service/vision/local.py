@@ -103,7 +103,10 @@ class Vision:
             raise BrokenImage(str(error)) from error
         [row] = self._forward(network_input[None], view.outputs)
         grid = network_input.shape[1] // spec.patch_size, network_input.shape[2] // spec.patch_size
-        embedded = Embedded(row.parts, row.tokens)
+        parts = row.parts
+        if view.spec is None and not row.by_serving:  # vectors of two engines are never mixed
+            parts = self._forward(network_input[None])[0].parts
+        embedded = Embedded(parts, row.tokens)
         return Analysed(embedded, row.patches, row.registers, grid, pixels, spec, row.outputs)
 
 

@@ -200,14 +200,35 @@ def test_missing_file(tmp_path: Path) -> None:
         read_torch_file(tmp_path / "none.pth")
 
 
-def test_an_error_does_not_print_an_object_that_is_huge_as_text(path: Path) -> None:
-    """A tuple that contains the same tuple twice, 60 times: a few hundred bytes, but 2**60 parentheses as text."""
-    nested = pickle.EMPTY_TUPLE + pickle.BINPUT + b"\0"
-    for i in range(60):
+def nested_tuples(levels: int) -> bytes:
+    """Return the operations that create a tuple which contains the same tuple twice, and so on."""
+    body = pickle.EMPTY_TUPLE + pickle.BINPUT + b"\0"
+    for i in range(levels):
         get = pickle.BINGET + bytes([i])
-        nested += get + get + pickle.TUPLE2 + pickle.BINPUT + bytes([i + 1])
-    bad = changed(
-        path, lambda name, data: pickle.PROTO + b"\2" + nested + pickle.BINPERSID + b"." if "pkl" in name else data
-    )
-    with pytest.raises(TorchFileError, match="something other than a storage"):
-        read_torch_file(bad)
+        body += get + get + pickle.TUPLE2 + pickle.BINPUT + bytes([i + 1])
+    return body
+
+
+@pytest.mark.parametrize(("before", "after"), [(b"", pickle.BINPERSID), (b"}(", b"tNs")])
+def test_nested_tuples_take_neither_time_nor_memory(path: Path, before: bytes, after: bytes) -> None:
+    """Without a check, the first file takes the memory for 2**60 parentheses, and the second the time to hash them."""
+    for levels in (12, 60):
+        body = pickle.PROTO + b"\2" + before + nested_tuples(levels) + after + b"."
+        bad = changed(path, lambda name, data, body=body: body if "pkl" in name else data)
+        if levels == 60:
+            with pytest.raises(TorchFileError, match="repeats objects inside objects too often"):
+                read_torch_file(bad)
+        elif after == pickle.BINPERSID:
+            with pytest.raises(TorchFileError, match="something other than a storage") as caught:
+                read_torch_file(bad)
+            assert len(str(caught.value)) < 200
+        elif after == b"tNs":
+            assert len(read_torch_file(bad)) == 1
+
+
+def test_a_tuple_that_many_parts_share_is_read(path: Path) -> None:
+    """An optimizer has the same tuple in each group of parameters."""
+    pair = pickle.NONE + pickle.NONE + pickle.TUPLE2 + pickle.BINPUT + b"\1"
+    body = pickle.PROTO + b"\2" + pickle.EMPTY_LIST + b"(" + pair + (pickle.BINGET + b"\1") * 20_000 + pickle.APPENDS
+    good = changed(path, lambda name, data: body + b"." if "pkl" in name else data)
+    assert read_torch_file(good) == [(None, None)] * 20_001

@@ -59,7 +59,7 @@ def expected(batch: FloatArray) -> dict[str, FloatArray]:
 
 @pytest.mark.parametrize("graph", ["fixed", "dynamic", "large"])
 def test_inner_outputs_of_a_graph_equal_torch(folder: Path, graph: str) -> None:
-    engine = OnnxEngine(folder / f"{graph}.onnx", threads=1, inner=True)
+    engine = OnnxEngine(folder / f"{graph}.onnx", threads=1, inner="always")
     assert engine.can_run((70, 98), (*Features._fields, *NAMES))
     batch = pixels()
     ours, theirs = engine.run_outputs(batch, (*NAMES, "cls")), expected(batch)
@@ -85,7 +85,7 @@ def test_inner_outputs_of_the_torch_engine(folder: Path) -> None:
 
 
 def test_half_precision_graphs_return_float32(folder: Path) -> None:
-    engine = OnnxEngine(folder / "half.onnx", threads=1, precision="fp16", inner=True)
+    engine = OnnxEngine(folder / "half.onnx", threads=1, precision="fp16", inner="always")
     batch = pixels()
     ours, theirs = engine.run_outputs(batch, NAMES), expected(batch)
     for name, array in theirs.items():
@@ -95,7 +95,7 @@ def test_half_precision_graphs_return_float32(folder: Path) -> None:
 
 @pytest.mark.parametrize("graph", ["fixed", "dynamic"])
 def test_inner_outputs_do_not_change_the_features(folder: Path, graph: str) -> None:
-    plain, inner = (OnnxEngine(folder / f"{graph}.onnx", threads=1, inner=inner) for inner in (False, True))
+    plain, inner = (OnnxEngine(folder / f"{graph}.onnx", threads=1, inner=inner) for inner in ("no", "always"))
     batch = pixels()
     together = inner.run_outputs(batch, (*Features._fields, *NAMES))
     for name, array in inner.run(batch)._asdict().items():
@@ -106,8 +106,29 @@ def test_inner_outputs_do_not_change_the_features(folder: Path, graph: str) -> N
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+def test_the_second_session_opens_on_demand_and_agrees_with_the_first(folder: Path) -> None:
+    engine = OnnxEngine(folder / "fixed.onnx", threads=1, inner="on demand")
+    plain = OnnxEngine(folder / "fixed.onnx", threads=1)
+    batch = pixels()
+    assert engine.can_run((70, 98), NAMES)
+    before = engine.run(batch)
+    assert engine._inner_session is None
+    together = engine.run_outputs(batch, (*Features._fields, *NAMES))
+    opened = engine._inner_session
+    engine.run_outputs(batch, ["keys.0"])
+    assert opened is engine._inner_session is not None
+    for name, array in expected(batch).items():
+        np.testing.assert_allclose(together[name], array, atol=1e-4, err_msg=name)
+    for name, array in before._asdict().items():
+        np.testing.assert_allclose(together[name], array, atol=1e-5, err_msg=name)
+        np.testing.assert_array_equal(array, plain.run(batch)._asdict()[name])  # the first session has no marks
+        np.testing.assert_array_equal(array, engine.run(batch)._asdict()[name])
+    engine.close()
+    assert engine._session is engine._inner_session is None
+
+
 def test_an_engine_says_what_it_can_run(folder: Path) -> None:
-    fixed, dynamic = (OnnxEngine(folder / f"{name}.onnx", threads=1, inner=True) for name in ("fixed", "dynamic"))
+    fixed, dynamic = (OnnxEngine(folder / f"{name}.onnx", threads=1, inner="always") for name in ("fixed", "dynamic"))
     without = OnnxEngine(folder / "fixed.onnx", threads=1)
     assert fixed.can_run((70, 98), NAMES)
     assert not fixed.can_run((98, 70), ())
@@ -154,4 +175,4 @@ def test_a_tensorrt_provider_gets_no_inner_outputs(monkeypatch: pytest.MonkeyPat
     artifact = SimpleNamespace(derived=tmp_path)
     for runtime, few in (("onnxruntime", False), ("onnxruntime", True), ("onnxruntime-tensorrt", False)):
         module.open(SimpleNamespace(artifact=artifact, runtime=runtime, precision="fp32", threads=1, few_passes=few))
-    assert asked == [True, False, False]
+    assert asked == ["on demand", "no", "no"]

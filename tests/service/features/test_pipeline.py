@@ -2,19 +2,24 @@
 
 import asyncio
 import base64
+import gc
 import hashlib
 import importlib
 import json
 import re
 import threading
+import weakref
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from model.engines.protocol import Features
+from model.preprocess import preprocess
 from service.errors import BrokenImage, EngineFailed, InvalidRequest, QueueFull, ShuttingDown, UnsupportedImage
 from service.features import pipeline
 from service.features.cache import MemoryCache
+from service.features.images import decode
 from service.features.pipeline import Embedded, View
 from service.outcomes import Outcome, numbered
 from tests.fakes import DIMS, N_PATCHES, SPEC, FakeEngine, fake_artifact, photo, plain_photo, running, until
@@ -489,6 +494,43 @@ async def test_only_as_many_photos_are_kept_for_their_masks_as_there_are_decode_
         assert [(await post).status_code for post in posts] == [200] * 6
 
 
+async def test_only_as_many_answers_are_encoded_at_once_as_there_are_decode_threads(tmp_path, monkeypatch):
+    async with running(tmp_path) as run:
+        encodes = Blocked(monkeypatch, "service.vision.features.npy")
+        options = {"format": "npy"}
+        posts = [
+            asyncio.create_task(run.client.post("/v1/features", content=photo(i), headers=PNG, params=options))
+            for i in range(6)
+        ]
+        await until(lambda: encodes.calls == 2)
+        await asyncio.sleep(0.2)
+        assert encodes.calls == 2
+        encodes.opened.set()
+        assert [(await post).status_code for post in posts] == [200] * 6
+
+
+async def test_an_error_of_a_request_does_not_keep_the_image(tmp_path):
+    images = []
+
+    def answer(analysed):
+        images.append(weakref.ref(analysed.image))
+        try:
+            analysed.image.reshape(7)
+        except ValueError as error:
+            raise InvalidRequest("no") from error
+
+    async with running(tmp_path) as run:
+        gc.disable()
+        try:
+            for _ in range(3):
+                with pytest.raises(InvalidRequest):
+                    await run.service.pipeline.analyse(photo(), answer)
+            await asyncio.sleep(0.1)
+            assert [image() for image in images] == [None] * 3
+        finally:
+            gc.enable()
+
+
 async def test_a_view_with_a_size_uses_the_whole_image_and_is_not_cached(tmp_path):
     async with running(tmp_path) as run:
         pipeline = run.service.pipeline
@@ -517,8 +559,28 @@ async def test_the_second_engine_runs_what_the_first_cannot(tmp_path):
         run.service.pipeline._forward._open_general = lambda: opened.append(1) or second
         for view in (View(), View(("keys.0",)), View(spec=run.service.model.spec(56))):
             await run.service.pipeline.analyse(photo(), lambda analysed: None, view)
-    assert (first.images, second.images, opened) == (1, 2, [1])
+    assert (first.images, second.images, opened) == (
+        2,
+        2,
+        [1],
+    )  # the embedding of the second image comes from the first
     assert second.closed
+
+
+async def test_the_embedding_always_comes_from_the_serving_engine(tmp_path):
+    first, second = FakeEngine(), FakeEngine()
+    first.can_run = lambda size, outputs: not outputs  # type: ignore[method-assign]
+    second.run = lambda pixels: Features(*(array + 1 for array in first.run(pixels)))  # type: ignore[method-assign]
+    async with running(tmp_path, engine=first) as run:
+        run.service.pipeline._forward._open_general = lambda: second
+        seen = await run.service.pipeline.analyse(photo(), lambda analysed: analysed, View(("keys.0",)))
+        [cached] = await run.embed([photo()])
+        [other] = await run.embed([photo(1)])
+    assert cached.result().cached
+    np.testing.assert_array_equal(cached.result().parts, seen.embedded.parts)
+    assert not other.result().cached
+    expected = first.run(preprocess(decode(photo()), SPEC)[None])
+    np.testing.assert_allclose(seen.embedded.parts[0], expected.cls[0], atol=1e-6)
 
 
 async def test_images_of_one_request_are_analysed_in_one_batch_and_fail_alone(tmp_path):

@@ -30,7 +30,7 @@ def bundled(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 @pytest.fixture(scope="session")
 def vision(bundled: Artifact) -> Vision:
     """The bundled model for `Vision.run`."""
-    return Vision(bundled, OnnxEngine(bundled.file("model.onnx"), threads=1, inner=True), threads=1)
+    return Vision(bundled, OnnxEngine(bundled.file("model.onnx"), threads=1, inner="always"), threads=1)
 
 
 @pytest.fixture

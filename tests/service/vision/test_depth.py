@@ -14,6 +14,7 @@ from PIL import Image
 from model.heads.store import choose_head, open_head, remove_head
 from service.errors import EngineFailed, InvalidRequest
 from service.features.pipeline import View
+from service.vision import tasks
 from service.vision.heads import tokens_of
 from service.vision.local import Vision
 from service.vision.pictures import to_image
@@ -93,6 +94,29 @@ def test_all_formats_show_the_depths_of_the_head(rooms: Vision) -> None:
     brightness = colours.sum(axis=2)
     assert brightness[metres == metres[seen].min()].min() > brightness[metres == metres.max()].max()
     assert float(picture.headers["X-Depth-Min"]) == pytest.approx(wanted.min(), rel=1e-4)
+
+
+def test_an_array_of_a_large_image_is_refused(rooms: Vision, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.vision.depth.MAX_NUMBERS", HEIGHT * WIDTH)
+    assert metres_of(rooms).shape == (HEIGHT, WIDTH)
+    monkeypatch.setattr("service.vision.depth.MAX_NUMBERS", HEIGHT * WIDTH - 1)
+    with pytest.raises(InvalidRequest, match=r"5,400 numbers \(60 x 90\), but at most 5,399 are allowed") as caught:
+        metres_of(rooms)
+    assert caught.value.param == "format"
+
+
+@pytest.mark.parametrize(
+    ("task", "format_"), [("depth", "png"), ("depth", "png16"), ("depth", "npy"), ("detect", "overlay")]
+)
+def test_no_array_of_the_size_of_the_image_waits_for_the_encoding(rooms: Vision, task: str, format_: str) -> None:
+    """Only the number of images that are computed at the same time is limited, so only they may have such arrays."""
+    found = tasks.task(task)
+    options = found.options.model_validate({"format": format_})
+    analysed = rooms.analyse(IMAGE, found.view(options, rooms.model))
+    result = found.compute(analysed, options, rooms.model)
+    content = result if isinstance(result, File) else result.picture
+    assert isinstance(content, File)
+    assert found.encode([result], options).data is content.data
 
 
 def test_the_whole_image_has_a_depth_if_a_size_is_given(rooms: Vision) -> None:

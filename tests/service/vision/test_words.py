@@ -58,7 +58,7 @@ def artifact(plain_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def engine(plain_artifact: Artifact) -> OnnxEngine:
-    return OnnxEngine(plain_artifact.file(ONNX), threads=1, inner=True)
+    return OnnxEngine(plain_artifact.file(ONNX), threads=1, inner="always")
 
 
 @pytest.fixture(scope="module")
