@@ -71,7 +71,7 @@ def find_region(
         typer.Option(
             min=CANDIDATES[0],
             max=CANDIDATES[1],
-            help="Number of items to examine. If there are more, those most similar to the images are examined.",
+            help="Highest number of items to examine. If there are more, the most similar ones are examined.",
         ),
     ] = DEFAULT_CANDIDATES,
     min_score: Annotated[float, typer.Option(min=0, max=1, help="Lowest score of a result.")] = DEFAULT_MIN_SCORE,
