@@ -44,6 +44,11 @@ def test_the_gallery_shows_the_commands_of_its_script() -> None:
     assert pictures == {gallery.picture_name(case) for case in gallery.CASES}
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_conflict_of_a_merge_is_left(page: Path) -> None:
+    assert not re.search("^(<{7}|>{7}) ", page.read_text(), flags=re.MULTILINE)
+
+
 @pytest.mark.parametrize("case", script("gallery").CASES, ids=lambda case: case.heading)
 def test_the_options_of_the_gallery_exist(case: Any) -> None:
     from service.options import parse_options
