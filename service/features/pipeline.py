@@ -470,7 +470,7 @@ class Pipeline:
             decoded_at = time.perf_counter()
             try:
                 if spec != self._spec:
-                    self._check_input_size(rgb.shape[0], rgb.shape[1], spec)
+                    check_input_size(rgb.shape[0], rgb.shape[1], spec, self._max_input_patches)
                 pixels = preprocess(rgb, spec)
             except ValueError as error:
                 raise BrokenImage(str(error)) from error
@@ -479,21 +479,6 @@ class Pipeline:
             return _Decoded(pixels, rgb if keep_image else None, size, decoded_at - started, preprocess_s)
 
         return await self._in_thread(self._decoders, work)
-
-    def _check_input_size(self, height: int, width: int, spec: PreprocessSpec) -> None:
-        """Check the size of the network's input for an image of this size.
-
-        Raises:
-            InvalidRequest: the input would have too many patches.
-        """
-        h, w = output_size(height, width, spec)
-        patches = (h // spec.patch_size) * (w // spec.patch_size)
-        if patches > self._max_input_patches:
-            raise InvalidRequest(
-                f"size={spec.resize} gives this image of {width} x {height} pixels an input of {w} x {h} pixels with "
-                f"{patches} patches; at most {self._max_input_patches} are allowed: choose a smaller size",
-                param="size",
-            )
 
     async def _in_thread(self, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         """Run `work` in a thread of the pool and return its result. If the caller is cancelled before `work` has begun,
@@ -533,3 +518,19 @@ def _unit(vector: FloatArray) -> FloatArray:
     """Return a vector scaled to length 1. A zero vector is returned unchanged."""
     norm = np.linalg.norm(vector)
     return vector if norm == 0 else (vector / norm).astype(np.float32)
+
+
+def check_input_size(height: int, width: int, spec: PreprocessSpec, most: int) -> None:
+    """Check the size of the network's input for an image of this size. `most` is the highest number of patches.
+
+    Raises:
+        InvalidRequest: the input would have too many patches.
+    """
+    h, w = output_size(height, width, spec)
+    patches = (h // spec.patch_size) * (w // spec.patch_size)
+    if patches > most:
+        raise InvalidRequest(
+            f"size={spec.resize} gives this image of {width} x {height} pixels an input of {w} x {h} pixels with "
+            f"{patches} patches; at most {most} are allowed: choose a smaller size",
+            param="size",
+        )

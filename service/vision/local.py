@@ -27,7 +27,7 @@ from service.artifact_choice import choose_artifact
 from service.errors import BrokenImage, InvalidRequest, ServiceError
 from service.features.forward import Forward, Row
 from service.features.images import decode
-from service.features.pipeline import Analysed, Embedded, View
+from service.features.pipeline import Analysed, Embedded, View, check_input_size
 from service.features.served_model import ServedModel
 from service.options import parse_options
 from service.vision import tasks
@@ -42,6 +42,7 @@ class Vision:
     engine: Engine
     threads: int | None = None
     limits: DecodeLimits = DEFAULT_LIMITS
+    max_input_patches: int = 4096
 
     @cached_property
     def model(self) -> ServedModel:
@@ -110,6 +111,8 @@ class Vision:
         pixels = decode(image, self.limits)
         spec = view.spec or self.artifact.manifest.preprocess
         try:
+            if view.spec is not None:
+                check_input_size(pixels.shape[0], pixels.shape[1], spec, self.max_input_patches)
             network_input = preprocess(pixels, spec)
         except ValueError as error:
             raise BrokenImage(str(error)) from error

@@ -145,3 +145,8 @@ def test_a_file_with_the_embedding_becomes_json(vision: Vision) -> None:
     assert base64.b64decode(both["overlay"]) == picture.data
     assert Image.open(io.BytesIO(picture.data)).size == (40, 32)
     assert both["embedding"].shape == (vision.artifact.manifest.config.embed_dim,)
+
+
+def test_a_size_with_too_many_patches_is_refused_before_the_engine(vision: Vision) -> None:
+    with pytest.raises(InvalidRequest, match=r"size=4096 .* at most 4096 are allowed: choose a smaller size"):
+        vision.run("attention", [photo()], size=4096)
