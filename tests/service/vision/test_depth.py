@@ -157,7 +157,8 @@ async def test_bad_requests(model: Vision, serve_model: Callable[..., Any]) -> N
             assert text in problem["detail"], problem
             assert problem["param"] == param
 
-        await refused("has no head for depth; `dinov2 heads add` adds one of Meta's to a published model, and `dinov2 train-head", "head")
+        advice = "`dinov2 heads add` adds one of Meta's to a published model, and `dinov2 train-head depth`"
+        await refused(f"has no head for depth; {advice}", "head")
         add_linear_depth(model.artifact)
         assert (await run.client.post("/v1/depth", json=body)).status_code == 200  # without a restart
         await refused("there is no head named 'moon'; heads for depth: rooms", "head", head="moon")
