@@ -7,16 +7,16 @@ from typing import Annotated
 
 import typer
 
-from cli.shared import DATA, ArtifactsDirOption, decode_limits, fail, readable_artifacts, settings_for
+from cli.shared import (
+    DATA,
+    ArtifactsDirOption,
+    ServedModelOption,
+    decode_limits,
+    fail,
+    readable_artifacts,
+    settings_for,
+)
 from model.pooling import DEFAULT_POOLING, Pooling
-
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        help="An artifact folder, a model's name, or auto (the newest in the data folder, else the bundled one)."
-    ),
-]
-
 
 ENGINE_HELP = (
     "Engine: auto, fastest (on this CPU), or runtime[:precision], e.g. onnxruntime:int8, torch:bf16, tensorrt."
@@ -50,7 +50,7 @@ def embed(
     out: Annotated[
         Path, typer.Option(help="The .npz file for the paths, the vectors and the fingerprint of the model.")
     ],
-    model: ModelOption = "auto",
+    model: ServedModelOption = "auto",
     data_dir: ArtifactsDirOption = DATA,
     engine: Annotated[str, typer.Option(help=ENGINE_HELP)] = "auto",
     threads: Annotated[

@@ -68,6 +68,12 @@ ModelOption = Annotated[
         "default of `dinov2 serve`)."
     ),
 ]
+ServedModelOption = Annotated[
+    str,
+    typer.Option(
+        help="An artifact folder, a model's name, or auto (the newest in the data folder, else the bundled one)."
+    ),
+]
 EngineOption = Annotated[
     str, typer.Option(help="Engine: auto, fastest, or runtime[:precision], e.g. onnxruntime:int8.")
 ]

@@ -14,7 +14,7 @@ import typer
 import typer.core
 import typer.main
 
-from cli.shared import DATA, ArtifactsDirOption, EngineOption, ThreadsOption, decode_limits, fail, settings_for
+from cli.shared import DATA, ArtifactsDirOption, EngineOption, ServedModelOption, ThreadsOption, fail
 from service.vision.tasks import SUMMARIES
 
 _SUFFIXES = {"application/json": ".json", "image/png": ".png", "application/x-npy": ".npy"}
@@ -50,14 +50,13 @@ def _parameters(name: str) -> list[Any]:
     found = task(name)
     several = f"{found.images[0]} to {found.images[1]} image files."
     kind = list[Path] if found.many else Path
-    found_model = "An artifact folder, a model's name, or auto (the newest in the data folder, else the bundled one)."
     types: dict[str, tuple[Any, Any]] = {
         "images": (Annotated[kind, typer.Argument(help=several if found.many else "Image file.")], ...),
         "out": (
             Annotated[Path | None, typer.Option("--out", "-o", help="File for the answer. Default: print JSON.")],
             None,
         ),
-        "model": (Annotated[str, typer.Option(help=found_model)], "auto"),
+        "model": (ServedModelOption, "auto"),
         "data_dir": (ArtifactsDirOption, DATA),
         "engine": (EngineOption, "auto"),
         "threads": (ThreadsOption, None),
@@ -112,9 +111,7 @@ def run_task(
             given["format"] = _format_for(name, out)
         if out is not None and not out.parent.is_dir():
             raise ValueError(f"{out}: the folder {out.parent} does not exist")
-        limits = decode_limits(settings_for(None, data_dir))
-        vision = open_vision(model, data_dir, engine, threads)
-        answer = type(vision)(vision.artifact, vision.engine, threads, limits).run(name, paths, **given)
+        answer = open_vision(model, data_dir, engine, threads).run(name, paths, **given)
         if isinstance(answer, File):
             if out is None:
                 raise ValueError(f"format {given.get('format')} is a file: give its name with -o")

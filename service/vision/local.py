@@ -27,9 +27,10 @@ from service.artifact_choice import choose_artifact
 from service.errors import BrokenImage, InvalidRequest, ServiceError
 from service.features.forward import Forward, Row
 from service.features.images import decode
-from service.features.pipeline import Analysed, Embedded, View, check_input_size
+from service.features.pipeline import Analysed, Embedded, PipelineLimits, View, check_input_size
 from service.features.served_model import ServedModel
 from service.options import parse_options
+from service.settings import load_settings
 from service.vision import tasks
 from service.vision.task import Answer, add_embedding
 
@@ -128,7 +129,7 @@ class Vision:
 def open_vision(
     model: str = "auto", data_dir: Path = Path("data"), engine: str = "auto", threads: int | None = None
 ) -> Vision:
-    """Load a model and return it for vision tasks.
+    """Load a model and return it for vision tasks. The limits on images are those of the service's settings.
 
     Args:
         model: an artifact folder, a model's name, or auto, as for `dinov2 serve`.
@@ -139,5 +140,7 @@ def open_vision(
     Raises:
         ValueError, OSError, ModuleNotFoundError: the model cannot be loaded.
     """
+    limits = PipelineLimits.of(load_settings({"data_dir": data_dir}))
     artifact = load_artifact(choose_artifact(model, data_dir), derived_dir=data_dir / "derived")
-    return Vision(artifact, load_engine(artifact, engine, threads=threads), threads)
+    loaded = load_engine(artifact, engine, threads=threads)
+    return Vision(artifact, loaded, threads, limits.decode, limits.max_input_patches)

@@ -128,6 +128,16 @@ def test_an_image_file_is_named_in_errors_and_one_image_needs_no_list(vision: Vi
     assert vision.run("segment", str(image)) == vision.run("segment", [photo()]) == vision.run("segment", photo())
 
 
+def test_the_command_keeps_to_the_limits_of_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = tmp_path / "image.png"
+    image.write_bytes(photo(size=(112, 60)))
+    options = ["segment", str(image), "--size", "56", "--data-dir", str(tmp_path)]
+    assert CliRunner().invoke(app, options).exit_code == 0
+    monkeypatch.setenv("DINOV2_MAX_INPUT_PATCHES", "27")
+    result = CliRunner().invoke(app, options)
+    assert (result.exit_code, "with 28 patches; at most 27 are allowed" in result.stderr) == (2, True), result.stderr
+
+
 def test_functions_refuse_bad_calls(vision: Vision) -> None:
     with pytest.raises(InvalidRequest, match=r"unknown task 'see'; the tasks are .*segment"):
         vision.run("see", [photo()])
