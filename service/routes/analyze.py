@@ -11,13 +11,12 @@ from fastapi import APIRouter, Request, Response
 
 from service.errors import Conflict, InvalidRequest, ModelMismatch, NotFound
 from service.features.pipeline import Analysed, Embedded, View
-from service.options import parse_options
 from service.outcomes import numbered
 from service.retrieval.class_answers import basis_fields, verdict_fields
 from service.retrieval.class_request import ClassifyRequest, Seen, class_outputs, classify, read_classify
 from service.routes.describe import COLLECTION
 from service.routes.direct import DirectRoute, service_of
-from service.routes.vision import add_route, read_images, respond, results_of
+from service.routes.vision import add_route, read_request, respond, results_of
 from service.state import Service
 from service.timings import ms_since, slowest
 from service.vision import tasks
@@ -40,9 +39,7 @@ async def _answer(request: Request, task: Task[AnalyzeOptions, Any], key: str) -
     """Answer a request."""
     started = time.perf_counter()
     service = service_of(request)
-    upload = await read_images(request, task, service, key)
-    options = parse_options(task.options, upload.fields)
-    service.check_model(options.model)
+    images, options = await read_request(request, task, service, key)
     asked = await _read_class(options, service)
     others = options.model_copy(update={"outputs": [name for name in options.outputs if name != "class"]})
     view = task.view(others, service.model)
@@ -55,7 +52,7 @@ async def _answer(request: Request, task: Task[AnalyzeOptions, Any], key: str) -
         outputs = {name: analysed.outputs[name] for name in class_names}
         return _Analysis(parts, analysed.embedded, outputs, ms_since(began))
 
-    [analysis] = await results_of(upload.images, see, service, view, key)
+    [analysis] = await results_of(images, see, service, view, key)
     parts, stages = analysis.parts, slowest([analysis.embedded]) | {"analyze": analysis.compute_ms}
     if asked is not None:
         class_started = time.perf_counter()

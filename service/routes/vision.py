@@ -16,7 +16,6 @@ from service.features.pipeline import Analysed, Embedded, View
 from service.options import parse_options
 from service.outcomes import Outcome, failures, successes
 from service.routes.answers import JsonAnswer, json_response, server_timing
-from service.routes.bodies import Upload as ReadUpload
 from service.routes.bodies import read_upload, refuse_query_options
 from service.routes.describe import IMAGES, Errors, Operation, Upload, describe
 from service.routes.direct import DirectRoute, service_of
@@ -24,7 +23,7 @@ from service.schemas import VisionOptions
 from service.state import Service
 from service.timings import ms_since, slowest
 from service.vision import tasks
-from service.vision.task import JSON, Answer, File, Task, add_embedding
+from service.vision.task import JSON, Answer, File, O, Task, add_embedding
 
 router = APIRouter(tags=["vision"], route_class=DirectRoute)
 T = TypeVar("T")
@@ -81,11 +80,9 @@ async def _answer(request: Request, task: Task[Any, Any], key: str) -> Response:
     """Answer a request for a task."""
     started = time.perf_counter()
     service = service_of(request)
-    upload = await read_images(request, task, service, key)
-    options = parse_options(task.options, upload.fields)
-    service.check_model(options.model)
+    images, options = await read_request(request, task, service, key)
     view = task.view(options, service.model)
-    seen = await results_of(upload.images, partial(_see, task, options, service), service, view, key)
+    seen = await results_of(images, partial(_see, task, options, service), service, view, key)
     encode_started = time.perf_counter()
     answer = await service.pipeline.encode(partial(task.encode, [each.result for each in seen], options))
     stages = {
@@ -106,11 +103,14 @@ def respond(answer: Answer, service: Service, stages: dict[str, float]) -> Respo
     return json_response(answer | {**service.identity(), "timings": stages}, headers=headers)
 
 
-async def read_images(request: Request, task: Task[Any, Any], service: Service, key: str) -> ReadUpload:
-    """Read the body of a request and check the number of images in it.
+async def read_request(
+    request: Request, task: Task[O, Any], service: Service, key: str
+) -> tuple[list[Outcome[bytes]], O]:
+    """Read a request and return its images and its options.
 
     Raises:
-        InvalidRequest: the task does not accept this number of images.
+        InvalidRequest: an option or the number of images is not allowed.
+        ModelNotFound: the request names a model that is not served.
         ServiceError: the body is not accepted.
     """
     upload = await read_upload(request, service.settings, key=key)
@@ -120,7 +120,9 @@ async def read_images(request: Request, task: Task[Any, Any], service: Service, 
     check_count(count, service.settings.model_copy(update={"max_batch_items": high}), key)
     if count < low:
         raise InvalidRequest(f"{key} has {count} images; {task.name} needs at least {low}", param=key)
-    return upload
+    options = parse_options(task.options, upload.fields)
+    service.check_model(options.model)
+    return upload.images, options
 
 
 def _see(task: Task[Any, Any], options: VisionOptions, service: Service, analysed: Analysed) -> Seen:
