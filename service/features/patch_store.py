@@ -30,6 +30,7 @@ _VERSION: Final = 1
 _PAGE_BYTES: Final = 16_384
 _WAL_PAGES: Final = 1024  # the write-ahead log is copied into the file when it has this many pages
 _BUSY_MS: Final = 2000
+_RETRY_S: Final = 0.005
 _KEYS_PER_READ: Final = 256
 _ENTRIES_PER_DELETE: Final = 64
 _WARNING_INTERVAL_S: Final = 60.0
@@ -150,7 +151,7 @@ class PatchStore:
 
     @staticmethod
     def _create(db: sqlite3.Connection) -> None:
-        db.execute("PRAGMA journal_mode = WAL")
+        _use_write_ahead_log(db)
         with _transaction(db):
             if _is_empty(db):  # unless another process was faster
                 db.execute(_SCHEMA)
@@ -216,6 +217,21 @@ def _is_empty(db: sqlite3.Connection) -> bool:
 
 def _pragma(db: sqlite3.Connection, name: str) -> int:
     return int(db.execute(f"PRAGMA {name}").fetchone()[0])
+
+
+def _use_write_ahead_log(db: sqlite3.Connection) -> None:
+    """Switch a new file to write-ahead logging. While another connection does the same, SQLite refuses the switch at
+    once, whatever the time limit of the connection is, so it is tried again."""
+    give_up = time.monotonic() + _BUSY_MS / 1000
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError:
+            if time.monotonic() >= give_up:
+                raise
+            time.sleep(_RETRY_S)
+        else:
+            return
 
 
 @contextmanager

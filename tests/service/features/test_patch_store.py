@@ -9,12 +9,15 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from service.features import patch_store
 from service.features.patch_store import PatchStore
 from tests.conftest import ROOT
 
@@ -236,6 +239,45 @@ def test_threads_read_and_write_at_the_same_time(store: PatchStore, caplog: pyte
         list(threads.map(work, range(4)))
     assert all(store.get_many([f"{thread}/{i}" for thread in range(4) for i in range(25)]))
     assert not warnings_of(caplog)
+
+
+def test_threads_that_create_the_file_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
+    at_once = threading.Barrier(8)
+
+    def work(store: PatchStore, thread: int) -> None:
+        at_once.wait()
+        store.set_many({str(thread): b"value"})
+
+    with ThreadPoolExecutor(8) as threads:
+        for attempt in range(20):
+            store = PatchStore(tmp_path / str(attempt), MIB)
+            list(threads.map(work, [store] * 8, range(8)))
+            assert store.get_many([str(thread) for thread in range(8)]) == [b"value"] * 8, attempt
+            store.close()
+
+
+class Refusing(sqlite3.Connection):
+    """A connection that refuses the switch to write-ahead logging `refusals` times, as if another one was switching."""
+
+    refusals = 0
+
+    def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
+        if "WAL" in sql and self.refusals:
+            self.refusals -= 1
+            raise sqlite3.OperationalError("database is locked")
+        return super().execute(sql, *arguments)
+
+
+@pytest.mark.parametrize(("refusals", "stored"), [(3, b"value"), (10**9, None)])
+def test_a_refused_switch_to_write_ahead_logging_is_tried_again_for_a_while(
+    store: PatchStore, monkeypatch: pytest.MonkeyPatch, refusals: int, stored: bytes | None
+) -> None:
+    monkeypatch.setattr(Refusing, "refusals", refusals)
+    monkeypatch.setattr(patch_store, "_BUSY_MS", 100)
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **options: connect(*args, factory=Refusing, **options))
+    store.set_many({"a": b"value"})
+    assert store.get_many(["a"]) == [stored]
 
 
 def test_a_killed_process_leaves_whole_entries(tmp_path: Path) -> None:
