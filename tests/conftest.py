@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,18 @@ def pytest_collection_finish() -> None:
     """Exclude all imported modules from garbage collection, because scanning them takes half a second each time."""
     gc.collect()
     gc.freeze()
+
+
+_INITIAL_STATES: dict[str, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers_in_any_order(request: pytest.FixtureRequest) -> None:
+    """Reset the random generator `RNG` of a test's module, so that a test's numbers do not depend on earlier tests."""
+    generator = getattr(request.module, "RNG", None)
+    if generator is not None:
+        initial = _INITIAL_STATES.setdefault(request.module.__name__, generator.bit_generator.state)
+        generator.bit_generator.state = initial
 
 
 @pytest.fixture
