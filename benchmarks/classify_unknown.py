@@ -412,7 +412,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and val/")
     parser.add_argument("--artifact", type=Path, default=bundled_artifact(), help="artifact; default: the bundled one")
-    parser.add_argument("--features", type=Path, default=Path("/tmp/classify_unknown"), help="folder for the features")
+    parser.add_argument(
+        "--features",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "classify_unknown",
+        help="folder for the features",
+    )
     parser.add_argument("--only", choices=("scores", "latency"), help="replace this part of today's results")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--requests", type=int, default=60)
