@@ -46,7 +46,8 @@ from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 from training.config import TrainConfig
 from training.data.dataset import Photo, photos_of, split_source
-from training.data.run_images import INDEX, KNN_PHOTOS
+from training.data.listing import INDEX
+from training.data.run_images import KNN_PHOTOS
 from training.data.sources import open_source
 from training.distributed import join
 from training.evaluate.features import compute_features
