@@ -14,7 +14,7 @@ from model.checkpoint import load_checkpoint, save_checkpoint
 from model.config import ViTConfig
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
-from training.average import average_checkpoints, average_weights, in_common, knn_of, split_for
+from training.average import average_checkpoints, average_weights, in_common, knn_of, open_test, split_for
 from training.data.dataset import photos_of, split_source
 from training.data.sources import open_source
 from training.evaluate.knn import evaluate_knn
@@ -112,10 +112,12 @@ def test_whitened_weights_are_refused_and_those_before_the_whitening_are_not(tmp
 def test_each_is_tested_as_its_run_would(three, photos, tmp_path):
     mean = tmp_path / "mean.safetensors"
     average_checkpoints(three, mean)
-    accuracies, n = knn_of(three, mean, str(photos), ks=(1, 5))
+    fair = open_test(three, str(photos))
+    accuracies, notes = knn_of(three, mean, fair, ks=(1, 5))
+    assert notes == []
     source = open_source(photos, tmp_path)
     known, held_out = (photos_of(part) for part in split_source(source, SETTINGS["held_out_share"], SETTINGS["seed"]))
-    assert n == len(held_out) == 6
+    assert len(fair.test) == len(held_out) == 6
     for path, found in zip([*three, mean], accuracies, strict=True):
         weights, config, _ = load_checkpoint(path)
         model = DinoVisionTransformer(config)
@@ -126,7 +128,8 @@ def test_each_is_tested_as_its_run_would(three, photos, tmp_path):
 def test_only_photos_that_all_held_out_are_fair(photos, tmp_path):
     facts = [{"settings": {"held_out_share": 0.5, "seed": seed}} for seed in (0, 1)]
     source = open_source(photos, tmp_path)
-    known, test = split_for(source, facts)
+    fair = split_for(source, facts)
+    known, test = fair.searched, fair.test
     held_out = [{photo.name for photo in photos_of(split_source(source, 0.5, seed)[1])} for seed in (0, 1)]
     assert {photo.name for photo in test} == held_out[0] & held_out[1]
     assert len(known) + len(test) == 24
@@ -134,7 +137,7 @@ def test_only_photos_that_all_held_out_are_fair(photos, tmp_path):
     with pytest.raises(ValueError, match=r"held out by every checkpoint \(held_out_share=0.0 seed=0"):
         split_for(source, [{"settings": {"held_out_share": 0.0}}, *facts])
     one_class = open_source(photos / "pears", tmp_path)
-    with pytest.raises(ValueError, match="at least two classes"):
+    with pytest.raises(ValueError, match="images of the part that k-NN searches have 1 class"):
         split_for(one_class, facts)
 
 
@@ -142,9 +145,11 @@ def test_train_and_val_are_the_split_if_they_are_there(photos, tmp_path):
     for part, name in (("train", "apples"), ("train", "pears"), ("val", "plums")):
         (tmp_path / "split" / part).mkdir(parents=True, exist_ok=True)
         (photos / name).rename(tmp_path / "split" / part / name)
-    known, test = split_for(open_source(tmp_path / "split", tmp_path), [{}, {"settings": {"seed": 5}}])
-    assert {photo.label for photo in test} == {"plums"}
-    assert len(known) == 16
+    (tmp_path / "split" / "val" / "pears").mkdir()  # without a class of train in val, every accuracy would be 0 %
+    (tmp_path / "split" / "train" / "pears" / "0.png").rename(tmp_path / "split" / "val" / "pears" / "0.png")
+    fair = split_for(open_source(tmp_path / "split", tmp_path), [{}, {"settings": {"seed": 5}}])
+    assert {photo.label for photo in fair.test} == {"plums", "pears"}
+    assert len(fair.searched) == 15
 
 
 def test_the_command_prints_a_table_and_reads_tars_too(three, photos, tmp_path):
