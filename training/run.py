@@ -208,7 +208,7 @@ def evaluate(run: Run, step: int) -> Verdict | None:
             if not (knn := report_knn(run.release.eval_spec, run.data, backbone)):
                 return None
             run.monitor.evaluated(step, {f"knn_{p}_{k}": value for p, by_k in knn.items() for k, value in by_k.items()})
-            return run.sentinels.check_knn(step, knn["cls"][10])
+            return run.sentinels.check_knn(step, knn["cls"][max(k for k in knn["cls"] if k <= 10)])
 
         return decide(run, ask)
 

@@ -168,3 +168,80 @@ def test_the_command_prints_a_table_and_reads_tars_too(three, photos, tmp_path):
     refused = CliRunner().invoke(cli.app, ["average", str(three[0]), "--out", str(mean)])
     assert refused.exit_code == 2
     assert "at least two" in refused.output
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused_with_the_checkpoint_and_the_tensor(three, tmp_path, bad):
+    state, config, facts = load_checkpoint(three[1])
+    state["blocks.0.mlp.fc1.weight"][0, :2] = bad
+    save_checkpoint(three[1], state, config, facts)
+    out = tmp_path / "mean.safetensors"
+    result = CliRunner().invoke(cli.app, ["average", *map(str, three), "--out", str(out)])
+    assert result.exit_code == 2
+    size = state["blocks.0.mlp.fc1.weight"].numel()
+    words = f"1.safetensors: the tensor blocks.0.mlp.fc1.weight contains 2 of {size} values that are NaN or infinite"
+    assert words in result.stderr
+    assert not out.exists()
+
+
+def test_a_mean_that_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match="the mean cannot be used: the tensor w contains 1 of 2 values"):
+        average_weights([{"w": torch.tensor([1.0, torch.inf])}, {"w": torch.tensor([1.0, -torch.inf])}])
+
+
+def test_images_without_a_label_and_values_of_k_above_the_number_of_images_are_left_out(three, photos, tmp_path):
+    with tarfile.open(tmp_path / "photos.tar", "w") as file:
+        for image in sorted(photos.rglob("*.png")):
+            file.add(image, str(image.relative_to(photos)))
+        for i in range(4):
+            file.add(sorted(photos.rglob("*.png"))[i], f"lost{i}.png")
+    mean = tmp_path / "mean.safetensors"
+    command = ["average", *map(str, three), "--out", str(mean), "--data", str(tmp_path / "photos.tar")]
+    result = CliRunner().invoke(cli.app, command)
+    assert result.exit_code == 0, result.output
+    fair = open_test(three, str(tmp_path / "photos.tar"))
+    assert len(fair.searched) + len(fair.test) == 24
+    assert sum(int(note.split()[0]) for note in fair.notes) == 4
+    assert f"class token, {len(fair.test)} images" in result.stdout
+    assert all(f"note: {note}" in result.stdout for note in fair.notes)
+    found, notes = knn_of(three, mean, fair, ks=(1, 10, 50))
+    assert [list(accuracy) for accuracy in found] == [[1, 10]] * 4
+    assert notes == [*fair.notes, f"k-NN for k=50 is left out: an image has only {len(fair.searched)} neighbours"]
+    with pytest.raises(ValueError, match=r"0\.safetensors: no k-NN: k-NN for k=50 is left out"):
+        knn_of(three, mean, fair, ks=(50,))
+
+
+def test_a_table_lacks_the_values_of_k_that_were_left_out(three, photos, tmp_path):
+    for name in ("apples", "pears", "plums"):
+        for i in range(3, 8):
+            (photos / name / f"{i}.png").unlink()
+    for path in three:
+        state, config, facts = load_checkpoint(path)
+        save_checkpoint(path, state, config, facts | {"settings": {"held_out_share": 0.4, "seed": 3}})
+    command = ["average", *map(str, three), "--out", str(tmp_path / "mean.safetensors"), "--data", str(photos)]
+    refused = CliRunner().invoke(cli.app, command)
+    assert refused.exit_code == 2
+    assert "k-NN for k=10 and 20 is left out: an image has only 6 neighbours" in refused.stderr
+    save = photos / "apples" / "0.png"
+    for i in range(20, 30):
+        (photos / "apples" / f"{i}.png").write_bytes(save.read_bytes())
+    result = CliRunner().invoke(cli.app, command)
+    assert result.exit_code == 0, result.output
+    assert "k=10" in result.stdout
+    assert "k=20 " not in result.stdout.partition("note:")[0]
+    assert "note: k-NN for k=20 is left out" in result.stdout
+
+
+def test_bad_paths_and_bad_data_are_found_before_the_mean_is_computed(three, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.average.average_weights", lambda *_: pytest.fail("averaged"))
+    mean = tmp_path / "mean.safetensors"
+    for out, data, words in (
+        ("s3://bucket/mean.safetensors", photos, "is an address, but results are written to local files only"),
+        (tmp_path, photos, "is a folder: give a file"),
+        (three[0] / "mean.safetensors", photos, "0.safetensors is not a folder"),
+        (mean, tmp_path / "nowhere", "nowhere"),
+        (mean, photos / "plums", "have 1 class"),
+    ):
+        result = CliRunner().invoke(cli.app, ["average", *map(str, three), "--out", str(out), "--data", str(data)])
+        assert result.exit_code == 2, result.output
+        assert words in result.stderr

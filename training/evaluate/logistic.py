@@ -206,9 +206,7 @@ def evaluate_logistic(
     fitted, chosen_on = split_off(len(train), fit.held_out_share, fit.seed)
     fitted, chosen_on = fitted.to(train.device), chosen_on.to(train.device)
     features, labels = train[fitted].double(), train_labels[fitted]
-    check_classification(
-        labels, train_labels[chosen_on], "train without the images to choose C", "the images to choose C"
-    )
+    check_classification(labels, train_labels[chosen_on], "the part of train to fit", "the part of train to choose C")
     sweep: dict[float, float] = {}
     model: Logistic | None = None
     for c in sorted(c_grid):
