@@ -110,8 +110,9 @@ def check_output(path: Path, option: str, *, folder: bool = False) -> None:
         ValueError: `path` is an address such as s3://bucket/file, is a folder instead of a file or a file instead of a
             folder, or is in a folder that does not allow writing.
     """
-    if re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):  # `Path` makes one slash of two
-        raise ValueError(f"{option} {path} is an address, but results are written to local files only")
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):
+        address = str(path).replace(":/", "://", 1)  # `Path` makes one slash of two
+        raise ValueError(f"{option} {address} is an address, but results are written to local files only")
     if path.is_dir() and not folder:
         raise ValueError(f"{option} {path} is a folder: give a file, for instance {path / 'result'}")
     parent = path if folder else path.parent

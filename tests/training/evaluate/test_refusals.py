@@ -437,7 +437,7 @@ def test_paths_that_cannot_be_written_are_found_before_the_model_is_loaded(tmp_p
     monkeypatch.setattr("training.evaluate.backbone.load_backbone", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "file").write_text("x")
     bad = {
-        "s3://bucket/report.json": "is an address, but results are written to local files only",
+        "s3://bucket/report.json": "s3://bucket/report.json is an address, but results are written to local files only",
         tmp_path / "file" / "x" / "y": f"{tmp_path / 'file'} is not a folder",
     }
     bad |= {tmp_path: "is a folder: give a file"} if option == "--out" else {tmp_path / "file": "is not a folder"}
