@@ -53,8 +53,9 @@ from training.data.sources import open_source
 from training.distributed import join
 from training.ending import Interrupted, RunStopped
 from training.evaluate.features import compute_features
-from training.evaluate.knn import knn_accuracy, labels_of
+from training.evaluate.knn import knn_accuracy, labels_of, neighbours_for, with_labels
 from training.evaluate.logistic import C_GRID, evaluate_logistic
+from training.evaluate.meaning import NoMeaning, check_classification
 from training.evaluate.robustness import robustness
 from training.outcome import CHECKPOINT
 from training.pages.compare_page import NETWORKS, RUNS, page, print_table
@@ -229,15 +230,16 @@ def measure(
     The content includes what `run_figures` returns for each of the two runs.
     """
     config = configs["dinov2"]
-    labels = {photo.label for photo in train_images}
-    classes = len(labels) if None not in labels else 0
+    labels = {photo.label for photo in train_images} - {None}
+    classes = len(labels)
+    has_classes = classes > 1 and any(photo.label in labels for photo in held_out)
     results: dict[str, dict[str, Any]] = {}
     with join(config.device) as world:
         for name, title in NETWORKS.items():
             console.print(f"evaluating {title}", markup=False)
             backbone = trained(configs[name]) if name in RUNS else make_network(config).backbone
             results[name] = judge(
-                backbone.eval().to(world.device), train_images, held_out, config.eval_spec, classes > 1
+                backbone.eval().to(world.device), train_images, held_out, config.eval_spec, has_classes
             )
         for name in RUNS:
             results[name]["run"] = run_figures(configs[name])
@@ -282,7 +284,8 @@ def judge(
         a dictionary with `robustness` (see training/evaluate/robustness.py) and `rankme_share` (the effective rank of
         the class tokens, as a share of the largest possible rank). If `has_classes` is True, it also contains `knn`
         (the k-NN accuracy for each pooling and each k) and `logistic` (the accuracy of logistic regression, and the
-        value of C, its inverse penalty strength).
+        value of C, its inverse penalty strength). Images without a label are left out of these two. If every network
+        would have the same accuracy, the entry is missing, and `left_out` is the reason.
     """
     test = compute_features(backbone, held_out, spec)
     stride = math.ceil(len(held_out) / ROBUSTNESS_PHOTOS)
@@ -292,16 +295,24 @@ def judge(
     }
     if not has_classes:
         return results
+    train_images, _ = with_labels(train_images, "train")
     train = compute_features(backbone, train_images, spec)
     train_labels, classes = labels_of([train_images[i] for i in train.kept.tolist()])
-    test_labels, _ = labels_of([held_out[i] for i in test.kept.tolist()], classes)
-    pairs = {pooling: (train.pooled(pooling), test.pooled(pooling)) for pooling in KNN_POOLINGS}
-    results["knn"] = {
-        pooling: {str(k): share for k, share in knn_accuracy(a, train_labels, b, test_labels, KS).items()}
-        for pooling, (a, b) in pairs.items()
-    }
-    report = evaluate_logistic(pairs["cls"][0], train_labels, pairs["cls"][1], test_labels, c_grid=CS)
-    results["logistic"] = {"accuracy": report.accuracy, "c": report.c}
+    read = [held_out[i] for i in test.kept.tolist()]
+    rows = [row for row, photo in enumerate(read) if photo.label is not None]
+    test_labels, _ = labels_of([read[row] for row in rows], classes)
+    pairs = {pooling: (train.pooled(pooling), test.pooled(pooling)[rows]) for pooling in KNN_POOLINGS}
+    try:
+        check_classification(train_labels, test_labels, val="the held-out part")
+        ks, _ = neighbours_for(KS, len(train_labels))
+        results["knn"] = {
+            pooling: {str(k): share for k, share in knn_accuracy(a, train_labels, b, test_labels, ks).items()}
+            for pooling, (a, b) in pairs.items()
+        }
+        report = evaluate_logistic(pairs["cls"][0], train_labels, pairs["cls"][1], test_labels, c_grid=CS)
+        results["logistic"] = {"accuracy": report.accuracy, "c": report.c}
+    except NoMeaning as reason:  # an error would lose the other results of two finished runs
+        results["left_out"] = str(reason)
     return results
 
 
