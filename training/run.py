@@ -346,9 +346,9 @@ def release(run: Run) -> Path:
         write_checkpoint(path, backbone, settings.vit, {**settings.facts, **results})
         write_sheet(sheet_path(run, run.total), backbone, data, run.crops, settings, run.total, run.total)
         report = write_report(run.out)
-        summary = f"k-NN on {len(data.held_out)} held-out images, {settings.eval_spec.crop} px: {knn}"
+        summary = f"k-NN on {len(data.labelled_held_out)} held-out images, {settings.eval_spec.crop} px: {knn}"
         run.monitor.console.print(
-            f"{summary if knn else 'no k-NN: only one class, or no held-out images'}\nreport: {report}", markup=False
+            f"{summary if knn else f'no k-NN: {data.why_no_classes}'}\nreport: {report}", markup=False
         )
     wait_for_all(run.world)
     return path
