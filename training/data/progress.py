@@ -1,9 +1,9 @@
 """Tell how far a long piece of work is, in lines such as `listing images: 12,000 so far`."""
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Event, Thread
 
 Tell = Callable[[str], None]
 """A function that shows one line to the user."""
@@ -42,7 +42,7 @@ def progress(tell: Tell | None, line: Callable[[], str], share: Callable[[], flo
     if tell is None:
         yield
         return
-    ended = threading.Event()
+    ended = Event()
 
     def keep_telling(tell: Tell) -> None:
         if ended.wait(WORTH_A_LINE_S / 2):
@@ -53,7 +53,7 @@ def progress(tell: Tell | None, line: Callable[[], str], share: Callable[[], flo
         while not ended.wait(EVERY_S):
             tell(line())
 
-    thread = threading.Thread(target=keep_telling, args=(tell,), name="progress", daemon=True)
+    thread = Thread(target=keep_telling, args=(tell,), name="progress", daemon=True)
     thread.start()
     try:
         yield
