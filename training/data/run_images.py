@@ -144,20 +144,16 @@ def open_data(listing: Listing, settings: ImageSettings, world: World, console: 
             split evenly over ranks and micro-batches.
         OSError: the images cannot be reached.
     """
-    out, seed, batch_size = listing.settings.out, listing.settings.seed, settings.batch_size
+    out, batch_size = listing.settings.out, settings.batch_size
     per_rank = share_of_a_batch(batch_size, world.size, settings.micro_batches)
     if len(listing.train) < batch_size:
         raise ValueError(f"batch_size={batch_size} is more than the {len(listing.train)} images to train on")
-    share = slice(world.rank * per_rank, (world.rank + 1) * per_rank)
-    plan: Plan = shuffled(batch_size, seed, share)
-    if listing.mixture is not None:
-        plan = MixedPlan(listing.mixture, batch_size, seed, share)
     workers = settings.reading.workers or max(1, available_cpus() // world.on_machine)
     tell = partial(console.print, markup=False, highlight=False, soft_wrap=True) if world.is_main else None
     loader = open_loader(
         listing.train,
         settings.side,
-        plan,
+        make_plan(listing, batch_size, world, per_rank),
         cache_bytes=settings.cache_bytes,
         reading=replace(settings.reading, workers=workers),
         device=world.device,
@@ -176,6 +172,14 @@ def open_data(listing: Listing, settings: ImageSettings, world: World, console: 
             if tell is not None:
                 list_skipped(data.unlisted(), out, console)
                 tell(str(account_of(listing, tried, out)))
+
+
+def make_plan(listing: Listing, batch_size: int, world: World, per_rank: int) -> Plan:
+    """Return the plan of a run's loader, which selects `per_rank` images of each batch for this rank."""
+    share = slice(world.rank * per_rank, (world.rank + 1) * per_rank)
+    if listing.mixture is None:
+        return shuffled(batch_size, listing.settings.seed, share)
+    return MixedPlan(listing.mixture, batch_size, listing.settings.seed, share)
 
 
 def make_data(listing: Listing, loader: Loader, digest: str) -> tuple[Data, set[int]]:
