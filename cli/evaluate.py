@@ -47,11 +47,11 @@ def evaluate(
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from training.config import parse_overrides
     from training.evaluate.backbone import load_backbone
     from training.evaluate.run import evaluate as run_evaluation
     from training.evaluate.run import print_report, write_json
     from training.evaluate.settings import make_settings
+    from training.recipe import parse_overrides
 
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     try:

@@ -44,16 +44,18 @@ def _early_end_handled() -> Iterator[None]:
 def train(
     data: DataOption,
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and metrics. A run in this folder is resumed.")],
-    recipe: Annotated[str, typer.Option(help="Name of a recipe, e.g. smoke or grocery, or a TOML file.")] = "smoke",
+    recipe: Annotated[
+        str | None, typer.Option(help="Name of a recipe, e.g. smoke or continue, or a TOML file (docs/training.md).")
+    ] = None,
     overrides: OverridesArgument = None,
 ) -> None:
     """Train a DINOv2 model on your own images (needs the `train` extra: pip install -e '.[train]')."""
     need_torch("train")
-    from training.config import load_config
+    from training.recipe import check_recipe, load_config
     from training.train import train as run_training
 
     with _early_end_handled():
-        checkpoint = run_training(load_config(recipe, data, out, overrides or []))
+        checkpoint = run_training(load_config(check_recipe(recipe), data, out, overrides or []))
     typer.echo(f"checkpoint: {checkpoint}\nnext: dinov2 export {shlex.quote(str(checkpoint))}")
 
 

@@ -44,9 +44,10 @@ from model.files import write_text
 from model.pooling import Pooling
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
-from training.config import TrainConfig, load_config
+from training.config import TrainConfig
 from training.data.dataset import Photo, photos_of, split_source
-from training.data.run_images import INDEX, KNN_PHOTOS
+from training.data.listing import INDEX
+from training.data.run_images import KNN_PHOTOS
 from training.data.sources import open_source
 from training.distributed import join
 from training.evaluate.features import compute_features
@@ -57,6 +58,7 @@ from training.outcome import CHECKPOINT
 from training.pages.compare_page import NETWORKS, RUNS, page, print_table
 from training.pages.report import points_of, values_of
 from training.provenance import code_revision
+from training.recipe import load_config
 from training.run import Interrupted, RunStopped
 from training.setup import make_network
 from training.train import INTERRUPTED

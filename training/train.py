@@ -18,7 +18,7 @@ and two ranks see the same crops as a single rank. The host waits for the device
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +28,8 @@ from rich.console import Console
 from model.files import write_text
 from training.config import TrainConfig
 from training.data.crops import make_micros
-from training.data.run_images import check_apart, open_data
+from training.data.listing import check_apart, list_images
+from training.data.run_images import open_data
 from training.distill import PrototypeTeacher
 from training.distributed import World, agree, from_main, join
 from training.run import (
@@ -80,19 +81,21 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     with (
         sigterm_noted() as stop,
         join(config.device) as world,
-        run_folder(config.data, config.out, world),
-        open_data(image_settings(config), world, console) as data,
+        run_folder((config.data,), config.out, world),
         attention_kernel(world.device, compute_dtype(make_autocast(config.precision, world.device))),
     ):
-        saved, damaged = from_main(world, start_from(config.out) if world.is_main else (None, []))
-        run = make_run(config, world, data, console, saved)
-        with run.monitor:
-            step = restore(run, saved, damaged)
-            announce(run, step)
-            stop.deferred = True
-            training_loop(run, step, stop)
-            stop.deferred = False
-            return release(run)
+        sources, images = image_settings(config)
+        listing = list_images(sources, world, console)
+        with open_data(listing, images, world, console) as data:
+            saved, damaged = from_main(world, start_from(config.out) if world.is_main else (None, []))
+            run = make_run(config, world, data, console, saved)
+            with run.monitor:
+                step = restore(run, saved, damaged)
+                announce(run, step)
+                stop.deferred = True
+                training_loop(run, step, stop)
+                stop.deferred = False
+                return release(run)
 
 
 def training_loop(run: Run, step: int, stop: Sigterm) -> None:
@@ -187,11 +190,11 @@ def choose_prototypes(run: Run, teacher: PrototypeTeacher) -> None:
 
 
 @contextmanager
-def run_folder(data: str, out: Path, world: World) -> Iterator[None]:
+def run_folder(data: Sequence[str], out: Path, world: World) -> Iterator[None]:
     """Create the run's folder `out` if it does not exist, and hold its lock inside the block.
 
     Raises:
-        ValueError: `out` is inside the folder of the images, or another process holds the lock.
+        ValueError: `out` is inside a folder of images, or another process holds the lock.
     """
     check_apart(data, out)
     out.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from model.cpus import available_cpus
 from training.config import LastPhase, TrainConfig
 from training.data.augment import Jitter, View
 from training.data.crops import CropSettings, Phase
+from training.data.listing import SourceSettings
 from training.data.loader import Reading, waiting_advice
 from training.data.run_images import Data, ImageSettings
 from training.distill import check_same_teacher, load_teacher, teacher_digest
@@ -84,18 +85,15 @@ def make_run(config: TrainConfig, world: World, data: Data, console: Console, sa
     )
 
 
-def image_settings(config: TrainConfig) -> ImageSettings:
-    """Return the settings for finding, splitting and reading the run's images."""
+def image_settings(config: TrainConfig) -> tuple[SourceSettings, ImageSettings]:
+    """Return the settings for listing and splitting the run's images, and the settings for reading them."""
     micro_batches = {"micro_batch": config.micro_batch}
     if config.last_phase is not None:
         micro_batches["last_phase.micro_batch"] = config.last_phase.micro_batch
-    return ImageSettings(
-        data=config.data,
-        out=config.out,
-        seed=config.seed,
+    sources = SourceSettings((config.data,), config.out, config.seed, config.held_out_share)
+    return sources, ImageSettings(
         batch_size=config.batch_size,
         micro_batches=micro_batches,
-        held_out_share=config.held_out_share,
         side=config.cache_size,
         cache_bytes=config.cache_bytes,
         reading=Reading(config.workers, config.ahead_steps, config.ahead_bytes, config.max_broken_share),

@@ -21,11 +21,11 @@ import cli
 from tests.arithmetic import SETTINGS
 from training import compare as module
 from training.compare import DINO, arguments, compare, config_of, judge, photos_to_judge, run_apart, stability, trained
-from training.config import RECIPES
 from training.evaluate.knn import evaluate_knn
 from training.evaluate.logistic import evaluate_logistic
 from training.evaluate.robustness import CHANGES, robustness
 from training.pages.compare_page import NETWORKS, RUNS, page, rows
+from training.recipe import RECIPES
 from training.run import Interrupted, RunStopped
 from training.setup import make_network
 from training.train import INTERRUPTED, train

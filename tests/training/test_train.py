@@ -22,11 +22,12 @@ from tests.training.tiny import ALONE, QUIET, TINY
 from training import step
 from training import train as loop
 from training.__main__ import main
-from training.config import TrainConfig, load_config, recipe_names
+from training.config import TrainConfig
 from training.data.crops import Crops, make_micros
 from training.losses import koleo_loss
 from training.optimizer import clip_gradients, make_optimizer, set_schedule
 from training.provenance import code_revision
+from training.recipe import load_config, recipe_names
 from training.run import RunStopped
 from training.setup import make_setup, strategy_of
 from training.state import find_state
@@ -199,7 +200,9 @@ def test_the_defaults_are_those_of_dinov2s_short_recipe():
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_is_valid_and_says_how_it_is_run(recipe, tmp_path):
-    found = load_config(recipe, tmp_path, tmp_path, ["epochs=2.5", "global_scale=[0.5, 1.0]", "seed=7"])
+    found = load_config(
+        recipe, tmp_path, tmp_path, ["epochs=2.5", "global_scale=[0.5, 1.0]", "seed=7", "init=a", "teacher=b"]
+    )
     assert (found.epochs, found.global_scale, found.seed, found.recipe) == (2.5, (0.5, 1.0), 7, recipe)
     assert "-m training" in (Path(__file__).parents[2] / f"training/recipes/{recipe}.toml").read_text()
 
@@ -222,8 +225,8 @@ def test_every_recipe_is_valid_and_says_how_it_is_run(recipe, tmp_path):
         ("smoke", ["epochs=1e30"], "^epochs=1e\\+30: must be at most"),
         ("smoke", ["epochs=three"], "^epochs='three': must be a number"),
         ("smoke", ["seed=-1"], "^seed=-1: must be at least 0"),
-        ("smoke", ["global_scale=[1.0, 0.4]"], "^global_scale=.1, 0.4. must be shares"),
-        ("smoke", ["local_scale=[0.0, 0.4]"], "^local_scale=.0, 0.4. must be shares"),
+        ("smoke", ["global_scale=[1.0, 0.4]"], "^global_scale=.1, 0.4.: the first value must"),
+        ("smoke", ["local_scale=[0.0, 0.4]"], "^local_scale.0=0.0: must be more than 0"),
         ("smoke", ["last_phase={share = 1.2, global_size = 98, local_size = 42}"], "last_phase.share"),
     ],
 )

@@ -1,4 +1,7 @@
-"""The images of one run: training images, held-out images for evaluation, and a list of the unreadable images."""
+"""The images of one run: training images, held-out images for evaluation, and a list of the unreadable images.
+
+`training/data/listing.py` lists the images first, because the settings of a run may depend on their number.
+"""
 
 import os
 from collections import Counter
@@ -13,31 +16,27 @@ from model.cpus import available_cpus
 from model.decode import Pixels
 from model.files import write_text
 from model.folder import Account
-from training.data.dataset import Photo, Skipped, Source, split_source
+from training.data.dataset import Photo, Skipped, Source
+from training.data.listing import Listing
 from training.data.loader import Loader, Reading, open_loader, shuffled
-from training.data.sources import open_source, source_digest
-from training.distributed import World, from_main, wait_for_all
+from training.data.sources import source_digest
+from training.distributed import World, from_main
 
 KNN_PHOTOS = 50_000  # maximum number of training images that k-NN searches; it takes minutes on a GPU
-INDEX = "index"  # folder in the run's folder, with the indices of tar shards
 ASKED_PHOTOS = 10_000  # maximum number of images that k-NN classifies; its accuracy is then known to half a percent
 SHOWN = 5  # unreadable images shown on the screen; skipped.txt lists all
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """The settings of a run's images: where they are stored, how they are split, and how they are read.
+    """The settings with which a run divides its images into batches and reads them.
 
     `micro_batches` maps the name of each setting for a micro-batch size to its value, or to None if it is not used. The
     number of images per rank and batch must be a multiple of each of these sizes.
     """
 
-    data: str
-    out: Path
-    seed: int
     batch_size: int
     micro_batches: Mapping[str, int | None]
-    held_out_share: float
     side: int  # side of the squares that images are stored as, pixels
     cache_bytes: int
     reading: Reading
@@ -104,50 +103,28 @@ class Data:
         return [*skipped, *held_out]
 
 
-def check_apart(data: str, out: Path) -> None:
-    """Check that a run's folder is not inside the folder of its images.
-
-    Otherwise the run would train on the images that it writes.
-
-    Raises:
-        ValueError: `out` is the folder of the images, or is inside it.
-    """
-    folder = Path(data.removeprefix("file://"))
-    if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(
-            f"out={out} is inside data={data}: the run would train on its own image sheets; choose another out"
-        )
-
-
 @contextmanager
-def open_data(settings: ImageSettings, world: World, console: Console) -> Iterator[Data]:
-    """Open the images of a run for the duration of a `with` block.
+def open_data(listing: Listing, settings: ImageSettings, world: World, console: Console) -> Iterator[Data]:
+    """Open the listed images of a run for the duration of a `with` block.
 
     Unreadable images are listed in `skipped.txt` in the run's folder, and their number is printed on the console. At
     the end, one line with the numbers of used, ignored and failed files is printed.
 
     Raises:
-        ValueError: there are no images, too many images are unreadable, there are fewer images than one batch contains,
-            or a batch cannot be split evenly over ranks and micro-batches.
+        ValueError: too many images are unreadable, there are fewer images than one batch contains, or a batch cannot be
+            split evenly over ranks and micro-batches.
         OSError: the images cannot be reached.
     """
-    out, batch_size = settings.out, settings.batch_size
-    out.mkdir(parents=True, exist_ok=True)
+    out, seed, batch_size = listing.settings.out, listing.settings.seed, settings.batch_size
     per_rank = share_of_a_batch(batch_size, world.size, settings.micro_batches)
-    if not world.is_main:
-        wait_for_all(world)  # rank 0 makes the shards' index, and the others read it
-    source = open_source(settings.data, out / INDEX)
-    if world.is_main:
-        wait_for_all(world)
-    train, held_out = split_source(source, settings.held_out_share, settings.seed)
-    if len(train) < batch_size:
-        raise ValueError(f"batch_size={batch_size} is more than the {len(train)} images to train on")
+    if len(listing.train) < batch_size:
+        raise ValueError(f"batch_size={batch_size} is more than the {len(listing.train)} images to train on")
     share = slice(world.rank * per_rank, (world.rank + 1) * per_rank)
     workers = settings.reading.workers or max(1, available_cpus() // world.on_machine)
     loader = open_loader(
-        train,
+        listing.train,
         settings.side,
-        shuffled(batch_size, settings.seed, share),
+        shuffled(batch_size, seed, share),
         cache_bytes=settings.cache_bytes,
         reading=replace(settings.reading, workers=workers),
         device=world.device,
@@ -157,17 +134,17 @@ def open_data(settings: ImageSettings, world: World, console: Console) -> Iterat
             raise ValueError(f"batch_size={batch_size} is more than the {len(loader)} readable images")
         digest = from_main(world, source_digest(loader.source, contents=loader.in_memory) if world.is_main else "")
         broken: dict[str, str] = {}
-        asked = [HeldOut(photo.source, photo.index, broken) for photo in sample(held_out, ASKED_PHOTOS)]
-        data = Data(loader, sample(loader.source, KNN_PHOTOS), asked, digest, settings.data, broken)
+        asked = [HeldOut(photo.source, photo.index, broken) for photo in sample(listing.held_out, ASKED_PHOTOS)]
+        data = Data(loader, sample(loader.source, KNN_PHOTOS), asked, digest, listing.settings.named, broken)
         if world.is_main:
-            list_skipped([*source.skipped, *data.unlisted()], out, console)
+            list_skipped([*listing.skipped, *data.unlisted()], out, console)
         try:
             yield data
         finally:  # also if too many broken images have ended the run
             if world.is_main:
                 list_skipped(data.unlisted(), out, console)
                 n_asked = len(asked) if data.has_classes else 0
-                account = account_of(source, len(train), len(held_out), n_asked, out)
+                account = account_of(listing.source, len(listing.train), len(listing.held_out), n_asked, out)
                 console.print(str(account), markup=False, highlight=False, soft_wrap=True)
 
 

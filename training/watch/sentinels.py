@@ -37,8 +37,8 @@ from torch import Tensor
 
 from model.checkpoint import save_safetensors
 from model.files import write_text
+from training.watch.action import Action
 
-Action = Literal["stop", "rollback", "warn"]
 Kind = Literal["collapse", "not_finite", "knn"]
 AT_LN_K = 0.99  # threshold for the DINO loss and the teacher's entropy, as a share of ln K
 AT_ZERO = 0.01  # threshold for the teacher's entropy, as a share of ln K
