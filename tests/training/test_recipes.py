@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from model.config import CONFIGS
-from training.config import RECIPES, load_config
 from training.data.crops import least_cache_side
+from training.recipe import RECIPES, load_config
 from training.wiring import crop_settings
 
 SHORT = {  # ssl_default_config.yaml with train/vitl16_short.yaml, on 32 GPUs
@@ -84,7 +84,7 @@ def ours(config):
 
 
 def recipe(name):
-    return load_config(name, "-", Path("-"))
+    return load_config(name, "-", Path("-"), ["teacher=a"] if name == "distill" else [])
 
 
 @pytest.mark.parametrize("name", RECIPE_OF)
