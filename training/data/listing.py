@@ -112,10 +112,11 @@ class Listing:
         """Return a sha256 of all that a resumed run must have in common with the images and their order.
 
         `images` is the digest of the training images. It is returned unchanged if every image is drawn equally often.
+        Otherwise the result also covers the groups of images (classes, sources) and their shares.
         """
         if self.mixture is None:
             return images
-        digest = hashlib.sha256(f"{images} {self.settings.weights} {self.settings.sampling}".encode())
+        digest = hashlib.sha256(images.encode())
         groups, shares = self.mixture.groups()
         for part in (groups.astype("<i8"), shares.astype("<f8")):
             digest.update(part.tobytes())
@@ -271,7 +272,7 @@ def described(mixture: Mixture) -> list[str]:
         groups, shares = mixture.groups()
         most = (shares * n / np.bincount(groups)).max()
         n_classes, n_without = len(np.unique(mixture.classes)), int((mixture.classes < 0).sum())
-        without = f"; the {n_without:,} images without a class count as one class" if n_without else ""
+        without = f"; images without a class ({n_without:,}) count as one class" if n_without else ""
         within = " of a source" if mixture.weights is not None else ""
         lines.append(
             f"sampling=balanced: {n_classes - bool(n_without):,} classes; all classes{within} are drawn equally often, "

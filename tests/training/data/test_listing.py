@@ -127,7 +127,7 @@ def test_weights_and_balanced_sampling_are_told(tmp_path, two):
         f"shares of the samples: 75 % from {two[0]} (7 images, each 1.9 times per epoch), 25 % from {two[1]} "
         "(11 images, each 0.41 times per epoch)",
         "sampling=balanced: 3 classes; all classes of a source are drawn equally often, an image of the smallest class "
-        "about 2.2 times per epoch; the 1 images without a class count as one class",
+        "about 2.2 times per epoch; images without a class (1) count as one class",
     ]
     assert listing.mixture is not None
     assert shown(tmp_path, *two)[1] == []
