@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from cli.shared import DATA, ArtifactsDirOption, fail, need_torch
+from cli.shared import DATA, ArtifactsDirOption, check_output, fail, need_torch
 
 TaskName = Literal["knn", "logistic", "linear", "segmentation", "depth", "retrieval"]
 
@@ -55,6 +55,10 @@ def evaluate(
 
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     try:
+        if out is not None:
+            check_output(out, "--out")
+        if cache is not None:
+            check_output(cache, "--cache", folder=True)
         values = parse_overrides(settings or [])
         make_settings(task, values)  # reject bad settings before a download or an hour of computing features
         backbone = load_backbone(model, arch=arch, data_dir=data_dir, device=device_of(device))

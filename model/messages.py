@@ -22,6 +22,7 @@ _WORDS: Final = {
     "path_type": "must be a path",
     "extra_forbidden": "is unknown here",
     "tuple_type": "must be a list",
+    "too_short": "must have {min_length} or more entries",
     "list_type": "must be a list",
     "dict_type": "must be an object",
     "model_type": "must be an object",
