@@ -6,6 +6,7 @@ Listing reads no image. It comes first, because the settings of a run may depend
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -132,8 +133,14 @@ def _numbers(classes: Classes) -> list[int]:
 
 def _folder(address: str) -> Path | None:
     """Return the local folder at an address, or None if the address is something else."""
-    folder = Path(address.removeprefix("file://"))
-    return folder.resolve() if folder.is_dir() else None
+    path = _local(address)
+    return path if path is not None and path.is_dir() else None
+
+
+def _local(address: str) -> Path | None:
+    """Return the local file or folder at an address, or None if there is none."""
+    text = address.removeprefix("file://")
+    return Path(text).resolve() if "://" not in text and os.path.exists(text) else None
 
 
 def check_different(data: Sequence[str]) -> None:
@@ -144,8 +151,8 @@ def check_different(data: Sequence[str]) -> None:
     """
     for i, address in enumerate(data):
         for other in data[:i]:
-            folders = _folder(address), _folder(other)
-            if address == other or (folders[0] is not None and folders[0] == folders[1]):
+            paths = _local(address), _local(other)
+            if address == other or (paths[0] is not None and paths[0] == paths[1]):
                 raise ValueError(f"data={address} is given twice; to draw its images more often, set data_weights")
             for inner, outer in ((address, other), (other, address)):
                 inside, around = _folder(inner), _folder(outer)

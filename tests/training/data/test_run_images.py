@@ -15,9 +15,9 @@ from tests.training.tiny import ALONE, QUIET, TINY
 from training import train as loop
 from training.config import TrainConfig
 from training.data import run_images
+from training.data.batches import Reading
 from training.data.dataset import Classes, batch_indices
 from training.data.listing import SourceSettings, list_images
-from training.data.loader import Reading
 from training.data.run_images import ImageSettings, open_data, sample_of_classes
 from training.distributed import World
 
