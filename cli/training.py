@@ -26,19 +26,21 @@ def _early_end_handled() -> Iterator[None]:
     """Catch the exceptions that end a training run early, print the message, and exit.
 
     Raises:
-        typer.Exit: one of these exceptions was caught. The status is `INTERRUPTED` after SIGTERM, and 2 after an
-            error such as `RunStopped`.
+        typer.Exit: one of these exceptions was caught. The status is 3 if a check stopped the run, 143 after SIGTERM,
+            130 after Ctrl-C, and 2 after any other error.
     """
-    from training.run import Interrupted, RunStopped
-    from training.train import INTERRUPTED
+    from training.ending import STOPPED_STATUS, Interrupted, RunStopped
 
     try:
         yield
-    except (ValueError, OSError, RunStopped) as error:
+    except RunStopped as stopped:
+        fail(stopped)
+        raise typer.Exit(code=STOPPED_STATUS) from stopped
+    except (ValueError, OSError) as error:
         raise fail(error) from error
     except Interrupted as interrupted:
         typer.echo(str(interrupted), err=True)
-        raise typer.Exit(code=INTERRUPTED) from interrupted
+        raise typer.Exit(code=interrupted.status) from interrupted
 
 
 def train(

@@ -4,9 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from training.ending import STOPPED_STATUS, Interrupted, RunStopped
 from training.recipe import check_recipe, load_config, recipe_names
-from training.run import Interrupted, RunStopped
-from training.train import INTERRUPTED, train
+from training.train import train
 
 
 def main() -> int:
@@ -24,10 +24,10 @@ def main() -> int:
         train(load_config(check_recipe(arguments.recipe), arguments.data, arguments.out, arguments.overrides))
     except (ValueError, OSError, RunStopped) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return STOPPED_STATUS if isinstance(error, RunStopped) else 2
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
-        return INTERRUPTED
+        return interrupted.status
     return 0
 
 

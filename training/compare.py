@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ from training.data.listing import INDEX
 from training.data.run_images import KNN_PHOTOS
 from training.data.sources import open_source
 from training.distributed import join
+from training.ending import Interrupted, RunStopped
 from training.evaluate.features import compute_features
 from training.evaluate.knn import knn_accuracy, labels_of, neighbours_for, with_labels
 from training.evaluate.logistic import C_GRID, evaluate_logistic
@@ -60,9 +62,7 @@ from training.pages.compare_page import NETWORKS, RUNS, page, print_table
 from training.pages.report import points_of, values_of
 from training.provenance import code_revision
 from training.recipe import load_config
-from training.run import Interrupted, RunStopped
 from training.setup import make_network
-from training.train import INTERRUPTED
 from training.watch.flops import describe_device
 from training.watch.monitor import EVENTS, METRICS, read_lines
 from training.watch.sentinels import rankme_share
@@ -75,7 +75,7 @@ DINO: dict[str, object] = {
 }
 """The settings in which DINO (arXiv 2104.14294) differs from DINOv2: a moving centre, no iBOT, no KoLeo, no masks."""
 
-WATCHED: dict[str, object] = {"log_every": 5, "on_collapse": "warn", "on_knn": "warn"}
+WATCHED: dict[str, object] = {"log_every": 5, "on_collapse": "warn", "on_measure": "warn"}
 """Defaults of both runs: frequent log lines, and checks that only warn, so that a collapse shows in the results."""
 
 JSON_FILE, HTML_FILE = "compare.json", "compare.html"
@@ -114,7 +114,7 @@ def compare(
             recipe has a frozen teacher, or there are not enough images.
         OSError: the images or `out` cannot be reached.
         RunStopped: a training run failed. Its process has printed the error.
-        Interrupted: SIGTERM stopped a training run. The same command resumes the run.
+        Interrupted: SIGTERM or Ctrl-C stopped a training run. The same command resumes the run.
     """
     console, run = console or Console(), run or run_apart
     commands = {name: arguments(name, data, out, base, overrides) for name in RUNS}
@@ -189,31 +189,37 @@ def photos_to_judge(config: TrainConfig, index: Path) -> tuple[list[Photo], list
 def run_apart(command: Sequence[str]) -> None:
     """Run `python -m training` with the arguments `command` in another process, and wait until it ends.
 
-    The process prints to the same terminal. If SIGTERM arrives, it is forwarded to the process, which saves its state
-    and exits.
+    The process prints to the same terminal. If SIGTERM or Ctrl-C arrives, it is forwarded to the process, which saves
+    its state and exits.
 
     Raises:
-        Interrupted: SIGTERM stopped the process.
+        Interrupted: SIGTERM or Ctrl-C stopped the process.
         RunStopped: the process failed.
     """
     root = str(Path(__file__).parents[1])
     program = [sys.executable, "-c", START, root, *command]
     with subprocess.Popen(program) as process, handed_on(process):  # noqa: S603 - our own code, no shell
         status = process.wait()
-    if status in (INTERRUPTED, -signal.SIGTERM):  # -SIGTERM: it came before the run had installed its handler
-        raise Interrupted("stopped by SIGTERM; run the same command again to resume")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if status in (128 + number, -number):  # -number: the signal came before the run had installed its handler
+            raise Interrupted(f"stopped by {number.name}; run the same command again to resume", number)
     if status:
         raise RunStopped(f"the training run ended with status {status}; see its output above")
 
 
 @contextmanager
 def handed_on(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """Forward each SIGTERM that arrives inside the block to `process`."""
-    before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    """Forward each SIGTERM and SIGINT (Ctrl-C) that arrives inside the block to `process`."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def measure(

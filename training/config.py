@@ -201,7 +201,12 @@ class TrainConfig(BaseModel):
     keep_checkpoints_every_epochs: float = Field(
         0, ge=0, le=1e6, description="epochs between checkpoints for `dinov2 average`; 0: none"
     )
-    eval_every_epochs: float = Field(0, ge=0, le=1e6, description="epochs between k-NN evaluations; 0: only at the end")
+    eval_every_epochs: float | None = Field(
+        None,
+        ge=0,
+        le=1e6,
+        description="epochs between evaluations; unset: ten evaluations in the run; 0: only at the start and the end",
+    )
     sheet_every: int = Field(0, ge=0, description="steps between image sheets; 0: only at the end")
     measure_peak: bool = Field(
         False, description="time a matrix product at the start, to report MFU on unknown devices"
@@ -209,12 +214,20 @@ class TrainConfig(BaseModel):
     wandb: str | None = Field(None, description="Weights & Biases project; unset: no logging there")
     on_collapse: Action = Field("stop", description="stop, rollback (and lower the learning rates) or warn")
     on_not_finite: Literal["stop", "rollback"] = Field("rollback", description="stop, or rollback (and skip that step)")
-    on_knn: Action = Field("stop", description="as `on_collapse`, if the k-NN accuracy falls by more than `knn_margin`")
+    measure: Literal["auto", "knn", "none"] = Field(
+        "auto",
+        description="what is measured on held-out images, guards the run and chooses its best checkpoint; auto: k-NN "
+        "if the images have classes",
+    )
+    on_measure: Action = Field("stop", description="as `on_collapse`, if the measure falls by more than its margin")
+    measure_margin: float = Field(
+        5.0, gt=0, le=100, description="accepted fall of the measure below its best value, in percentage points"
+    )
+    patience: int = Field(
+        0, ge=0, le=1000, description="evaluations without a new best value after which the run ends; 0: never"
+    )
     sentinel_lines: int = Field(5, ge=1, le=1000, description="consecutive bad log lines that count as a collapse")
     rollback_lr_factor: float = Field(0.5, gt=0, le=1, description="factor on the learning rates after a rollback")
-    knn_margin: float = Field(
-        5.0, gt=0, le=100, description="accepted fall of the k-NN accuracy below its best, in percentage points"
-    )
     min_rankme_share: Share = Field(
         0.05, description="lowest accepted effective rank of class tokens, as a share of the largest"
     )

@@ -78,9 +78,10 @@ class Data:
     def has_classes(self) -> bool:
         """Return whether k-NN classification is possible.
 
-        This needs held-out images, and at least two different labels in `train_sample`.
+        This needs at least two different labels in `train_sample`, and a held-out image with one of them.
         """
-        return bool(self.held_out) and len({photo.label for photo in self.train_sample} - {None}) > 1
+        labels = {photo.label for photo in self.train_sample} - {None}
+        return len(labels) > 1 and any(photo.label in labels for photo in self.held_out)
 
     def check_same(self, digest: str) -> None:
         """Check that a saved run used the same images, because a resumed run must use them in the same order.
