@@ -71,7 +71,9 @@ def report_knn(spec: PreprocessSpec, data: Data, backbone: DinoVisionTransformer
 
     The result is empty if there are no held-out images or the training images belong to fewer than two classes.
     """
-    return evaluate_knn(backbone, data.train_sample, data.held_out, spec) if data.has_classes else {}
+    if not data.has_classes:
+        return {}
+    return evaluate_knn(backbone, data.labelled_train_sample, data.labelled_held_out, spec)
 
 
 def evaluation(

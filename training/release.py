@@ -77,6 +77,6 @@ def summary(run: Run, results: Mapping[str, Any]) -> list[str]:
         if state.best_step == 0:
             lines.append("training did not help: the released checkpoint is the network that the run started from")
     if knn:
-        n, side = len(run.data.held_out), run.release.eval_spec.crop
+        n, side = len(run.data.labelled_held_out), run.release.eval_spec.crop
         lines.append(f"k-NN of the released checkpoint on {n} held-out images, {side} px: {knn}")
     return lines

@@ -35,10 +35,10 @@ from training.data.augment import (
     SATURATION,
     adjust_hue_,
     blend_,
-    crop_resize,
     gaussian_blur,
     grayscale,
 )
+from training.data.boxes import crop_resize
 from training.data.dataset import Photo, Skipped
 from training.evaluate.features import check_features, default_workers, in_order, name_of, read_pixels
 from training.evaluate.knn import nearest
@@ -58,8 +58,9 @@ def centre_crop(pixels: Tensor) -> Tensor:
     `pixels` are uint8 [b, 3, s, s]. The result is float [b, 3, s, s] in 0..1.
     """
     box = pixels.new_tensor([(1 - CROP_SIDE) / 2] * 2 + [CROP_SIDE] * 2, dtype=torch.float32).expand(len(pixels), 4)
-    still = torch.zeros(len(pixels), dtype=torch.bool)
-    return crop_resize(pixels, torch.arange(len(pixels)), box, pixels.shape[-1], still, pixels.shape[-1])
+    still = torch.zeros(len(pixels), 2, dtype=torch.bool)
+    side = pixels.shape[-1]
+    return crop_resize(pixels, torch.arange(len(pixels)), box, side, still, side, "bilinear")
 
 
 def jpeg(pixels: Tensor) -> Tensor:

@@ -171,7 +171,10 @@ def test_a_head_with_weights_that_are_not_finite_is_an_error_although_its_last_l
         )
 
 
-def test_a_figure_that_is_not_finite_is_named():
+def test_a_figure_that_is_not_finite_is_named(backbone, colours, monkeypatch):
+    monkeypatch.setattr("training.evaluate.tasks.knn_accuracy", lambda *_: {1: math.nan})
+    with pytest.raises(FloatingPointError, match=r"knn\.accuracy\.1 is nan"):
+        evaluate("knn", backbone, colours, {"k": 1})
     run._check_figures({"iou": [0.5, None], "rmse": 1.0}, "depth")
     with pytest.raises(FloatingPointError, match=r"depth\.heads\.1\.rmse is nan"):
         run._check_figures({"heads": [{"rmse": 1.0}, {"rmse": math.nan}]}, "depth")
@@ -417,6 +420,8 @@ def test_values_without_a_meaning_are_refused_before_the_work(task, name, values
 def test_a_message_names_the_entry_of_a_list_and_only_that():
     with pytest.raises(ValueError, match=r"^k\.1=0: must be at least 1$"):
         make_settings("knn", {"k": [5, 0]})
+    with pytest.raises(ValueError, match=r"^min_depth=inf: must be a finite number$"):
+        make_settings("depth", {"min_depth": math.inf})
     with pytest.raises(ValueError, match=r"^k\.0='a': must be an integer$"):
         make_settings("knn", {"k": ["a"]})
     with pytest.raises(ValueError, match=r"^k=\[\]: must have 1 or more entries$"):
