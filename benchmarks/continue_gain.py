@@ -34,7 +34,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from proxy_sets import KS, Proxy, cifar_proxy, class_tokens, grocery_proxy, mean_over_k, reported, view_retrieval
+from proxy_sets import Proxy, cifar_proxy, class_tokens, grocery_proxy, reported
 from torch import Tensor
 
 from model.vit import DinoVisionTransformer
@@ -42,7 +42,7 @@ from training.config import TrainConfig
 from training.data.crops import make_crops, make_micros
 from training.data.dataset import batch_indices
 from training.distributed import World
-from training.evaluate.knn import knn_accuracy
+from training.evaluate.own_images import own_accuracy, view_likelihood
 from training.interpolate import SHARES, mix
 from training.scale import TRAINING_SHARE, continue_settings
 from training.setup import attention_kernel, compute_dtype, make_setup
@@ -87,12 +87,13 @@ def method_settings(method: Method, n_images: int, proxy: Proxy, seen: int) -> d
 
 
 class Measures:
-    """The figures of a backbone for one run: those that choose a checkpoint, and the reported ones."""
+    """The figures of a backbone that choose a checkpoint of one run. They see only the run's own images."""
 
     def __init__(
         self, proxy: Proxy, config: TrainConfig, held: Tensor, train: Tensor, start: dict[str, Tensor]
     ) -> None:
-        self.proxy, self.held, self.all = proxy, held, torch.cat((held, train))
+        self.inputs = proxy.own.inputs[torch.cat((held, train))]
+        self.labels = proxy.own.labels[torch.cat((held, train))]
         crops = crop_settings(config)
         positions = torch.arange(len(held)) % config.batch_size
         own, phase = proxy.own, crops.phases[0]
@@ -100,19 +101,15 @@ class Measures:
         self.views = views.globals_
         self.model = DinoVisionTransformer(config.vit_config).eval()
         self.model.load_state_dict(start)
-        self.start = class_tokens(self.model, own.inputs[self.all])
+        self.start = class_tokens(self.model, self.inputs)
 
     def of(self, weights: dict[str, Tensor]) -> dict[str, float]:
-        """Return all figures of a backbone."""
+        """Return the figures of a backbone."""
         self.model.load_state_dict(weights)
-        tokens, labels = class_tokens(self.model, self.proxy.own.inputs[self.all]), self.proxy.own.labels[self.all]
-        own = knn_accuracy(tokens, labels, tokens, labels, KS, leave_one_out=True)
-        return {
-            "own": mean_over_k(own),
-            "views": view_retrieval(*class_tokens(self.model, self.views).chunk(2)),
-            "drift": 1 - float(F.cosine_similarity(tokens, self.start).mean()),
-            **reported(self.model, self.proxy),
-        }
+        tokens = class_tokens(self.model, self.inputs)
+        own, views = own_accuracy(tokens, self.labels), view_likelihood(*class_tokens(self.model, self.views).chunk(2))
+        drift = 1 - float(F.cosine_similarity(tokens, self.start).mean())
+        return {"own": round(own, 4), "views": round(views, 4), "drift": round(drift, 4)}
 
 
 def train(config: TrainConfig, setup: Setup, proxy: Proxy, train_images: Tensor, total: int) -> Iterator[int]:
@@ -135,19 +132,24 @@ def measure_run(proxy: Proxy, method: Method, size: int, seed: int, seen: int) -
     setup = make_setup(config, ALONE)
     total = max(1, round(seen / config.batch_size))
     with attention_kernel(ALONE.device, compute_dtype(setup.autocast)):
-        start = {name: value.clone() for name, value in setup.parts.ema.backbone.state_dict().items()}
-        measures = Measures(proxy, config, held, train_images, start)
-        figures = {"start": measures.of(start)}
+        ema = setup.parts.ema.backbone
+        weights = {"start": {name: value.clone() for name, value in ema.state_dict().items()}}
+        measures = Measures(proxy, config, held, train_images, weights["start"])
         seconds, began = 0.0, time.perf_counter()
         marks = {round(total * (number + 1) / MARKS[method]) for number in range(MARKS[method])}
         for step in train(config, setup, proxy, train_images, total):
             if step in marks:
                 seconds += time.perf_counter() - began
-                figures["end" if step == total else f"step {step}"] = measures.of(setup.parts.ema.backbone.state_dict())
+                name = "end" if step == total else f"step {step}"
+                weights[name] = {key: value.clone() for key, value in ema.state_dict().items()}
                 began = time.perf_counter()
-        end = setup.parts.ema.backbone.state_dict()
         for share in SHARES[:-1] if method == "new" else ():
-            figures[f"mix {share:g}"] = measures.of(mix(start, end, share))
+            weights[f"mix {share:g}"] = mix(weights["start"], weights["end"], share)
+        figures = {name: measures.of(state) for name, state in weights.items()}
+        chosen = {"start", "end", *best_names(figures).values()}
+        for name in chosen:
+            measures.model.load_state_dict(weights[name])
+            figures[name] |= reported(measures.model, proxy)
     return {
         "set": proxy.name,
         "size": size,
@@ -160,14 +162,21 @@ def measure_run(proxy: Proxy, method: Method, size: int, seed: int, seen: int) -
     }
 
 
+def best_names(figures: dict[str, dict[str, float]]) -> dict[str, str]:
+    """Return the names of the checkpoints that are chosen with and without labels."""
+    return {
+        "best": max(figures, key=lambda name: figures[name]["own"]),
+        "best_unlabelled": max(figures, key=lambda name: figures[name]["views"]),
+    }
+
+
 def summary(run: dict[str, Any]) -> dict[str, Any]:
     """Return the figures of the start, the end and the best checkpoints of a run, with the names of the latter."""
     figures = run["figures"]
-    own = max(figures, key=lambda name: figures[name]["own"])
-    views = max(figures, key=lambda name: figures[name]["views"])
-    chosen = {"start": "start", "end": "end", "best": own, "best_unlabelled": views}
+    chosen = {"start": "start", "end": "end", **best_names(figures)}
     facts = {key: run[key] for key in ("set", "size", "seed", "method", "steps", "train_seconds", "settings")}
-    return facts | {"best_is": own, "best_unlabelled_is": views} | {key: figures[name] for key, name in chosen.items()}
+    named = {f"{key}_is": name for key, name in chosen.items() if key.startswith("best")}
+    return facts | named | {key: figures[name] for key, name in chosen.items()}
 
 
 def gains(runs: list[dict[str, Any]]) -> dict[str, Any]:

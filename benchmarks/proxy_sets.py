@@ -31,11 +31,11 @@ from model.preprocess import PreprocessSpec, preprocess
 from model.vit import DinoVisionTransformer
 from training.data.dataset import find_images, read_photo, squash
 from training.evaluate.knn import knn_accuracy
+from training.evaluate.own_images import KS
+from training.setup import make_autocast
 
-KS = (1, 5, 10, 20)
 GAP = 10  # images before and after a query that are not its neighbours
 PER_CLASS = (300, 300, 200)  # CIFAR-10's images in `own`, `neighbours` and `queries`
-VIEW_TEMPERATURE = 0.1
 
 COMMON: dict[str, Any] = {
     "n_local": 4,
@@ -129,13 +129,9 @@ def grocery_proxy(folder: Path, checkpoint: Path) -> Proxy:
 @torch.no_grad()
 def class_tokens(model: DinoVisionTransformer, inputs: Tensor) -> Tensor:
     """Compute the class tokens [n, D] of network inputs [n, 3, h, w]."""
-    parts = [model.forward_features(part.float())["x_norm_clstoken"] for part in inputs.split(256)]
+    with make_autocast("auto", inputs.device):
+        parts = [model.forward_features(part.float())["x_norm_clstoken"] for part in inputs.split(256)]
     return torch.cat(parts).float()
-
-
-def mean_over_k(accuracy: dict[int, float]) -> float:
-    """Return the mean accuracy over the values of k. It is less noisy than the accuracy for a single k."""
-    return sum(accuracy.values()) / len(accuracy)
 
 
 def leave_one_out_far(features: Tensor, labels: Tensor, sequence: Tensor) -> dict[int, float]:
@@ -152,23 +148,16 @@ def leave_one_out_far(features: Tensor, labels: Tensor, sequence: Tensor) -> dic
     return accuracy
 
 
-def view_retrieval(first: Tensor, second: Tensor) -> float:
-    """Return how well the second view of each image is found from its first view, by class tokens [n, D] of both.
-
-    The figure is the mean log-likelihood of the right image in a softmax over cosines. It needs no labels, and is less
-    noisy than the share of views that are found.
-    """
-    similarity = F.normalize(first, dim=1) @ F.normalize(second, dim=1).T
-    return -float(F.cross_entropy(similarity / VIEW_TEMPERATURE, torch.arange(len(first))))
-
-
 def reported(model: DinoVisionTransformer, proxy: Proxy) -> dict[str, float]:
-    """Return the k-NN accuracies of a backbone that a run cannot see: `10` for k = 10, and `mean` over all k."""
+    """Return the k-NN accuracies of a backbone that a run cannot see: `10` for k = 10, and `mean` over all k.
+
+    The mean over k is less noisy than the accuracy for a single k.
+    """
     neighbours = class_tokens(model, proxy.neighbours.inputs)
     queries = class_tokens(model, proxy.queries.inputs)
-    accuracy = knn_accuracy(neighbours, proxy.neighbours.labels, queries, proxy.queries.labels, KS)
-    figures = {"knn_10": accuracy[10], "knn_mean": mean_over_k(accuracy)}
+    labels = proxy.neighbours.labels
+    accuracy = {"knn": knn_accuracy(neighbours, labels, queries, proxy.queries.labels, KS)}
     if proxy.neighbours is proxy.own:
-        far = leave_one_out_far(neighbours, proxy.own.labels, proxy.own.sequence)
-        figures |= {"far_10": far[10], "far_mean": mean_over_k(far)}
-    return figures
+        accuracy["far"] = leave_one_out_far(neighbours, labels, proxy.own.sequence)
+    means = {f"{name}_mean": sum(by_k.values()) / len(by_k) for name, by_k in accuracy.items()}
+    return {f"{name}_10": by_k[10] for name, by_k in accuracy.items()} | means
