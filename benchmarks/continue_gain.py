@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=[300, 1000, 2640])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--images", type=int, default=6000, help="images that a run sees, with repetitions")
+    parser.add_argument("--images", type=int, default=8000, help="images that a run sees, with repetitions")
     parser.add_argument("--work", type=Path, default=Path("runs/continue_gain"), help="folder for the runs' files")
     parser.add_argument("--out", type=Path, default=RESULTS, help="file for the results")
     arguments = parser.parse_args()

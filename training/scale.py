@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 MIN_IMAGES = 50
 """With fewer images, neither training nor the choice of the best checkpoint can be trusted."""
 
-MIN_BATCH, SMALL_BATCH, MAX_BATCH = 16, 32, 1024
+SMALL_BATCH, MAX_BATCH = 32, 1024
 MIN_STEPS = 250
 """Steps that a run needs to gain anything: the proxies gained two points in 250."""
 
@@ -34,9 +34,9 @@ MAX_EPOCHS = 50.0
 """In a run of 100 epochs on 300 images, the accuracy was highest after 50 and the features drifted on afterwards."""
 
 PEAK_LR = 7e-4
-"""The best peak learning rate of AdamW in the measurements, for networks that are `LR_WIDTH` wide."""
+"""The best peak learning rate of AdamW in the measurements, which is used for networks up to `LR_WIDTH` wide."""
 
-LR_WIDTH = 160
+LR_WIDTH = 192
 EMA_SHARE = 0.2
 """The window of the teacher's moving average, 1 / (1 - momentum) steps, as a share of the run."""
 
@@ -85,8 +85,7 @@ def batch_for(n_images: int, budget: float = math.inf) -> int:
     """Return the batch size for `n_images` training images and a budget of `budget` images seen in the whole run.
 
     The size is a power of two near the square root of the number of images, from 32 to 1,024. It is halved, down to 32,
-    while the budget contains fewer than `WANTED_STEPS` steps, and down to 16 while it contains fewer than `MIN_STEPS`.
-    A batch never has more images than there are.
+    while the budget contains fewer than `WANTED_STEPS` steps. A batch never has more images than there are.
 
     Raises:
         ValueError: `n_images` is below 2.
@@ -94,9 +93,8 @@ def batch_for(n_images: int, budget: float = math.inf) -> int:
     if n_images < 2:
         raise ValueError(f"n_images={n_images} must be at least 2, because a batch has two images or more")
     batch = min(max(power_of_two(math.sqrt(n_images)), SMALL_BATCH), MAX_BATCH)
-    for floor, wanted_steps in ((SMALL_BATCH, WANTED_STEPS), (MIN_BATCH, MIN_STEPS)):
-        while batch > floor and budget / batch < wanted_steps:
-            batch //= 2
+    while batch > SMALL_BATCH and budget / batch < WANTED_STEPS:
+        batch //= 2
     return min(batch, power_of_two(n_images))
 
 

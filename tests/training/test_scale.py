@@ -72,11 +72,10 @@ def test_the_budget_limits_the_images_seen():
     assert steps_of(short, 30_000) * short.batch_size == pytest.approx(images_seen(30_000, 0.5, 10), rel=0.01)
 
 
-def test_a_small_budget_makes_the_batch_smaller_and_never_below_16():
+def test_a_small_budget_makes_the_batch_smaller_and_never_below_32():
     assert batch_for(300_000) == 512
     assert batch_for(300_000, budget=100_000) == 64
-    assert batch_for(300_000, budget=8_000) == 32
-    assert batch_for(300_000, budget=100) == 16
+    assert batch_for(300_000, budget=100) == 32
     sizes = [batch_for(300_000, budget) for budget in (1e3, 1e4, 1e5, 1e6, 1e7)]
     assert sizes == sorted(sizes)
 
