@@ -17,6 +17,7 @@ from training.resources import Free
 from training.watch.monitor import read_lines
 
 EVALUATION_BATCH = 64  # images in one forward pass of an evaluation
+NEIGHBOURS_BLOCK = (1024, 65_536)  # similarities that k-NN holds at a time, see `training.evaluate.knn.nearest`
 SHEET_BYTES = 2_500_000  # a typical image sheet, together with its copy in the report
 LINE_BYTES = 1_600  # a line of metrics.jsonl, together with its copy for TensorBoard
 NOTE_BYTES = 2_048  # the JSON file of a saved state
@@ -216,6 +217,12 @@ def seconds_of_evaluation(n_images: int, costs: Costs) -> float:
     return n_images / EVALUATION_BATCH * max(forward + read - overlap, busy / reading.cores)
 
 
+def evaluation_memory(n_images: int, costs: Costs) -> int:
+    """Compute the memory that an evaluation of `n_images` images needs for features and similarities, in bytes."""
+    rows, columns = (min(n_images, side) for side in NEIGHBOURS_BLOCK)
+    return n_images * costs.feature_bytes + 4 * rows * columns
+
+
 def estimate(plan: Plan, costs: Costs, free: Free) -> Estimate:
     """Estimate what a run needs from the costs that a trial has measured."""
     per_rank = plan.batch_size // plan.n_ranks
@@ -239,7 +246,7 @@ def estimate(plan: Plan, costs: Costs, free: Free) -> Estimate:
     disk = states * (costs.state_bytes + NOTE_BYTES) + first_state + plan.checkpoints * costs.checkpoint_bytes
     disk += plan.sheets * SHEET_BYTES + lines * LINE_BYTES
 
-    memory = max(costs.step_bytes, costs.forward_bytes + plan.images_per_evaluation * costs.feature_bytes)
+    memory = max(costs.step_bytes, costs.forward_bytes + evaluation_memory(plan.images_per_evaluation, costs))
     return Estimate(
         images=plan.images,
         epochs=plan.epochs,

@@ -206,7 +206,7 @@ def _measure_network(pieces: Pieces, world: World) -> _NetworkCosts:
     backbone = released_backbone(pieces.vit, world, setup.parts)
     forward_seconds = _time_forward(backbone, pieces.eval_spec) if world.is_main else 0.0
     width = 4 * pieces.vit.embed_dim
-    poolings = 4 * width  # class token, mean patch token, and both
+    poolings = 6 * width  # class token, mean patch token, both together, and the last one normalised
     return _NetworkCosts(
         step_seconds=tuple(seconds),
         first_seconds=first_seconds,

@@ -24,6 +24,7 @@ from training.estimate import (
     duration,
     epochs_within,
     estimate,
+    evaluation_memory,
     image_memory,
     in_words,
     measured_speed,
@@ -88,7 +89,7 @@ def test_the_parts_of_a_run_add_up():
     assert made.steps == 100
     assert made.seconds_per_step == pytest.approx(0.81)
     assert made.images_per_s == pytest.approx(20 / 0.81)
-    assert made.memory_bytes == 900 + 2 * 100 + 300  # the evaluation needs more than the steps
+    assert made.memory_bytes == 900 + 2 * 100 + 4 * 100 * 100 + 300  # the evaluation needs more than the steps
     assert made.disk_bytes == 2 * (100 + NOTE_BYTES) + 2 * 25 + SHEET_BYTES + 4 * LINE_BYTES
     assert made.disk_peak_bytes == made.disk_bytes + 100
     assert made.fits
@@ -140,6 +141,12 @@ def test_an_evaluation_reads_ahead_only_a_few_images(forward, reading, batch):
     costs = replace(COSTS, forward_seconds=forward, evaluation_images=reading)
     assert seconds_of_evaluation(3 * EVALUATION_BATCH, costs) == pytest.approx(3 * batch)
     assert seconds_of_evaluation(0, costs) == 0
+
+
+def test_an_evaluation_holds_all_features_and_one_block_of_similarities():
+    assert evaluation_memory(0, COSTS) == 0
+    assert evaluation_memory(10, COSTS) == 2 * 10 + 4 * 10 * 10
+    assert evaluation_memory(100_000, COSTS) == 2 * 100_000 + 4 * 1024 * 65_536
 
 
 @pytest.mark.parametrize("total", [1, 2, 7, 10, 41, 1000])
