@@ -104,6 +104,7 @@ def plan_of(config: TrainConfig, n_images: int, n_evaluated: int, world: World) 
         ahead_steps=config.ahead_steps,
         ahead_bytes=config.ahead_bytes,
     )
+    evaluations = count_evaluations(total, every.evaluate)
     n_sheets = 1 + ((total - 1) // every.sheet if every.sheet else 0)
     return Plan(
         images=n_images,
@@ -116,11 +117,12 @@ def plan_of(config: TrainConfig, n_images: int, n_evaluated: int, world: World) 
         image_bytes=image_bytes,
         log_every=config.log_every,
         save_every_seconds=60 * config.save_every_minutes,
+        best_saves=0 if config.on_knn == "warn" else max(0, evaluations - 2),  # not at step 0 and at the end
         keep_states=config.keep_states,
         rollback_states=(config.on_collapse == "rollback") + (config.on_knn == "rollback"),
         checkpoints=1 + (total // every.checkpoint if every.checkpoint else 0),
         sheets=n_sheets,
-        evaluations=count_evaluations(total, every.evaluate),
+        evaluations=evaluations,
         images_per_evaluation=n_evaluated,
         other_images=n_sheets * min(n_images, GALLERY),
     )

@@ -18,6 +18,7 @@ from training.watch.monitor import read_lines
 
 EVALUATION_BATCH = 64  # images in one forward pass of an evaluation
 NEIGHBOURS_BLOCK = (1024, 65_536)  # similarities that k-NN holds at a time, see `training.evaluate.knn.nearest`
+CPU_GROWTH = 1.08  # later peak memory of a process / that of the trial, because freed memory becomes fragmented
 SHEET_BYTES = 2_500_000  # a typical image sheet, together with its copy in the report
 LINE_BYTES = 1_600  # a line of metrics.jsonl, together with its copy for TensorBoard
 NOTE_BYTES = 2_048  # the JSON file of a saved state
@@ -78,6 +79,7 @@ class Plan:
     image_bytes: int  # main memory for decoded images, per rank
     log_every: int  # steps
     save_every_seconds: float
+    best_saves: int  # states that are saved because an evaluation was the best so far, at most
     keep_states: int
     rollback_states: int  # states that are kept in addition because a rollback may need them
     checkpoints: int  # checkpoint files at the end of the run
@@ -238,7 +240,7 @@ def estimate(plan: Plan, costs: Costs, free: Free) -> Estimate:
     n_evaluated = plan.evaluations * plan.images_per_evaluation + plan.other_images
     evaluation = seconds_of_evaluation(n_evaluated, costs)
 
-    saves = int(training // plan.save_every_seconds) + 1  # after step 0
+    saves = int(training // plan.save_every_seconds) + plan.best_saves + 1  # after step 0
     written = costs.first_state_bytes + saves * (costs.state_bytes + costs.checkpoint_bytes)
     saving = (written + plan.checkpoints * costs.checkpoint_bytes) / costs.write_bytes_per_s
     states = min(plan.keep_states, saves) + plan.rollback_states
@@ -262,7 +264,7 @@ def estimate(plan: Plan, costs: Costs, free: Free) -> Estimate:
         evaluation_seconds=evaluation,
         saving_seconds=saving,
         total_seconds=startup + training + evaluation + saving,
-        memory_bytes=memory + (plan.image_bytes if plan.on_cpu else 0),
+        memory_bytes=int(memory * CPU_GROWTH) + plan.image_bytes if plan.on_cpu else memory,
         image_bytes=plan.image_bytes,
         host_bytes=plan.image_bytes + (0 if plan.on_cpu else costs.state_bytes),
         disk_bytes=disk,

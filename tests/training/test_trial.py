@@ -20,7 +20,7 @@ from training.config import TrainConfig
 from training.data.dataset import split_source
 from training.data.sources import open_source
 from training.estimate import LINE_BYTES, SHEET_BYTES, Costs, ReadingCosts, estimate
-from training.resources import Free, free_resources, least_free, peak_bytes, restart_peak, write_speed
+from training.resources import MIB, Free, free_resources, least_free, peak_bytes, restart_peak, write_speed
 from training.setup import make_setup
 from training.state import save_state
 from training.train import train
@@ -192,18 +192,18 @@ def test_the_memory_is_that_of_real_steps(photos, tmp_path):
     command = [sys.executable, "-c", MEASURE, str(photos), str(tmp_path / "run")]
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT).stdout
     estimated, needed = json.loads(printed.splitlines()[-1])
-    assert needed > 100 * 2**20
+    assert needed > 100 * MIB
     assert estimated == pytest.approx(needed, rel=0.2)
 
 
 def test_the_peak_of_memory_can_be_measured_again_and_again():
     restart_peak(ALONE.device)
     before = peak_bytes(ALONE.device)
-    block = torch.ones(64 * 2**20 // 4)
-    assert peak_bytes(ALONE.device) > before + 60 * 2**20
+    block = torch.ones(64 * MIB // 4)
+    assert peak_bytes(ALONE.device) > before + 60 * MIB
     del block
     restart_peak(ALONE.device)
-    assert peak_bytes(ALONE.device) < before + 32 * 2**20
+    assert peak_bytes(ALONE.device) < before + 32 * MIB
 
 
 def test_a_step_that_does_not_fit_into_the_gpu_ends_with_advice(photos, tmp_path, monkeypatch):
@@ -253,31 +253,38 @@ def test_the_slowest_rank_decides():
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ({}, 4096),
-        ({"memory.max": "max"}, 4096),
-        ({"memory.max": "3000", "memory.current": "2500", "memory.stat": "anon 1\ninactive_file 400"}, 900),
+        ({}, 4096 * MIB),
+        ({"memory.max": "max"}, 4096 * MIB),
         (
             {
-                "memory/memory.limit_in_bytes": "3000",
-                "memory/memory.usage_in_bytes": "2500",
-                "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 300",
+                "memory.max": 3000 * MIB,
+                "memory.current": 2500 * MIB,
+                "memory.stat": f"anon 1\ninactive_file {400 * MIB}",
             },
-            800,
+            900 * MIB,
+        ),
+        (
+            {
+                "memory/memory.limit_in_bytes": 3000 * MIB,
+                "memory/memory.usage_in_bytes": 2500 * MIB,
+                "memory/memory.stat": f"inactive_file 1\ntotal_inactive_file {300 * MIB}",
+            },
+            800 * MIB,
         ),
     ],
 )
 def test_available_memory_respects_the_limit_of_a_container(tmp_path, monkeypatch, files, expected):
-    (tmp_path / "meminfo").write_text("MemTotal:  9 kB\nMemAvailable:       4 kB\nHugePages: x\n")
-    for name, text in files.items():
+    (tmp_path / "meminfo").write_text(f"MemTotal:  9 kB\nMemAvailable:       {4096 * 1024} kB\nHugePages: x\n")
+    for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text + "\n")
+        (tmp_path / name).write_text(f"{content}\n")
     monkeypatch.setattr(resources, "MEMORY", tmp_path / "meminfo")
     monkeypatch.setattr(resources, "CGROUP", tmp_path)
     assert resources._available() == expected
     own = free_resources(tmp_path, ALONE).host_bytes - expected
     shared = free_resources(tmp_path, replace(ALONE, on_machine=4)).host_bytes
-    assert own > 10 * 2**20  # what this process uses already
-    assert shared == pytest.approx(own + expected / 4, abs=2**20)
+    assert own > 10 * MIB  # what this process uses already
+    assert shared == pytest.approx(own + expected / 4, abs=10 * MIB)
 
 
 def test_elsewhere_available_memory_is_unknown(tmp_path, monkeypatch):
