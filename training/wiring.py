@@ -18,12 +18,13 @@ from model.cpus import available_cpus
 from training.config import LastPhase, TrainConfig
 from training.data.augment import Jitter, View
 from training.data.crops import CropSettings, Phase
+from training.data.listing import SourceSettings
 from training.data.loader import Reading, waiting_advice
 from training.data.run_images import Data, ImageSettings
 from training.distill import check_same_teacher, load_teacher, teacher_digest
 from training.distributed import World
 from training.optimizer import Part
-from training.outcome import Release
+from training.outcome import Release, choose_measure
 from training.provenance import provenance
 from training.run import Intervals, Run
 from training.schedules import Schedule, cosine, linear_then_constant
@@ -34,6 +35,8 @@ from training.watch.flops import HeadShape, StepShape, describe_device, device_p
 from training.watch.monitor import METRICS, Monitor, RunSize
 from training.watch.sentinels import FirstNotFinite, Limits, Sentinels
 from training.watch.sinks import make_sinks
+
+EVALUATIONS_OF_A_RUN = 10  # unless the setting `eval_every_epochs` says otherwise
 
 
 def make_run(config: TrainConfig, world: World, data: Data, console: Console, saved: Saved | None) -> Run:
@@ -72,30 +75,28 @@ def make_run(config: TrainConfig, world: World, data: Data, console: Console, sa
         schedules=make_schedules(config, total),
         total=total,
         steps_per_epoch=steps_per_epoch,
-        every=intervals(config, steps_per_epoch),
+        every=intervals(config, steps_per_epoch, total),
         keep_states=config.keep_states,
         sentinels=Sentinels(limits(config, total)),
         not_finite=FirstNotFinite(world.device),
         monitor=make_monitor(config, world, data, console, total, saved.step if saved else 0, peak),
         work=functools.partial(work_of_step, config, teacher=teacher.backbone.config if teacher else None),
         release=release_settings(config, world, data),
+        measure=choose_measure(config.measure, data),
         teacher_digest=digest,
         saved_at=time.monotonic(),
     )
 
 
-def image_settings(config: TrainConfig) -> ImageSettings:
-    """Return the settings for finding, splitting and reading the run's images."""
+def image_settings(config: TrainConfig) -> tuple[SourceSettings, ImageSettings]:
+    """Return the settings for listing and splitting the run's images, and the settings for reading them."""
     micro_batches = {"micro_batch": config.micro_batch}
     if config.last_phase is not None:
         micro_batches["last_phase.micro_batch"] = config.last_phase.micro_batch
-    return ImageSettings(
-        data=config.data,
-        out=config.out,
-        seed=config.seed,
+    sources = SourceSettings((config.data,), config.out, config.seed, config.held_out_share)
+    return sources, ImageSettings(
         batch_size=config.batch_size,
         micro_batches=micro_batches,
-        held_out_share=config.held_out_share,
         side=config.cache_size,
         cache_bytes=config.cache_bytes,
         reading=Reading(config.workers, config.ahead_steps, config.ahead_bytes, config.max_broken_share),
@@ -184,15 +185,16 @@ def make_schedules(config: TrainConfig, total: int) -> Schedules:
     )
 
 
-def intervals(config: TrainConfig, steps_per_epoch: int) -> Intervals:
+def intervals(config: TrainConfig, steps_per_epoch: int, total: int) -> Intervals:
     """Return how often the run logs, evaluates, draws image sheets, keeps checkpoints and saves its state."""
 
     def steps(epochs: float) -> int:
         return max(1, round(epochs * steps_per_epoch)) if epochs else 0
 
+    epochs = config.eval_every_epochs
     return Intervals(
         log=config.log_every,
-        evaluate=steps(config.eval_every_epochs),
+        evaluate=max(1, total // EVALUATIONS_OF_A_RUN) if epochs is None else steps(epochs),
         sheet=config.sheet_every,
         checkpoint=steps(config.keep_checkpoints_every_epochs),
         save_seconds=60 * config.save_every_minutes,
@@ -206,12 +208,13 @@ def limits(config: TrainConfig, total: int) -> Limits:
         config.n_prototypes,
         on_collapse=config.on_collapse,
         on_not_finite=config.on_not_finite,
-        on_knn=config.on_knn,
+        on_measure=config.on_measure,
         patience=config.sentinel_lines,
         rollback_lr_factor=config.rollback_lr_factor,
         min_rankme_share=config.min_rankme_share,
-        knn_margin=config.knn_margin,
+        measure_margin=config.measure_margin,
         max_rollbacks=config.max_rollbacks,
+        patience_evaluations=config.patience,
     )
 
 
