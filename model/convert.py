@@ -370,7 +370,7 @@ def finite_problem(name: str, array: Array) -> str | None:
         if not array.size or (np.isfinite(array.min()) and np.isfinite(array.max())):
             return None
     bad = array.size - int(np.isfinite(array).sum())
-    return f"the tensor {name} has {bad} values of {array.size} that are NaN or infinite"
+    return f"the tensor {name} contains {bad} of {array.size} values that are NaN or infinite"
 
 
 def to_dialect(arrays: Mapping[str, Array], config: ViTConfig, dialect: Dialect) -> dict[str, Array]:

@@ -138,7 +138,9 @@ def _write(
     if file_format == "meta":
         import torch  # only this format is torch's own
 
-        torch.save({name: torch.from_numpy(array) for name, array in tensors.items()}, folder / f"{backbone.name}.pth")
+        # The arrays can be mapped from a read-only file, and torch needs writable ones.
+        copies = {name: torch.from_numpy(np.array(array)) for name, array in tensors.items()}
+        torch.save(copies, folder / f"{backbone.name}.pth")
         return
     try:
         save_file(dict(tensors), folder / TENSORS, metadata={"format": "pt"})

@@ -234,7 +234,7 @@ def poisoned(state: dict[str, torch.Tensor], value: float) -> dict[str, torch.Te
     return state
 
 
-POISON = r"blocks\.1\.mlp\.fc1\.weight has 1 values of \d+ that are NaN or infinite"
+POISON = r"blocks\.1\.mlp\.fc1\.weight contains 1 of \d+ values that are NaN or infinite"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -271,7 +271,7 @@ def test_finite_values_of_every_type(dtype: str) -> None:
     assert finite_problem("x", array) is None
     assert finite_problem("x", np.zeros((0, 3), dtype)) is None
     array[1] = np.nan
-    assert finite_problem("x", array) == "the tensor x has 1 values of 3 that are NaN or infinite"
+    assert finite_problem("x", array) == "the tensor x contains 1 of 3 values that are NaN or infinite"
 
 
 def test_the_configuration_is_complete(tmp_path: Path) -> None:

@@ -61,9 +61,9 @@ def test_weights_that_are_not_finite(run):
     state = network().state_dict()
     state["norm.bias"][0] = float("nan")
     save_checkpoint(run / "checkpoint.best.safetensors", state, TINY, {})
-    with pytest.raises(ValueError, match=r"norm\.bias has 1 values of 16 that are NaN or infinite"):
+    with pytest.raises(ValueError, match=r"norm\.bias contains 1 of 16 values that are NaN or infinite"):
         initial_weights(str(run), "dinov2_vitt14", TINY)
-    with pytest.raises(ValueError, match=r"norm\.bias has 1 values of 16 that are NaN or infinite"):
+    with pytest.raises(ValueError, match=r"norm\.bias contains 1 of 16 values that are NaN or infinite"):
         load_teacher(config(run))
 
 

@@ -193,7 +193,9 @@ def test_weights_that_are_not_finite(weights: Path) -> None:
     state = torch.load(weights)
     state["norm.weight"][3] = float("nan")
     torch.save(state, weights)
-    with pytest.raises(CheckpointError, match=r"the tensor norm\.weight has 1 values of 24 that are NaN or infinite"):
+    with pytest.raises(
+        CheckpointError, match=r"the tensor norm\.weight contains 1 of 24 values that are NaN or infinite"
+    ):
         backbone_entry("dinov2_vits14")(weights=weights)
 
 

@@ -63,5 +63,7 @@ def test_weights_that_are_not_finite_are_not_evaluated(run, value):
     state = network(2).state_dict()
     state["blocks.0.attn.qkv.bias"][4] = value
     save_checkpoint(run / "checkpoint.best.safetensors", state, TINY, {})
-    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv\.bias has 1 values of 48 that are NaN or infinite"):
+    with pytest.raises(
+        ValueError, match=r"blocks\.0\.attn\.qkv\.bias contains 1 of 48 values that are NaN or infinite"
+    ):
         load_backbone(str(run))
