@@ -44,7 +44,13 @@ def _early_end_handled() -> Iterator[None]:
 
 
 def train(
-    data: DataOption,
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="Folder of images, path or URL of tar shards, or folder of a Hugging Face dataset. Repeat the option "
+            "for several sources."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and metrics. A run in this folder is resumed.")],
     recipe: Annotated[
         str | None, typer.Option(help="Name of a recipe, e.g. smoke or continue, or a TOML file (docs/training.md).")

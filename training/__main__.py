@@ -12,7 +12,10 @@ from training.train import train
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m training", description="Train DINOv2 on a folder of images.")
     parser.add_argument(
-        "--data", required=True, help="folder of images, tar shards (also as a URL) or Hugging Face dataset"
+        "--data",
+        required=True,
+        action="append",
+        help="folder of images, tar shards (also as a URL) or Hugging Face dataset; repeat it for several sources",
     )
     parser.add_argument("--recipe", help=f"a TOML file, or one of: {', '.join(recipe_names())}")
     parser.add_argument(

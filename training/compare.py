@@ -179,9 +179,11 @@ def photos_to_judge(config: TrainConfig, index: Path) -> tuple[list[Photo], list
     Raises:
         ValueError: there are no images, or fewer than two images are held out.
     """
-    train, held_out = split_source(open_source(config.data, index), config.held_out_share, config.seed)
+    train, held_out = split_source(open_source(config.data[0], index), config.held_out_share, config.seed)
     if len(held_out) < 2:
-        raise ValueError(f"{config.data}: {len(held_out)} images are held out; a comparison needs two (held_out_share)")
+        raise ValueError(
+            f"{config.data[0]}: {len(held_out)} images are held out; a comparison needs two (held_out_share)"
+        )
     train_images = photos_of(train)
     return train_images[:: math.ceil(len(train_images) / KNN_PHOTOS)], photos_of(held_out)
 
@@ -249,7 +251,7 @@ def measure(
         "base": config.recipe,
         "settings": config.model_dump(mode="json", exclude={"data", "out", "init", "teacher", "wandb"}),
         "changes": DINO,
-        "data": Path(config.data).name,
+        "data": Path(config.data[0]).name,
         "data_sha256": facts["data_sha256"],
         "photos": facts["photos"],
         "held_out": len(held_out),

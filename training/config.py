@@ -23,12 +23,17 @@ Momentum = Annotated[float, Field(ge=0, le=1)]
 Scales = tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]]
 Side = Annotated[int, Field(ge=1, le=4096)]
 Weight = Annotated[float, Field(ge=0, le=1e4)]
+PositiveWeight = Annotated[float, Field(gt=0, le=1e9)]
 Strength = Annotated[float, Field(ge=0, le=2)]
 Temperature = Annotated[float, Field(gt=0, le=10)]
 Decay = Annotated[float, Field(ge=0, le=10)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Address = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 """A path or a URL. It is a string because `Path` turns `s3://` into `s3:/`."""
+
+Addresses = Annotated[
+    tuple[Address, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str | Path) else value)
+]
 
 
 class LastPhase(BaseModel):
@@ -68,10 +73,17 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # data, output and device
-    data: Address = Field(
-        description="folder of images (any depth; subfolders such as `train` and `val` separate training images from "
-        "held-out images), tar shards (a folder, a file, `name-{000..099}.tar`, a URL) or a Hugging Face dataset saved "
-        "on disk"
+    data: Addresses = Field(
+        min_length=1,
+        description="one or more sources, each a folder of images (any depth; subfolders such as `train` and `val` "
+        "separate training images from held-out images), tar shards (a folder, a file, `name-{000..099}.tar`, a URL) "
+        "or a Hugging Face dataset saved on disk",
+    )
+    data_weights: tuple[PositiveWeight, ...] | None = Field(
+        None, description="relative shares of the sources in the samples; unset: every image is drawn equally often"
+    )
+    sampling: Literal["uniform", "balanced"] = Field(
+        "uniform", description="balanced: every class is drawn equally often; unlabelled images count as one class"
     )
     out: Path = Field(description="folder for checkpoints and logs")
     recipe: str = Field("none", description="name of the recipe; set by the command")
@@ -90,8 +102,12 @@ class TrainConfig(BaseModel):
     held_out_share: float = Field(
         0.1, ge=0, lt=1, description="share of the images held out for evaluation if `data` has no train and val"
     )
-    cache_size: int = Field(
-        160, ge=32, le=4096, description="side in pixels of the squares that images are resized to before cropping"
+    cache_size: int | None = Field(
+        None,
+        ge=32,
+        le=4096,
+        description="side in pixels of the squares that images are resized to before cropping; unset: as large as the "
+        "crops need, so that none is enlarged",
     )
     cache_bytes: int = Field(
         4 * 2**30, ge=0, description="memory per rank for images; if the images do not fit, they are streamed"
@@ -126,6 +142,12 @@ class TrainConfig(BaseModel):
     n_local: int = Field(8, ge=0, le=64, description="number of local crops of an image")
     global_scale: Scales = Field((0.32, 1.0), description="smallest and largest share of the image in a global crop")
     local_scale: Scales = Field((0.05, 0.32), description="smallest and largest share of the image in a local crop")
+    crop_filter: Literal["bicubic", "bilinear"] = Field("bicubic", description="filter with which crops are resized")
+    flip: Share = Field(0.5, description="probability of a horizontal mirror image")
+    vertical_flip: Share = Field(0.0, description="probability of a vertical mirror image; not in DINOv2")
+    quarter_turns: Share = Field(
+        0.0, description="probability that a crop is turned by 90, 180 or 270 degrees; not in DINOv2"
+    )
     last_phase: LastPhase | None = Field(None, description="other crop sizes and scales for the end of the run")
     white_balance: float = Field(
         0.0, ge=0, lt=1, description="each channel is multiplied by a random factor, 1 +- at most this; not in DINOv2"
@@ -212,6 +234,7 @@ class TrainConfig(BaseModel):
         False, description="time a matrix product at the start, to report MFU on unknown devices"
     )
     wandb: str | None = Field(None, description="Weights & Biases project; unset: no logging there")
+    mlflow: str | None = Field(None, description="folder or address of MLflow's tracking store; unset: no MLflow")
     on_collapse: Action = Field("stop", description="stop, rollback (and lower the learning rates) or warn")
     on_not_finite: Literal["stop", "rollback"] = Field("rollback", description="stop, or rollback (and skip that step)")
     measure: Literal["auto", "knn", "none"] = Field(
@@ -268,8 +291,8 @@ class TrainConfig(BaseModel):
             yield f"min_lr={self.min_lr:g} must not be more than lr={self.lr:g}"
         if self.ibot_bottleneck_dim is not None and self.shared_head:
             yield f"ibot_bottleneck_dim={self.ibot_bottleneck_dim} needs shared_head=false"
-        if self.ibot_patches == "all" and self.teacher is None:
-            yield "ibot_patches='all' needs a teacher: without masks, a network would learn from itself"
+        if self.measure == "none" and self.patience:
+            yield f"patience={self.patience} needs a measure: measure='none' measures nothing"
 
     @property
     def vit_config(self) -> ViTConfig:

@@ -78,15 +78,17 @@ def report_knn(spec: PreprocessSpec, data: Data, backbone: DinoVisionTransformer
 
 def evaluation(
     measure: Measure, backbone: DinoVisionTransformer, data: Data, release: Release
-) -> tuple[dict[str, float], float]:
+) -> tuple[dict[str, float], float | None]:
     """Evaluate a backbone on the held-out images. Return all metrics by name, and the value of the run's measure.
 
-    The measure k-NN is the accuracy of the class token with 10 neighbours, or fewer if there are fewer images.
+    The value is None if it cannot be computed, for instance because all held-out images are broken. The measure k-NN is
+    the accuracy of the class token with 10 neighbours, or fewer if there are fewer images.
     """
     assert measure == KNN
     knn = report_knn(release.eval_spec, data, backbone)
     figures = {f"knn_{p}_{k}": accuracy for p, by_k in knn.items() for k, accuracy in by_k.items()}
-    return figures, knn["cls"][max(k for k in knn["cls"] if k <= MEASURED_K)]
+    accuracies = {k: accuracy for k, accuracy in knn.get("cls", {}).items() if k <= MEASURED_K}
+    return figures, accuracies[max(accuracies)] if accuracies else None
 
 
 def choose_measure(wanted: Literal["auto", "knn", "none"], data: Data) -> Measure | None:

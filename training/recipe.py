@@ -24,7 +24,7 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
-def load_config(recipe: str, data: str | Path, out: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+def load_config(recipe: str, data: str | Path | Sequence[str], out: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Load a recipe by its name or from a TOML file, apply `key=value` overrides, and return the settings.
 
     Raises:

@@ -168,8 +168,10 @@ def evaluate(run: Run, step: int) -> Verdict | None:
 
         def ask() -> Verdict | None:
             figures, value = evaluation(measure, backbone, run.data, run.release)
+            if value is None:
+                return None
             run.monitor.evaluated(step, figures)
-            return run.sentinels.check_measure(step, measure, value)
+            return run.sentinels.check_measure(step, measure, value, len(run.data.labelled_held_out))
 
         return decide(run, ask)
 

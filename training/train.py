@@ -81,7 +81,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     with (
         signals_noted() as signals,
         join(config.device) as world,
-        run_folder((config.data,), config.out, world),
+        run_folder(config.data, config.out, world),
         attention_kernel(world.device, compute_dtype(make_autocast(config.precision, world.device))),
     ):
         if world.is_main:

@@ -16,8 +16,8 @@ from rich.console import Console
 from model.config import ViTConfig
 from model.cpus import available_cpus
 from training.config import LastPhase, TrainConfig
-from training.data.augment import Jitter, View
-from training.data.crops import CropSettings, Phase
+from training.data.augment import Geometry, Jitter, View
+from training.data.crops import CropSettings, Phase, least_cache_side
 from training.data.listing import SourceSettings
 from training.data.loader import Reading, waiting_advice
 from training.data.run_images import Data, ImageSettings
@@ -93,25 +93,35 @@ def image_settings(config: TrainConfig) -> tuple[SourceSettings, ImageSettings]:
     micro_batches = {"micro_batch": config.micro_batch}
     if config.last_phase is not None:
         micro_batches["last_phase.micro_batch"] = config.last_phase.micro_batch
-    sources = SourceSettings((config.data,), config.out, config.seed, config.held_out_share)
+    sources = SourceSettings(
+        config.data, config.out, config.seed, config.held_out_share, config.data_weights, config.sampling
+    )
     return sources, ImageSettings(
         batch_size=config.batch_size,
         micro_batches=micro_batches,
-        side=config.cache_size,
+        side=cache_side(config),
         cache_bytes=config.cache_bytes,
         reading=Reading(config.workers, config.ahead_steps, config.ahead_bytes, config.max_broken_share),
     )
+
+
+def cache_side(config: TrainConfig) -> int:
+    """Return the side in pixels of the squares that images are resized to before cropping."""
+    if config.cache_size is not None:
+        return config.cache_size
+    return least_cache_side(view for phase in crop_settings(config).phases for view, n in phase.views if n)
 
 
 def crop_settings(config: TrainConfig) -> CropSettings:
     """Return the settings for making crops and masks."""
 
     def views(sizes: TrainConfig | LastPhase) -> tuple[tuple[View, int], ...]:
-        return (
+        kinds = (
             (View(sizes.global_size, sizes.global_scale, config.blur[0]), 1),
             (View(sizes.global_size, sizes.global_scale, config.blur[1], config.solarize), 1),
             (View(sizes.local_size, sizes.local_scale, config.blur[2]), config.n_local),
         )
+        return tuple((replace(view, filter=config.crop_filter), n) for view, n in kinds)
 
     phases = [Phase(0.0, views(config), config.micro_batch)]
     if (last := config.last_phase) is not None:
@@ -133,6 +143,7 @@ def crop_settings(config: TrainConfig) -> CropSettings:
             probability=config.jitter_probability,
             gray=config.gray,
         ),
+        geometry=Geometry(config.flip, config.vertical_flip, config.quarter_turns),
         mask_ratio=config.mask_ratio,
         mask_probability=config.mask_probability,
         ibot_on_all_patches=config.ibot_patches == "all",
@@ -226,17 +237,20 @@ def make_monitor(
     `peak` is the peak speed of one device in floating-point operations per second. If it is None, the monitor does not
     report MFU (model FLOPs utilisation, the share of the peak speed that the run reaches).
     """
-    settings = config.model_dump(mode="json")
+    sinks = []
+    if world.is_main:
+        settings = config.model_dump(mode="json")
+        sinks = make_sinks(config.out, first_step, config.wandb, settings, console.print, config.mlflow)
     return Monitor(
         config.out / METRICS,
         RunSize(total, first_step, config.batch_size),
         console,
         active=world.is_main,
         device=world.device,
-        sinks=make_sinks(config.out, first_step, config.wandb, settings, console.print) if world.is_main else [],
+        sinks=sinks,
         peak_flops=None if peak is None else peak * world.size,
         advise=functools.partial(
-            waiting_advice, loader=data.loader, side=config.cache_size, workers=config.workers or available_cpus()
+            waiting_advice, loader=data.loader, side=cache_side(config), workers=config.workers or available_cpus()
         ),
     )
 
@@ -249,7 +263,7 @@ def release_settings(config: TrainConfig, world: World, data: Data) -> Release:
         eval_spec=config.eval_spec,
         facts=provenance(config, data.digest, len(data.loader), hardware),
         whiten=config.whiten,
-        side=config.cache_size,
+        side=cache_side(config),
         title=f"{config.model}, recipe {config.recipe}",
     )
 

@@ -285,7 +285,7 @@ def falling(values):
     """k-NN by the number of steps that the average has moved: what the guard is told, whatever the network."""
 
     def run(run, step):
-        verdict = run.sentinels.check_measure(step, KNN, values(step, run.sentinels.lr_factor))
+        verdict = run.sentinels.check_measure(step, KNN, values(step, run.sentinels.lr_factor), 10**9)
         run.monitor.evaluated(step, {"knn_cls_10": values(step, run.sentinels.lr_factor)})
         return verdict
 

@@ -120,6 +120,15 @@ def rankme_share(features: Tensor) -> float:
     return rankme(features) / min(features.shape)
 
 
+def difference_error(first: float, second: float, n: int) -> float:
+    """Estimate the standard error of the difference between two shares of n images.
+
+    One hit and one miss are added to each share (Agresti and Coull, 1998), so that shares of 0 and 1 have an error too.
+    """
+    shares = [(share * n + 1) / (n + 2) for share in (first, second)]
+    return math.sqrt(sum(share * (1 - share) / (n + 2) for share in shares))
+
+
 class FirstNotFinite:
     """A record of the first step in which a loss or another metric is not finite. The record is stored on the device,
     so the CPU need not wait for the device in each step.
@@ -272,12 +281,15 @@ class Sentinels:
         advice = " A lower lr or clip_grad, a longer warmup or precision=fp32 may help; also look at the images."
         return self._decide("not_finite", self.limits.on_not_finite, step, step - 1, begin, advice)
 
-    def check_measure(self, step: int, measure: Measure, value: float) -> Verdict | None:
+    def check_measure(self, step: int, measure: Measure, value: float, n_images: int) -> Verdict | None:
         """Compare a value of the run's measure (0 to 1) after `step` steps with the best value so far. Return a
         verdict, or None if there is nothing to report.
 
         The first call is made before training, with step 0. If the measure is another one than at the last call, the
         comparison begins again.
+
+        A fall within the noise of `n_images` held-out images is not reported: besides the margin, a fall by twice the
+        standard error of the difference of two shares is accepted.
         """
         state, limits = self.state, self.limits
         if state.measure != measure.name:
@@ -286,12 +298,13 @@ class Sentinels:
         if state.best is None or value >= state.best:
             state.best, state.best_step, state.fallen = value, step, False
             return None
-        fallen, state.fallen = state.fallen, 100 * (state.best - value) > limits.measure_margin
+        noise = 2 * difference_error(state.best, value, n_images)
+        fallen, state.fallen = state.fallen, state.best - value > limits.measure_margin / 100 + noise
         if not state.fallen or (fallen and limits.on_measure == "warn"):
             return None
         begin = (
             f"step {step}: {measure.words} is {value:.1%}, down from {state.best:.1%} at step {state.best_step}: "
-            f"it lost more than {limits.measure_margin:g} points."
+            f"it lost more than {limits.measure_margin:g} points and the noise of {n_images} images."
         )
         advice = " A lower lr, a longer freeze_backbone or a smaller layer_decay preserve more of the initial weights."
         return self._decide("measure", limits.on_measure, step, state.best_step, begin, advice)

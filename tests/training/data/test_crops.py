@@ -65,7 +65,7 @@ def test_shapes_and_order(photos):
     assert int(crops.masks.any(dim=1).sum()) == BATCH  # half of the images
     assert torch.equal(crops.hidden, crops.masks)
     assert crops.selected.tolist() == crops.masks.flatten().nonzero().flatten().tolist()
-    everything = crops_of(config(ibot_patches="all", teacher="-"), photos, [0, 1])
+    everything = crops_of(config(ibot_patches="all"), photos, [0, 1])
     assert not everything.hidden.any()
     assert everything.masks.all()
     assert everything.selected.tolist() == list(range(2 * 2 * 16))
