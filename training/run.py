@@ -18,6 +18,7 @@ from training.data.crops import CropSettings, make_micros
 from training.data.run_images import Data, list_skipped
 from training.distributed import World, agree, from_all, from_main, mean_over_ranks, min_over_ranks, wait_for_all
 from training.ending import RunStopped, Signals
+from training.held_out import HeldOutImages, held_out_loss
 from training.measuring import Evaluation, evaluate_backbone
 from training.outcome import (
     BEST,
@@ -30,6 +31,7 @@ from training.outcome import (
     write_sheet,
 )
 from training.pages.report import write_report
+from training.spread import token_spread
 from training.state import Saved, drop_states, find_state, load_state, remember, save_state
 from training.step import Schedules, Setup, StepSettings
 from training.watch.measure import Measure
@@ -77,6 +79,7 @@ class Run:
     release: Release
     measure: Measure | None  # None: nothing can be measured
     measured: str  # says what is measured
+    held_out: HeldOutImages | None  # for the loss on held-out images, if the run measures without classes
     evaluations: dict[int, Evaluation]  # by the number of steps done, of this process
     teacher_digest: str | None
     chosen: Mapping[str, Any]  # the settings that the plan of the run has chosen, by name
@@ -143,6 +146,7 @@ def find_not_finite(run: Run) -> Verdict | None:
 
 def log_line(run: Run, step: int, terms: dict[str, Tensor], cls_tokens: Tensor) -> Verdict | None:
     """Write a line to metrics.jsonl, and check for collapse. Return a verdict, or None if no collapse is found."""
+    terms = {**terms, "token_spread": token_spread(cls_tokens)}
     means = mean_over_ranks(run.world, torch.stack([value.float() for value in terms.values()]))
     figures: dict[str, Any] = dict(zip(terms, means.tolist(), strict=True))
     figures["dino_over_ln_k"] = figures["dino"] / math.log(run.sentinels.limits.n_prototypes)
@@ -150,6 +154,7 @@ def log_line(run: Run, step: int, terms: dict[str, Tensor], cls_tokens: Tensor) 
     figures |= {
         "epoch": step / run.steps_per_epoch,
         "lr": float(run.schedules.lr["head"][step - 1]) * run.sentinels.lr_factor,
+        "lr_backbone": float(run.schedules.lr["backbone"][step - 1]) * run.sentinels.lr_factor,
         "weight_decay": float(run.schedules.weight_decay[step - 1]),
         "momentum": float(run.schedules.momentum[step - 1]),
         "teacher_temp": float(run.schedules.teacher_temp[step - 1]),
@@ -167,6 +172,7 @@ def evaluate(run: Run, step: int) -> Verdict | None:
     if measure is None:
         return None
     with run.monitor.paused():
+        loss = loss_on_held_out(run)
         backbone = released_backbone(run.release.vit, run.world, run.setup.parts)
 
         def ask() -> Verdict | None:
@@ -174,10 +180,18 @@ def evaluate(run: Run, step: int) -> Verdict | None:
             run.evaluations[step] = found
             if found.value is None:
                 return None
-            run.monitor.evaluated(step, found.by_name())
+            run.monitor.evaluated(step, found.by_name() | loss)
             return run.sentinels.check_measure(step, measure, found.value, found.n_images)
 
         return decide(run, ask)
+
+
+def loss_on_held_out(run: Run) -> dict[str, float]:
+    """Compute DINO's loss on the held-out images, and return it by name, or nothing if the run does not compute it."""
+    if run.held_out is None:
+        return {}
+    temp = float(run.schedules.teacher_temp[-1])
+    return {"held_out_loss": held_out_loss(run.step_settings, run.setup, run.crops, run.held_out, temp)}
 
 
 def update_report(run: Run) -> None:
