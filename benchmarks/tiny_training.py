@@ -15,6 +15,7 @@ TINY: dict[str, Any] = {
     "epochs": 3,
     "drop_path": 0.2,
     "log_every": 1,
+    "eval_every_epochs": 0,
     "eval_resize": 28,
     "eval_crop": 28,
     "precision": "fp32",

@@ -62,7 +62,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "distillation": {"ibot_patches": "all"},
     "not finite": {"log_every": 3},
-    "k-NN guard": {"on_knn": "rollback", "eval_every_epochs": 0.4, "knn_margin": 20, "keep_states": 1},
+    "k-NN guard": {"on_measure": "rollback", "eval_every_epochs": 0.4, "measure_margin": 20, "keep_states": 1},
 }
 MEASURED = {"time", "seconds", "images_per_s", "data_wait_share", "peak_memory_bytes", "mfu"}
 BAD_STEP = 7  # the step of the case "not finite" with a non-finite loss, counted from 0
@@ -196,7 +196,7 @@ def outcome(out: Path) -> dict[str, Any]:
     assert not broken, broken
     half = [path.name for path in out.rglob("*.part")]
     assert not half, f"incomplete files: {half}"
-    names = [path.stem for path in (out / "states").iterdir()]
+    names = [path.stem for path in (out / "states").iterdir() if path.stem.isdecimal()]
     assert all(names.count(name) == 2 for name in names), f"incomplete states: {sorted(names)}"
     weights, vit, facts = load_checkpoint(out / "checkpoint.safetensors")
     facts["settings"].pop("save_every_minutes")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from cli.shared import DATA, ArtifactsDirOption, fail, need_torch
+from cli.shared import DATA, ArtifactsDirOption, check_output, fail, need_torch
 
 TaskName = Literal["knn", "logistic", "linear", "segmentation", "depth", "retrieval"]
 
@@ -47,14 +47,18 @@ def evaluate(
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from training.config import parse_overrides
     from training.evaluate.backbone import load_backbone
     from training.evaluate.run import evaluate as run_evaluation
     from training.evaluate.run import print_report, write_json
     from training.evaluate.settings import make_settings
+    from training.recipe import parse_overrides
 
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     try:
+        if out is not None:
+            check_output(out, "--out")
+        if cache is not None:
+            check_output(cache, "--cache", folder=True)
         values = parse_overrides(settings or [])
         make_settings(task, values)  # reject bad settings before a download or an hour of computing features
         backbone = load_backbone(model, arch=arch, data_dir=data_dir, device=device_of(device))

@@ -6,6 +6,8 @@ embedded store at the same time. Heavy packages are imported only when a command
 
 import asyncio
 import json
+import os
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -94,6 +96,32 @@ def fail(message: object) -> typer.Exit:
         message = f"{message.filename}: {message.strerror}"  # the file first, and no error number
     typer.echo(f"error: {message}", err=True)
     return typer.Exit(code=2)
+
+
+def check_output(path: Path, option: str, *, folder: bool = False) -> None:
+    """Check that a command can write a file to `path`, before the work whose result it writes.
+
+    Args:
+        path: the file, or the folder if `folder` is True. Folders that do not exist are made later.
+        option: the name of the option, for messages.
+        folder: whether `path` is a folder.
+
+    Raises:
+        ValueError: `path` is an address such as s3://bucket/file, is a folder instead of a file or a file instead of a
+            folder, or is in a folder that does not allow writing.
+    """
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):
+        address = str(path).replace(":/", "://", 1)  # `Path` makes one slash of two
+        raise ValueError(f"{option} {address} is an address, but results are written to local files only")
+    if path.is_dir() and not folder:
+        raise ValueError(f"{option} {path} is a folder: give a file, for instance {path / 'result'}")
+    parent = path if folder else path.parent
+    while not os.path.lexists(parent):
+        parent = parent.parent
+    if not parent.is_dir():
+        raise ValueError(f"{option} {path}: {parent} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{option} {path}: the folder {parent} does not allow writing")
 
 
 def need_torch(command: str) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cli.shared import fail, need_torch
+from cli.shared import check_output, fail, need_torch
 
 DataOption = Annotated[
     str, typer.Option(help="Folder of images, path or URL of tar shards, or folder of a Hugging Face dataset.")
@@ -26,34 +26,44 @@ def _early_end_handled() -> Iterator[None]:
     """Catch the exceptions that end a training run early, print the message, and exit.
 
     Raises:
-        typer.Exit: one of these exceptions was caught. The status is `INTERRUPTED` after SIGTERM, and 2 after an
-            error such as `RunStopped`.
+        typer.Exit: one of these exceptions was caught. The status is 3 if a check stopped the run, 143 after SIGTERM,
+            130 after Ctrl-C, and 2 after any other error.
     """
-    from training.run import Interrupted, RunStopped
-    from training.train import INTERRUPTED
+    from training.ending import STOPPED_STATUS, Interrupted, RunStopped
 
     try:
         yield
-    except (ValueError, OSError, RunStopped) as error:
+    except RunStopped as stopped:
+        fail(stopped)
+        raise typer.Exit(code=STOPPED_STATUS) from stopped
+    except (ValueError, OSError) as error:
         raise fail(error) from error
     except Interrupted as interrupted:
         typer.echo(str(interrupted), err=True)
-        raise typer.Exit(code=INTERRUPTED) from interrupted
+        raise typer.Exit(code=interrupted.status) from interrupted
 
 
 def train(
-    data: DataOption,
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="Folder of images, path or URL of tar shards, or folder of a Hugging Face dataset. Repeat the option "
+            "for several sources."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and metrics. A run in this folder is resumed.")],
-    recipe: Annotated[str, typer.Option(help="Name of a recipe, e.g. smoke or grocery, or a TOML file.")] = "smoke",
+    recipe: Annotated[
+        str | None, typer.Option(help="Name of a recipe, e.g. smoke or continue, or a TOML file (docs/training.md).")
+    ] = None,
     overrides: OverridesArgument = None,
 ) -> None:
     """Train a DINOv2 model on your own images (needs the `train` extra: pip install -e '.[train]')."""
     need_torch("train")
-    from training.config import load_config
+    from training.recipe import check_recipe, load_config
     from training.train import train as run_training
 
     with _early_end_handled():
-        checkpoint = run_training(load_config(recipe, data, out, overrides or []))
+        checkpoint = run_training(load_config(check_recipe(recipe), data, out, overrides or []))
     typer.echo(f"checkpoint: {checkpoint}\nnext: dinov2 export {shlex.quote(str(checkpoint))}")
 
 
@@ -90,21 +100,26 @@ def average(
     from rich.console import Console
     from rich.table import Table
 
-    from training.average import KS, average_checkpoints, knn_of
+    from training.average import average_checkpoints, knn_of, open_test
 
     try:
+        check_output(out, "--out")
+        fair = None if data is None else open_test(checkpoints, data)
         average_checkpoints(checkpoints, out)
         typer.echo(f"mean of {len(checkpoints)} checkpoints: {out}")
-        if data is None:
+        if fair is None:
             return
-        accuracies, n_images = knn_of(checkpoints, out, data)
+        accuracies, notes = knn_of(checkpoints, out, fair)
     except (ValueError, OSError) as error:
         raise fail(error) from error
-    table = Table("checkpoint", *(f"k-NN, k={k}" for k in KS))
+    ks = list(accuracies[0])
+    table = Table("checkpoint", *(f"k-NN, k={k}" for k in ks))
     for name, accuracy in zip([*map(str, checkpoints), "their mean"], accuracies, strict=True):
-        table.add_row(name, *(f"{accuracy[k]:.1%}" for k in KS))
+        table.add_row(name, *(f"{accuracy[k]:.1%}" for k in ks))
     Console().print(table)
-    typer.echo(f"class token, {n_images} images that no checkpoint was trained on")
+    typer.echo(f"class token, {len(fair.test)} images that no checkpoint was trained on")
+    for note in notes:
+        typer.echo(f"note: {note}")
 
 
 def report(

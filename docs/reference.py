@@ -1,15 +1,17 @@
 """Generate the reference pages from the code: `python docs/reference.py` (or `make docs`).
 
-The pages are settings.md, metrics.md and commands.md. They describe the settings and metrics of the service and the
-command line. A test compares the stored pages with the output of this script, so that the pages match the code.
+The pages are settings.md, metrics.md, commands.md and training-settings.md. They describe the settings and metrics of
+the service, the command line, and the settings of training. A test compares the stored pages with the output of this
+script, so that the pages match the code.
 """
 
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -19,7 +21,9 @@ import typer  # noqa: E402
 from cli import app  # noqa: E402
 from service.settings import PREFIX, Settings  # noqa: E402
 from service.telemetry import Metrics  # noqa: E402
+from training.config import LastPhase, TrainConfig  # noqa: E402
 
+RULES = (("ge", "at least"), ("gt", "more than"), ("le", "at most"), ("lt", "less than"))
 NOTE = "<!-- Made by docs/reference.py: change the code and run `make docs`. -->\n\n"
 
 
@@ -60,10 +64,64 @@ def _allowed(field: Any) -> str:
         return ", ".join(f"`{value}`" for value in get_args(field.annotation))
     bounds = []
     for rule in field.metadata:
-        for name, words in (("ge", "at least"), ("gt", "more than"), ("le", "at most"), ("lt", "less than")):
-            if hasattr(rule, name):
-                bounds.append(f"{words} {getattr(rule, name)}")
+        bounds += [f"{words} {getattr(rule, name)}" for name, words in RULES if hasattr(rule, name)]
     return ", ".join(bounds) or _kind(field.annotation)
+
+
+def training_settings_page() -> str:
+    """Return the Markdown page with the default, allowed values and meaning of every setting of training."""
+    head = "| setting | default | allowed | meaning |\n|---|---|---|---|\n"
+
+    def table(model: Any) -> str:
+        rows = [
+            f"| `{name}` | {_training_default(field)} | {cell(_values(field.annotation, field.metadata))} | "
+            f"{cell(field.description or '')} |"
+            for name, field in model.model_fields.items()
+        ]
+        return head + "\n".join(rows) + "\n"
+
+    return (
+        f"{NOTE}# Settings of training\n\n"
+        "A recipe or a `key=value` argument of `dinov2 train` sets them. Values are written as in TOML: `0.1`,\n"
+        "`true`, `[0.4, 1.0]`, `{depth = 6}`. A *share* is a number from 0 to 1. [training.md](training.md) explains\n"
+        "how to train.\n\n" + table(TrainConfig) + "\n## `last_phase`\n\n"
+        "The settings of the end of a run, for example\n"
+        "`'last_phase={share = 0.1, global_size = 518, local_size = 98}'`.\n\n" + table(LastPhase)
+    )
+
+
+def _training_default(field: Any) -> str:
+    """Return the text that describes the default value of a training setting, as TOML."""
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if value is None:
+        return "unset"
+    return f"`{json.dumps(value)}`".replace('"', "")
+
+
+def _values(annotation: Any, metadata: Any = ()) -> str:
+    """Return the text that describes the values that a type annotation allows."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    bounds = [bound for item in metadata for bound in _bounds(item)]
+    if origin is Annotated:
+        return _values(
+            parts[0], [*metadata, *(part for item in parts[1:] for part in getattr(item, "metadata", [item]))]
+        )
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in parts)
+    if origin in (Union, UnionType):
+        return " or ".join(_values(part, metadata) for part in parts if part is not type(None))
+    if origin is tuple:
+        return f"{len(parts)} values, each: {_values(parts[0])}"
+    words = {str: "text", int: "an integer", float: "a number", bool: "`true`, `false`", Path: "a path"}
+    text = words.get(annotation, "a table")
+    return f"{text}, {' and '.join(bounds)}" if bounds else text
+
+
+def _bounds(rule: Any) -> list[str]:
+    """Return the bounds that a pydantic rule sets, in words."""
+    return [f"{words} {getattr(rule, name)}" for name, words in RULES if getattr(rule, name, None) is not None]
 
 
 def _kind(annotation: Any) -> str:
@@ -156,7 +214,12 @@ def _option(option: Any) -> str:
     return f"| {names} | {cell(shown)} | {cell((option.help or '') + allowed)} |"
 
 
-PAGES = {"settings.md": settings_page, "metrics.md": metrics_page, "commands.md": commands_page}
+PAGES = {
+    "settings.md": settings_page,
+    "metrics.md": metrics_page,
+    "commands.md": commands_page,
+    "training-settings.md": training_settings_page,
+}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

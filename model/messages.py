@@ -22,6 +22,7 @@ _WORDS: Final = {
     "path_type": "must be a path",
     "extra_forbidden": "is unknown here",
     "tuple_type": "must be a list",
+    "too_short": "must have {min_length} or more entries",
     "list_type": "must be a list",
     "dict_type": "must be an object",
     "model_type": "must be an object",
@@ -53,10 +54,15 @@ def problem_in_words(problem: Any, secret: Collection[str] = ()) -> str:
 def _message(problem: Any) -> str:
     kind, context = problem["type"], problem.get("ctx", {})
     if kind in _WORDS:
-        return _WORDS[kind].format(**context)
+        return _WORDS[kind].format(**{name: _whole(value) for name, value in context.items()})
     if kind.partition("_")[0] in _KINDS:
         return _KINDS[kind.partition("_")[0]]
     return str(problem["msg"]).removeprefix("Value error, ").replace("Input should", "must")
+
+
+def _whole(value: object) -> object:
+    """Return a float without a fraction as an integer, so that a message says 1 and not 1.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _short(value: object) -> str:

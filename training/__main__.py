@@ -4,30 +4,33 @@ import argparse
 import sys
 from pathlib import Path
 
-from training.config import load_config, recipe_names
-from training.run import Interrupted, RunStopped
-from training.train import INTERRUPTED, train
+from training.ending import STOPPED_STATUS, Interrupted, RunStopped
+from training.recipe import check_recipe, load_config, recipe_names
+from training.train import train
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m training", description="Train DINOv2 on a folder of images.")
     parser.add_argument(
-        "--data", required=True, help="folder of images, tar shards (also as a URL) or Hugging Face dataset"
+        "--data",
+        required=True,
+        action="append",
+        help="folder of images, tar shards (also as a URL) or Hugging Face dataset; repeat it for several sources",
     )
-    parser.add_argument("--recipe", default="smoke", help=f"a TOML file, or one of: {', '.join(recipe_names())}")
+    parser.add_argument("--recipe", help=f"a TOML file, or one of: {', '.join(recipe_names())}")
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for checkpoints and logs; a run in this folder is resumed"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the recipe")
     arguments = parser.parse_args()
     try:
-        train(load_config(arguments.recipe, arguments.data, arguments.out, arguments.overrides))
+        train(load_config(check_recipe(arguments.recipe), arguments.data, arguments.out, arguments.overrides))
     except (ValueError, OSError, RunStopped) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return STOPPED_STATUS if isinstance(error, RunStopped) else 2
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
-        return INTERRUPTED
+        return interrupted.status
     return 0
 
 

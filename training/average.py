@@ -8,7 +8,8 @@ evaluation shows this.
 
 import hashlib
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from model.vit import DinoVisionTransformer
 from training.config import TrainConfig
 from training.data.dataset import Photo, Source, photos_of, split_source
 from training.data.sources import open_source
-from training.evaluate.knn import evaluate_knn
+from training.evaluate.knn import evaluate_knn, labels_of, with_labels
+from training.evaluate.meaning import check_classification, not_finite
 
 KS = (10, 20)
+SEARCHED, TEST = "the part that k-NN searches", "the held-out part"
 UNLIKE = {"steps", "knn"}  # facts that hold for one checkpoint and not for a mean
 
 
@@ -34,7 +37,7 @@ def average_weights(states: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     The state dicts are read one at a time.
 
     Raises:
-        ValueError: `states` is empty.
+        ValueError: `states` is empty, or a mean is not finite.
     """
     sums: dict[str, Tensor] = {}
     types: dict[str, torch.dtype] = {}
@@ -48,7 +51,10 @@ def average_weights(states: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
             sums[key] += tensor
     if not count:
         raise ValueError("nothing to average")
-    return {key: (total / count).to(types[key]) for key, total in sums.items()}
+    mean = {key: (total / count).to(types[key]) for key, total in sums.items()}
+    if (problem := not_finite(mean)) is not None:
+        raise ValueError(f"the mean cannot be used: the tensor {problem}")
+    return mean
 
 
 def average_checkpoints(paths: Sequence[Path], out: Path) -> None:
@@ -59,8 +65,8 @@ def average_checkpoints(paths: Sequence[Path], out: Path) -> None:
 
     Raises:
         ValueError: there are fewer than two checkpoints, their networks differ, a file is not a checkpoint of this
-            project, a checkpoint is whitened (its weights are in another basis, see training/whiten.py), `out` is one
-            of the checkpoints, or the folder of `out` does not exist.
+            project, a checkpoint is whitened (its weights are in another basis, see training/whiten.py), a weight is
+            not finite, `out` is one of the checkpoints, or the folder of `out` does not exist.
         OSError: a file cannot be read or written.
     """
     if len(paths) < 2:
@@ -79,6 +85,8 @@ def average_checkpoints(paths: Sequence[Path], out: Path) -> None:
             raise ValueError(
                 f"{path} is whitened: its weights are in another basis; average earlier checkpoints of the run"
             )
+        if (problem := not_finite(weights)) is not None:
+            raise ValueError(f"{path}: the tensor {problem}; leave this checkpoint out")
         configs.append(config)
         facts.append(metadata)
         return weights
@@ -121,24 +129,30 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def split_for(source: Source, facts: Sequence[dict[str, Any]]) -> tuple[list[Photo], list[Photo]]:
+@dataclass(frozen=True)
+class FairTest:
+    """The images that k-NN searches, the test images, and sentences about what was left out."""
+
+    searched: list[Photo]
+    test: list[Photo]
+    notes: list[str]
+
+
+def split_for(source: Source, facts: Sequence[dict[str, Any]]) -> FairTest:
     """Split the images of `source` into the images that k-NN searches and the test images.
 
-    The test images are images on which no checkpoint was trained. If the data is divided into train and val, the test
-    images are those in val. Otherwise each run held out its own images, which other runs may have trained on. The test
-    images are then the images that every run held out.
+    Images without a label are left out. The test images are images on which no checkpoint was trained. If the data is
+    divided into train and val, the test images are those in val. Otherwise each run held out its own images, which
+    other runs may have trained on. The test images are then the images that every run held out.
 
     Args:
         source: the images.
         facts: the metadata of each checkpoint. It includes the settings `held_out_share` and `seed`, which determine
             the images that the checkpoint's run held out.
 
-    Returns:
-        the images that k-NN searches, and the test images.
-
     Raises:
-        ValueError: there are no test images, or the images that k-NN searches lack labels or belong to fewer than
-            two classes.
+        ValueError: there are no test images, or every checkpoint would have the same accuracy, for instance because the
+            images that k-NN searches have no labels or belong to fewer than two classes.
     """
     default = {name: TrainConfig.model_fields[name].default for name in ("held_out_share", "seed")}
     settings = [f.get("settings", {}) for f in facts]
@@ -151,13 +165,28 @@ def split_for(source: Source, facts: Sequence[dict[str, Any]]) -> tuple[list[Pho
     if not test:
         how = ", ".join(f"held_out_share={share} seed={seed}" for share, seed in drawn)
         raise ValueError(f"no image was held out by every checkpoint ({how}): use data with a train and val split")
-    labels = {photo.label for photo in train_images}
-    if len(labels) < 2 or None in labels:
-        raise ValueError("k-NN needs images with labels, of at least two classes")
-    return train_images, test
+    (searched, notes), (test, more) = with_labels(train_images, SEARCHED), with_labels(test, TEST)
+    labels, classes = labels_of(searched)
+    check_classification(labels, labels_of(test, classes)[0], SEARCHED, TEST)
+    return FairTest(searched, test, [*notes, *more])
 
 
-def knn_of(paths: Sequence[Path], mean: Path, data: str, ks: Sequence[int] = KS) -> tuple[list[dict[int, float]], int]:
+def open_test(paths: Sequence[Path], data: str) -> FairTest:
+    """Open the images for a fair test of the checkpoints `paths`.
+
+    `data` is a folder of images, tar shards or a dataset on disk, as for training.
+
+    Raises:
+        ValueError: a file is not a checkpoint, or there are no images for a fair test (see `split_for`).
+        OSError: the images cannot be reached.
+    """
+    with tempfile.TemporaryDirectory() as index:  # for the index of tar shards, which is also in memory
+        return split_for(open_source(data, Path(index)), [load_checkpoint(path)[2] for path in paths])
+
+
+def knn_of(
+    paths: Sequence[Path], mean: Path, fair: FairTest, ks: Sequence[int] = KS
+) -> tuple[list[dict[int, float]], list[str]]:
     """Compute the k-NN accuracy with class tokens for each checkpoint and for the mean of all checkpoints.
 
     Each checkpoint is tested with the preprocessing in its metadata.
@@ -165,26 +194,32 @@ def knn_of(paths: Sequence[Path], mean: Path, data: str, ks: Sequence[int] = KS)
     Args:
         paths: the checkpoints that were averaged.
         mean: the checkpoint with the mean of their weights.
-        data: a folder of images, tar shards or a dataset on disk, as for training.
-        ks: the values of k, the number of neighbours.
+        fair: the images from `open_test`.
+        ks: the values of k, the number of neighbours. Values above the number of neighbours are left out.
 
     Returns:
-        two values: a list of dictionaries, and the number of test images. Each dictionary maps k to the accuracy of one
-        checkpoint, in the order of `paths`. The last dictionary is for `mean`.
+        two values: a list of dictionaries, and sentences about what was left out. Each dictionary maps k to the
+        accuracy of one checkpoint, in the order of `paths`. The last dictionary is for `mean`.
 
     Raises:
-        ValueError: a file is not a checkpoint, or there are no images for a fair test (see `split_for`).
+        ValueError: a file is not a checkpoint, or every checkpoint would have the same accuracy.
         OSError: the images cannot be reached.
     """
-    with tempfile.TemporaryDirectory() as index:  # for the index of tar shards
-        train_images, test = split_for(open_source(data, Path(index)), [load_checkpoint(path)[2] for path in paths])
-        return [_knn(path, train_images, test, ks) for path in (*paths, mean)], len(test)
+    notes = list(fair.notes)
+    accuracies = [_knn(path, fair, ks, notes.append) for path in (*paths, mean)]
+    return accuracies, list(dict.fromkeys(notes))
 
 
-def _knn(path: Path, train_images: list[Photo], test: list[Photo], ks: Sequence[int]) -> dict[int, float]:
+def _knn(path: Path, fair: FairTest, ks: Sequence[int], say: Callable[[str], object]) -> dict[int, float]:
     weights, config, facts = load_checkpoint(path)
     backbone = DinoVisionTransformer(config)
     backbone.load_state_dict(weights)
     backbone.to("cuda" if torch.cuda.is_available() else "cpu")
     spec = read_spec(facts.get("preprocess", {"patch_size": config.patch_size}))
-    return evaluate_knn(backbone, train_images, test, spec, ks)["cls"]
+    said = list[str]()
+    accuracy = evaluate_knn(backbone, fair.searched, fair.test, spec, ks, said.append)
+    if not accuracy:
+        raise ValueError(f"{path}: {'; '.join(said)}")
+    for note in said:
+        say(note)
+    return accuracy["cls"]

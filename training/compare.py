@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -44,22 +45,24 @@ from model.files import write_text
 from model.pooling import Pooling
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
-from training.config import TrainConfig, load_config
+from training.config import TrainConfig
 from training.data.dataset import Photo, photos_of, split_source
-from training.data.run_images import INDEX, KNN_PHOTOS
+from training.data.listing import INDEX
+from training.data.run_images import KNN_PHOTOS
 from training.data.sources import open_source
 from training.distributed import join
+from training.ending import Interrupted, RunStopped
 from training.evaluate.features import compute_features
-from training.evaluate.knn import knn_accuracy, labels_of
+from training.evaluate.knn import knn_accuracy, labels_of, neighbours_for, with_labels
 from training.evaluate.logistic import C_GRID, evaluate_logistic
+from training.evaluate.meaning import NoMeaning, check_classification
 from training.evaluate.robustness import robustness
 from training.outcome import CHECKPOINT
 from training.pages.compare_page import NETWORKS, RUNS, page, print_table
 from training.pages.report import points_of, values_of
 from training.provenance import code_revision
-from training.run import Interrupted, RunStopped
+from training.recipe import load_config
 from training.setup import make_network
-from training.train import INTERRUPTED
 from training.watch.flops import describe_device
 from training.watch.monitor import EVENTS, METRICS, read_lines
 from training.watch.sentinels import rankme_share
@@ -72,7 +75,7 @@ DINO: dict[str, object] = {
 }
 """The settings in which DINO (arXiv 2104.14294) differs from DINOv2: a moving centre, no iBOT, no KoLeo, no masks."""
 
-WATCHED: dict[str, object] = {"log_every": 5, "on_collapse": "warn", "on_knn": "warn"}
+WATCHED: dict[str, object] = {"log_every": 5, "on_collapse": "warn", "on_measure": "warn"}
 """Defaults of both runs: frequent log lines, and checks that only warn, so that a collapse shows in the results."""
 
 JSON_FILE, HTML_FILE = "compare.json", "compare.html"
@@ -111,7 +114,7 @@ def compare(
             recipe has a frozen teacher, or there are not enough images.
         OSError: the images or `out` cannot be reached.
         RunStopped: a training run failed. Its process has printed the error.
-        Interrupted: SIGTERM stopped a training run. The same command resumes the run.
+        Interrupted: SIGTERM or Ctrl-C stopped a training run. The same command resumes the run.
     """
     console, run = console or Console(), run or run_apart
     commands = {name: arguments(name, data, out, base, overrides) for name in RUNS}
@@ -176,9 +179,11 @@ def photos_to_judge(config: TrainConfig, index: Path) -> tuple[list[Photo], list
     Raises:
         ValueError: there are no images, or fewer than two images are held out.
     """
-    train, held_out = split_source(open_source(config.data, index), config.held_out_share, config.seed)
+    train, held_out = split_source(open_source(config.data[0], index), config.held_out_share, config.seed)
     if len(held_out) < 2:
-        raise ValueError(f"{config.data}: {len(held_out)} images are held out; a comparison needs two (held_out_share)")
+        raise ValueError(
+            f"{config.data[0]}: {len(held_out)} images are held out; a comparison needs two (held_out_share)"
+        )
     train_images = photos_of(train)
     return train_images[:: math.ceil(len(train_images) / KNN_PHOTOS)], photos_of(held_out)
 
@@ -186,31 +191,37 @@ def photos_to_judge(config: TrainConfig, index: Path) -> tuple[list[Photo], list
 def run_apart(command: Sequence[str]) -> None:
     """Run `python -m training` with the arguments `command` in another process, and wait until it ends.
 
-    The process prints to the same terminal. If SIGTERM arrives, it is forwarded to the process, which saves its state
-    and exits.
+    The process prints to the same terminal. If SIGTERM or Ctrl-C arrives, it is forwarded to the process, which saves
+    its state and exits.
 
     Raises:
-        Interrupted: SIGTERM stopped the process.
+        Interrupted: SIGTERM or Ctrl-C stopped the process.
         RunStopped: the process failed.
     """
     root = str(Path(__file__).parents[1])
     program = [sys.executable, "-c", START, root, *command]
     with subprocess.Popen(program) as process, handed_on(process):  # noqa: S603 - our own code, no shell
         status = process.wait()
-    if status in (INTERRUPTED, -signal.SIGTERM):  # -SIGTERM: it came before the run had installed its handler
-        raise Interrupted("stopped by SIGTERM; run the same command again to resume")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if status in (128 + number, -number):  # -number: the signal came before the run had installed its handler
+            raise Interrupted(f"stopped by {number.name}; run the same command again to resume", number)
     if status:
         raise RunStopped(f"the training run ended with status {status}; see its output above")
 
 
 @contextmanager
 def handed_on(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """Forward each SIGTERM that arrives inside the block to `process`."""
-    before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    """Forward each SIGTERM and SIGINT (Ctrl-C) that arrives inside the block to `process`."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def measure(
@@ -221,15 +232,16 @@ def measure(
     The content includes what `run_figures` returns for each of the two runs.
     """
     config = configs["dinov2"]
-    labels = {photo.label for photo in train_images}
-    classes = len(labels) if None not in labels else 0
+    labels = {photo.label for photo in train_images} - {None}
+    classes = len(labels)
+    has_classes = classes > 1 and any(photo.label in labels for photo in held_out)
     results: dict[str, dict[str, Any]] = {}
     with join(config.device) as world:
         for name, title in NETWORKS.items():
             console.print(f"evaluating {title}", markup=False)
             backbone = trained(configs[name]) if name in RUNS else make_network(config).backbone
             results[name] = judge(
-                backbone.eval().to(world.device), train_images, held_out, config.eval_spec, classes > 1
+                backbone.eval().to(world.device), train_images, held_out, config.eval_spec, has_classes
             )
         for name in RUNS:
             results[name]["run"] = run_figures(configs[name])
@@ -239,7 +251,7 @@ def measure(
         "base": config.recipe,
         "settings": config.model_dump(mode="json", exclude={"data", "out", "init", "teacher", "wandb"}),
         "changes": DINO,
-        "data": Path(config.data).name,
+        "data": Path(config.data[0]).name,
         "data_sha256": facts["data_sha256"],
         "photos": facts["photos"],
         "held_out": len(held_out),
@@ -274,7 +286,8 @@ def judge(
         a dictionary with `robustness` (see training/evaluate/robustness.py) and `rankme_share` (the effective rank of
         the class tokens, as a share of the largest possible rank). If `has_classes` is True, it also contains `knn`
         (the k-NN accuracy for each pooling and each k) and `logistic` (the accuracy of logistic regression, and the
-        value of C, its inverse penalty strength).
+        value of C, its inverse penalty strength). Images without a label are left out of these two. If every network
+        would have the same accuracy, the entry is missing, and `left_out` is the reason.
     """
     test = compute_features(backbone, held_out, spec)
     stride = math.ceil(len(held_out) / ROBUSTNESS_PHOTOS)
@@ -284,16 +297,24 @@ def judge(
     }
     if not has_classes:
         return results
+    train_images, _ = with_labels(train_images, "train")
     train = compute_features(backbone, train_images, spec)
     train_labels, classes = labels_of([train_images[i] for i in train.kept.tolist()])
-    test_labels, _ = labels_of([held_out[i] for i in test.kept.tolist()], classes)
-    pairs = {pooling: (train.pooled(pooling), test.pooled(pooling)) for pooling in KNN_POOLINGS}
-    results["knn"] = {
-        pooling: {str(k): share for k, share in knn_accuracy(a, train_labels, b, test_labels, KS).items()}
-        for pooling, (a, b) in pairs.items()
-    }
-    report = evaluate_logistic(pairs["cls"][0], train_labels, pairs["cls"][1], test_labels, c_grid=CS)
-    results["logistic"] = {"accuracy": report.accuracy, "c": report.c}
+    read = [held_out[i] for i in test.kept.tolist()]
+    rows = [row for row, photo in enumerate(read) if photo.label is not None]
+    test_labels, _ = labels_of([read[row] for row in rows], classes)
+    pairs = {pooling: (train.pooled(pooling), test.pooled(pooling)[rows]) for pooling in KNN_POOLINGS}
+    try:
+        check_classification(train_labels, test_labels, val="the held-out part")
+        ks, _ = neighbours_for(KS, len(train_labels))
+        results["knn"] = {
+            pooling: {str(k): share for k, share in knn_accuracy(a, train_labels, b, test_labels, ks).items()}
+            for pooling, (a, b) in pairs.items()
+        }
+        report = evaluate_logistic(pairs["cls"][0], train_labels, pairs["cls"][1], test_labels, c_grid=CS)
+        results["logistic"] = {"accuracy": report.accuracy, "c": report.c}
+    except NoMeaning as reason:  # an error would lose the other results of two finished runs
+        results["left_out"] = str(reason)
     return results
 
 

@@ -1,29 +1,39 @@
 """All settings of a training run, in one frozen pydantic model.
 
-A recipe (`training/recipes/NAME.toml`) sets some of the settings, and `key=value` pairs on the command line override
-the recipe. Unknown keys and impossible values are errors. The length of a warm-up is given as a share of the run, so
-a run with fewer epochs has the same schedules, compressed into fewer steps.
+A recipe sets some of the settings, and `key=value` pairs on the command line override the recipe (training/recipes.py).
+Unknown keys, values out of range and impossible combinations are errors. The length of a warm-up is given as a share of
+the run, so a run with fewer epochs has the same schedules, compressed into fewer steps.
+
+docs/training-settings.md is made from this file. This module does not import torch.
 """
 
-import difflib
-import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from model.config import ViTConfig, config_for
-from model.messages import in_words
 from model.preprocess import PreprocessSpec
-from training.watch.sentinels import Action
+from training.watch.action import Action
 
-RECIPES = Path(__file__).parent / "recipes"
-Share = float
-Range = tuple[float, float]
+Share = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, le=1)]
+Scales = tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]]
+Side = Annotated[int, Field(ge=1, le=4096)]
+Weight = Annotated[float, Field(ge=0, le=1e4)]
+PositiveWeight = Annotated[float, Field(gt=0, le=1e9)]
+Strength = Annotated[float, Field(ge=0, le=2)]
+Temperature = Annotated[float, Field(gt=0, le=10)]
+Decay = Annotated[float, Field(ge=0, le=10)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Address = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 """A path or a URL. It is a string because `Path` turns `s3://` into `s3:/`."""
+
+Addresses = Annotated[
+    tuple[Address, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str | Path) else value)
+]
 
 
 class LastPhase(BaseModel):
@@ -39,20 +49,22 @@ class LastPhase(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    share: Share = Field(gt=0, lt=1, description="share of the run's steps")
-    global_size: int
-    local_size: int
-    global_scale: Range = (0.32, 1.0)
-    local_scale: Range = (0.05, 0.32)
-    lr_mult: float | None = Field(None, gt=0, description="factor on the peak learning rate; restarts the schedules")
-    micro_batch: int | None = Field(None, ge=1, description="`micro_batch` for larger crops; None: as in the run")
+    share: float = Field(gt=0, lt=1, description="share of the run's steps")
+    global_size: Side
+    local_size: Side
+    global_scale: Scales = (0.32, 1.0)
+    local_scale: Scales = (0.05, 0.32)
+    lr_mult: float | None = Field(
+        None, gt=0, le=1e3, description="factor on the peak learning rate; restarts the schedules"
+    )
+    micro_batch: int | None = Field(None, ge=1, description="`micro_batch` for larger crops; unset: as in the run")
 
 
 class TrainConfig(BaseModel):
     """The settings of one training run.
 
-    The defaults come from DINOv2's short recipe. The exceptions are the model, the batch and crop sizes, drop path,
-    centering, and the settings that DINOv2 does not have.
+    The defaults come from DINOv2's short recipe. The exceptions are the model, the batch size, drop path, centering,
+    and the settings that DINOv2 does not have.
 
     Raises:
         pydantic.ValidationError: a key is unknown or a value is out of range. The error is a ValueError.
@@ -61,14 +73,21 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # data, output and device
-    data: Address = Field(
-        description="folder of images (any depth; subfolders such as `train` and `val` separate training images from "
-        "held-out images), tar shards (a folder, a file, `name-{000..099}.tar`, a URL) or a Hugging Face dataset saved "
-        "on disk"
+    data: Addresses = Field(
+        min_length=1,
+        description="one or more sources, each a folder of images (any depth; subfolders such as `train` and `val` "
+        "separate training images from held-out images), tar shards (a folder, a file, `name-{000..099}.tar`, a URL) "
+        "or a Hugging Face dataset saved on disk",
+    )
+    data_weights: tuple[PositiveWeight, ...] | None = Field(
+        None, description="relative shares of the sources in the samples; unset: every image is drawn equally often"
+    )
+    sampling: Literal["uniform", "balanced"] = Field(
+        "uniform", description="balanced: every class is drawn equally often; unlabelled images count as one class"
     )
     out: Path = Field(description="folder for checkpoints and logs")
-    recipe: str = "none"
-    seed: int = Field(0, ge=0, lt=2**63)
+    recipe: str = Field("none", description="name of the recipe; set by the command")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of all random numbers of the run")
     device: str = Field("auto", description="auto (cuda if there is a GPU, else cpu), cpu, cuda, cuda:1, ...")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 if the device supports it; fp16 scales the loss"
@@ -80,20 +99,26 @@ class TrainConfig(BaseModel):
     checkpoint_blocks: bool = Field(
         False, description="store only the blocks' inputs for the backward pass: less memory, a third more computing"
     )
-    held_out_share: Share = Field(0.1, ge=0, lt=1, description="share held out for k-NN if `data` has no train and val")
-    cache_size: int = Field(
-        160, ge=32, description="side in pixels of the squares that images are resized to before cropping"
+    held_out_share: float = Field(
+        0.1, ge=0, lt=1, description="share of the images held out for evaluation if `data` has no train and val"
+    )
+    cache_size: int | None = Field(
+        None,
+        ge=32,
+        le=4096,
+        description="side in pixels of the squares that images are resized to before cropping; unset: as large as the "
+        "crops need, so that none is enlarged",
     )
     cache_bytes: int = Field(
         4 * 2**30, ge=0, description="memory per rank for images; if the images do not fit, they are streamed"
     )
-    workers: int | None = Field(None, ge=1, description="threads that decode images; None: one per core")
-    ahead_steps: int = Field(4, ge=1, description="steps to decode in advance when images are streamed")
+    workers: int | None = Field(None, ge=1, le=1024, description="threads that decode images; unset: one per core")
+    ahead_steps: int = Field(4, ge=1, le=1000, description="steps to decode in advance when images are streamed")
     ahead_bytes: int = Field(2**30, ge=1, description="memory limit for the steps that are decoded in advance")
-    max_broken_share: float = Field(0.5, ge=0, le=1, description="a larger share of unreadable images stops the run")
+    max_broken_share: Share = Field(0.5, description="a larger share of unreadable images stops the run")
 
     # the network
-    model: str = "dinov2_vitt14"
+    model: str = Field("dinov2_vitt14", description="name of the network on torch hub, or dinov2_vitt14")
     vit: dict[str, Any] = Field(default_factory=dict, description="fields of ViTConfig that differ from the model's")
     init: Address | None = Field(
         None, description="backbone to start from: checkpoint file, artifact folder, or name of published weights"
@@ -102,48 +127,56 @@ class TrainConfig(BaseModel):
         None, description="frozen teacher for distillation: a run's folder, or a backbone as in `init`"
     )
     teacher_model: str = Field("dinov2_vitg14", description="name of the teacher's model, if its file does not have it")
-    drop_path: float = Field(0.0, ge=0, lt=1)
-    n_prototypes: int = Field(65536, ge=2)
-    head_hidden_dim: int = Field(2048, ge=1)
-    head_bottleneck_dim: int = Field(256, ge=1)
+    drop_path: float = Field(0.0, ge=0, lt=1, description="share of samples for which a block's branch is skipped")
+    n_prototypes: int = Field(65536, ge=2, le=2**22, description="number K of prototypes of a head")
+    head_hidden_dim: int = Field(2048, ge=1, le=2**16, description="width of a head's hidden layers")
+    head_bottleneck_dim: int = Field(256, ge=1, le=2**16, description="width of a head's output before the prototypes")
     ibot_bottleneck_dim: int | None = Field(
-        None, ge=1, description="bottleneck of a separate iBOT head; None: as DINO's"
+        None, ge=1, le=2**16, description="bottleneck of a separate iBOT head; unset: as DINO's"
     )
-    shared_head: bool = True
+    shared_head: bool = Field(True, description="use one head for DINO and iBOT")
 
     # crops
-    global_size: int = 224
-    local_size: int = 98
-    n_local: int = Field(8, ge=0)
-    global_scale: Range = (0.32, 1.0)
-    local_scale: Range = (0.05, 0.32)
+    global_size: Side = Field(224, description="side of a global crop, pixels")
+    local_size: Side = Field(98, description="side of a local crop, pixels")
+    n_local: int = Field(8, ge=0, le=64, description="number of local crops of an image")
+    global_scale: Scales = Field((0.32, 1.0), description="smallest and largest share of the image in a global crop")
+    local_scale: Scales = Field((0.05, 0.32), description="smallest and largest share of the image in a local crop")
+    crop_filter: Literal["bicubic", "bilinear"] = Field("bicubic", description="filter with which crops are resized")
+    flip: Share = Field(0.5, description="probability of a horizontal mirror image")
+    vertical_flip: Share = Field(0.0, description="probability of a vertical mirror image; not in DINOv2")
+    quarter_turns: Share = Field(
+        0.0, description="probability that a crop is turned by 90, 180 or 270 degrees; not in DINOv2"
+    )
     last_phase: LastPhase | None = Field(None, description="other crop sizes and scales for the end of the run")
     white_balance: float = Field(
         0.0, ge=0, lt=1, description="each channel is multiplied by a random factor, 1 +- at most this; not in DINOv2"
     )
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.2
-    hue: float = Field(0.1, ge=0, le=0.5)
-    jitter_probability: float = Field(0.8, ge=0, le=1)
-    gray: float = Field(0.2, ge=0, le=1)
-    blur: tuple[float, float, float] = Field(
+    brightness: Strength = Field(0.4, description="largest change of brightness, as in torchvision's ColorJitter")
+    contrast: Strength = Field(0.4, description="largest change of contrast")
+    saturation: Strength = Field(0.2, description="largest change of saturation")
+    hue: float = Field(0.1, ge=0, le=0.5, description="largest shift of the hue, as a share of the colour circle")
+    jitter_probability: Share = Field(0.8, description="probability that the colours of a crop change")
+    gray: Share = Field(0.2, description="probability that a crop becomes gray")
+    blur: tuple[Share, Share, Share] = Field(
         (0.0, 0.9, 0.5), description="probability for first global, second global and local crops, as in DINOv2's code"
     )
-    solarize: float = Field(0.2, ge=0, le=1, description="probability for the second global crop")
+    solarize: Share = Field(0.2, description="probability for the second global crop")
 
     # losses
-    dino_weight: float = 1.0
-    ibot_weight: float = 1.0
-    koleo_weight: float = 0.1
-    student_temp: float = 0.1
-    teacher_temp: Range = Field((0.04, 0.07), description="first and last value")
-    teacher_temp_warmup: Share = 0.3
+    dino_weight: Weight = Field(1.0, description="weight of the DINO loss")
+    ibot_weight: Weight = Field(1.0, description="weight of the iBOT loss")
+    koleo_weight: Weight = Field(0.1, description="weight of the KoLeo loss")
+    student_temp: Temperature = Field(0.1, description="temperature of the student's softmax")
+    teacher_temp: tuple[Temperature, Temperature] = Field(
+        (0.04, 0.07), description="temperature of the teacher's targets: first and last value"
+    )
+    teacher_temp_warmup: Share = Field(0.3, description="share of the run in which the teacher's temperature changes")
     centering: Literal["sinkhorn", "softmax", "batch_norm"] = Field(
         "sinkhorn",
         description="the teacher's centering: Sinkhorn-Knopp, a moving centre with softmax, or batch normalisation",
     )
-    center_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of the moving centre")
+    center_momentum: Beta = Field(0.9, description="momentum of the moving centre")
     koleo_over_ranks: bool = Field(
         True, description="true: KoLeo searches neighbours on all ranks; false: on each rank alone, as in Meta's code"
     )
@@ -151,86 +184,115 @@ class TrainConfig(BaseModel):
         "masked",
         description="all: for distillation, iBOT uses every patch of both global crops, and no patch is masked",
     )
-    mask_ratio: Range = (0.1, 0.5)
-    mask_probability: float = Field(0.5, ge=0, le=1)
+    mask_ratio: tuple[Share, Share] = Field((0.1, 0.5), description="smallest and largest share of masked patches")
+    mask_probability: Share = Field(0.5, description="share of the global crops that are masked")
 
     # optimisation
-    epochs: float = Field(100, gt=0, le=1e6)
-    batch_size: int = Field(64, ge=2, description="images in one step, over all ranks and micro-batches")
+    epochs: float = Field(100, gt=0, le=1e6, description="passes over the training images")
+    batch_size: int = Field(64, ge=2, le=2**20, description="images in one step, over all ranks and micro-batches")
     micro_batch: int | None = Field(
-        None, ge=1, description="images in one forward pass on one rank; None: all of the rank's images"
+        None, ge=1, description="images in one forward pass on one rank; unset: all of the rank's images"
     )
     optimizer: Literal["adamw", "sgd_normalized"] = Field(
         "adamw", description="sgd_normalized: momentum over unit-norm gradients, for very large batches"
     )
     lr: float = Field(
-        4e-3, gt=0, description="peak learning rate at batch size 1024; scaled by sqrt(batch_size / 1024)"
+        4e-3, gt=0, le=10, description="peak learning rate at batch size 1024; scaled by sqrt(batch_size / 1024)"
     )
-    min_lr: float = 1e-6
-    warmup: Share = 0.1
-    weight_decay: Range = Field((0.04, 0.4), description="first and last value of a cosine")
-    betas: tuple[float, float] = (0.9, 0.999)
-    momentum: Range = Field((0.992, 1.0), description="momentum of the teacher's EMA: first and last value of a cosine")
-    layer_decay: float = 0.9
-    patch_embed_lr_mult: float = 0.2
-    freeze_last_layer: Share = 0.01
+    min_lr: float = Field(1e-6, ge=0, le=10, description="last learning rate")
+    warmup: Share = Field(0.1, description="share of the run in which the learning rate rises")
+    weight_decay: tuple[Decay, Decay] = Field((0.04, 0.4), description="first and last value of a cosine")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="decay rates of AdamW's moving averages")
+    momentum: tuple[Momentum, Momentum] = Field(
+        (0.992, 1.0), description="momentum of the teacher's EMA: first and last value of a cosine"
+    )
+    layer_decay: float = Field(
+        0.9, gt=0, le=1, description="factor on the learning rate from each block to the one before"
+    )
+    patch_embed_lr_mult: float = Field(0.2, ge=0, le=10, description="factor on the patch embedding's learning rate")
+    freeze_last_layer: Share = Field(0.01, description="share of the run in which the prototypes do not train")
     freeze_backbone: Share = Field(
         0.0, description="share of the run in which only the heads train; new heads would ruin a backbone from `init`"
     )
-    clip_grad: float = 3.0
+    clip_grad: float = Field(3.0, gt=0, le=1e6, description="largest gradient norm of the backbone and of each head")
 
     # logging, saving and sentinels
     log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
-    save_every_minutes: float = Field(5, gt=0)
-    keep_states: int = Field(2, ge=1, description="number of newest states to keep for resuming")
+    save_every_minutes: float = Field(5, gt=0, le=1e6, description="minutes between saved states")
+    keep_states: int = Field(2, ge=1, le=1000, description="number of newest states to keep for resuming")
     keep_checkpoints_every_epochs: float = Field(
-        0, ge=0, description="epochs between checkpoints for `dinov2 average`; 0: none"
+        0, ge=0, le=1e6, description="epochs between checkpoints for `dinov2 average`; 0: none"
     )
-    eval_every_epochs: float = Field(0, ge=0, description="epochs between k-NN evaluations; 0: only at the end")
+    eval_every_epochs: float | None = Field(
+        None,
+        ge=0,
+        le=1e6,
+        description="epochs between evaluations; unset: ten evaluations in the run; 0: only at the start and the end",
+    )
     sheet_every: int = Field(0, ge=0, description="steps between image sheets; 0: only at the end")
     measure_peak: bool = Field(
         False, description="time a matrix product at the start, to report MFU on unknown devices"
     )
-    wandb: str | None = Field(None, description="Weights & Biases project; None: no logging there")
+    wandb: str | None = Field(None, description="Weights & Biases project; unset: no logging there")
+    mlflow: str | None = Field(None, description="folder or address of MLflow's tracking store; unset: no MLflow")
     on_collapse: Action = Field("stop", description="stop, rollback (and lower the learning rates) or warn")
     on_not_finite: Literal["stop", "rollback"] = Field("rollback", description="stop, or rollback (and skip that step)")
-    on_knn: Action = Field("stop", description="as `on_collapse`, if the k-NN accuracy falls by more than `knn_margin`")
-    sentinel_lines: int = Field(5, ge=1, description="consecutive bad lines in metrics.jsonl that count as a collapse")
+    measure: Literal["auto", "knn", "none"] = Field(
+        "auto",
+        description="what is measured on held-out images, guards the run and chooses its best checkpoint; auto: k-NN "
+        "if the images have classes",
+    )
+    on_measure: Action = Field("stop", description="as `on_collapse`, if the measure falls by more than its margin")
+    measure_margin: float = Field(
+        5.0, gt=0, le=100, description="accepted fall of the measure below its best value, in percentage points"
+    )
+    patience: int = Field(
+        0, ge=0, le=1000, description="evaluations without a new best value after which the run ends; 0: never"
+    )
+    sentinel_lines: int = Field(5, ge=1, le=1000, description="consecutive bad log lines that count as a collapse")
     rollback_lr_factor: float = Field(0.5, gt=0, le=1, description="factor on the learning rates after a rollback")
-    knn_margin: float = Field(
-        5.0, gt=0, description="accepted fall of the k-NN accuracy below its best, in percentage points"
+    min_rankme_share: Share = Field(
+        0.05, description="lowest accepted effective rank of class tokens, as a share of the largest"
     )
-    min_rankme_share: float = Field(
-        0.05, ge=0, le=1, description="lowest accepted effective rank of class tokens, as a share of the largest"
-    )
-    max_rollbacks: int = Field(3, ge=0)
+    max_rollbacks: int = Field(3, ge=0, le=1000, description="number of rollbacks after which the run stops")
     whiten: float | None = Field(
         None,
         gt=0,
-        description="shrinkage for whitening the class token at the end; None: no whitening; not in DINOv2",
+        le=1e3,
+        description="shrinkage for whitening the class token at the end; unset: no whitening; not in DINOv2",
     )
-    eval_resize: int = 256
-    eval_crop: int = 224
+    eval_resize: int = Field(256, ge=1, le=4096, description="short side of an image in evaluations, pixels")
+    eval_crop: int = Field(224, ge=1, le=4096, description="side of the square input in evaluations, pixels")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        patch = self.vit_config.patch_size
-        sizes = {name: getattr(self, name) for name in ("global_size", "local_size", "eval_crop")}
-        if self.last_phase is not None:
-            sizes["last_phase.global_size"] = self.last_phase.global_size
-            sizes["last_phase.local_size"] = self.last_phase.local_size
-        for name, size in sizes.items():
-            if size < patch or size % patch:
-                raise ValueError(f"{name}={size} must be a multiple of the patch size {patch}")
-        for name in ("global_scale", "local_scale"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high <= 1:
-                raise ValueError(f"{name}=[{low:g}, {high:g}] must be shares of the image, above 0 and up to 1")
-        for name in ("warmup", "teacher_temp_warmup", "freeze_last_layer", "freeze_backbone"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be a share of the run, 0 to 1")
+        for problem in self._problems():
+            raise ValueError(problem)
         _ = self.eval_spec
         return self
+
+    def _problems(self) -> Iterator[str]:
+        """Yield a message for each combination of values that cannot work."""
+        patch = self.vit_config.patch_size
+        sizes = {name: getattr(self, name) for name in ("global_size", "local_size", "eval_crop")}
+        ranges = {name: getattr(self, name) for name in ("global_scale", "local_scale", "mask_ratio")}
+        if self.last_phase is not None:
+            sizes |= {f"last_phase.{name}": getattr(self.last_phase, name) for name in ("global_size", "local_size")}
+            ranges |= {f"last_phase.{name}": getattr(self.last_phase, name) for name in ("global_scale", "local_scale")}
+        for name, size in sizes.items():
+            if size < patch or size % patch:
+                yield f"{name}={size} must be a multiple of the patch size {patch}"
+        for name, (low, high) in ranges.items():
+            if low > high:
+                yield f"{name}=[{low:g}, {high:g}]: the first value must not be more than the second"
+        if self.dino_weight == self.ibot_weight == 0:
+            yield "dino_weight and ibot_weight are both 0: one of them must be more than 0"
+        if self.min_lr > self.lr:
+            yield f"min_lr={self.min_lr:g} must not be more than lr={self.lr:g}"
+        if self.ibot_bottleneck_dim is not None and self.shared_head:
+            yield f"ibot_bottleneck_dim={self.ibot_bottleneck_dim} needs shared_head=false"
+        if self.measure == "none" and self.patience:
+            yield f"patience={self.patience} needs a measure: measure='none' measures nothing"
 
     @property
     def vit_config(self) -> ViTConfig:
@@ -260,60 +322,3 @@ class TrainConfig(BaseModel):
 def loss_names() -> list[str]:
     """Return the names of the losses that have a setting `NAME_weight`, in the order of these settings."""
     return [name.removesuffix("_weight") for name in TrainConfig.model_fields if name.endswith("_weight")]
-
-
-def recipe_names() -> list[str]:
-    """Return the names of the recipes that come with this package."""
-    return sorted(path.stem for path in RECIPES.glob("*.toml"))
-
-
-def _parse_value(text: str) -> object:
-    """Parse `text` as a TOML value, such as `0.1`, `true` or `{depth = 6}`. Return `text` itself if it is not TOML."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def load_config(recipe: str, data: str | Path, out: Path, overrides: list[str] | None = None) -> TrainConfig:
-    """Load a recipe by its name or from a TOML file, apply `key=value` overrides, and return the settings.
-
-    Raises:
-        OSError: the recipe's file cannot be read.
-        ValueError: the recipe is unknown (the message lists the names) or is not TOML, an override has no `=`, or a key
-            or a value is not allowed.
-    """
-    path = RECIPES / f"{recipe}.toml"
-    if recipe.endswith(".toml"):
-        path, recipe = Path(recipe), Path(recipe).stem
-    elif recipe not in recipe_names():
-        raise ValueError(f"unknown recipe {recipe!r}: give a TOML file, or one of {', '.join(recipe_names())}")
-    try:
-        values: dict[str, object] = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not TOML: {error}") from error
-    values |= parse_overrides(overrides or [])
-    for key in values:
-        if key not in TrainConfig.model_fields:
-            near = difflib.get_close_matches(key, TrainConfig.model_fields, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else "the settings are the fields of training/config.py"
-            raise ValueError(f"unknown setting {key!r}: {hint}")
-    try:
-        return TrainConfig.model_validate({**values, "recipe": recipe, "data": data, "out": out})
-    except ValidationError as error:
-        raise ValueError(in_words(error)) from error
-
-
-def parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
-    """Parse settings of the form `key=value` into a dictionary. A value that is not TOML is stored as text.
-
-    Raises:
-        ValueError: an override has no `=`.
-    """
-    values: dict[str, object] = {}
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator:
-            raise ValueError(f"override {override!r} must look like key=value")
-        values[key] = _parse_value(text)
-    return values

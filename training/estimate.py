@@ -188,11 +188,11 @@ def image_memory(
 
 
 def count_evaluations(total: int, every: int) -> int:
-    """Return the number of evaluations in a run of `total` steps, with one every `every` steps (0: only at the end).
+    """Return how often the loop of a run of `total` steps evaluates, with an evaluation every `every` steps (0: none).
 
-    With an interval, the run is also evaluated before the first step.
+    The run is also evaluated before the first step and after the last one.
     """
-    return 1 + (1 + (total - 1) // every if every else 0)
+    return 2 + ((total - 1) // every if every else 0)
 
 
 def step_with_reading(step_seconds: float, n_images: int, threads: int, reading: ReadingCosts) -> float:

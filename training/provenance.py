@@ -52,7 +52,7 @@ def provenance(config: TrainConfig, data_sha256: str, n_photos: int, hardware: s
         n_photos: the number of training images.
         hardware: a description of the hardware.
     """
-    private = {"data", "out", "init", "teacher", "wandb"}
+    private = {"data", "out", "init", "teacher", "wandb", "mlflow"}
     return {
         "name": f"{config.model}_{config.recipe}",
         "preprocess": config.eval_spec.model_dump(mode="json"),

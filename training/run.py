@@ -1,81 +1,42 @@
-"""The objects of a training run, and the actions of the training loop: log a line, evaluate, save, roll back, finish.
+"""The objects of a training run, and the actions of the training loop: log a line, evaluate, save and roll back.
 
 Sentinels are checks that detect a failing run (training/watch/sentinels.py). Every rank must call each action. Only
 rank 0 writes files and asks the sentinels for decisions.
 """
 
-import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.files import write_text
 from training.data.crops import CropSettings, make_micros
 from training.data.run_images import Data, list_skipped
 from training.distributed import World, agree, from_all, from_main, mean_over_ranks, min_over_ranks, wait_for_all
-from training.evaluate.features import compute_features
-from training.outcome import CHECKPOINT, Release, released_backbone, report_knn, write_checkpoint, write_sheet
+from training.ending import RunStopped, Signals
+from training.outcome import (
+    BEST,
+    CHECKPOINT,
+    KEPT_BEST,
+    Release,
+    evaluation,
+    released_backbone,
+    steps_of,
+    write_checkpoint,
+    write_sheet,
+)
 from training.pages.report import write_report
 from training.state import Saved, drop_states, find_state, load_state, remember, save_state
 from training.step import Schedules, Setup, StepSettings
+from training.watch.measure import Measure
 from training.watch.monitor import Monitor
 from training.watch.sentinels import NEVER, FirstNotFinite, Sentinels, Verdict, rankme_share, save_replay
-from training.whiten import whiten
 
 RANKME_ROWS = 1024  # enough class tokens to estimate an effective rank, which is then quick to compute
-WHITENING_PHOTOS = 10_000  # enough images for the covariance of the widest model's 1,536 dimensions
-
-
-class RunStopped(RuntimeError):
-    """An error that ends a training run, usually because a check found a failure. The message states why."""
-
-
-class Interrupted(RuntimeError):
-    """An exception that ends the run because of SIGTERM. No work is lost, and the same command resumes the run."""
-
-
-@dataclass
-class Sigterm:
-    """The SIGTERM handler of a run. It sets `came` to True and raises `Interrupted`.
-
-    While `deferred` is True, the handler only sets `came`. The training loop then reads `came`, saves a state and
-    raises `Interrupted` itself.
-    """
-
-    came: bool = False
-    deferred: bool = False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.came = True
-        if not self.deferred:
-            raise Interrupted("stopped by SIGTERM; no work is lost: run the same command again to resume")
-
-
-@contextmanager
-def sigterm_noted() -> Iterator[Sigterm]:
-    """Install a `Sigterm` as the SIGTERM handler for the duration of the block, and yield it.
-
-    Only the main thread can install a signal handler. In any other thread, the `Sigterm` is yielded but not installed.
-    """
-    stop = Sigterm()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass(frozen=True)
@@ -114,6 +75,7 @@ class Run:
     monitor: Monitor
     work: Callable[[float], float]  # floating-point operations of a step, by the share of the run that is done
     release: Release
+    measure: Measure | None  # None: nothing can be measured
     teacher_digest: str | None
     saved_at: float  # time.monotonic() of the last save
 
@@ -128,17 +90,17 @@ def is_save_due(run: Run) -> bool:
     return time.monotonic() - run.saved_at > run.every.save_seconds
 
 
-def needs_the_host(run: Run, step: int, stop: Sigterm) -> bool:
+def needs_the_host(run: Run, step: int, signals: Signals) -> bool:
     """Return whether the host has to write or decide something after step `step`. The result is the same on all ranks.
 
     Each rank has its own clock and receives its own signals, so the ranks tell each other after every step whether a
-    save is due or SIGTERM has arrived. Waiting until the next log line could take too long, because torchrun kills the
+    save is due or a signal has arrived. Waiting until the next log line could take too long, because torchrun kills the
     ranks 30 seconds after SIGTERM.
     """
     every = run.every
     if step == run.total or any(is_due(step, n) for n in (every.log, every.evaluate, every.sheet, every.checkpoint)):
         return True
-    return agree(run.world, stop.came or is_save_due(run))
+    return agree(run.world, signals.came is not None or is_save_due(run))
 
 
 def watched(run: Run, terms: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -194,23 +156,30 @@ def log_line(run: Run, step: int, terms: dict[str, Tensor], cls_tokens: Tensor) 
 
 
 def evaluate(run: Run, step: int) -> Verdict | None:
-    """Compute the k-NN accuracy on the held-out images, and check whether it has fallen.
+    """Evaluate the features on the held-out images, and check whether the measure of the run has fallen.
 
-    Return the verdict of this check. Return None if the check has nothing to report, if k-NN is not possible, or if no
-    evaluations during the run are configured.
+    Return the verdict of this check, or None if the check has nothing to report or the run has no measure.
     """
-    if not run.every.evaluate:
+    measure = run.measure
+    if measure is None:
         return None
     with run.monitor.paused():
         backbone = released_backbone(run.release.vit, run.world, run.setup.parts)
 
         def ask() -> Verdict | None:
-            if not (knn := report_knn(run.release.eval_spec, run.data, backbone)):
+            figures, value = evaluation(measure, backbone, run.data, run.release)
+            if value is None:
                 return None
-            run.monitor.evaluated(step, {f"knn_{p}_{k}": value for p, by_k in knn.items() for k, value in by_k.items()})
-            return run.sentinels.check_knn(step, knn["cls"][10])
+            run.monitor.evaluated(step, figures)
+            return run.sentinels.check_measure(step, measure, value, len(run.data.labelled_held_out))
 
         return decide(run, ask)
+
+
+def update_report(run: Run) -> None:
+    """Write the report of the run, so that it can be read during the run. A failure never stops the run."""
+    if run.world.is_main:
+        run.monitor.guarded("report.html", lambda: write_report(run.out))
 
 
 def decide(run: Run, ask: Callable[[], Verdict | None]) -> Verdict | None:
@@ -267,12 +236,22 @@ def roll_back(run: Run, verdict: Verdict) -> int:
 
 
 def is_best(run: Run, step: int) -> bool:
-    """Return whether the state of `step` must be saved because its k-NN accuracy is the best of the run so far.
+    """Return whether the measure after `step` steps is the best of the run so far."""
+    state = run.sentinels.state
+    return run.measure is not None and state.best is not None and step == state.best_step
 
-    The run can then roll back to this state if the accuracy falls. If a fall only causes a warning (`on_knn` is
-    `warn`), the state is not needed, and the result is False.
+
+def keep_best(run: Run, step: int) -> None:
+    """Keep the backbone if its measure is the best of the run so far.
+
+    It is written to `checkpoint.best.safetensors`, which is whitened at the end of the run if the run asks for it, and
+    to `states/`, where it stays as it is. The state of `step` must have been saved before, so that the files never
+    belong to a step that a killed run repeats.
     """
-    return run.sentinels.limits.on_knn != "warn" and step == run.sentinels.state.best_knn_step
+    if is_best(run, step) and from_main(run.world, run.world.is_main and steps_of(run.out / KEPT_BEST) != step):
+        facts = {"measure": {run.sentinels.state.measure: run.sentinels.state.best}}
+        for name in (BEST, KEPT_BEST):
+            save_checkpoint(run, run.out / name, step, facts)
 
 
 def save(run: Run, step: int) -> Saved | None:
@@ -295,6 +274,7 @@ def save(run: Run, step: int) -> Saved | None:
     )
     if step:
         save_checkpoint(run, run.out / CHECKPOINT, step)
+    keep_best(run, step)
     run.saved_at = time.monotonic()
     return saved
 
@@ -308,11 +288,14 @@ def memory_of(run: Run) -> dict[str, Any]:
     return {"data": run.data.digest, "teacher": run.teacher_digest, "sentinels": run.sentinels.state_dict()}
 
 
-def save_checkpoint(run: Run, path: Path, step: int) -> None:
-    """Save the backbone of the student's moving average to the checkpoint `path`, with `step` in the metadata."""
+def save_checkpoint(run: Run, path: Path, step: int, facts: Mapping[str, Any] | None = None) -> None:
+    """Save the backbone of the student's moving average to the checkpoint `path`.
+
+    The metadata contains `step` and the entries of `facts`.
+    """
     backbone = released_backbone(run.release.vit, run.world, run.setup.parts)
     if run.world.is_main:
-        write_checkpoint(path, backbone, run.release.vit, {**run.release.facts, "steps": step})
+        write_checkpoint(path, backbone, run.release.vit, {**run.release.facts, "steps": step, **(facts or {})})
 
 
 def draw_sheet(run: Run, step: int) -> None:
@@ -327,28 +310,3 @@ def draw_sheet(run: Run, step: int) -> None:
 
 def sheet_path(run: Run, step: int) -> Path:
     return run.out / "sheets" / f"step_{step:08}.png"
-
-
-def release(run: Run) -> Path:
-    """Finish the run: compute the final k-NN accuracy, and write the last checkpoint, an image sheet and the report.
-
-    If the setting `whiten` is not None, the backbone is whitened first. Return the path of the checkpoint.
-    """
-    path, data, settings = run.out / CHECKPOINT, run.data, run.release
-    backbone = released_backbone(settings.vit, run.world, run.setup.parts)
-    if run.world.is_main:
-        if settings.whiten is not None:
-            sample = data.train_sample[:: math.ceil(len(data.train_sample) / WHITENING_PHOTOS)]
-            whiten(backbone, compute_features(backbone, sample, settings.eval_spec).pooled("cls"), settings.whiten)
-        knn = report_knn(settings.eval_spec, data, backbone)
-        write_text(run.out / "knn.json", json.dumps(knn, indent=1))
-        results = {"knn": knn, "whitened": settings.whiten is not None, "steps": run.total}
-        write_checkpoint(path, backbone, settings.vit, {**settings.facts, **results})
-        write_sheet(sheet_path(run, run.total), backbone, data, run.crops, settings, run.total, run.total)
-        report = write_report(run.out)
-        summary = f"k-NN on {len(data.held_out)} held-out images, {settings.eval_spec.crop} px: {knn}"
-        run.monitor.console.print(
-            f"{summary if knn else 'no k-NN: only one class, or no held-out images'}\nreport: {report}", markup=False
-        )
-    wait_for_all(run.world)
-    return path

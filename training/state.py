@@ -35,7 +35,7 @@ from training.student_teacher import Network
 FOLDER = "states"
 LOCK = "lock"
 
-# Settings that may change when a run is resumed: they concern the machine or the output.
+# Settings that may change when a run is resumed. They concern the machine, the output, or what the run watches.
 FREE_SETTINGS = {
     *("out", "data", "device", "compile", "strategy", "micro_batch", "checkpoint_blocks"),
     *(
@@ -48,7 +48,9 @@ FREE_SETTINGS = {
         "keep_states",
         "keep_checkpoints_every_epochs",
     ),
-    *("eval_every_epochs", "sheet_every", "wandb", "whiten", "eval_resize", "eval_crop"),
+    *("eval_every_epochs", "sheet_every", "wandb", "mlflow", "whiten", "eval_resize", "eval_crop"),
+    *("measure", "measure_margin", "patience", "sentinel_lines", "min_rankme_share", "max_rollbacks"),
+    *("on_collapse", "on_measure", "on_not_finite", "rollback_lr_factor"),
 }
 
 

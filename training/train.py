@@ -9,16 +9,18 @@ pushes the class tokens in a batch apart. The teacher is then updated as a movin
 All random choices of a step depend only on (seed, step, sample), so a resumed run continues as if it had not stopped,
 and two ranks see the same crops as a single rank. The host waits for the device only to log, evaluate or save.
 
-    out/checkpoint.safetensors   the backbone of the student's moving average; `dinov2 export` reads it
-    out/states/                  states to resume from; out/lock is locked while a process trains here
-    out/metrics.jsonl            metrics of the run; training/watch/monitor.py lists the other log files
-    out/report.html              the report, written at the end
-    out/skipped.txt              images that could not be read
+    out/checkpoint.safetensors        the backbone of the student's moving average after the last step
+    out/checkpoint.best.safetensors   the same after the step with the best measure; this checkpoint is released
+    out/states/                       states to resume from; out/lock is locked while a process trains here
+    out/metrics.jsonl                 metrics of the run; training/watch/monitor.py lists the other log files
+    out/report.html                   the report, written at each evaluation and at the end
+    out/stopped.json                  why a check stopped the run
+    out/skipped.txt                   images that could not be read
 """
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -28,28 +30,29 @@ from rich.console import Console
 from model.files import write_text
 from training.config import TrainConfig
 from training.data.crops import make_micros
-from training.data.run_images import check_apart, open_data
+from training.data.listing import check_apart, list_images
+from training.data.run_images import open_data
 from training.distill import PrototypeTeacher
 from training.distributed import World, agree, from_main, join
+from training.ending import RunStopped, Signals, check_not_stopped, note_stop, signals_noted
+from training.release import release
 from training.run import (
-    Interrupted,
     Run,
-    Sigterm,
     draw_sheet,
     evaluate,
     find_not_finite,
     is_best,
     is_due,
     is_save_due,
+    keep_best,
     log_line,
     memory_of,
     needs_the_host,
     obey,
-    release,
     roll_back,
     save,
     save_checkpoint,
-    sigterm_noted,
+    update_report,
     watched,
 )
 from training.setup import attention_kernel, compute_dtype, make_autocast
@@ -57,8 +60,6 @@ from training.state import Saved, alone_in, drop_states, load_state, remember, s
 from training.step import train_step
 from training.watch.monitor import EVALUATIONS, cut_lines
 from training.wiring import image_settings, make_run
-
-INTERRUPTED = 128 + signal.SIGTERM  # exit status of a run that saved after SIGTERM
 
 
 def train(config: TrainConfig, console: Console | None = None) -> Path:
@@ -74,35 +75,54 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
         OSError: the images cannot be reached, a file cannot be read, or the run's folder cannot be written.
         model.zoo.DownloadError: published weights cannot be downloaded.
         RunStopped: a check detected that the run is failing, for example a collapse.
-        Interrupted: SIGTERM ended the run.
+        Interrupted: SIGTERM or Ctrl-C ended the run.
     """
     console = console or Console()
     with (
-        sigterm_noted() as stop,
+        signals_noted() as signals,
         join(config.device) as world,
         run_folder(config.data, config.out, world),
-        open_data(image_settings(config), world, console) as data,
         attention_kernel(world.device, compute_dtype(make_autocast(config.precision, world.device))),
     ):
-        saved, damaged = from_main(world, start_from(config.out) if world.is_main else (None, []))
-        run = make_run(config, world, data, console, saved)
-        with run.monitor:
-            step = restore(run, saved, damaged)
-            announce(run, step)
-            stop.deferred = True
-            training_loop(run, step, stop)
-            stop.deferred = False
-            return release(run)
+        if world.is_main:
+            check_not_stopped(config.out, config.model_dump(mode="json"))
+        sources, images = image_settings(config)
+        listing = list_images(sources, world, console)
+        with open_data(listing, images, world, console) as data:
+            saved, damaged = from_main(world, start_from(config.out) if world.is_main else (None, []))
+            run = make_run(config, world, data, console, saved)
+            with run.monitor, reported(run):
+                announce(run, saved.step if saved else 0)
+                step = restore(run, saved, damaged)
+                signals.deferred = True
+                step = training_loop(run, step, signals)
+                signals.deferred = False
+                return release(run, step)
 
 
-def training_loop(run: Run, step: int, stop: Sigterm) -> None:
-    """Run the remaining steps of a run that has done `step` steps.
+@contextmanager
+def reported(run: Run) -> Iterator[None]:
+    """Write the report of the run when the block ends, for whatever reason. If a check stopped the run, note why."""
+    try:
+        yield
+    except RunStopped as stopped:
+        if run.world.is_main:
+            note_stop(run.out, run.settings, str(stopped))
+        raise
+    finally:
+        update_report(run)
+
+
+def training_loop(run: Run, step: int, signals: Signals) -> int:
+    """Run the remaining steps of a run that has done `step` steps, and return the number of steps at the end.
+
+    The run ends early if its measure has had no new best value for a while.
 
     Raises:
         RunStopped: a check detected that the run is failing, for example a collapse.
-        Interrupted: SIGTERM ended the run.
+        Interrupted: SIGTERM or Ctrl-C ended the run.
     """
-    while step < run.total:
+    while step < run.total and not run.sentinels.is_stale:
         if run.sentinels.passes_over(step + 1):  # the images of this step caused a rollback
             step += 1
             if step == run.total:
@@ -119,7 +139,7 @@ def training_loop(run: Run, step: int, stop: Sigterm) -> None:
         step += 1
         run.not_finite.note(step, watched(run, terms))
         run.monitor.advance(step, run.work((step - 1) / run.total))
-        if not needs_the_host(run, step, stop):
+        if not needs_the_host(run, step, signals):
             continue
 
         # Log and evaluate. Each action may return a verdict of the sentinels.
@@ -127,7 +147,7 @@ def training_loop(run: Run, step: int, stop: Sigterm) -> None:
         rollback = obey(run, step, find_not_finite(run))
         if rollback is None and (last or is_due(step, run.every.log)):
             rollback = obey(run, step, log_line(run, step, terms, cls_tokens))
-        if rollback is None and not last and is_due(step, run.every.evaluate):
+        if rollback is None and (last or is_due(step, run.every.evaluate)):
             rollback = obey(run, step, evaluate(run, step))
         if rollback is not None:
             step = roll_back(run, rollback)
@@ -139,21 +159,26 @@ def training_loop(run: Run, step: int, stop: Sigterm) -> None:
                 save_checkpoint(run, run.out / "checkpoints" / f"step_{step:08}.safetensors", step)
             if not last and is_due(step, run.every.sheet):
                 draw_sheet(run, step)
-            stopping = agree(run.world, stop.came)
-            if agree(run.world, is_save_due(run)) or is_best(run, step) or stopping or last:
+            stopping = agree(run.world, signals.came is not None)
+            ending = last or run.sentinels.is_stale
+            if agree(run.world, is_save_due(run)) or is_best(run, step) or stopping or ending:
                 save(run, step)
+            if is_due(step, run.every.evaluate):
+                update_report(run)
         if stopping:
-            raise Interrupted(
-                f"stopped by SIGTERM after step {step} of {run.total}; the state is saved: "
-                "run the same command again to resume"
-            )
+            signals.came = signals.came or signal.SIGTERM  # the signal may have come to another rank
+            raise signals.interrupted(f"the state after step {step} of {run.total} is saved")
+    if step < run.total:
+        n = run.sentinels.limits.patience_evaluations
+        run.monitor.say(step, "early stop", f"no better value in {n} evaluations; step {step} of {run.total}")
+    return step
 
 
 def restore(run: Run, saved: Saved | None, damaged: list[str]) -> int:
     """Load the state `saved` into the run. If it is None, save the state of the new run at step 0.
 
-    If evaluations are configured, a new run is evaluated before its first step, so that a later fall of the k-NN
-    accuracy can be detected. The messages in `damaged` are shown as warnings. Return the number of steps done.
+    A new run is evaluated before its first step, so that a later fall of its measure can be detected. The messages in
+    `damaged` are shown as warnings. Return the number of steps done.
     """
     step, parts = saved.step if saved else 0, run.setup.parts
     for message in damaged:
@@ -167,12 +192,13 @@ def restore(run: Run, saved: Saved | None, damaged: list[str]) -> int:
             drop_states(run.out, step)  # these are damaged, and new states would have the same names
     else:
         saved = save(run, 0)  # this shows early whether the folder can hold a state, and a rollback may need it
-    if step == 0 and run.sentinels.state.best_knn is None:
+    if step == 0 and run.sentinels.state.best is None:
         if run.world.is_main:
             cut_lines(run.out / EVALUATIONS, -1)
         evaluate(run, 0)
         if run.world.is_main and saved:
             remember(saved, memory_of(run))
+    keep_best(run, step)  # a killed process may have saved the state, but not yet the checkpoint
     return step
 
 
@@ -187,11 +213,11 @@ def choose_prototypes(run: Run, teacher: PrototypeTeacher) -> None:
 
 
 @contextmanager
-def run_folder(data: str, out: Path, world: World) -> Iterator[None]:
+def run_folder(data: Sequence[str], out: Path, world: World) -> Iterator[None]:
     """Create the run's folder `out` if it does not exist, and hold its lock inside the block.
 
     Raises:
-        ValueError: `out` is inside the folder of the images, or another process holds the lock.
+        ValueError: `out` is inside a folder of images, or another process holds the lock.
     """
     check_apart(data, out)
     out.mkdir(parents=True, exist_ok=True)
@@ -205,11 +231,12 @@ def announce(run: Run, step: int) -> None:
         return
     write_text(run.out / "config.json", json.dumps(run.settings, indent=1))
     loader, n_ranks, autocast = run.data.loader, run.world.size, run.setup.autocast
-    run.monitor.console.print(
+    run.monitor.tell(
         f"{len(loader)} images to train on{'' if loader.in_memory else ' (streamed)'}, "
         f"{len(run.data.held_out)} held out; {run.total} steps of {run.crops.batch_size} on "
         f"{f'{n_ranks} x ' if n_ranks > 1 else ''}{run.world.device.type}"
         f"{f' in {str(autocast.fast_dtype)[6:]}' if autocast._enabled else ''}; ViT {asdict(run.release.vit)}"
-        + (f"; continuing after step {step}" if step else ""),
-        markup=False,
+        + (f"; continuing after step {step}" if step else "")
     )
+    guard = "nothing on held-out images" if run.measure is None else run.measure.words
+    run.monitor.tell(f"measured during the run: {guard}")

@@ -16,14 +16,15 @@ from rich.console import Console
 from model.config import ViTConfig
 from model.cpus import available_cpus
 from training.config import LastPhase, TrainConfig
-from training.data.augment import Jitter, View
-from training.data.crops import CropSettings, Phase
+from training.data.augment import Geometry, Jitter, View
+from training.data.crops import CropSettings, Phase, least_cache_side
+from training.data.listing import SourceSettings
 from training.data.loader import Reading, waiting_advice
 from training.data.run_images import Data, ImageSettings
 from training.distill import check_same_teacher, load_teacher, teacher_digest
 from training.distributed import World
 from training.optimizer import Part
-from training.outcome import Release
+from training.outcome import Release, choose_measure
 from training.provenance import provenance
 from training.run import Intervals, Run
 from training.schedules import Schedule, cosine, linear_then_constant
@@ -34,6 +35,8 @@ from training.watch.flops import HeadShape, StepShape, describe_device, device_p
 from training.watch.monitor import METRICS, Monitor, RunSize
 from training.watch.sentinels import FirstNotFinite, Limits, Sentinels
 from training.watch.sinks import make_sinks
+
+EVALUATIONS_OF_A_RUN = 10  # unless the setting `eval_every_epochs` says otherwise
 
 
 def make_run(config: TrainConfig, world: World, data: Data, console: Console, saved: Saved | None) -> Run:
@@ -72,45 +75,53 @@ def make_run(config: TrainConfig, world: World, data: Data, console: Console, sa
         schedules=make_schedules(config, total),
         total=total,
         steps_per_epoch=steps_per_epoch,
-        every=intervals(config, steps_per_epoch),
+        every=intervals(config, steps_per_epoch, total),
         keep_states=config.keep_states,
         sentinels=Sentinels(limits(config, total)),
         not_finite=FirstNotFinite(world.device),
         monitor=make_monitor(config, world, data, console, total, saved.step if saved else 0, peak),
         work=functools.partial(work_of_step, config, teacher=teacher.backbone.config if teacher else None),
         release=release_settings(config, world, data),
+        measure=choose_measure(config.measure, data),
         teacher_digest=digest,
         saved_at=time.monotonic(),
     )
 
 
-def image_settings(config: TrainConfig) -> ImageSettings:
-    """Return the settings for finding, splitting and reading the run's images."""
+def image_settings(config: TrainConfig) -> tuple[SourceSettings, ImageSettings]:
+    """Return the settings for listing and splitting the run's images, and the settings for reading them."""
     micro_batches = {"micro_batch": config.micro_batch}
     if config.last_phase is not None:
         micro_batches["last_phase.micro_batch"] = config.last_phase.micro_batch
-    return ImageSettings(
-        data=config.data,
-        out=config.out,
-        seed=config.seed,
+    sources = SourceSettings(
+        config.data, config.out, config.seed, config.held_out_share, config.data_weights, config.sampling
+    )
+    return sources, ImageSettings(
         batch_size=config.batch_size,
         micro_batches=micro_batches,
-        held_out_share=config.held_out_share,
-        side=config.cache_size,
+        side=cache_side(config),
         cache_bytes=config.cache_bytes,
         reading=Reading(config.workers, config.ahead_steps, config.ahead_bytes, config.max_broken_share),
     )
+
+
+def cache_side(config: TrainConfig) -> int:
+    """Return the side in pixels of the squares that images are resized to before cropping."""
+    if config.cache_size is not None:
+        return config.cache_size
+    return least_cache_side(view for phase in crop_settings(config).phases for view, n in phase.views if n)
 
 
 def crop_settings(config: TrainConfig) -> CropSettings:
     """Return the settings for making crops and masks."""
 
     def views(sizes: TrainConfig | LastPhase) -> tuple[tuple[View, int], ...]:
-        return (
+        kinds = (
             (View(sizes.global_size, sizes.global_scale, config.blur[0]), 1),
             (View(sizes.global_size, sizes.global_scale, config.blur[1], config.solarize), 1),
             (View(sizes.local_size, sizes.local_scale, config.blur[2]), config.n_local),
         )
+        return tuple((replace(view, filter=config.crop_filter), n) for view, n in kinds)
 
     phases = [Phase(0.0, views(config), config.micro_batch)]
     if (last := config.last_phase) is not None:
@@ -132,6 +143,7 @@ def crop_settings(config: TrainConfig) -> CropSettings:
             probability=config.jitter_probability,
             gray=config.gray,
         ),
+        geometry=Geometry(config.flip, config.vertical_flip, config.quarter_turns),
         mask_ratio=config.mask_ratio,
         mask_probability=config.mask_probability,
         ibot_on_all_patches=config.ibot_patches == "all",
@@ -184,15 +196,16 @@ def make_schedules(config: TrainConfig, total: int) -> Schedules:
     )
 
 
-def intervals(config: TrainConfig, steps_per_epoch: int) -> Intervals:
+def intervals(config: TrainConfig, steps_per_epoch: int, total: int) -> Intervals:
     """Return how often the run logs, evaluates, draws image sheets, keeps checkpoints and saves its state."""
 
     def steps(epochs: float) -> int:
         return max(1, round(epochs * steps_per_epoch)) if epochs else 0
 
+    epochs = config.eval_every_epochs
     return Intervals(
         log=config.log_every,
-        evaluate=steps(config.eval_every_epochs),
+        evaluate=max(1, total // EVALUATIONS_OF_A_RUN) if epochs is None else steps(epochs),
         sheet=config.sheet_every,
         checkpoint=steps(config.keep_checkpoints_every_epochs),
         save_seconds=60 * config.save_every_minutes,
@@ -206,12 +219,13 @@ def limits(config: TrainConfig, total: int) -> Limits:
         config.n_prototypes,
         on_collapse=config.on_collapse,
         on_not_finite=config.on_not_finite,
-        on_knn=config.on_knn,
+        on_measure=config.on_measure,
         patience=config.sentinel_lines,
         rollback_lr_factor=config.rollback_lr_factor,
         min_rankme_share=config.min_rankme_share,
-        knn_margin=config.knn_margin,
+        measure_margin=config.measure_margin,
         max_rollbacks=config.max_rollbacks,
+        patience_evaluations=config.patience,
     )
 
 
@@ -223,17 +237,20 @@ def make_monitor(
     `peak` is the peak speed of one device in floating-point operations per second. If it is None, the monitor does not
     report MFU (model FLOPs utilisation, the share of the peak speed that the run reaches).
     """
-    settings = config.model_dump(mode="json")
+    sinks = []
+    if world.is_main:
+        settings = config.model_dump(mode="json")
+        sinks = make_sinks(config.out, first_step, config.wandb, settings, console.print, config.mlflow)
     return Monitor(
         config.out / METRICS,
         RunSize(total, first_step, config.batch_size),
         console,
         active=world.is_main,
         device=world.device,
-        sinks=make_sinks(config.out, first_step, config.wandb, settings, console.print) if world.is_main else [],
+        sinks=sinks,
         peak_flops=None if peak is None else peak * world.size,
         advise=functools.partial(
-            waiting_advice, loader=data.loader, side=config.cache_size, workers=config.workers or available_cpus()
+            waiting_advice, loader=data.loader, side=cache_side(config), workers=config.workers or available_cpus()
         ),
     )
 
@@ -246,7 +263,7 @@ def release_settings(config: TrainConfig, world: World, data: Data) -> Release:
         eval_spec=config.eval_spec,
         facts=provenance(config, data.digest, len(data.loader), hardware),
         whiten=config.whiten,
-        side=config.cache_size,
+        side=cache_side(config),
         title=f"{config.model}, recipe {config.recipe}",
     )
 

@@ -5,7 +5,7 @@
 #
 # Adapt the number of nodes and GPUs and the time limit. Five minutes before the time limit, SLURM sends SIGTERM to this
 # script, which passes it on. The run then saves its state and exits, and the script requeues the job. An error ends the
-# job.
+# job. If a check of the run stops it, for example because the features collapse, the job ends with status 3.
 #SBATCH --job-name=dinov2-train
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -32,6 +32,11 @@ status=0
 wait "$run" || status=$?
 if [ "$stopped" ]; then
   wait "$run" || true  # the signal ended the first wait
+fi
+if [ -e "$OUT/stopped.json" ]; then  # torchrun does not pass on the status of its processes
+  exit 3
+fi
+if [ "$stopped" ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

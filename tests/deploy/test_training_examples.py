@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from training.ending import STOPPED_STATUS
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "deploy" / "training"
 TORCHRUN = {"nnodes", "nproc-per-node", "max-restarts", "rdzv-backend", "rdzv-endpoint", "rdzv-id"}
@@ -31,20 +33,47 @@ def test_the_kubernetes_job_trains_in_a_shared_folder():
     service, job = yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text())
     pod = job["spec"]["template"]["spec"]
     [container] = pod["containers"]
-    given = check_command(container["command"])
-    assert (ROOT / "training" / "recipes" / f"{given['recipe']}.toml").exists()
+    shell, script = container["command"][:2], container["command"][2]
+    assert shell == ["bash", "-c"]
+    words = re.search(r"torchrun .*(?= &$)", script.replace("\\\n", " "), re.M).group().split()
+    variables = {variable["name"]: variable["value"] for variable in container["env"]}
+    options = iter(word.strip('"') for word in words[words.index("-m") + 2 :])
+    given = {option: variables[value.removeprefix("$")] for option, value in zip(options, options, strict=True)}
+    assert set(given) == {"--data", "--out", "--recipe"}
+    check_command(words)
+    assert (ROOT / "training" / "recipes" / f"{given['--recipe']}.toml").exists()
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert {volume["name"] for volume in pod["volumes"]} == set(mounts)
-    assert given["out"].startswith(mounts["runs"] + "/")
-    assert given["data"].startswith(mounts["photos"])
+    assert given["--out"].startswith(mounts["runs"] + "/")
+    assert given["--data"].startswith(mounts["photos"])
     assert job["spec"]["completionMode"] == "Indexed"
-    assert f"--nnodes={job['spec']['completions']}" in container["command"]
+    assert f"--nnodes={job['spec']['completions']}" in words
     assert job["spec"]["completions"] == job["spec"]["parallelism"]
-    assert f"--nproc-per-node={container['resources']['limits']['nvidia.com/gpu']}" in container["command"]
-    [endpoint] = [word for word in container["command"] if word.startswith("--rdzv-endpoint=")]
+    assert f"--nproc-per-node={container['resources']['limits']['nvidia.com/gpu']}" in words
+    [endpoint] = [word for word in words if word.startswith("--rdzv-endpoint=")]
     assert f"{job['metadata']['name']}-0.{pod['subdomain']}:" in endpoint
     assert pod["subdomain"] == service["metadata"]["name"]
     assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash to run the script")
+@pytest.mark.parametrize(
+    ("torchrun", "status"),
+    [("exit 0", 0), ("exit 1", 1), ('touch "$OUT/stopped.json"; exit 1', STOPPED_STATUS)],
+    ids=["done", "error", "stopped by a check"],
+)
+def test_the_kubernetes_job_is_not_repeated_after_the_stop_of_a_check(tmp_path, torchrun, status):
+    _, job = yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    (tmp_path / "torchrun").write_text(f"#!/bin/bash\n{torchrun}\n")
+    (tmp_path / "torchrun").chmod(0o755)
+    variables = {"DATA": "d", "OUT": str(tmp_path), "RECIPE": "r", "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(pod["containers"][0]["command"], env=variables, check=False, timeout=30)
+    assert done.returncode == status
+    [fails, _] = job["spec"]["podFailurePolicy"]["rules"]
+    assert (fails["action"], fails["onExitCodes"]["values"]) == ("FailJob", [STOPPED_STATUS])
+    assert fails["onExitCodes"]["containerName"] == pod["containers"][0]["name"]
+    assert pod["restartPolicy"] == "Never"  # a podFailurePolicy is allowed with no other
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash to read the script")
@@ -65,7 +94,7 @@ def run_script(tmp_path, srun):
     for name, body in {"srun": srun, "scontrol": 'echo "$@" >> "$LOG"; echo host0'}.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    variables = {"DATA": "d", "OUT": "o", "LOG": str(tmp_path / "log"), "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    variables = {"DATA": "d", "OUT": str(tmp_path), "LOG": str(tmp_path / "log"), "PATH": f"{tmp_path}:/usr/bin:/bin"}
     variables |= {"SLURM_JOB_NODELIST": "x", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "7"}
     done = subprocess.run(["bash", str(EXAMPLES / "slurm.sh")], env=variables, check=False, timeout=30)
     return (tmp_path / "log").read_text().splitlines(), done.returncode
@@ -78,8 +107,9 @@ def run_script(tmp_path, srun):
         ('kill -TERM "$PPID"; sleep 0.5; exit 143', True, None),  # SLURM's signal comes to the script
         ("exit 2", False, 2),
         ("exit 0", False, 0),
+        ('touch "$OUT/stopped.json"; exit 1', False, STOPPED_STATUS),
     ],
-    ids=["time is up", "error", "done"],
+    ids=["time is up", "error", "done", "stopped by a check"],
 )
 def test_only_a_job_whose_time_is_up_is_queued_again(tmp_path, srun, requeued, status):
     said, found = run_script(tmp_path, srun)

@@ -21,14 +21,14 @@ import cli
 from tests.arithmetic import SETTINGS
 from training import compare as module
 from training.compare import DINO, arguments, compare, config_of, judge, photos_to_judge, run_apart, stability, trained
-from training.config import RECIPES
+from training.ending import Interrupted, RunStopped
 from training.evaluate.knn import evaluate_knn
 from training.evaluate.logistic import evaluate_logistic
 from training.evaluate.robustness import CHANGES, robustness
 from training.pages.compare_page import NETWORKS, RUNS, page, rows
-from training.run import Interrupted, RunStopped
+from training.recipe import RECIPES
 from training.setup import make_network
-from training.train import INTERRUPTED, train
+from training.train import train
 from training.watch.monitor import read_lines
 
 TINY = """
@@ -252,7 +252,7 @@ def test_sigterm_is_handed_on(monkeypatch, tmp_path):
         module,
         "START",
         "import pathlib, signal, sys, time\n"
-        f"signal.signal(signal.SIGTERM, lambda *_: sys.exit({INTERRUPTED}))\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: sys.exit({128 + signal.SIGTERM}))\n"
         "pathlib.Path(sys.argv[2]).touch()\n"
         "time.sleep(60)",
     )
@@ -273,11 +273,11 @@ def test_sigterm_is_handed_on(monkeypatch, tmp_path):
 
 def test_a_stopped_comparison_exits_as_a_stopped_run(place, monkeypatch):
     def stopped(command):
-        raise Interrupted("stopped by SIGTERM")
+        raise Interrupted("stopped by SIGTERM", signal.SIGTERM)
 
     monkeypatch.setattr(module, "run_apart", stopped)
     command = ["compare", "--data", str(place / "photos"), "--out", str(place / "stopped")]
-    assert CliRunner().invoke(cli.app, [*command, "--base", str(place / "tiny.toml")]).exit_code == INTERRUPTED
+    assert CliRunner().invoke(cli.app, [*command, "--base", str(place / "tiny.toml")]).exit_code == 128 + signal.SIGTERM
 
 
 def test_report_is_written_again(place, found):

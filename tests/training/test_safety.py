@@ -26,8 +26,9 @@ from training import run as between
 from training import train as loop
 from training.__main__ import main
 from training.config import TrainConfig
-from training.run import Interrupted, RunStopped
+from training.ending import Interrupted, RunStopped
 from training.state import alone_in, find_state
+from training.watch.measure import KNN
 from training.watch.monitor import read_lines
 from training.watch.sentinels import Limits, Sentinels, Verdict
 
@@ -122,7 +123,7 @@ def test_kill_sigterm_and_a_full_disk_from_the_command_line(photos, tmp_path, mo
     monkeypatch.setattr(loop, "train_step", with_sigterm(one_step, killed_after + 3))
     assert main() == 143
     message = capsys.readouterr().err
-    assert f"stopped by SIGTERM after step {killed_after + 4} of 30; the state is saved: run the same" in message
+    assert f"stopped by SIGTERM; the state after step {killed_after + 4} of 30 is saved: run the same" in message
     monkeypatch.setattr(loop, "train_step", one_step)
     stopped_after = find_state(out)[0].step
     assert stopped_after == killed_after + 4
@@ -172,7 +173,7 @@ def test_sigterm_is_heard_after_the_step_and_before_the_first_one(photos, tmp_pa
     out, one_step = tmp_path / "run", loop.train_step
 
     monkeypatch.setattr(loop, "train_step", with_sigterm(one_step, 4))
-    with pytest.raises(Interrupted, match="after step 5 of 9; the state is saved"):
+    with pytest.raises(Interrupted, match="stopped by SIGTERM; the state after step 5 of 9 is saved"):
         loop.train(config(photos, out, log_every=100), QUIET)
     assert find_state(out)[0].step == 5
     monkeypatch.setattr(loop, "train_step", one_step)
@@ -257,7 +258,7 @@ def only_rank(self, figures):
 
 def test_a_network_that_really_collapses_is_stopped(photos, tmp_path):
     """Without centring that holds and at a high temperature the targets say nothing."""
-    ruin = {"teacher_temp": [50.0, 50.0], "centering": "softmax", "on_collapse": "stop", "epochs": 6, "lr": 1e-4}
+    ruin = {"teacher_temp": [10.0, 10.0], "centering": "softmax", "on_collapse": "stop", "epochs": 6, "lr": 1e-4}
     with pytest.raises(RunStopped, match=r"collapse.*(of ln K|entropy)"):
         loop.train(config(photos, tmp_path / "run", sentinel_lines=3, **ruin), QUIET)
     assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] < 18
@@ -284,7 +285,7 @@ def falling(values):
     """k-NN by the number of steps that the average has moved: what the guard is told, whatever the network."""
 
     def run(run, step):
-        verdict = run.sentinels.check_knn(step, values(step, run.sentinels.lr_factor))
+        verdict = run.sentinels.check_measure(step, KNN, values(step, run.sentinels.lr_factor), 10**9)
         run.monitor.evaluated(step, {"knn_cls_10": values(step, run.sentinels.lr_factor)})
         return verdict
 
@@ -296,11 +297,17 @@ def test_the_guard_goes_back_to_the_best_step_however_long_ago(photos, tmp_path,
         return 0.5 + step / 100 if step <= 3 or lr_factor < 1 else 0.6 - step / 25
 
     guarded_by(falling(accuracy), monkeypatch)
-    settings = {"on_knn": "rollback", "eval_every_epochs": 1, "epochs": 4, "keep_states": 1, "save_every_minutes": 1e-9}
+    settings = {
+        "on_measure": "rollback",
+        "eval_every_epochs": 1,
+        "epochs": 4,
+        "keep_states": 1,
+        "save_every_minutes": 1e-9,
+    }
     whole, out = tmp_path / "whole", tmp_path / "run"
     expected = loop.train(config(photos, whole, **settings), QUIET)
     assert events(whole, "rollback")[-1] == "continuing after step 3"
-    assert [line["step"] for line in read_lines(whole / "evaluations.jsonl")] == [0, 3, 6, 9]
+    assert [line["step"] for line in read_lines(whole / "evaluations.jsonl")] == [0, 3, 6, 9, 12]
     half = load_checkpoint(expected)[2]["settings"]["lr"] * math.sqrt(8 / 1024) / 2
     assert max(line["lr"] for line in read_lines(whole / "metrics.jsonl")[3:]) <= half * 1.001
     one_step = loop.train_step
@@ -318,7 +325,7 @@ def test_a_run_that_the_guard_stops_keeps_its_best_step(photos, tmp_path, monkey
     guarded_by(falling(lambda step, _: 0.5 if step <= 3 else 0.1), monkeypatch)
     out = tmp_path / "run"
     with pytest.raises(RunStopped, match="its checkpoints are kept"):
-        loop.train(config(photos, out, on_knn="stop", eval_every_epochs=1, epochs=4), QUIET)
+        loop.train(config(photos, out, on_measure="stop", eval_every_epochs=1, epochs=4), QUIET)
     assert find_state(out)[0].step == 3
     assert (out / "checkpoint.safetensors").exists()
 
@@ -343,7 +350,7 @@ def test_the_guard_keeps_what_the_weights_had_before_the_first_step(photos, tmp_
             loop.train(config(photos, out, **settings), QUIET)
         [line] = read_lines(out / "evaluations.jsonl")  # measured once
         assert line["step"] == 0
-        assert find_state(out)[0].memory["sentinels"]["best_knn"] == line["knn_cls_10"]
+        assert find_state(out)[0].memory["sentinels"]["best"] == line["knn_cls_10"]
 
 
 def tinted(folder, n=40):
@@ -387,13 +394,13 @@ def test_a_ruinous_rate_is_noticed_by_the_guard(tmp_path):
     ruin = {"held_out_share": 0.4, "n_local": 0, "drop_path": 0.0, "warmup": 0.0, "seed": 2, "init": good}
     ruin |= {"lr": 5.0, "momentum": [0.0, 0.0], "eval_every_epochs": 1, "epochs": 4}
     out = tmp_path / "ruined"
-    with pytest.raises(RunStopped, match=r"k-NN is .*down from 100\.0% at step 0.*lost more than.*lower lr"):
+    with pytest.raises(RunStopped, match=r"k-NN accuracy is .*down from 100\.0% at step 0.*more than.*lower lr"):
         loop.train(config(data, out, **ruin), QUIET)
     before, after = [line["knn_cls_10"] for line in read_lines(out / "evaluations.jsonl")]
     assert before == 1
     assert after < 0.8
     out = tmp_path / "back"
-    slow = {**ruin, "on_knn": "rollback", "rollback_lr_factor": 1e-9}
+    slow = {**ruin, "on_measure": "rollback", "rollback_lr_factor": 1e-9}
     loop.train(config(data, out, **slow), QUIET)
     assert "continuing after step 0" in events(out, "rollback")
     assert json.loads((out / "knn.json").read_text())["cls"]["10"] == pytest.approx(before, abs=0.1)
@@ -555,7 +562,7 @@ def test_ranks_share_what_the_sentinels_of_the_first_decide(monkeypatch):
 
     told = {"rollbacks": 1, "lr_factor": 0.5}
     sentinels = Sentinels(Limits(10, 32))
-    verdict = Verdict("knn", "rollback", 6, 3, "x")
+    verdict = Verdict("measure", "rollback", 6, 3, "x")
     state = {**sentinels.state_dict(), **told}
     monkeypatch.setattr(between, "from_main", lambda world, value: (verdict, state))
     run = SimpleNamespace(world=SimpleNamespace(is_main=False), sentinels=sentinels)

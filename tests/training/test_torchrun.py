@@ -19,7 +19,7 @@ from rich.console import Console
 
 from tests.arithmetic import ENVIRONMENT
 from training import train as loop
-from training.config import load_config
+from training.recipe import load_config
 from training.state import find_state
 from training.watch.monitor import read_lines
 

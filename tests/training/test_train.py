@@ -22,12 +22,13 @@ from tests.training.tiny import ALONE, QUIET, TINY
 from training import step
 from training import train as loop
 from training.__main__ import main
-from training.config import TrainConfig, load_config, recipe_names
+from training.config import TrainConfig
 from training.data.crops import Crops, make_micros
+from training.ending import RunStopped
 from training.losses import koleo_loss
 from training.optimizer import clip_gradients, make_optimizer, set_schedule
 from training.provenance import code_revision
-from training.run import RunStopped
+from training.recipe import load_config, recipe_names
 from training.setup import make_setup, strategy_of
 from training.state import find_state
 from training.student_teacher import DinoHead, Network, Output, make_teacher, update_teacher
@@ -63,7 +64,8 @@ def parts_of(config):
 def test_a_run_leaves_a_checkpoint_that_loads_strictly_and_its_figures(photos, tmp_path):
     out = tmp_path / "run"
     path = loop.train(config(photos, out), QUIET)
-    weights, vit_config, provenance = load_checkpoint(path)
+    assert path.name == "checkpoint.best.safetensors"
+    weights, vit_config, provenance = load_checkpoint(out / "checkpoint.safetensors")
     assert vit_config == ViTConfig(**{**TINY["vit"], "pos_embed_rule": "antialias"})
     DinoVisionTransformer(vit_config).load_state_dict(weights, strict=True)
     found = lines(out)
@@ -199,7 +201,9 @@ def test_the_defaults_are_those_of_dinov2s_short_recipe():
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_is_valid_and_says_how_it_is_run(recipe, tmp_path):
-    found = load_config(recipe, tmp_path, tmp_path, ["epochs=2.5", "global_scale=[0.5, 1.0]", "seed=7"])
+    found = load_config(
+        recipe, tmp_path, tmp_path, ["epochs=2.5", "global_scale=[0.5, 1.0]", "seed=7", "init=a", "teacher=b"]
+    )
     assert (found.epochs, found.global_scale, found.seed, found.recipe) == (2.5, (0.5, 1.0), 7, recipe)
     assert "-m training" in (Path(__file__).parents[2] / f"training/recipes/{recipe}.toml").read_text()
 
@@ -222,8 +226,8 @@ def test_every_recipe_is_valid_and_says_how_it_is_run(recipe, tmp_path):
         ("smoke", ["epochs=1e30"], "^epochs=1e\\+30: must be at most"),
         ("smoke", ["epochs=three"], "^epochs='three': must be a number"),
         ("smoke", ["seed=-1"], "^seed=-1: must be at least 0"),
-        ("smoke", ["global_scale=[1.0, 0.4]"], "^global_scale=.1, 0.4. must be shares"),
-        ("smoke", ["local_scale=[0.0, 0.4]"], "^local_scale=.0, 0.4. must be shares"),
+        ("smoke", ["global_scale=[1.0, 0.4]"], "^global_scale=.1, 0.4.: the first value must"),
+        ("smoke", ["local_scale=[0.0, 0.4]"], "^local_scale.0=0.0: must be more than 0"),
         ("smoke", ["last_phase={share = 1.2, global_size = 98, local_size = 42}"], "last_phase.share"),
     ],
 )
@@ -370,8 +374,8 @@ def test_only_the_giant_is_sharded_unless_told_otherwise(model, strategy, expect
 
 
 def test_the_settings_of_the_sentinels_reach_them(photos, tmp_path, monkeypatch):
-    actions = {"on_collapse": "rollback", "on_not_finite": "stop", "on_knn": "warn"}
-    bounds = {"rollback_lr_factor": 0.3, "min_rankme_share": 0.2, "knn_margin": 2.5, "max_rollbacks": 9}
+    actions = {"on_collapse": "rollback", "on_not_finite": "stop", "on_measure": "warn"}
+    bounds = {"rollback_lr_factor": 0.3, "min_rankme_share": 0.2, "measure_margin": 2.5, "max_rollbacks": 9}
     seen = []
 
     def stopped(run, first, stop):
@@ -528,7 +532,7 @@ def test_a_run_starts_from_another_ones_backbone(photos, tmp_path):
     for network in (parts.student, parts.ema):
         assert all(torch.equal(network.backbone.state_dict()[key], weights[key]) for key in weights)
     _, _, found = load_checkpoint(loop.train(started, QUIET))
-    assert found["init"]["name"] == "checkpoint.safetensors"
+    assert found["init"]["name"] == "checkpoint.best.safetensors"
     assert str(tmp_path) not in json.dumps(found)
 
 
@@ -544,7 +548,7 @@ def test_a_run_starts_from_an_artifact(photos, tmp_path):
 
 def test_a_run_does_not_start_from_another_network(photos, tmp_path):
     first = loop.train(config(photos, tmp_path / "first", epochs=1), QUIET)
-    with pytest.raises(ValueError, match=r"init=.*checkpoint\.safetensors has a different network.*depth=2.*depth=3"):
+    with pytest.raises(ValueError, match=r"init=.*best\.safetensors has a different network.*depth=2.*depth=3"):
         loop.train(config(photos, tmp_path / "second", init=first, vit={**TINY["vit"], "depth": 3}), QUIET)
 
 

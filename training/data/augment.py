@@ -1,10 +1,8 @@
 """Random crops and colour changes for whole batches, in plain tensor code that runs on the network's device.
 
 DINOv2 augments one crop at a time with Pillow and torchvision (`dinov2/data/augmentations.py`). This module augments
-many crops at once. Cropping, resizing and flipping are linear and act on each axis separately, so a crop is computed by
-two small matrix products, rows @ image @ columns^T. The products give the same values as Pillow's `resize` with a box
-and the bilinear filter. `tests/training/data/test_augment.py` compares each operation with a plain per-image
-definition.
+many crops at once. `training/data/boxes.py` cuts them out of their images. `tests/training/data/test_augment.py`
+compares each operation with a plain per-image definition.
 
 `draw_views` makes the random choices for a crop. They are derived from a key, which is a hash of the seed, the step and
 the position of the image in the batch (`training/randomness.py`), so they do not depend on other images. They are made
@@ -14,22 +12,20 @@ operations. Changes of brightness, contrast and saturation are all blends with a
 blending can apply them in any order. The hue is shifted before, between or after the rounds.
 
 Crops are processed in chunks. On a CPU, a chunk contains as many crops as fit into the cache; on a GPU, as many as fit
-into a memory limit. On a CPU, a window around each crop is first cut out of the image, because a local crop needs only
-a small part of its image.
+into a memory limit.
 
 One difference from DINOv2 is deliberate. Its `GaussianBlur(p)` blurs with probability 1 - p, so the released weights
 were trained with blur on none of the first global crops, 90 % of the second global crops and 50 % of the local crops.
 Here `View.blur` is the probability that a crop is blurred, and a run's default settings have these effective values.
 
-Legend: V views per image, B images, n crops, S side of a stored image, W side of the window cut out of it, o side of a
-crop. Crops are float [n, 3, o, o] in 0..1. A box is (top, left, height, width) as fractions of the image's sides.
-Images are uint8 [B, 3, S, S], squashed to squares. `aspect` is their width / height before they were squashed. It is
-needed to give a crop the right aspect ratio in the original image. Functions with a trailing underscore work in place.
+Legend: V views per image, B images, n crops, S side of a stored image, o side of a crop. Crops are float [n, 3, o, o]
+in 0..1. A box is (top, left, height, width) as fractions of the image's sides. Images are uint8 [B, 3, S, S], squashed
+to squares. `aspect` is their width / height before they were squashed. It is needed to give a crop the right aspect
+ratio in the original image. Functions with a trailing underscore work in place.
 """
 
 import functools
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -37,18 +33,16 @@ import torch
 from torch import Tensor
 
 from model.preprocess import PreprocessSpec
+from training.data.boxes import DRAW_BOX, Filter, crop_resize, sample_boxes, window_sides
 from training.randomness import SampleRandom
 
 LUMA = (0.2989, 0.587, 0.114)
 BLUR_TAPS = 9
 BLUR_SIGMA = (0.1, 2.0)
 TAPS_FROM_SIDE = 64  # on a CPU, crops of at least this side are blurred tap by tap, and smaller crops by matrices
-CROP_ATTEMPTS = 10
-CROP_ASPECT = (3 / 4, 4 / 3)
 BRIGHTNESS, CONTRAST, SATURATION = range(3)  # kinds of blend
 BLEND_ORDERS = tuple(itertools.permutations(range(3)))
-DRAW_BOX, DRAW_LOOK = range(2)  # the draws of a crop, by number
-WINDOW_STEP = 32  # pixels
+DRAW_LOOK, DRAW_GEOMETRY = DRAW_BOX + 1, DRAW_BOX + 2  # the draws of a crop, by number
 CPU_CHUNK, GPU_CHUNK = 2**21, 2**26  # maximum elements of a chunk's crops (or of their windows, if larger)
 
 
@@ -57,13 +51,14 @@ class View:
     """The settings for one kind of crop, such as local crops.
 
     `size` is the side of the crop in pixels. `scale` is the range of the crop's area, as a share of the image's area.
-    `blur` and `solarize` are the probabilities that a crop is blurred or solarised.
+    `blur` and `solarize` are the probabilities that a crop is blurred or solarised. `filter` resizes the crop.
     """
 
     size: int
     scale: tuple[float, float]
     blur: float = 0.0
     solarize: float = 0.0
+    filter: Filter = "bicubic"
 
 
 @dataclass(frozen=True)
@@ -86,11 +81,27 @@ class Jitter:
 
 
 @dataclass(frozen=True)
+class Geometry:
+    """The probabilities that a crop is mirrored or turned. DINOv2 only mirrors crops horizontally.
+
+    `flip` is the probability of a horizontal mirror image, and `vertical_flip` that of a vertical one. `quarter_turns`
+    is the probability that the crop is then turned by 90, 180 or 270 degrees, each with the same probability. At 0.75,
+    all four orientations are equally frequent.
+    """
+
+    flip: float = 0.5
+    vertical_flip: float = 0.0
+    quarter_turns: float = 0.0
+
+
+@dataclass(frozen=True)
 class Draws:
     """The random choices for n crops, as tensors on the CPU.
 
     - `boxes` [n, 4]: top, left, height and width of each crop, as fractions of the image's sides.
-    - `flips` bool [n]: True for crops that are mirrored.
+    - `flips` bool [n, 2]: True for crops that are mirrored vertically (first column) or horizontally (second column).
+    - `transposed` bool [n]: True for crops whose rows and columns are exchanged after mirroring. A quarter turn is a
+      mirror image with rows and columns exchanged.
     - `gains` [n, 3]: the white balance factor of each channel, or None if the white balance is not changed.
     - `blends` int [n, 3]: the property that each of three rounds of blending changes: brightness, contrast or
       saturation.
@@ -103,6 +114,7 @@ class Draws:
 
     boxes: Tensor
     flips: Tensor
+    transposed: Tensor
     gains: Tensor | None
     blends: Tensor
     factors: Tensor
@@ -113,38 +125,21 @@ class Draws:
     solarize: Tensor
 
 
-def sample_boxes(aspect: Tensor, scale: tuple[float, float], random: SampleRandom) -> Tensor:
-    """Draw the boxes of n random crops as in torchvision's RandomResizedCrop.
+def _draw_mirrors(flip: Tensor, geometry: Geometry, random: SampleRandom) -> tuple[Tensor, Tensor]:
+    """Draw how n crops are mirrored and turned, and return the `flips` and `transposed` of `Draws`.
 
-    Args:
-        aspect: width / height of each crop's image, [n].
-        scale: range of a box's area, as a share of the image's area. The area is uniform in this range.
-        random: the source of the random numbers, with one key per crop.
-
-    Returns:
-        [n, 4]: top, left, height and width of each box, as fractions of the image's sides. The log of a box's aspect
-        ratio is uniform between log 3/4 and log 4/3. If ten attempts give no box that fits into the image, the box is
-        the largest centred one with an aspect ratio in this range.
+    `flip` [n] are the uniform random numbers that decide about horizontal mirror images.
     """
-    # In float64, the way in which exp is vectorised changes neither the choice of the attempt nor the rounded box.
-    drawn = random.uniform(DRAW_BOX, (2 * CROP_ATTEMPTS + 2,)).double()
-    area, ratio, shift = drawn[:, :CROP_ATTEMPTS], drawn[:, CROP_ATTEMPTS:-2], drawn[:, -2:]
-    aspect = aspect.double()
-    area = scale[0] + (scale[1] - scale[0]) * area
-    low, high = (math.log(bound) for bound in CROP_ASPECT)
-    ratio = (low + (high - low) * ratio).exp() / aspect[:, None]  # width / height in units of the image's sides
-    widths, heights = (area * ratio).sqrt(), (area / ratio).sqrt()
-    fits = (widths <= 1) & (heights <= 1)
-    first = fits.int().argmax(dim=1, keepdim=True)
-    any_fits = fits.any(dim=1)
-    centred = aspect.clamp(*CROP_ASPECT) / aspect  # width / height of the fallback box, in units of the sides
-    width = torch.where(any_fits, widths.gather(1, first)[:, 0], centred.clamp(max=1))
-    height = torch.where(any_fits, heights.gather(1, first)[:, 0], (1 / centred).clamp(max=1))
-    top, left = torch.where(any_fits[:, None], shift, 0.5).unbind(1)
-    return torch.stack((top * (1 - height), left * (1 - width), height, width), dim=1).float()
+    vertical, turned, quarters = random.uniform(DRAW_GEOMETRY, (3,)).unbind(1)
+    turns = torch.where(turned < geometry.quarter_turns, 1 + (3 * quarters).long(), 0)  # quarters, counterclockwise
+    # A quarter turn counterclockwise is a horizontal mirror image with rows and columns exchanged. A half turn is both
+    # mirror images, and three quarter turns are a vertical mirror image with rows and columns exchanged.
+    vertical_flips = (vertical < geometry.vertical_flip) ^ (turns >= 2)
+    flips = (flip < geometry.flip) ^ ((turns == 1) | (turns == 2))
+    return torch.stack((vertical_flips, flips), dim=1), turns % 2 == 1
 
 
-def draw_views(aspect: Tensor, view: View, jitter: Jitter, random: SampleRandom) -> Draws:
+def draw_views(aspect: Tensor, view: View, jitter: Jitter, geometry: Geometry, random: SampleRandom) -> Draws:
     """Draw the random choices for n crops of the kind `view`.
 
     `aspect` [n] is the width / height of each crop's image, and `random` is the source of the random numbers.
@@ -162,9 +157,11 @@ def draw_views(aspect: Tensor, view: View, jitter: Jitter, random: SampleRandom)
     sequence = (order * (4 * len(BLEND_ORDERS))).long()  # one of the 24 orders of three blends and the hue
     blends = torch.tensor(BLEND_ORDERS)[sequence % len(BLEND_ORDERS)]
     turned = chosen & (jitter.hue > 0)
+    flips, transposed = _draw_mirrors(flip, geometry, random)
     return Draws(
         boxes=sample_boxes(aspect, view.scale, random),
-        flips=flip < 0.5,
+        flips=flips,
+        transposed=transposed,
         gains=around(1.0, jitter.white_balance, gains) if jitter.white_balance > 0 else None,
         blends=blends,
         factors=factors.gather(1, blends),
@@ -191,65 +188,6 @@ def _change(chosen: Tensor, crops: Tensor, change: Callable[..., Tensor], *param
     device_index = index.to(crops.device, non_blocking=True)
     values = (p[index].to(crops.device, non_blocking=True) for p in parameters)
     return crops.index_copy_(0, device_index, change(crops.index_select(0, device_index), *values))
-
-
-def resize_weights(start: Tensor, length: Tensor, source: int, out: int) -> Tensor:
-    """Return n matrices [n, out, source], each of which resamples part of an image axis to `out` pixels.
-
-    The axis has `source` pixels. The part begins at `start` [n] and ends at `start + length`, in pixels. If `length`
-    [n] is negative, the part is mirrored. As in Pillow's `resize(..., BILINEAR, box=...)`, each row has triangular
-    weights around the centre of an output pixel. The half width of the triangle is max(1, |length| / out). Pixels
-    beyond the edge of the image get no weight, and the weights in each row are scaled to sum to one.
-    """
-    step = length / out  # source pixels per output pixel, [n]
-    centres = start[:, None] + (torch.arange(out, device=start.device) + 0.5) * step[:, None]  # [n, out]
-    reach = step.abs().clamp(min=1)[:, None, None]
-    pixels = (torch.arange(source, device=start.device) + 0.5) / reach  # [n, 1, source]
-    weights = (pixels - centres[:, :, None] / reach).abs_().neg_().add_(1).clamp_(min=0)
-    return weights.div_(weights.sum(dim=-1, keepdim=True))
-
-
-def window_sides(boxes: Tensor, side: int, out: int) -> Tensor:
-    """Return, for each crop, the side in pixels of a square window that contains all pixels the crop needs, int [n].
-
-    `boxes` [n, 4] are the crops (top, left, height, width) as fractions of the image's sides. `side` is the side of the
-    images and `out` the side of the resized crops, both in pixels. The result is rounded up to a multiple of
-    `WINDOW_STEP`, so that only a few sizes occur, but is never more than `side`.
-    """
-    length = boxes[:, 2:] * side
-    seen = (length + 2 * (length / out).clamp(min=1)).amax(dim=1) + 2
-    return ((seen / WINDOW_STEP).ceil().long() * WINDOW_STEP).clamp(max=side)
-
-
-def crop_resize(images: Tensor, photo: Tensor, boxes: Tensor, out: int, flips: Tensor, window: int) -> Tensor:
-    """Cut crops out of images, resize them, and return them as float [n, 3, out, out] in 0..1.
-
-    Args:
-        images: squares of side S, uint8 [B, 3, S, S].
-        photo: the index of the image that each crop is cut from, int [n] on the CPU.
-        boxes: top, left, height and width of each crop, as fractions of the image's sides, [n, 4] on the CPU.
-        out: side of the resized crops, pixels.
-        flips: True for crops that are mirrored, bool [n] on the CPU.
-        window: side of the part of the image, around each crop, from which the crop is computed. It is either S (the
-            whole image) or at least the largest side that `window_sides` returns for the boxes.
-    """
-    side = images.shape[-1]
-    start, length = (boxes * side).chunk(2, dim=1)  # each [n, 2]: vertical, horizontal
-    if window < side:
-        corner = (start - (length / out).clamp(min=1)).floor().clamp(0, side - window).long()
-        places = zip(photo.tolist(), *corner.T.tolist(), strict=True)
-        pixels = torch.stack([images[p, :, top : top + window, left : left + window] for p, top, left in places])
-        start = start - corner
-    else:
-        pixels = images.index_select(0, photo.to(images.device, non_blocking=True))
-    sign = torch.stack((torch.ones(len(boxes)), 1 - 2 * flips.float()), dim=1)
-    start, length = start + length * (sign < 0), length * sign
-    spans = torch.stack((start, length)).flatten(1).to(images.device, non_blocking=True)  # [2, n*2]
-    rows, columns = resize_weights(spans[0], spans[1], window, out).view(-1, 2, out, window).unbind(1)
-    # The channels are between height and width, so that each product handles all three channels at once.
-    wide = pixels.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format).flatten(2)  # [n, W, 3*W]
-    narrow = ((rows / 255) @ wide).view(-1, out * 3, window) @ columns.transpose(1, 2)  # [n, o*3, o]
-    return narrow.view(-1, out, 3, out).transpose(1, 2).contiguous()
 
 
 def grayscale(images: Tensor) -> Tensor:
@@ -416,8 +354,18 @@ def normalize(images: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.addcmul(-mean / std, images, 1 / std, out=out)
 
 
+def _transpose(crops: Tensor) -> Tensor:
+    return crops.transpose(2, 3).contiguous()
+
+
 def augmented_views(
-    images: Tensor, aspect: Tensor, view: View, n_views: int, jitter: Jitter, random: SampleRandom
+    images: Tensor,
+    aspect: Tensor,
+    view: View,
+    n_views: int,
+    jitter: Jitter,
+    geometry: Geometry,
+    random: SampleRandom,
 ) -> Tensor:
     """Make `n_views` random crops of each image, normalised for the network.
 
@@ -427,22 +375,27 @@ def augmented_views(
         view: the kind of crop.
         n_views: number of crops per image.
         jitter: the strengths and probabilities of the colour changes.
+        geometry: the probabilities that a crop is mirrored or turned.
         random: the source of the random numbers, on the CPU, with one key per image. The random choices for an image
             depend only on its key.
 
     Returns:
         float [n_views * B, 3, view.size, view.size]: the first crops of all images, then the second crops, and so on.
     """
-    n_photos, side, out = len(images), images.shape[-1], view.size
-    draws = draw_views(aspect.repeat(n_views), view, jitter, random.views(n_views))
+    n_images, side, out = len(images), images.shape[-1], view.size
+    draws = draw_views(aspect.repeat(n_views), view, jitter, geometry, random.views(n_views))
     on_cpu = images.device.type == "cpu"
-    windows = window_sides(draws.boxes, side, out) if on_cpu else torch.full((len(draws.boxes),), side)
+    windows = torch.full((len(draws.boxes),), side)
+    if on_cpu:
+        windows = window_sides(draws.boxes, side, out, view.filter)
     chunk = CPU_CHUNK if on_cpu else GPU_CHUNK
     result = torch.empty(len(windows), 3, out, out, device=images.device)
     for window in sorted(set(windows.tolist())):
         per_chunk = max(1, chunk // (3 * max(out, window) ** 2))
         for index in torch.split((windows == window).nonzero()[:, 0], per_chunk):
-            crops = crop_resize(images, index % n_photos, draws.boxes[index], out, draws.flips[index], window)
+            boxes, flips = draws.boxes[index], draws.flips[index]
+            crops = crop_resize(images, index % n_images, boxes, out, flips, window, view.filter)
+            crops = _change(draws.transposed[index], crops, _transpose)
             crops = change_colors_(crops, draws, index)
             sigma = draws.sigma[index]
             crops = _change(sigma > 0, crops, gaussian_blur, sigma)

@@ -201,7 +201,9 @@ def file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """
     try:
         system, path = fsspec.url_to_fs(url)
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
+        raise ValueError(f"{url} needs a package that is not installed: {error}") from error
+    except ValueError as error:
         raise ValueError(f"{url}: {error}") from error
     return system, path
 

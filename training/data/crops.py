@@ -6,16 +6,25 @@ Legend: b images of a micro-batch, V local crops per image, N patches of a globa
 which iBOT's loss is computed, S side of an image (stored as a square), G and L sides of global and local crops.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from training.data.augment import Jitter, View, augmented_views
+from training.data.augment import Geometry, Jitter, View, augmented_views
+from training.data.boxes import CROP_ASPECT
 from training.data.masking import batch_masks
 from training.distributed import World
 from training.randomness import SampleRandom, sample_keys
+
+WIDEST_ASPECT: Final = 3 / 2
+"""The aspect ratio of images up to which `least_cache_side` enlarges no crop more than Meta's code does."""
+
+SIDE_STEP: Final = 16  # pixels
 
 
 @dataclass(frozen=True)
@@ -39,10 +48,31 @@ class CropSettings:
     mask_ratio: tuple[float, float]
     mask_probability: float
     ibot_on_all_patches: bool = False  # iBOT uses every patch, and no patch is masked
+    geometry: Geometry = field(default_factory=Geometry)
 
     def phase(self, share_done: float) -> Phase:
         """Return the phase that is active once the share `share_done` (0 to 1) of the run's steps has been done."""
         return [phase for phase in self.phases if share_done >= phase.starts_at][-1]
+
+
+def least_cache_side(views: Iterable[View]) -> int:
+    """Return the side S of the squares to which images must be squashed so that cropping loses no detail.
+
+    Meta's code crops the full image. In an image of W x H pixels, a crop with the share f of the area and the aspect
+    ratio r (width / height) has sqrt(f r W H) columns. After the image has been squashed to a square of side S, the
+    same crop has S sqrt(f r H / W) columns and S sqrt(f W / (r H)) rows. The result is the least S, rounded up to a
+    multiple of 16 pixels, for which the smallest crops have at least as many columns and rows in the square as they
+    have after resizing, in images with an aspect ratio of up to 3:2 (or 2:3):
+
+        S = size * sqrt(3/2 / (3/4 * f)) = size * sqrt(2 / f), where f is the smallest area of the view
+
+    So no crop is enlarged from the square. If Meta's code enlarges a crop, because the image is small, the enlargement
+    happens here when the image is squashed, and is of the same size. An image with an aspect ratio a above 3:2 is an
+    exception: its narrowest crops are enlarged up to sqrt(a / 1.5) times, which is 1.15 at 2:1. Images with both sides
+    below S are no exception, because the square has all their pixels.
+    """
+    shortest = [view.size * math.sqrt(WIDEST_ASPECT / (CROP_ASPECT[0] * view.scale[0])) for view in views]
+    return SIDE_STEP * math.ceil(max(shortest) / SIDE_STEP)
 
 
 @dataclass(frozen=True)
@@ -87,7 +117,7 @@ def make_crops(
     moved = images.to(device, non_blocking=True)
     random = SampleRandom(sample_keys(settings.seed, step, positions))
     first, second, *local = (
-        augmented_views(moved, aspect, view, n, settings.jitter, random.fork(kind))
+        augmented_views(moved, aspect, view, n, settings.jitter, settings.geometry, random.fork(kind))
         for kind, (view, n) in enumerate(phase.views)
         if n
     )

@@ -49,6 +49,27 @@ class Skipped:
     reason: str
 
 
+@dataclass(frozen=True)
+class Classes:
+    """The classes of n images: for each image its number in `names`, or -1 if it has no class, int32 [n]."""
+
+    numbers: npt.NDArray[np.int32]
+    names: Sequence[str]
+
+    def __getitem__(self, indices: Indices | slice) -> "Classes":
+        return Classes(self.numbers[indices], self.names)
+
+
+def joined_classes(parts: Sequence[Classes]) -> Classes:
+    """Return the classes of all images of several parts, one part after the other. Classes with equal names are one."""
+    known: dict[str, int] = {}
+    numbers = [np.zeros(0, np.int32)]
+    for part in parts:
+        new = np.array([known.setdefault(name, len(known)) for name in part.names] + [-1], np.int32)
+        numbers.append(new[part.numbers])  # the last entry is for -1
+    return Classes(np.concatenate(numbers), list(known))
+
+
 class Source(Protocol):
     """A numbered collection of encoded images. All methods may be called from any thread.
 
@@ -73,6 +94,9 @@ class Source(Protocol):
         """Return the printable name of an image. It is unique in the source and the same on every machine."""
 
     def label(self, index: int) -> str | None: ...
+
+    def classes(self) -> Classes:
+        """Return the classes of all images. They are the labels, except that `FolderSource` finds fewer classes."""
 
     def encoded(self, index: int) -> bytes:
         """Return the bytes of an image's encoded file.
@@ -137,6 +161,9 @@ class Subset:
 
     def label(self, index: int) -> str | None:
         return self._source.label(int(self._indices[index]))
+
+    def classes(self) -> Classes:
+        return self._source.classes()[self._indices]
 
     def encoded(self, index: int) -> bytes:
         return self._source.encoded(int(self._indices[index]))
@@ -285,15 +312,20 @@ def _held_out(n_photos: int, share: float, seed: int) -> tuple[Indices, Indices]
     return np.sort(order[n_held_out:]), np.sort(order[:n_held_out])
 
 
-def split_source(source: Source, held_out_share: float, seed: int) -> tuple[Subset, Subset]:
-    """Return two sources: the images to train on, and the images to hold out for evaluation.
+def split_indices(source: Source, held_out_share: float, seed: int) -> tuple[Indices, Indices]:
+    """Return the numbers of the images to train on, and those of the images to hold out for evaluation.
 
     If the source is already divided into `train` and `val` (see `Source.parts`), these two parts are returned.
     Otherwise the share `held_out_share` of all images is drawn at random with `seed` and held out.
     """
     if {"train", "val"} <= set(source.parts):
-        return Subset(source, source.parts["train"]), Subset(source, source.parts["val"])
-    train, held_out = _held_out(len(source), held_out_share, seed)
+        return source.parts["train"], source.parts["val"]
+    return _held_out(len(source), held_out_share, seed)
+
+
+def split_source(source: Source, held_out_share: float, seed: int) -> tuple[Subset, Subset]:
+    """Return two sources: the images to train on, and the images to hold out for evaluation (see `split_indices`)."""
+    train, held_out = split_indices(source, held_out_share, seed)
     return Subset(source, train), Subset(source, held_out)
 
 

@@ -34,6 +34,8 @@ from torch import Tensor
 from model.cpus import available_cpus
 from model.decode import Pixels
 from training.data.dataset import Skipped, Source, Subset, batch_indices, decode_square
+from training.data.order import MixedPlan
+from training.data.progress import Tell, progress
 
 Plan = Callable[[int, int], Tensor]
 """A function of the number of images and the step that returns the numbers of this rank's images, int64 [b]."""
@@ -123,7 +125,7 @@ def to_device(pixels: Tensor, device: torch.device) -> Tensor:
 class MemoryLoader:
     """A loader that decodes all images when it is created.
 
-    The images are stored in memory as squares, which take 3 * side^2 bytes each.
+    The images are stored in memory as squares, which take 3 * side^2 bytes each. `tell` shows the progress of decoding.
 
     Raises:
         ValueError: no image could be read, or the share of broken images is larger than `max_broken_share`.
@@ -142,8 +144,9 @@ class MemoryLoader:
         workers: int,
         device: torch.device,
         max_broken_share: float = Reading.max_broken_share,
+        tell: Tell | None = None,
     ) -> None:
-        self._plan, self._device = plan, device
+        self._device = device
         self.waited_s = 0.0
         pixels, aspect = torch.empty(len(source), 3, side, side, dtype=torch.uint8), torch.empty(len(source))
         squares, aspects = pixels.numpy(), aspect.numpy()
@@ -158,9 +161,16 @@ class MemoryLoader:
                     outcome.append(Skipped(source.name(index), str(error)))
             return outcome
 
+        n, outcome = len(source), list[Skipped | None]()
         pool = ThreadPoolExecutor(workers)
         try:
-            outcome = [item for chunk in pool.map(load, range(0, len(source), CHUNK)) for item in chunk]
+            with progress(
+                tell,
+                lambda: f"decoding {n:,} images, {100 * len(outcome) / n:.0f} %",
+                lambda: len(outcome) / n,
+            ):
+                for chunk in pool.map(load, range(0, n, CHUNK)):
+                    outcome += chunk
         finally:
             pool.shutdown(cancel_futures=True)
         self.skipped = [problem for problem in outcome if problem is not None]
@@ -171,6 +181,7 @@ class MemoryLoader:
         if self.skipped:
             _compact(pixels, aspect, good)
         self.source: Source = Subset(source, good) if self.skipped else source
+        self._plan = plan.among(good) if isinstance(plan, MixedPlan) and self.skipped else plan
         self.pixels, self.aspect = pixels[: len(good)], aspect[: len(good)]
 
     def __len__(self) -> int:
@@ -400,6 +411,7 @@ def open_loader(
     cache_bytes: int = 4 * 2**30,
     reading: Reading | None = None,
     device: torch.device | None = None,
+    tell: Tell | None = None,
 ) -> Loader:
     """Open a loader, and return it.
 
@@ -410,10 +422,11 @@ def open_loader(
     Args:
         source: the images.
         side: side of the squares, pixels.
-        plan: function that selects the images of a step, such as one that `shuffled` returns.
+        plan: function that selects the images of a step: one that `shuffled` returns, or a `MixedPlan`.
         cache_bytes: limit on the memory for squares, per process.
         reading: number of threads, and limits on decoding ahead; None: the defaults.
         device: the device of the batches; None: the CPU.
+        tell: function that shows the progress of decoding; None: it is not shown.
 
     Raises:
         ValueError: there are no images, no image could be read, too many images are broken, or a setting is out of
@@ -432,7 +445,7 @@ def open_loader(
     device = device or torch.device("cpu")
     if len(source) * 3 * side**2 <= cache_bytes:
         share = reading.max_broken_share
-        return MemoryLoader(source, side, plan, workers=workers, device=device, max_broken_share=share)
+        return MemoryLoader(source, side, plan, workers=workers, device=device, max_broken_share=share, tell=tell)
     return StreamLoader(
         source,
         side,

@@ -1,43 +1,46 @@
-"""The images of one run: training images, held-out images for evaluation, and a list of the unreadable images."""
+"""The images of one run: training images, held-out images for evaluation, and a list of the unreadable images.
+
+`training/data/listing.py` lists the images first, because the settings of a run may depend on their number.
+"""
 
 import os
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from model.cpus import available_cpus
 from model.decode import Pixels
 from model.files import write_text
 from model.folder import Account
-from training.data.dataset import Photo, Skipped, Source, split_source
-from training.data.loader import Loader, Reading, open_loader, shuffled
-from training.data.sources import open_source, source_digest
-from training.distributed import World, from_main, wait_for_all
+from training.data.dataset import Classes, Photo, Skipped, Source
+from training.data.listing import Listing
+from training.data.loader import Loader, Plan, Reading, open_loader, shuffled
+from training.data.order import MixedPlan
+from training.data.sources import source_digest
+from training.distributed import World, from_main
 
 KNN_PHOTOS = 50_000  # maximum number of training images that k-NN searches; it takes minutes on a GPU
-INDEX = "index"  # folder in the run's folder, with the indices of tar shards
-ASKED_PHOTOS = 10_000  # maximum number of images that k-NN classifies; its accuracy is then known to half a percent
+ASKED_PHOTOS = 10_000  # maximum number of held-out images to read; k-NN's accuracy is then known to half a percent
 SHOWN = 5  # unreadable images shown on the screen; skipped.txt lists all
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """The settings of a run's images: where they are stored, how they are split, and how they are read.
+    """The settings with which a run divides its images into batches and reads them.
 
     `micro_batches` maps the name of each setting for a micro-batch size to its value, or to None if it is not used. The
     number of images per rank and batch must be a multiple of each of these sizes.
     """
 
-    data: str
-    out: Path
-    seed: int
     batch_size: int
     micro_batches: Mapping[str, int | None]
-    held_out_share: float
     side: int  # side of the squares that images are stored as, pixels
     cache_bytes: int
     reading: Reading
@@ -45,11 +48,16 @@ class ImageSettings:
 
 @dataclass(frozen=True)
 class HeldOut(Photo):
-    """A held-out image. If it cannot be read, its name and the reason are added to `broken`."""
+    """A held-out image. Its number is added to `tried` when it is read.
+
+    If it cannot be read, its name and the reason are added to `broken`.
+    """
 
     broken: dict[str, str] = field(compare=False, repr=False)
+    tried: set[int] = field(compare=False, repr=False)
 
     def read(self) -> Pixels:
+        self.tried.add(self.index)
         try:
             return super().read()
         except ValueError as error:
@@ -61,27 +69,46 @@ class HeldOut(Photo):
 class Data:
     """The images of a run.
 
-    `loader` loads the training images. k-NN classifies the images in `held_out` by their neighbours in `train_sample`,
-    a sample of the training images. `digest` is a sha256 that identifies the training images, and `source` is the path
-    or URL of the data. `held_out_broken` maps the names of unreadable held-out images to the reasons.
+    `loader` loads the training images. `train_sample` and `held_out` are samples of the training images and of the
+    held-out images, with and without classes. k-NN classifies the images in `labelled_held_out` by their neighbours in
+    `labelled_train_sample`. All images in these two samples have classes. `digest` is a sha256 that identifies the
+    training images and their order. `source` contains the paths and URLs of the data, and `out` is the run's folder.
+    `held_out_broken` maps the names of unreadable held-out images to the reasons.
     """
 
     loader: Loader
     train_sample: list[Photo]
     held_out: Sequence[Photo]
+    labelled_train_sample: Sequence[Photo]
+    labelled_held_out: Sequence[Photo]
     digest: str
     source: str
+    out: Path
     held_out_broken: dict[str, str] = field(default_factory=dict)
     _n_listed: int = 0  # number of the loader's unreadable images that `unlisted` has already returned
     _n_held_out_listed: int = 0  # the same number for held-out images
 
     @property
     def has_classes(self) -> bool:
-        """Return whether k-NN classification is possible.
+        """Return whether k-NN classification is possible."""
+        return self.why_no_classes is None
 
-        This needs held-out images, and at least two different labels in `train_sample`.
+    @property
+    def why_no_classes(self) -> str | None:
+        """Return the reason why k-NN classification is not possible, or None if it is possible.
+
+        k-NN needs training images of at least two classes, and a held-out image of one of these classes.
         """
-        return bool(self.held_out) and len({photo.label for photo in self.train_sample} - {None}) > 1
+        if not self.held_out:
+            return "no images are held out"
+        known = {photo.label for photo in self.labelled_train_sample}
+        if len(known) < 2:
+            return f"the training images have {'one class' if known else 'no classes'}"
+        if not self.labelled_held_out:
+            return "the held-out images have no classes"
+        if known.isdisjoint(photo.label for photo in self.labelled_held_out):
+            return "the held-out images and the training images have no class in common"
+        return None
 
     def check_same(self, digest: str) -> None:
         """Check that a saved run used the same images, because a resumed run must use them in the same order.
@@ -92,7 +119,8 @@ class Data:
         if digest != self.digest:
             raise ValueError(
                 f"the images in {self.source} differ from those that this run started with: files were added, removed "
-                "or changed; choose another out folder, or remove this one to start again"
+                f"or changed. To continue with the new images, choose another out folder and add init={self.out}. To "
+                f"start again, choose another out folder or remove {self.out}"
             )
 
     def unlisted(self) -> Sequence[Skipped]:
@@ -104,91 +132,101 @@ class Data:
         return [*skipped, *held_out]
 
 
-def check_apart(data: str, out: Path) -> None:
-    """Check that a run's folder is not inside the folder of its images.
-
-    Otherwise the run would train on the images that it writes.
-
-    Raises:
-        ValueError: `out` is the folder of the images, or is inside it.
-    """
-    folder = Path(data.removeprefix("file://"))
-    if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(
-            f"out={out} is inside data={data}: the run would train on its own image sheets; choose another out"
-        )
-
-
 @contextmanager
-def open_data(settings: ImageSettings, world: World, console: Console) -> Iterator[Data]:
-    """Open the images of a run for the duration of a `with` block.
+def open_data(listing: Listing, settings: ImageSettings, world: World, console: Console) -> Iterator[Data]:
+    """Open the listed images of a run for the duration of a `with` block.
 
     Unreadable images are listed in `skipped.txt` in the run's folder, and their number is printed on the console. At
     the end, one line with the numbers of used, ignored and failed files is printed.
 
     Raises:
-        ValueError: there are no images, too many images are unreadable, there are fewer images than one batch contains,
-            or a batch cannot be split evenly over ranks and micro-batches.
+        ValueError: too many images are unreadable, there are fewer images than one batch contains, or a batch cannot be
+            split evenly over ranks and micro-batches.
         OSError: the images cannot be reached.
     """
-    out, batch_size = settings.out, settings.batch_size
-    out.mkdir(parents=True, exist_ok=True)
+    out, batch_size = listing.settings.out, settings.batch_size
     per_rank = share_of_a_batch(batch_size, world.size, settings.micro_batches)
-    if not world.is_main:
-        wait_for_all(world)  # rank 0 makes the shards' index, and the others read it
-    source = open_source(settings.data, out / INDEX)
-    if world.is_main:
-        wait_for_all(world)
-    train, held_out = split_source(source, settings.held_out_share, settings.seed)
-    if len(train) < batch_size:
-        raise ValueError(f"batch_size={batch_size} is more than the {len(train)} images to train on")
-    share = slice(world.rank * per_rank, (world.rank + 1) * per_rank)
+    if len(listing.train) < batch_size:
+        raise ValueError(f"batch_size={batch_size} is more than the {len(listing.train)} images to train on")
     workers = settings.reading.workers or max(1, available_cpus() // world.on_machine)
+    tell = partial(console.print, markup=False, highlight=False, soft_wrap=True) if world.is_main else None
     loader = open_loader(
-        train,
+        listing.train,
         settings.side,
-        shuffled(batch_size, settings.seed, share),
+        make_plan(listing, batch_size, world, per_rank),
         cache_bytes=settings.cache_bytes,
         reading=replace(settings.reading, workers=workers),
         device=world.device,
+        tell=tell,
     )
     with loader:
         if len(loader) < batch_size:
             raise ValueError(f"batch_size={batch_size} is more than the {len(loader)} readable images")
-        digest = from_main(world, source_digest(loader.source, contents=loader.in_memory) if world.is_main else "")
-        broken: dict[str, str] = {}
-        asked = [HeldOut(photo.source, photo.index, broken) for photo in sample(held_out, ASKED_PHOTOS)]
-        data = Data(loader, sample(loader.source, KNN_PHOTOS), asked, digest, settings.data, broken)
+        images = source_digest(loader.source, contents=loader.in_memory, tell=tell) if world.is_main else ""
+        data, tried = make_data(listing, loader, listing.digest(from_main(world, images)))
         if world.is_main:
-            list_skipped([*source.skipped, *data.unlisted()], out, console)
+            list_skipped([*listing.skipped, *data.unlisted()], out, console)
         try:
             yield data
         finally:  # also if too many broken images have ended the run
-            if world.is_main:
+            if tell is not None:
                 list_skipped(data.unlisted(), out, console)
-                n_asked = len(asked) if data.has_classes else 0
-                account = account_of(source, len(train), len(held_out), n_asked, out)
-                console.print(str(account), markup=False, highlight=False, soft_wrap=True)
+                tell(str(account_of(listing, tried, out)))
 
 
-def account_of(source: Source, n_train: int, n_held_out: int, n_asked: int, out: Path) -> Account:
+def make_plan(listing: Listing, batch_size: int, world: World, per_rank: int) -> Plan:
+    """Return the plan of a run's loader, which selects `per_rank` images of each batch for this rank."""
+    share = slice(world.rank * per_rank, (world.rank + 1) * per_rank)
+    if listing.mixture is None:
+        return shuffled(batch_size, listing.settings.seed, share)
+    return MixedPlan(listing.mixture, batch_size, listing.settings.seed, share)
+
+
+def make_data(listing: Listing, loader: Loader, digest: str) -> tuple[Data, set[int]]:
+    """Return the images of a run, and the set to which the numbers of held-out images are added when they are read."""
+    broken: dict[str, str] = {}
+    tried: set[int] = set()
+
+    def held_out(photos: Sequence[Photo]) -> list[Photo]:
+        return [HeldOut(photo.source, photo.index, broken, tried) for photo in photos]
+
+    classes = listing.train_classes if loader.source is listing.train else loader.source.classes()
+    asked = np.flatnonzero(listing.held_out_classes.numbers >= 0)
+    data = Data(
+        loader,
+        sample(loader.source, KNN_PHOTOS),
+        held_out(sample(listing.held_out, ASKED_PHOTOS)),
+        sample_of_classes(loader.source, classes, KNN_PHOTOS),
+        held_out([Photo(listing.held_out, int(i)) for i in asked[:: max(1, -(-len(asked) // ASKED_PHOTOS))]]),
+        digest,
+        listing.settings.named,
+        out=listing.settings.out,
+        held_out_broken=broken,
+    )
+    return data, tried
+
+
+def account_of(listing: Listing, tried: set[int], out: Path) -> Account:
     """Return how many files of a run were used, ignored and failed.
 
     Args:
-        source: the source of all images, including the held-out images.
-        n_train: number of images to train on.
-        n_held_out: number of held-out images.
-        n_asked: number of held-out images that k-NN classifies. The others are not read.
+        listing: the listed images.
+        tried: numbers of the held-out images that this process has read or tried to read.
         out: the run's folder, which may contain `skipped.txt`.
     """
-    account = Account(ignored=Counter(source.ignored))
-    listing = out / "skipped.txt"
-    for line in listing.read_text().splitlines() if listing.exists() else ():
-        account.fail(*line.partition(": ")[::2])
-    account.used = n_train + n_asked - (account.failed - len({item.name for item in source.skipped}))
+    account = Account(ignored=Counter(listing.ignored))
+    lines = (out / "skipped.txt").read_text().splitlines() if (out / "skipped.txt").exists() else []
+    failed = dict(line.partition(": ")[::2] for line in lines)
+    for name, reason in failed.items():
+        account.fail(name, reason)
+    # Held-out images may also have failed in an earlier process of the same run.
+    failed_before = {i for i in range(len(listing.held_out)) if listing.held_out.name(i) in failed} if failed else set()
+    n_held_out = len(tried | failed_before)
+    n_train = len(listing.train)
+    account.used = n_train + n_held_out - (account.failed - len({item.name for item in listing.skipped}))
     others = {
-        "held out but not read": n_held_out - n_asked,
-        "outside the training and held-out parts": len(source) - n_train - n_held_out,
+        "held out but not read": len(listing.held_out) - n_held_out,
+        "outside the training and held-out parts": len(listing.source) - n_train - len(listing.held_out),
     }
     account.ignored.update({kind: n for kind, n in others.items() if n})
     return account
@@ -216,6 +254,26 @@ def share_of_a_batch(batch_size: int, n_ranks: int, micro_batches: Mapping[str, 
 def sample(source: Source, most: int) -> list[Photo]:
     """Return every k-th image of a source, with the smallest k that gives at most `most` images."""
     return [Photo(source, i) for i in range(0, len(source), max(1, -(-len(source) // most)))]
+
+
+def sample_of_classes(source: Source, classes: Classes, most: int) -> list[Photo]:
+    """Return at most `most` of the images that have a class: every k-th image of each class, and at least one.
+
+    k is the smallest number that gives at most `most` images. If there are more classes than that, every k-th image
+    that has a class is returned, so that classes are missing.
+    """
+    labelled = np.flatnonzero(classes.numbers >= 0)
+    if not len(labelled):
+        return []
+    by_class = labelled[np.argsort(classes.numbers[labelled], kind="stable")]
+    sizes = np.bincount(classes.numbers[labelled])
+    if np.count_nonzero(sizes) > most:
+        chosen = labelled[:: -(-len(labelled) // most)]
+    else:
+        k = bisect_left(range(1, sizes.max() + 1), True, key=lambda k: (-(-sizes // k)).sum() <= most) + 1
+        place = np.arange(len(by_class)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # of an image in its class
+        chosen = np.sort(by_class[place % k == 0])
+    return [Photo(source, int(i)) for i in chosen]
 
 
 def list_skipped(skipped: Sequence[Skipped], out: Path, console: Console) -> None:

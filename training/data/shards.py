@@ -38,7 +38,7 @@ import numpy as np
 from model.files import replacing
 from model.folder import HEAD_BYTES, HELD_OUT, HIDDEN, TRAIN, ignored_as, printable, sample_names, split_names
 from training.data.blobs import Blob, LocalBlob, MemoryBlob
-from training.data.dataset import MAX_BYTES, Indices, Skipped
+from training.data.dataset import MAX_BYTES, Classes, Indices, Skipped, joined_classes
 
 COMPRESSED = {".gz": "gunzip", ".tgz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd"}
 """The suffixes of compressed tars, and the commands that unpack them."""
@@ -402,6 +402,9 @@ class TarSource:
     def label(self, index: int) -> str | None:
         _, _, table, i = self._find(index)
         return table.classes[table.labels[i]] if table.labels[i] >= 0 else None
+
+    def classes(self) -> Classes:
+        return joined_classes([Classes(index.labels.astype(np.int32), index.classes) for _, _, index in self._shards])
 
     def encoded(self, index: int) -> bytes:
         """Return the bytes of an image's encoded file.

@@ -13,15 +13,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
 
-from model.folder import HIDDEN, HIDDEN_FOLDERS, LOOPS, printable, split_folders, split_names
-from training.data.blobs import HTTP_TIMEOUT_S, file_system, open_blob
-from training.data.dataset import Indices, Skipped, Source, read_file, walk_folder
-from training.data.shards import COMPRESSED, TarSource, common_folder, is_compressed, load_index, unpacked
+from model.folder import HIDDEN, HIDDEN_FOLDERS, LOOPS, printable, split_folders
+from training.data.blobs import HTTP_TIMEOUT_S, Blob, file_system, open_blob
+from training.data.dataset import Classes, Indices, Skipped, Source, read_file, walk_folder
+from training.data.hugging_face import HuggingFaceSource
+from training.data.progress import Tally, Tell, progress
+from training.data.shards import COMPRESSED, ShardIndex, TarSource, common_folder, is_compressed, load_index, unpacked
 
 MAX_BRACES = 1_000_000
 INDEXING_THREADS = 8
@@ -43,7 +44,8 @@ class FolderSource:
             one of these two subfolders.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tally: Tally | None = None) -> None:
+        tally = tally or Tally()
         self._folder = folder
         start = len(os.path.join(folder, ""))
         self._paths: list[str] = []
@@ -56,10 +58,13 @@ class FolderSource:
                 self.skipped.append(Skipped(printable(Path(listed.path[start:]).as_posix()), listed.problem))
             else:
                 self._paths.append(listed.path[start:])
+                tally.images += 1
         if not self._paths:
             raise ValueError(f"no images below {folder}")
         self.parts: Mapping[str, Indices] = {}
+        self._undivided = {""}  # folders whose images have no class
         if (folders := split_folders(folder)) is not None:
+            self._undivided |= {subfolder.name for subfolder in folders}
             tops = np.array([path.partition(os.sep)[0] for path in self._paths])
             named = zip(("train", "val"), folders, strict=True)
             self.parts = {part: np.flatnonzero(tops == subfolder.name) for part, subfolder in named}
@@ -77,6 +82,22 @@ class FolderSource:
         path = self._folder / self._paths[index]
         return printable(path.parent.name)
 
+    def classes(self) -> Classes:
+        """Return the classes of all images. The class of an image is the folder that directly contains it.
+
+        Images directly in the source's folder, or directly in its folders of training images and held-out images, have
+        no class: the name of such a folder says nothing about the content of an image.
+        """
+        numbers, by_name = np.empty(len(self), np.int32), dict[str, int]()
+        previous, number = None, -1
+        for index, path in enumerate(self._paths):
+            folder = path.rpartition(os.sep)[0]
+            if folder != previous:
+                previous, name = folder, printable(folder.rpartition(os.sep)[2])
+                number = -1 if folder in self._undivided else by_name.setdefault(name, len(by_name))
+            numbers[index] = number
+        return Classes(numbers, list(by_name))
+
     def encoded(self, index: int) -> bytes:
         """Return the bytes of an image's file. The errors are the same as in `dataset.read_file`."""
         return read_file(self._folder / self._paths[index])
@@ -86,112 +107,6 @@ class FolderSource:
             return str((self._folder / self._paths[index]).stat().st_size)
         except OSError as error:
             return type(error).__name__
-
-
-# Hugging Face
-
-
-def _image_column(features: Mapping[str, Any], path: Path) -> str:
-    from datasets import Image  # the caller has already imported it
-
-    columns = [name for name, feature in features.items() if isinstance(feature, Image)]
-    if len(columns) != 1:
-        raise ValueError(
-            f"{path} has {len(columns)} columns of type Image ({columns}), but needs exactly one; "
-            f"its columns are {[*features]}"
-        )
-    return columns[0]
-
-
-class HuggingFaceSource:
-    """A source of the images in a Hugging Face dataset that was saved with `save_to_disk`.
-
-    The images come from the only column of type Image. The labels come from the first column of type ClassLabel, if the
-    dataset has one. The rows stay on disk (memory-mapped Arrow). The name of an image is its split (`data` if there are
-    no splits) and its row number, such as `train/12`.
-
-    For a DatasetDict, `parts` maps `train` to the images of the split `train`, and `val` to those of its held-out
-    split, such as `validation` or `test` (`model.folder.HELD_OUT`). If there is no such pair of splits, `parts` is
-    empty.
-
-    Raises:
-        ValueError: the library `datasets` is missing, the folder is damaged, or the dataset does not have exactly one
-            column of images.
-    """
-
-    skipped: Sequence[Skipped] = ()
-    ignored: Mapping[str, int] = {}
-
-    def __init__(self, path: Path) -> None:
-        try:
-            from datasets import ClassLabel, Dataset, Image, load_from_disk
-        except ImportError as error:
-            raise ValueError(f"{path} is a Hugging Face dataset: reading it needs `pip install datasets`") from error
-        try:
-            loaded = load_from_disk(str(path))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"the Hugging Face dataset in {path} cannot be opened: {error}") from error
-        named = {"data": loaded} if isinstance(loaded, Dataset) else dict(loaded)
-        self._rows: list[tuple[str, Any, str, str | None, list[str]]] = []  # part, dataset, columns, classes
-        ends, parts = [0], {}
-        for part, rows in named.items():
-            image = _image_column(rows.features, path)
-            label = next((name for name, kind in rows.features.items() if isinstance(kind, ClassLabel)), None)
-            classes = rows.features[label].names if label else []
-            kept = rows.select_columns([image, label] if label else [image]).with_format(None)
-            self._rows.append((part, kept.cast_column(image, Image(decode=False)), image, label, classes))
-            ends.append(ends[-1] + len(rows))
-            parts[part] = np.arange(ends[-2], ends[-1])
-        self._ends = np.array(ends[1:])
-        self._labels = [rows.select_columns([label]) if label else None for _, rows, _, label, _ in self._rows]
-        self._sizes: dict[int, Any] = {}
-        two = split_names(parts)
-        self.parts: Mapping[str, Indices] = {"train": parts[two[0]], "val": parts[two[1]]} if two is not None else {}
-
-    def _find(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        return number, index - (int(self._ends[number - 1]) if number else 0)
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def name(self, index: int) -> str:
-        number, row = self._find(index)
-        return f"{self._rows[number][0]}/{row}"
-
-    def label(self, index: int) -> str | None:
-        number, row = self._find(index)
-        _, _, _, column, classes = self._rows[number]
-        labels = self._labels[number]
-        value = labels[row][column] if labels is not None else None
-        return classes[value] if value is not None and 0 <= value < len(classes) else None
-
-    def encoded(self, index: int) -> bytes:
-        """Return an image's bytes, which are either in its row or in a file whose path is in the row.
-
-        Raises:
-            ValueError: the row has no image, or the file cannot be used.
-            OSError: the disk failed.
-        """
-        number, row = self._find(index)
-        _, rows, column, _, _ = self._rows[number]
-        image = rows[row][column]
-        if image is None or (image["bytes"] is None and image["path"] is None):
-            raise ValueError("the row has no image")
-        return image["bytes"] if image["bytes"] is not None else read_file(Path(image["path"]))
-
-    def fingerprint(self, index: int) -> str:
-        number, row = self._find(index)
-        if number not in self._sizes:
-            import pyarrow.compute as pc
-
-            _, rows, column, _, _ = self._rows[number]
-            # Only the offsets in Arrow's table are read, not the bytes of the images.
-            stored = rows.flatten_indices() if rows._indices is not None else rows
-            self._sizes[number] = pc.binary_length(pc.struct_field(stored.data.column(column), "bytes")).to_numpy()
-        return str(self._sizes[number][row])
 
 
 # Choosing the source
@@ -235,19 +150,29 @@ def _is_tar(name: str) -> bool:
 
 
 def _open_shards(
-    urls: Sequence[str], names: Sequence[str], index_dir: Path, spec: str, others: Mapping[str, int] | None = None
+    urls: Sequence[str],
+    index_dir: Path,
+    spec: str,
+    tally: Tally,
+    others: Mapping[str, int] | None = None,
 ) -> TarSource:
     """Open tar shards as a source. `others` counts the other files in the folder of the shards, by kind."""
     client = httpx.Client(follow_redirects=True, timeout=HTTP_TIMEOUT_S)
+    tally.all_shards += len(urls)
 
-    def index(url: str, name: str) -> tuple[str, Any, Any]:
+    def index(url: str, name: str) -> tuple[str, Blob, ShardIndex]:
         blob = open_blob(url, client)
         if is_compressed(_path_of(url)):
             blob = unpacked(blob)
         return name, blob, load_index(blob, name, index_dir)
 
+    shards = []
     with ThreadPoolExecutor(INDEXING_THREADS) as pool:
-        source = TarSource(list(pool.map(index, urls, names)), others)
+        for shard in pool.map(index, urls, _relative_names(urls)):
+            shards.append(shard)
+            tally.shards += 1
+            tally.images += len(shard[2].names)
+    source = TarSource(shards, others)
     if not len(source):
         problems = "".join(f"; {item.name}: {item.reason}" for item in source.skipped[:1])
         raise ValueError(f"no images in {spec}{problems or _listed_kinds(source.ignored)}")
@@ -302,7 +227,7 @@ def _local_shards(path: Path) -> list[str]:
     return sorted(glob.glob(str(path))) if "*" in path.name and not path.exists() else [str(path)]
 
 
-def open_source(spec: str | Path, index_dir: Path) -> Source:
+def open_source(spec: str | Path, index_dir: Path, tally: Tally | None = None) -> Source:
     """Open the source of images at a path or URL, and return it.
 
     Args:
@@ -311,23 +236,25 @@ def open_source(spec: str | Path, index_dir: Path) -> Source:
             `datasets`. If a folder has both images and tars, only the images are used.
         index_dir: folder in which the indices of tars are stored, so that a resumed run does not have to read all tar
             headers again.
+        tally: counter of the images that have been found so far.
 
     Raises:
         ValueError: `spec` does not name anything that can be used; the message gives the reason.
         OSError: a server or a disk failed.
     """
+    tally = tally or Tally()
     text = re.sub(r"^([a-z][a-z0-9+]+):/(?!/)", r"\1://", str(spec))  # pathlib removes one of the two slashes of a URL
     text = re.sub(r"^file://", "", text)
     if "://" in text:
         urls = [url for part in expand_braces(text) for url in _remote_shards(part)]
         if not urls:
             raise ValueError(f"no tar shards at {text}: their names must end in .tar")
-        return _open_shards(urls, _relative_names(urls), index_dir, text)
+        return _open_shards(urls, index_dir, text, tally)
     path = Path(text)
     if (path / "dataset_dict.json").is_file() or all((path / f).is_file() for f in ("dataset_info.json", "state.json")):
         return HuggingFaceSource(path)
     if path.is_dir() and any(listed.is_image for listed in walk_folder(path)):
-        return FolderSource(path)
+        return FolderSource(path, tally)
     shards = [
         shard for part in ([text] if path.exists() else expand_braces(text)) for shard in _local_shards(Path(part))
     ]
@@ -346,25 +273,31 @@ def open_source(spec: str | Path, index_dir: Path) -> Source:
         raise ValueError(
             f"{wrong[0]} is not a tar; {advice}data must be a folder of images, .tar shards, or a Hugging Face dataset"
         )
-    return _open_shards(shards, _relative_names([Path(shard).as_posix() for shard in shards]), index_dir, text, others)
+    return _open_shards([Path(shard).as_posix() for shard in shards], index_dir, text, tally, others)
 
 
-def source_digest(source: Source, *, contents: bool) -> str:
+def source_digest(source: Source, *, contents: bool, tell: Tell | None = None) -> str:
     """Compute a sha256 of a source's images, in order. A resumed run uses it to check that its images are the same.
 
     If `contents` is true, all images are read, and the digest covers their names and contents; an unreadable image
     counts as empty. Otherwise the digest covers the names and the sizes in bytes, so it does not change if an image is
-    edited without changing its size. Labels are never covered.
+    edited without changing its size. Labels are never covered. `tell` shows the progress.
     """
-    digest = hashlib.sha256()
-    for index in range(len(source)):
-        digest.update(source.name(index).encode() + b"\0")
-        if contents:
-            try:
-                data = source.encoded(index)
-            except ValueError:
-                data = b""
-            digest.update(hashlib.sha256(data).digest())
-        else:
-            digest.update(source.fingerprint(index).encode() + b"\0")
+    digest, n_done = hashlib.sha256(), 0
+    with progress(
+        tell,
+        lambda: f"computing the checksum of {len(source):,} images, {100 * n_done / len(source):.0f} %",
+        lambda: n_done / len(source),
+    ):
+        for index in range(len(source)):
+            digest.update(source.name(index).encode() + b"\0")
+            if contents:
+                try:
+                    data = source.encoded(index)
+                except ValueError:
+                    data = b""
+                digest.update(hashlib.sha256(data).digest())
+            else:
+                digest.update(source.fingerprint(index).encode() + b"\0")
+            n_done = index + 1
     return digest.hexdigest()

@@ -21,8 +21,9 @@ from model.folder import split_folder
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 from training.data.dataset import Skipped, find_images
-from training.evaluate.features import Precision, default_workers, in_order, read_pixels
+from training.evaluate.features import Precision, check_features, default_workers, in_order, read_pixels
 from training.evaluate.linear import batch_stream
+from training.evaluate.meaning import not_finite
 
 Advance = Callable[[int], object]
 WARMUP_SHARE = 0.0375  # 1,500 of 40,000 iterations
@@ -115,7 +116,8 @@ class DenseData:
         advance: called with 1 after each pair.
 
     Raises:
-        ValueError: no pair could be read, or the model has fewer blocks than `tokens` asks for.
+        ValueError: no pair could be read, the model has fewer blocks than `tokens` asks for, or the tokens of an image
+            are not finite.
     """
 
     def __init__(
@@ -143,7 +145,7 @@ class DenseData:
                 self.skipped.append(outcome)
                 continue
             pixels, target = outcome
-            kept = self._tokens(pixels), self._at_input_size(target, pixels)
+            kept = self._tokens(pixels, pair), self._at_input_size(target, pixels)
             size = sum(part.numel() * part.element_size() for part in kept)
             if size <= self.memory_left:
                 self.memory_left -= size
@@ -170,7 +172,7 @@ class DenseData:
             outcome = self._read(self.pairs[index])
             if isinstance(outcome, Skipped):
                 raise ValueError(f"{outcome.name}: {outcome.reason}")
-            tokens, target = self._tokens(outcome[0]), self._at_input_size(outcome[1], outcome[0])
+            tokens, target = self._tokens(outcome[0], self.pairs[index]), self._at_input_size(outcome[1], outcome[0])
         return tokens.float(), target
 
     def _read(self, pair: Pair) -> tuple[Tensor, Tensor] | Skipped:
@@ -184,7 +186,7 @@ class DenseData:
             return Skipped(str(pair.target), str(error))
 
     @torch.no_grad()
-    def _tokens(self, pixels: Tensor) -> Tensor:
+    def _tokens(self, pixels: Tensor, pair: Pair) -> Tensor:
         device = self._model.cls_token.device
         with torch.autocast(device.type, torch.bfloat16, enabled=self._settings.precision == "bf16"):
             layers = self._model.get_intermediate_layers(
@@ -196,7 +198,9 @@ class DenseData:
             parts.append(patches[0])  # [N, D]
             if self._settings.with_cls:
                 parts.append(cls[0].expand_as(patches[0]))
-        return torch.cat(parts, dim=1).view(pixels.shape[1] // p, pixels.shape[2] // p, -1)
+        tokens = torch.cat(parts, dim=1)
+        check_features(tokens[None], [str(pair.image)], self._model)
+        return tokens.view(pixels.shape[1] // p, pixels.shape[2] // p, -1)
 
     def _at_input_size(self, target: Tensor, pixels: Tensor) -> Tensor:
         resized = F.interpolate(target[None, None].float(), size=tuple(pixels.shape[1:]), mode="nearest-exact")
@@ -237,7 +241,7 @@ def train_head(
 
     Raises:
         ValueError: the number of iterations or the batch size is less than 1.
-        FloatingPointError: the last loss is not finite.
+        FloatingPointError: the last loss or a weight of the head is not finite.
     """
     if training.iterations < 1 or training.batch_size < 1:
         raise ValueError(f"iterations={training.iterations}, batch_size={training.batch_size} must be at least 1")
@@ -255,4 +259,6 @@ def train_head(
     head.eval()
     if not torch.isfinite(loss):
         raise FloatingPointError(f"the head's loss is {loss.item()} after {training.iterations} iterations; lower lr")
+    if (problem := not_finite(head.state_dict())) is not None:
+        raise FloatingPointError(f"the head's {problem} after {training.iterations} iterations; lower lr")
     return loss.item()

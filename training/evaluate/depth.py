@@ -16,6 +16,7 @@ range.
 Legend: K bins, h x w patches, H x W pixels of the map, F features of a patch, n pixels with a known depth.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from training.evaluate.dense import Advance, DenseData, HeadTraining, train_head
+from training.evaluate.meaning import NoMeaning
 
 SUFFIXES = (".png", ".npy")
 N_BINS = 256
@@ -218,6 +220,25 @@ def score_depth(head: LinearDepth, val: DenseData, loss: float) -> DepthReport:
     return DepthReport(rmse, abs_rel, delta1, len(metrics), loss)
 
 
+def check_depths_differ(head: LinearDepth, data: Sequence[DenseData]) -> None:
+    """Check that the maps contain at least two different depths in the range of the head's bins.
+
+    Raises:
+        NoMeaning: all depths in this range are equal, so the head would predict this depth for every model.
+    """
+    low, high = torch.inf, -torch.inf
+    for part in data:
+        for pair in part.pairs:
+            depth = part.read_target(pair.target)
+            inside = depth[_in_range(depth, head.bins)]
+            if len(inside):
+                low, high = min(low, inside.min().item()), max(high, inside.max().item())
+        if low < high:
+            return
+    if low == high:
+        raise NoMeaning(f"every known depth in the maps is {low:g} m: the head would predict it, whatever the model")
+
+
 def _range_of(head: LinearDepth) -> str:
     return f"above min_depth={head.bins[0].item():g} and up to max_depth={head.bins[-1].item():g}"
 
@@ -248,9 +269,11 @@ def evaluate_depth(
     Raises:
         ValueError: `min_depth` is not above 0 or not below `max_depth`, or the maps in `train` or in `val` contain no
             depth in this range.
-        FloatingPointError: the head's loss is not finite.
+        NoMeaning: all depths in this range are equal.
+        FloatingPointError: the head's loss or a weight of the head is not finite.
     """
     first = train[0][0]
     head = LinearDepth(first.shape[-1], min_depth, max_depth, n_bins, training.seed).to(first.device)
+    check_depths_differ(head, (train, val))
     loss = fit_depth(head, train, training, gradient_weight=gradient_weight, advance=advance)
     return score_depth(head, val, loss)

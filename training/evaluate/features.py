@@ -31,6 +31,7 @@ from model.pooling import PATCH_PARTS, Pooling, pool
 from model.preprocess import PreprocessSpec, preprocess
 from model.vit import DinoVisionTransformer
 from training.data.dataset import Photo, Skipped, read_photo
+from training.evaluate.meaning import not_finite
 
 Box = tuple[float, float, float, float]  # x, y, width, height in pixels of the image
 Precision = Literal["fp32", "bf16"]
@@ -141,6 +142,23 @@ def _batches(
             yield [i for i, _ in rest], np.stack([p for _, p in rest])
 
 
+def check_features(features: Tensor, names: Sequence[str], model: DinoVisionTransformer) -> None:
+    """Check that the features of b images are finite. `features` [b, ...] and `names` [b] are in the same order.
+
+    Raises:
+        ValueError: a feature is NaN or infinite. The message names the first such image and, if there is one, a
+            parameter of the model that contains such values.
+    """
+    broken = ~torch.isfinite(features.flatten(1)).all(dim=1)
+    if not broken.any():
+        return
+    cause = not_finite(dict(model.named_parameters()))
+    raise ValueError(
+        f"the features of {names[int(broken.nonzero()[0])]} are NaN or infinite"
+        + (f": the model's tensor {cause}" if cause else ", although the weights are finite: the model cannot be used")
+    )
+
+
 def default_workers() -> int:
     """Return the default number of threads that read images."""
     return min(8, available_cpus())
@@ -192,7 +210,8 @@ def compute_features(
         advance: called with the number of images of each batch.
 
     Raises:
-        ValueError: the model has fewer than `n_blocks` blocks, or no image could be read.
+        ValueError: the model has fewer than `n_blocks` blocks, no image could be read, or the features of an image are
+            not finite.
     """
     was_training, device = model.training, model.cls_token.device
     model.eval()
@@ -211,6 +230,8 @@ def compute_features(
             cls[positions] = torch.stack([token for _, token in layers], dim=1).float().cpu()
             for name, part in PATCH_PARTS.items():
                 patch_parts[name][positions] = part(layers[-1][0].float()).cpu()
+            for tensor in (cls, *patch_parts.values()):
+                check_features(tensor[positions], [name_of(paths[index]) for index in positions], model)
             read[positions] = True
             advance(len(positions))
     finally:
@@ -258,7 +279,8 @@ def _save(path: Path, features: ImageFeatures) -> None:
 def _load(path: Path, n_blocks: int) -> ImageFeatures | None:
     """Load features from a cache file.
 
-    Return None if the file is missing or damaged, or if it has the class tokens of fewer than `n_blocks` blocks.
+    Return None if the file is missing or damaged, if it contains features that are not finite, or if it has the class
+    tokens of fewer than `n_blocks` blocks.
     """
     if not path.is_file():
         return None
@@ -268,6 +290,8 @@ def _load(path: Path, n_blocks: int) -> ImageFeatures | None:
             kept, cls = file.get_tensor("kept"), file.get_tensor("cls")
             patch_parts = {name: file.get_tensor(name) for name in PATCH_PARTS}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return None
+    if not_finite({"cls": cls, **patch_parts}):  # computing the features again fails with the name of an image
         return None
     return ImageFeatures(kept, cls[:, -n_blocks:], patch_parts, skipped) if cls.shape[1] >= n_blocks else None
 
@@ -297,7 +321,7 @@ def cached_features(
     `compute_features`.
 
     Raises:
-        ValueError: the model has fewer than `n_blocks` blocks, or no image could be read.
+        ValueError: as in `compute_features`.
         OSError: the cache cannot be written.
     """
     file = None

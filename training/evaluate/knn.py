@@ -12,8 +12,9 @@ matrix is therefore never in memory.
 Legend: n training images, m test images, D features, C classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,11 @@ from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 from training.data.dataset import Photo, label_of
 from training.evaluate.features import compute_features
+from training.evaluate.meaning import NoMeaning, check_classification, check_finite, usable_ks
 
+PathOrPhoto = TypeVar("PathOrPhoto", bound=Path | Photo)
 TEMPERATURE = 0.07
+HELD_OUT = "the held-out part"
 KS = (10, 20, 100, 200)  # as in the paper's tables; 20 is usually the best
 
 
@@ -44,7 +48,11 @@ def nearest(
 
     Returns:
         the cosine similarities, [m, k] in descending order, and the positions of the neighbours in `train`, [m, k].
+
+    Raises:
+        ValueError: a feature is not finite.
     """
+    check_finite(train=train, test=test)
     n, m = len(train), len(test)
     assert k <= n - int(leave_one_out)
     assert n == m or not leave_one_out
@@ -114,10 +122,35 @@ def labels_of(photos: Sequence[Path | Photo], classes: dict[str, int] | None = N
 
     The label of a path is the name of the folder that contains the file. `classes` contains labels that already have a
     number. Other labels get the next numbers.
+
+    Raises:
+        ValueError: an image has no label. `with_labels` leaves such images out.
     """
     classes = dict(classes or {})
     numbers = [classes.setdefault(label_of(photo), len(classes)) for photo in photos]
-    return torch.tensor(numbers), classes
+    return torch.tensor(numbers, dtype=torch.long), classes
+
+
+def with_labels(photos: Sequence[PathOrPhoto], part: str) -> tuple[list[PathOrPhoto], list[str]]:
+    """Return the images that have a label, in the same order, and a note with the number of other images.
+
+    The notes are a list of at most one entry. `part` is the name of the images in the note.
+    """
+    kept = [photo for photo in photos if isinstance(photo, Path) or photo.label is not None]
+    n = len(photos) - len(kept)
+    return kept, [f"{n} of {len(photos)} images of {part} have no label and are left out"] if n else []
+
+
+def neighbours_for(ks: Sequence[int], most: int) -> tuple[tuple[int, ...], list[str]]:
+    """Return the values of k up to the number of neighbours `most`, and a note that names the other values.
+
+    Raises:
+        NoMeaning: all values of k are above `most`.
+    """
+    usable, notes = usable_ks(ks, most, figure="k-NN", reason=f"an image has only {most} neighbours")
+    if not usable:
+        raise NoMeaning(f"{notes[0]}, and no other k was given")
+    return usable, notes
 
 
 def evaluate_knn(
@@ -126,18 +159,32 @@ def evaluate_knn(
     test: Sequence[Path | Photo],
     spec: PreprocessSpec,
     ks: Sequence[int] = (1, 10, 20),
+    say: Callable[[str], object] = lambda note: None,
 ) -> dict[Pooling, dict[int, float]]:
     """Compute the k-NN accuracy on `test`, with neighbours from `train`, for each pooling and each k.
 
-    Unreadable images are left out.
+    Unreadable images and images without a label are left out, and so are values of k above the number of neighbours.
+    The result is empty if every model would have the same accuracy, for instance because there is only one class.
+    `say` is called with a sentence about each of these cases, except unreadable images.
 
     Raises:
-        ValueError: an image has no label, or `train` or `test` contains no readable image.
+        ValueError: no image of `train` or of `test` can be read, or the features of an image are not finite.
     """
+    (train, notes), (test, more) = with_labels(train, "train"), with_labels(test, HELD_OUT)
     train_labels, classes = labels_of(train)
     test_labels, _ = labels_of(test, classes)
-    train_features, test_features = compute_features(model, train, spec), compute_features(model, test, spec)
+    try:
+        check_classification(train_labels, test_labels, val=HELD_OUT)
+        train_features, test_features = compute_features(model, train, spec), compute_features(model, test, spec)
+        train_labels, test_labels = train_labels[train_features.kept], test_labels[test_features.kept]
+        check_classification(train_labels, test_labels, val=HELD_OUT)
+        ks, left_out = neighbours_for(ks, len(train_labels))
+    except NoMeaning as reason:
+        say("; ".join([*notes, *more, f"no k-NN: {reason}"]))
+        return {}
+    for note in (*notes, *more, *left_out):
+        say(note)
     device = model.cls_token.device
-    labels = train_labels[train_features.kept].to(device), test_labels[test_features.kept].to(device)
+    labels = train_labels.to(device), test_labels.to(device)
     pooled = {p: (train_features.pooled(p).to(device), test_features.pooled(p).to(device)) for p in POOLINGS}
     return {p: knn_accuracy(a, labels[0], b, labels[1], ks) for p, (a, b) in pooled.items()}

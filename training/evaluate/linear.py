@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.evaluate.meaning import check_classification
+
 MOMENTUM = 0.9
 INIT_STD = 0.01
 CODE_LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
@@ -65,11 +67,13 @@ class ProbeSettings:
 class LinearReport:
     """The result of the linear probe: the val accuracy of every head, and the best head.
 
-    If several heads share the highest accuracy, `best` is the first of them.
+    If several heads share the highest accuracy, `best` is the first of them. `diverged` lists the heads with weights
+    that are not finite. These have no accuracy.
     """
 
     accuracy: dict[Head, float]
     best: Head
+    diverged: tuple[Head, ...] = ()
 
 
 @dataclass
@@ -158,6 +162,12 @@ def _accuracy(group: _Group, features: Tensor, labels: Tensor, rows: int = 4096)
     return (right.double() / len(features)).tolist()
 
 
+def _finite(group: _Group) -> list[bool]:
+    """Return, for each head of the group, whether all its weights are finite."""
+    finite: list[bool] = (group.weight.isfinite().all(dim=2).all(dim=0) & group.bias.isfinite().all(dim=1)).tolist()
+    return finite
+
+
 @torch.no_grad()
 def train_heads(
     features: Tensor,
@@ -215,6 +225,8 @@ def evaluate_linear(
 
     Raises:
         ValueError: there are no heads or no images, a setting is not above 0, or a head needs more than `depth` blocks.
+        NoMeaning: the accuracy on val would be the same for every model.
+        FloatingPointError: every head has weights that are not finite.
     """
     settings = settings or ProbeSettings()
     lrs, blocks, iterations, batch_size = settings.lrs, settings.blocks, settings.iterations, settings.batch_size
@@ -226,11 +238,17 @@ def evaluate_linear(
         raise ValueError(f"blocks={list(blocks)}: each must be from 1 to {depth}, the number of blocks in the features")
     if not len(train) or not len(val):
         raise ValueError(f"a linear probe needs images of both splits, found {len(train)} and {len(val)}")
+    check_classification(train_labels, val_labels)
     n_classes = int(train_labels.max()) + 1
     groups = train_heads(train, train_labels, n_classes, depth=depth, settings=settings, advance=advance)
-    shares = {
-        Head(count, avgpool, lr): share
-        for (count, avgpool), group in groups.items()
-        for lr, share in zip(lrs, _accuracy(group, val, val_labels), strict=True)
-    }
-    return LinearReport(shares, max(shares, key=lambda head: shares[head]))
+    shares, diverged = dict[Head, float](), list[Head]()
+    for (count, avgpool), group in groups.items():
+        for lr, share, finite in zip(lrs, _accuracy(group, val, val_labels), _finite(group), strict=True):
+            head = Head(count, avgpool, lr)
+            if finite:
+                shares[head] = share
+            else:
+                diverged.append(head)
+    if not shares:
+        raise FloatingPointError(f"all {len(diverged)} heads of the linear probe have weights that are NaN or infinite")
+    return LinearReport(shares, max(shares, key=lambda head: shares[head]), tuple(diverged))

@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.evaluate.meaning import check_classification, not_finite
+
 C_GRID: tuple[float, ...] = tuple(10.0**power for power in np.linspace(-6, 5, 45).tolist())
 
 
@@ -75,6 +77,7 @@ def fit_logistic(
 
     Raises:
         ValueError: c is not above 0, or there are no images.
+        FloatingPointError: a weight of the fitted model is not finite.
     """
     if not c > 0:
         raise ValueError(f"c={c} must be above 0")
@@ -107,7 +110,10 @@ def fit_logistic(
 
     optimizer.step(closure)
     fitted = weight.detach() * scale
-    return Logistic(fitted, bias.detach() - fitted @ mean)
+    model = Logistic(fitted, bias.detach() - fitted @ mean)
+    if (problem := not_finite({"weight": model.weight, "bias": model.bias})) is not None:
+        raise FloatingPointError(f"logistic regression with C={c:g} failed: {problem}")
+    return model
 
 
 def accuracy(model: Logistic, features: Tensor, labels: Tensor, rows: int = 65_536) -> float:
@@ -186,17 +192,21 @@ def evaluate_logistic(
 
     Raises:
         ValueError: there are fewer than two training images, `c_grid` is empty, or a value in it is not above 0.
+        NoMeaning: the accuracy on val or the accuracy that chooses C would be the same for every model.
+        FloatingPointError: a weight of a fitted model is not finite.
     """
     if len(train) < 2:
         raise ValueError(f"logistic regression needs at least 2 training images, found {len(train)}")
     if not c_grid:
         raise ValueError("c_grid is empty; it needs at least one value of C")
+    check_classification(train_labels, val_labels)
     fit = fit or FitSettings()
     tolerance, max_iterations = fit.tolerance, fit.max_iterations
     n_classes = int(train_labels.max()) + 1
     fitted, chosen_on = split_off(len(train), fit.held_out_share, fit.seed)
     fitted, chosen_on = fitted.to(train.device), chosen_on.to(train.device)
     features, labels = train[fitted].double(), train_labels[fitted]
+    check_classification(labels, train_labels[chosen_on], "the part of train to fit", "the part of train to choose C")
     sweep: dict[float, float] = {}
     model: Logistic | None = None
     for c in sorted(c_grid):

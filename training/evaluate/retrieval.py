@@ -19,7 +19,10 @@ If the images are in class folders, every image is a query. The other images in 
 image is removed from the ranking. Average precision is then the mean of the precision at each relevant image, as usual
 in metric learning.
 
-recall@k is the share of queries with at least one relevant image among the first k.
+recall@k is the share of queries with at least one relevant image among the first k. If k is larger than the number of
+images that are not relevant, the first k contain a relevant image in any order. recall@k is therefore left out for
+values of k at which this holds for every query. If no query has an image that is not relevant, no figure depends on the
+model, which is an error.
 
 The ground truth is a JSON file, with paths relative to the images' folder:
 
@@ -32,7 +35,7 @@ Legend: q queries, n database images, D features.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -43,6 +46,7 @@ from torch import Tensor
 
 from model.messages import in_words
 from training.evaluate.features import Box
+from training.evaluate.meaning import NoMeaning, check_finite, usable_ks
 
 KS = (1, 5, 10)
 Rule = Literal["trapezoid", "mean"]
@@ -84,12 +88,14 @@ class GroundTruth(BaseModel):
 class Scores:
     """The mean average precision, the recall@k for each k, and the number of queries that were scored.
 
-    Queries without a relevant image are not scored.
+    Queries without a relevant image are not scored. `recall` lacks the values of k at which it would be 100 % for every
+    model, and `notes` names them.
     """
 
     mean_ap: float
     recall: dict[int, float]
     queries: int
+    notes: list[str] = field(default_factory=list)
 
 
 def read_ground_truth(path: Path) -> GroundTruth:
@@ -174,9 +180,19 @@ def score(
             this limit.
 
     Raises:
-        ValueError: no query has a relevant image.
+        NoMeaning: no query has a relevant image, or the figures would be the same for every model.
+        ValueError: a feature is not finite.
     """
+    check_finite(queries=queries, database=database)
     n = len(database)
+    scored = [index for index, positions in enumerate(relevant) if len(positions)]
+    if not scored:
+        raise NoMeaning("no query has a relevant image in the database")
+    most = max(n - len(relevant[index]) - len(ignored[index]) for index in scored)  # images that are not relevant
+    if not most:
+        raise NoMeaning(f"each of the {len(scored)} queries ranks only relevant images: every model would score 100 %")
+    reason = f"a query ranks at most {most} images that are not relevant, so every model would score 100 %"
+    ks, notes = usable_ks(ks, most, figure="recall@k", reason=reason)
     database = F.normalize(database.float(), dim=1)
     rows = max(1, block_bytes // (12 * n))  # a float32 and an int64 for each database image
     aps: list[float] = []
@@ -193,9 +209,7 @@ def score(
             aps.append(average_precision(positions, len(relevant[index]), rule))
             for k in ks:
                 hits[k] += bool((positions < k).any())
-    if not aps:
-        raise ValueError("no query has a relevant image in the database")
-    return Scores(sum(aps) / len(aps), {k: count / len(aps) for k, count in hits.items()}, len(aps))
+    return Scores(sum(aps) / len(aps), {k: count / len(aps) for k, count in hits.items()}, len(aps), notes)
 
 
 def score_setup(
@@ -205,11 +219,14 @@ def score_setup(
     database: Tensor,
     *,
     ks: Sequence[int] = KS,
-) -> Scores | None:
-    """Score one setup, or return None if no query has a relevant image in this setup.
+) -> Scores:
+    """Score one setup.
 
     The relevant images are those labelled easy in the setup "easy", those labelled hard in "hard", and both in
     "medium". `queries` [q, D] and `database` [n, D] are features in the order of `truth`.
+
+    Raises:
+        NoMeaning: see `score`.
     """
     places = {name: place for place, name in enumerate(truth.database)}
     good, out = SETUPS[setup]
@@ -218,8 +235,6 @@ def score_setup(
         return torch.tensor([places[name] for kind in kinds for name in getattr(query, kind)], dtype=torch.long)
 
     relevant = [labelled(query, good) for query in truth.queries]
-    if not any(len(places_of) for places_of in relevant):
-        return None
     return score(queries, database, relevant, [labelled(query, out) for query in truth.queries], ks=ks)
 
 
@@ -230,7 +245,7 @@ def score_classes(features: Tensor, labels: Tensor, *, ks: Sequence[int] = KS) -
     Average precision follows the rule "mean" (see `average_precision`).
 
     Raises:
-        ValueError: no class has two images.
+        NoMeaning: no class has two images, or there is only one class.
     """
     members = {int(label): (labels == label).nonzero().flatten() for label in set(labels.tolist())}
     itself = torch.arange(len(labels), device=labels.device)

@@ -35,12 +35,12 @@ from training.data.augment import (
     SATURATION,
     adjust_hue_,
     blend_,
-    crop_resize,
     gaussian_blur,
     grayscale,
 )
+from training.data.boxes import crop_resize
 from training.data.dataset import Photo, Skipped
-from training.evaluate.features import default_workers, in_order, name_of, read_pixels
+from training.evaluate.features import check_features, default_workers, in_order, name_of, read_pixels
 from training.evaluate.knn import nearest
 
 CROP_SIDE = 0.7
@@ -58,8 +58,9 @@ def centre_crop(pixels: Tensor) -> Tensor:
     `pixels` are uint8 [b, 3, s, s]. The result is float [b, 3, s, s] in 0..1.
     """
     box = pixels.new_tensor([(1 - CROP_SIDE) / 2] * 2 + [CROP_SIDE] * 2, dtype=torch.float32).expand(len(pixels), 4)
-    still = torch.zeros(len(pixels), dtype=torch.bool)
-    return crop_resize(pixels, torch.arange(len(pixels)), box, pixels.shape[-1], still, pixels.shape[-1])
+    still = torch.zeros(len(pixels), 2, dtype=torch.bool)
+    side = pixels.shape[-1]
+    return crop_resize(pixels, torch.arange(len(pixels)), box, side, still, side, "bilinear")
 
 
 def jpeg(pixels: Tensor) -> Tensor:
@@ -98,16 +99,16 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 
 def _squares(
     photos: Sequence[Path | Photo], spec: PreprocessSpec, workers: int, skipped: list[Skipped]
-) -> Iterator[Tensor]:
-    """Yield the network's input for each image, before normalisation, as uint8 [3, s, s].
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name of each image and the network's input for it, before normalisation, as uint8 [3, s, s].
 
     Unreadable images are added to `skipped`.
     """
     plain = spec.model_copy(update={"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})  # 0..1, not normalised
 
-    def read(photo: Path | Photo) -> Tensor | Skipped:
+    def read(photo: Path | Photo) -> tuple[str, Tensor] | Skipped:
         try:
-            return torch.from_numpy(read_pixels(photo, plain)).mul_(255).round_().byte()
+            return name_of(photo), torch.from_numpy(read_pixels(photo, plain)).mul_(255).round_().byte()
         except ValueError as error:
             return Skipped(name_of(photo), str(error))
 
@@ -148,16 +149,18 @@ def robustness(
         over the changes).
 
     Raises:
-        ValueError: `spec` has no crop, or fewer than two images are readable.
+        ValueError: `spec` has no crop, fewer than two images are readable, or the class token of an image is not
+            finite.
     """
     if spec.crop is None:
         raise ValueError("robustness needs preprocessing with a crop, so that all images are squares of one size")
     was_training, device = model.training, model.cls_token.device
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (spec.mean, spec.std))
 
-    def features(pixels: Tensor) -> Tensor:
-        """Compute the class tokens, [b, D], of `pixels`, float [b, 3, s, s] in 0..1."""
+    def features(names: Sequence[str], pixels: Tensor) -> Tensor:
+        """Compute the class tokens, [b, D], of images, float [b, 3, s, s] in 0..1, with the names [b]."""
         [(_, cls)] = model.get_intermediate_layers((pixels.to(device) - mean) / std, n=1, return_class_token=True)
+        check_features(cls, names, model)
         return cls.float().cpu()
 
     clean, changed, skipped = list[Tensor](), {name: list[Tensor]() for name in CHANGES}, list[Skipped]()
@@ -165,10 +168,10 @@ def robustness(
     try:
         squares = _squares(photos, spec, workers or default_workers(), skipped)
         while batch := list(islice(squares, batch_size)):
-            pixels = torch.stack(batch)
-            clean.append(features(pixels / 255))
+            names, pixels = [name for name, _ in batch], torch.stack([square for _, square in batch])
+            clean.append(features(names, pixels / 255))
             for name, change in CHANGES.items():
-                changed[name].append(features(change(pixels)))
+                changed[name].append(features(names, change(pixels)))
             advance(len(pixels))
     finally:
         model.train(was_training)

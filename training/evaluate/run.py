@@ -1,6 +1,7 @@
 """Run one evaluation of a model on a data set, and make its report."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from training.evaluate.settings import (
     Task,
     make_settings,
 )
-from training.evaluate.tasks import Track
+from training.evaluate.task_data import Context, Track
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Report:
     """The result of one evaluation.
 
     `columns` and `rows` are a table of the most important results, as text. `figures` contains all results as data.
-    Percentages, such as accuracies, are fractions from 0 to 1.
+    Percentages, such as accuracies, are fractions from 0 to 1. `notes` are sentences about what was left out and why.
     """
 
     task: Task
@@ -42,6 +43,7 @@ class Report:
     rows: Sequence[tuple[str, ...]]
     figures: dict[str, Any]
     skipped: list[Skipped] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """Return the report, without the table, as a dictionary that JSON can represent."""
@@ -51,6 +53,7 @@ class Report:
             "fingerprint": self.fingerprint,
             "protocol": self.protocol,
             "figures": self.figures,
+            "notes": self.notes,
             "skipped": [{"path": s.name, "reason": s.reason} for s in self.skipped],
         }
 
@@ -81,15 +84,16 @@ def evaluate(
         track: function that starts a progress bar.
 
     Raises:
-        ValueError: a setting or the data cannot be used; the message gives the reason.
-        FloatingPointError: the loss of a head is not finite.
+        ValueError: a setting or the data cannot be used, the features of an image are not finite, or the figures would
+            be the same for every model. The message gives the reason.
+        FloatingPointError: the loss or a weight of a head, or a figure, is not finite.
         OSError: the cache cannot be written.
     """
     settings = make_settings(task, given or {})
     blocks, depth = getattr(settings, "blocks", 1), len(backbone.model.blocks)
     if (most := blocks if isinstance(blocks, int) else max(blocks)) > depth:
         raise ValueError(f"{task} uses the last {most} blocks, but the model has {depth}: set blocks=N")
-    context = tasks.Context(backbone, data, spec_for(backbone.spec, settings), settings.precision, cache, track)
+    context = Context(backbone, data, spec_for(backbone.spec, settings), settings.precision, cache, track)
     match settings:
         case KnnSettings():
             table, skipped = tasks.run_knn(context, settings)
@@ -105,15 +109,37 @@ def evaluate(
             table, skipped = tasks.run_retrieval(context, settings)
         case _:
             raise AssertionError(task)
+    _check_figures(table.figures, task)
     chosen = settings.model_dump(mode="json", exclude={"resize", "crop", "fit"})
     protocol = {"preprocess": context.spec.model_dump(mode="json"), **chosen, **table.protocol}
     return Report(
-        task, backbone.name, backbone.fingerprint, protocol, table.columns, table.rows, table.figures, skipped
+        task,
+        backbone.name,
+        backbone.fingerprint,
+        protocol,
+        table.columns,
+        table.rows,
+        table.figures,
+        skipped,
+        table.notes,
     )
 
 
+def _check_figures(figures: Any, name: str) -> None:
+    """Check that all numbers in nested dictionaries and lists of figures are finite.
+
+    Raises:
+        FloatingPointError: a number is NaN or infinite. The message names it, beginning with `name`.
+    """
+    if isinstance(figures, float) and not math.isfinite(figures):
+        raise FloatingPointError(f"{name} is {figures}: it was computed from values that are NaN or too large")
+    if isinstance(figures, Mapping | list | tuple):
+        for key, value in figures.items() if isinstance(figures, Mapping) else enumerate(figures):
+            _check_figures(value, f"{name}.{key}")
+
+
 def print_report(report: Report, console: Console) -> None:
-    """Print the protocol, the table and the first 20 skipped files of a report."""
+    """Print the protocol, the table, the notes and the first 20 skipped files of a report."""
     spec = report.protocol["preprocess"]
     size = f"short side {spec['resize'] or 'as it is'}, " + (f"crop {spec['crop']}" if spec["crop"] else "whole image")
     if "fit" in spec:
@@ -127,6 +153,8 @@ def print_report(report: Report, console: Console) -> None:
     for row in report.rows:
         table.add_row(*row)
     console.print(table)
+    for note in report.notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
     for item in report.skipped[:20]:
         console.print(f"skipped {item.name}: {item.reason}", markup=False, highlight=False)
     if len(report.skipped) > 20:

@@ -15,7 +15,7 @@ Legend: C classes, h x w patches, H x W pixels of a mask, F features of a patch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from training.evaluate.dense import Advance, DenseData, HeadTraining, train_head
+from training.evaluate.meaning import NoMeaning
 
 IGNORE = 255
 SUFFIXES = (".png",)
@@ -35,7 +36,7 @@ class SegmentationReport:
     """The scores of a segmentation head on val, and the last training loss.
 
     `iou` contains the intersection over union of each class, or nan for a class that is neither in the masks nor
-    predicted.
+    predicted. `not_in_train` is the number of classes that occur only in the masks of val. Their IoU is 0.
     """
 
     mean_iou: float
@@ -43,6 +44,7 @@ class SegmentationReport:
     mean_accuracy: float
     iou: list[float]
     loss: float
+    not_in_train: int = 0
 
 
 def read_mask(path: Path, *, zero_is_ignored: bool = False) -> Tensor:
@@ -66,23 +68,54 @@ def read_mask(path: Path, *, zero_is_ignored: bool = False) -> Tensor:
     return torch.where((mask == 0) | (mask == IGNORE), IGNORE, mask - 1) if zero_is_ignored else mask
 
 
+def classes_in(data: DenseData, n_classes: int | None = None) -> set[int]:
+    """Return the class numbers that occur in the masks. Pixels to ignore do not count.
+
+    Raises:
+        ValueError: a mask contains a class number that is not below `n_classes`.
+    """
+    classes = set[int]()
+    for pair in data.pairs:
+        classes |= set(data.read_target(pair.target).unique().tolist()) - {IGNORE}
+        if n_classes is not None and classes and max(classes) >= n_classes:
+            raise ValueError(
+                f"{pair.target} has class {max(classes)}, but classes={n_classes} allows 0 to {n_classes - 1}"
+            )
+    return classes
+
+
 def count_classes(data: Sequence[DenseData], n_classes: int | None = None) -> int:
     """Return the number of classes: `n_classes` or, if it is None, one more than the largest class number in the masks.
 
     Raises:
         ValueError: the masks have only ignored pixels, or a mask contains a class number that is not below `n_classes`.
     """
-    most = -1
-    for part in data:
-        for pair in part.pairs:
-            mask = part.read_target(pair.target)
-            labelled = mask[mask != IGNORE]
-            most = max(most, int(labelled.max())) if len(labelled) else most
-            if n_classes is not None and most >= n_classes:
-                raise ValueError(f"{pair.target} has class {most}, but classes={n_classes} allows 0 to {n_classes - 1}")
-    if most < 0:
+    classes = set[int]().union(*(classes_in(part, n_classes) for part in data))
+    if not classes:
         raise ValueError(f"the masks have only ignored pixels ({IGNORE})")
-    return most + 1 if n_classes is None else n_classes
+    return max(classes) + 1 if n_classes is None else n_classes
+
+
+def check_masks(in_train: set[int], in_val: set[int]) -> None:
+    """Check that the scores on val can differ between models. The arguments are the class numbers in the masks.
+
+    Raises:
+        NoMeaning: the masks of a part have only ignored pixels, the masks of train have one class, or no class of val
+            occurs in train.
+    """
+    for part, classes in (("train", in_train), ("val", in_val)):
+        if not classes:
+            raise NoMeaning(f"the masks of {part} have only ignored pixels ({IGNORE})")
+    if len(in_train) < 2:
+        raise NoMeaning(
+            f"the masks of train have 1 class ({min(in_train)}), but a segmentation needs at least 2: the head would "
+            "predict this class everywhere, whatever the model"
+        )
+    if not in_train & in_val:
+        raise NoMeaning(
+            f"none of the {len(in_val)} classes in the masks of val is among the {len(in_train)} classes in those of "
+            "train: every model would score 0.0 %"
+        )
 
 
 class LinearSegmenter(nn.Module):
@@ -220,9 +253,12 @@ def evaluate_segmentation(
         advance: called with 1 after each iteration.
 
     Raises:
-        ValueError: a mask contains a class number that is not below `n_classes`, or the masks have only ignored pixels.
-        FloatingPointError: the head's loss is not finite.
+        ValueError: a mask contains a class number that is not below `n_classes`.
+        NoMeaning: the scores would be the same for every model (see `check_masks`).
+        FloatingPointError: the head's loss or a weight of the head is not finite.
     """
-    classes = count_classes([train, val], n_classes)
+    in_train, in_val = classes_in(train, n_classes), classes_in(val, n_classes)
+    check_masks(in_train, in_val)
+    classes = max(in_train | in_val) + 1 if n_classes is None else n_classes
     head, loss = fit_segmentation(train, training, classes, advance)
-    return score_segmentation(head, val, classes, loss)
+    return replace(score_segmentation(head, val, classes, loss), not_in_train=len(in_val - in_train))

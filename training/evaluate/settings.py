@@ -15,7 +15,13 @@ from model.pooling import Pooling
 from model.preprocess import Fit
 from training.evaluate.features import Precision
 
-OneOrMore = Annotated[tuple[int, ...], BeforeValidator(lambda value: (value,) if isinstance(value, int) else value)]
+OneOrMore = Annotated[
+    tuple[Annotated[int, Field(ge=1, strict=True)], ...],
+    BeforeValidator(lambda value: value if isinstance(value, list | tuple) else (value,)),
+]
+"""Integers from 1. A single integer stands for a list with one entry."""
+MOST = 10**7
+"""The largest number of iterations, and of images in a batch."""
 Task = Literal["knn", "logistic", "linear", "segmentation", "depth", "retrieval"]
 
 
@@ -23,16 +29,22 @@ class TaskSettings(BaseModel):
     """The settings that every task has.
 
     If `resize`, `crop` or `fit` is None, the model's own value is used. If `crop` is 0, the whole image is used, and
-    `fit` has no effect.
+    `fit` cannot be set.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     resize: int | None = Field(default=None, ge=1, le=4096, description="short side after resizing, pixels")
     crop: int | None = Field(default=None, ge=0, le=4096, description="side of the square input, pixels; 0: no crop")
     fit: Fit | None = Field(default=None, description="how an image becomes a square: crop, pad or squash")
     precision: Precision = Field(default="fp32", description="precision of the backbone's forward pass")
-    seed: int = Field(default=0, ge=0, description="seed of random splits, batches and heads")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="seed of random splits, batches and heads")
+
+    @model_validator(mode="after")
+    def _fit_has_an_effect(self) -> Self:
+        if self.crop == 0 and self.fit is not None:
+            raise ValueError(f"fit={self.fit} has no effect with crop=0, which uses the whole image: leave one out")
+        return self
 
 
 class KnnSettings(TaskSettings):
@@ -40,12 +52,6 @@ class KnnSettings(TaskSettings):
 
     k: OneOrMore = Field(default=(10, 20, 100, 200), min_length=1, description="number of neighbours that vote")
     pooling: Pooling = "cls"
-
-    @model_validator(mode="after")
-    def _positive(self) -> Self:
-        if min(self.k) < 1:
-            raise ValueError(f"k={self.k} must be at least 1")
-        return self
 
 
 class LogisticSettings(TaskSettings):
@@ -58,8 +64,8 @@ class LogisticSettings(TaskSettings):
         lt=1,
         description="share of train on which C is chosen; if data has no split, also the share of val",
     )
-    tolerance: float = Field(default=1e-6, gt=0, description="a fit ends when the gradient is below this")
-    iterations: int = Field(default=1000, ge=1, description="maximum number of iterations of a fit")
+    tolerance: float = Field(default=1e-6, gt=0, lt=1, description="a fit ends when the gradient is below this")
+    iterations: int = Field(default=1000, ge=1, le=MOST, description="maximum number of iterations of a fit")
 
 
 class LinearSettings(TaskSettings):
@@ -69,8 +75,8 @@ class LinearSettings(TaskSettings):
         default="code", description="learning rates: up to 0.1 (code) or 0.5 (paper)"
     )
     blocks: OneOrMore = Field(default=(1, 4), min_length=1, description="numbers of last blocks in the input of a head")
-    iterations: int = Field(default=12_500, ge=1, description="number of training iterations")
-    batch_size: int = Field(default=1024, ge=1, description="number of images in a batch")
+    iterations: int = Field(default=12_500, ge=1, le=MOST, description="number of training iterations")
+    batch_size: int = Field(default=1024, ge=1, le=MOST, description="number of images in a batch")
     held_out: float = Field(default=0.1, gt=0, lt=1, description="share of images in val if data has no split")
 
 
@@ -78,11 +84,13 @@ class DenseSettings(TaskSettings):
     """The settings that segmentation and depth have in common. Both tasks use the whole image."""
 
     blocks: int = Field(default=1, ge=1, description="number of last blocks to concatenate: 1 or 4 in the paper")
-    iterations: int = Field(default=4000, ge=1, description="number of training iterations")
-    batch_size: int = Field(default=16, ge=1, description="number of images in a batch; all images if there are fewer")
-    weight_decay: float = Field(default=1e-3, ge=0)
+    iterations: int = Field(default=4000, ge=1, le=MOST, description="number of training iterations")
+    batch_size: int = Field(
+        default=16, ge=1, le=MOST, description="number of images in a batch; all images if there are fewer"
+    )
+    weight_decay: float = Field(default=1e-3, ge=0, le=1)
     memory_gb: float = Field(
-        default=8.0, ge=0, description="memory limit for stored tokens; other tokens are computed again"
+        default=8.0, ge=0, le=1e6, description="memory limit for stored tokens; other tokens are computed again"
     )
 
     @model_validator(mode="after")
@@ -97,7 +105,7 @@ class DenseSettings(TaskSettings):
 class SegmentationSettings(DenseSettings):
     """The settings of linear segmentation."""
 
-    lr: float = Field(default=1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0, le=1)
     classes: int | None = Field(default=None, ge=1, le=255, description="null: the largest class in the masks plus one")
     zero_is_ignored: bool = Field(
         default=False, description="classes in masks start at 1, and 0 means no class (ADE20k)"
@@ -107,12 +115,18 @@ class SegmentationSettings(DenseSettings):
 class DepthSettings(DenseSettings):
     """The settings of linear depth."""
 
-    lr: float = Field(default=3e-4, gt=0)
+    lr: float = Field(default=3e-4, gt=0, le=1)
     min_depth: float = Field(default=1e-3, gt=0, description="the smallest depth, metres")
-    max_depth: float = Field(default=10.0, gt=0, description="the largest depth, metres; KITTI: 80")
-    units_per_metre: float = Field(default=1000.0, gt=0, description="units of a 16-bit PNG; KITTI: 256")
-    bins: int = Field(default=256, ge=2)
-    gradient_weight: float = Field(default=0.5, ge=0)
+    max_depth: float = Field(default=10.0, le=1e6, description="the largest depth, metres; KITTI: 80")
+    units_per_metre: float = Field(default=1000.0, gt=0, le=1e6, description="units of a 16-bit PNG; KITTI: 256")
+    bins: int = Field(default=256, ge=2, le=65_536)
+    gradient_weight: float = Field(default=0.5, ge=0, le=1000)
+
+    @model_validator(mode="after")
+    def _depths_rise(self) -> Self:
+        if self.min_depth >= self.max_depth:
+            raise ValueError(f"min_depth={self.min_depth:g} must be below max_depth={self.max_depth:g}")
+        return self
 
 
 class RetrievalSettings(TaskSettings):
@@ -148,6 +162,8 @@ def make_settings(task: Task, given: Mapping[str, Any]) -> TaskSettings:
         problems = []
         for problem in error.errors():
             name = ".".join(str(part) for part in problem["loc"])
+            if problem["type"] == "too_short" and problem["input"]:
+                continue  # another problem names the entry that was refused
             if problem["type"] == "extra_forbidden":
                 problems.append(f"{name} is not a setting of {task}; it has {', '.join(SETTINGS[task].model_fields)}")
             else:

@@ -1,25 +1,18 @@
 """The six evaluation tasks. Each finds its data, computes features, runs the evaluation and makes a table."""
 
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from model.preprocess import PreprocessSpec
-from training.data.dataset import Photo, Skipped, Source, photos_of, split_source
-from training.data.sources import open_source
+from training.data.dataset import Skipped, photos_of
 from training.evaluate import depth, segmentation
-from training.evaluate.backbone import Backbone
 from training.evaluate.dense import DenseData, HeadTraining, Pair, TokenSettings, find_pairs
-from training.evaluate.features import Box, FeatureCache, ForwardSettings, ImageFeatures, Precision, cached_features
-from training.evaluate.knn import TEMPERATURE, knn_accuracy, labels_of
+from training.evaluate.knn import TEMPERATURE, knn_accuracy, labels_of, neighbours_for
 from training.evaluate.linear import CODE_LRS, PAPER_LRS, Head, ProbeSettings, evaluate_linear, stack_features
 from training.evaluate.logistic import C_GRID, FitSettings, evaluate_logistic
+from training.evaluate.meaning import NoMeaning, check_leave_one_out
 from training.evaluate.retrieval import SETUPS, Scores, read_ground_truth, score_classes, score_setup
 from training.evaluate.settings import (
     DenseSettings,
@@ -30,78 +23,21 @@ from training.evaluate.settings import (
     RetrievalSettings,
     SegmentationSettings,
 )
-
-Track = Callable[[str, int], Callable[[int], object]]
-"""A function that starts a progress bar with a title and a total, and returns the function that advances the bar."""
-
-
-@dataclass(frozen=True)
-class Context:
-    """The inputs of a task: its model, data, preprocessing and feature cache, and a function for progress bars."""
-
-    backbone: Backbone
-    data: str | Path
-    spec: PreprocessSpec
-    precision: Precision
-    cache: Path | None
-    track: Track
-
-    def features(
-        self, what: str, paths: Sequence[Path | Photo], n_blocks: int = 1, boxes: Sequence[Box | None] | None = None
-    ) -> ImageFeatures:
-        return cached_features(
-            None if self.cache is None else FeatureCache(self.cache, self.backbone.fingerprint),
-            self.backbone.model,
-            paths,
-            self.spec,
-            n_blocks=n_blocks,
-            boxes=boxes,
-            forward=ForwardSettings(precision=self.precision),
-            advance=self.track(f"features of {what}", len(paths)),
-        )
-
-    @property
-    def source(self) -> Source:
-        """Open the data, in any form that training accepts, and return it as a source of labelled images."""
-        with tempfile.TemporaryDirectory() as index:  # for the index of tar shards, which is also in memory
-            return open_source(self.data, Path(index))
-
-    @property
-    def folder(self) -> Path:
-        """Return the task's data as the path of a folder, for tasks that read individual files in it."""
-        return Path(self.data)
-
-    @property
-    def device(self) -> torch.device:
-        return self.backbone.model.cls_token.device
+from training.evaluate.task_data import Context, labelled_features, only_labelled, readable
 
 
 @dataclass(frozen=True)
 class TaskTable:
-    """A task's results, as a table and as data (`figures`), and the part of its protocol that is not a setting."""
+    """A task's results, as a table and as data (`figures`), and the part of its protocol that is not a setting.
+
+    `notes` are sentences about what was left out and why.
+    """
 
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     figures: dict[str, Any]
     protocol: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """The features and class numbers of the train and val images.
-
-    Classes that occur only in val have the highest numbers.
-    """
-
-    train: ImageFeatures
-    train_labels: Tensor
-    val: ImageFeatures
-    val_labels: Tensor
-    protocol: dict[str, Any]
-
-    @property
-    def skipped(self) -> list[Skipped]:
-        return [*self.train.skipped, *self.val.skipped]
+    notes: list[str] = field(default_factory=list)
 
 
 Result = tuple[TaskTable, list[Skipped]]
@@ -112,41 +48,6 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _read(features: ImageFeatures, paths: Sequence[Photo]) -> list[Photo]:
-    """Return the images in `paths` that could be read."""
-    return [paths[index] for index in features.kept.tolist()]
-
-
-def _check_classes(classes: dict[str, int], where: str | Path) -> None:
-    if len(classes) < 2:
-        raise ValueError(f"{where}: the images have {len(classes)} class, but a classification needs at least 2")
-
-
-def _labelled(context: Context, source: Source, n_blocks: int, held_out: float, seed: int) -> Labelled:
-    """Compute the features and class numbers of the train and val images.
-
-    If the source is not divided into train and val, the share `held_out` of its images is drawn with `seed` and used as
-    val.
-    """
-    train_images, val_images = (photos_of(part) for part in split_source(source, held_out, seed))
-    if not val_images:
-        raise ValueError(f"{context.data}: {len(train_images)} images are too few to hold out a share of {held_out}")
-    train = context.features("train", train_images, n_blocks)
-    val = context.features("val", val_images, n_blocks)
-    train_labels, classes = labels_of(_read(train, train_images))
-    _check_classes(classes, context.data)
-    val_labels, _ = labels_of(_read(val, val_images), classes)
-    protocol = {
-        "split": "train and val" if source.parts else f"a share of {held_out} held out by the seed",
-        "train_photos": len(train_labels),
-        "val_photos": len(val_labels),
-        "train_classes": len(classes),
-        "val_photos_of_classes_not_in_train": int((val_labels >= len(classes)).sum()),
-    }
-    device = context.device
-    return Labelled(train, train_labels.to(device), val, val_labels.to(device), protocol)
-
-
 def run_knn(context: Context, settings: KnnSettings) -> Result:
     """Classify each val image with k-NN among the train images.
 
@@ -155,26 +56,31 @@ def run_knn(context: Context, settings: KnnSettings) -> Result:
     device = context.device
     source = context.source
     if source.parts:
-        labelled = _labelled(context, source, 1, 0.1, settings.seed)
+        labelled = labelled_features(context, source, 1, 0.1, settings.seed)
+        ks, notes = neighbours_for(settings.k, len(labelled.train_labels))
         train, val = (f.pooled(settings.pooling).to(device) for f in (labelled.train, labelled.val))
-        accuracy = knn_accuracy(train, labelled.train_labels, val, labelled.val_labels, settings.k)
-        protocol, skipped = labelled.protocol, labelled.skipped
+        accuracy = knn_accuracy(train, labelled.train_labels, val, labelled.val_labels, ks)
+        protocol, skipped, notes = labelled.protocol, labelled.skipped, [*labelled.notes, *notes]
     else:
-        photos = photos_of(source)
+        photos, notes = only_labelled(context, photos_of(source), "the data")
+        check_leave_one_out(labels_of(photos)[0])  # before the features, which may take hours
         features = context.features("images", photos)
-        labels, classes = labels_of(_read(features, photos))
-        _check_classes(classes, context.data)
+        labels, classes = labels_of(readable(features, photos))
+        check_leave_one_out(labels)
+        ks, more = neighbours_for(settings.k, len(labels) - 1)
+        notes += more
         labels, pooled = labels.to(device), features.pooled(settings.pooling).to(device)
-        accuracy = knn_accuracy(pooled, labels, pooled, labels, settings.k, leave_one_out=True)
+        accuracy = knn_accuracy(pooled, labels, pooled, labels, ks, leave_one_out=True)
         protocol, skipped = {"split": "leave-one-out", "photos": len(labels), "classes": len(classes)}, features.skipped
     protocol |= {"metric": "cosine", "votes": f"exp(cosine / {TEMPERATURE})"}
     rows = [(str(k), percent(share)) for k, share in accuracy.items()]
-    return TaskTable(("k", "accuracy"), rows, {"accuracy": {str(k): a for k, a in accuracy.items()}}, protocol), skipped
+    figures = {"accuracy": {str(k): share for k, share in accuracy.items()}}
+    return TaskTable(("k", "accuracy"), rows, figures, protocol, notes), skipped
 
 
 def run_logistic(context: Context, settings: LogisticSettings) -> Result:
     """Choose the penalty on a part of the train images, fit logistic regression to all of them, and score it on val."""
-    labelled, device = _labelled(context, context.source, 1, settings.held_out, settings.seed), context.device
+    labelled, device = labelled_features(context, context.source, 1, settings.held_out, settings.seed), context.device
     report = evaluate_logistic(
         labelled.train.pooled(settings.pooling).to(device),
         labelled.train_labels,
@@ -186,7 +92,8 @@ def run_logistic(context: Context, settings: LogisticSettings) -> Result:
     row = (f"{report.c:.3g}", percent(report.sweep[report.c]), percent(report.accuracy))
     figures = {"accuracy": report.accuracy, "c": report.c, "held_out_accuracy_by_c": list(report.sweep.items())}
     protocol = labelled.protocol | {"penalty": "L2", "C": "45 values, 1e-6 to 1e5", "solver": "L-BFGS, float64"}
-    return TaskTable(("C", "held-out train", "val accuracy"), [row], figures, protocol), labelled.skipped
+    table = TaskTable(("C", "held-out train", "val accuracy"), [row], figures, protocol, labelled.notes)
+    return table, labelled.skipped
 
 
 def run_linear(context: Context, settings: LinearSettings) -> Result:
@@ -196,7 +103,7 @@ def run_linear(context: Context, settings: LinearSettings) -> Result:
     head.
     """
     depth_wanted = max(settings.blocks)
-    labelled = _labelled(context, context.source, depth_wanted, settings.held_out, settings.seed)
+    labelled = labelled_features(context, context.source, depth_wanted, settings.held_out, settings.seed)
     device, lrs = context.device, CODE_LRS if settings.grid == "code" else PAPER_LRS
     report = evaluate_linear(
         stack_features(labelled.train.cls, labelled.train.patch_parts["mean"]).to(device),
@@ -232,7 +139,12 @@ def run_linear(context: Context, settings: LinearSettings) -> Result:
         "augmentation": "none",
         "figure": "best head by val accuracy (*)",
     }
-    table = TaskTable(("class tokens", "mean patch token", "lr", "val accuracy"), rows, figures, protocol)
+    notes = list(labelled.notes)
+    if report.diverged:
+        lrs_lost = ", ".join(f"{lr:g}" for lr in sorted({head.lr for head in report.diverged}))
+        n_heads = len(report.diverged) + len(report.accuracy)
+        notes.append(f"{len(report.diverged)} of {n_heads} heads diverged and are left out (lr {lrs_lost})")
+    table = TaskTable(("class tokens", "mean patch token", "lr", "val accuracy"), rows, figures, protocol, notes)
     return table, labelled.skipped
 
 
@@ -293,7 +205,10 @@ def run_segmentation(context: Context, settings: SegmentationSettings) -> Result
         "train_photos": len(train),
         "val_photos": len(val),
     }
-    table = TaskTable(("mIoU", "mean accuracy", "pixel accuracy"), [row], figures, protocol)
+    notes = [f"{report.not_in_train} classes occur only in the masks of val; their IoU is 0"] * bool(
+        report.not_in_train
+    )
+    table = TaskTable(("mIoU", "mean accuracy", "pixel accuracy"), [row], figures, protocol, notes)
     return table, train.skipped + val.skipped
 
 
@@ -326,19 +241,24 @@ def run_depth(context: Context, settings: DepthSettings) -> Result:
         "train_photos": len(train),
         "val_photos": report.photos,
     }
-    return TaskTable(("RMSE", "AbsRel", "delta1"), [row], figures, protocol), train.skipped + val.skipped
+    without = len(val) - report.photos
+    notes = [f"{without} of {len(val)} maps of val have no depth in the range and are left out"] * bool(without)
+    return TaskTable(("RMSE", "AbsRel", "delta1"), [row], figures, protocol, notes), train.skipped + val.skipped
 
 
-def _retrieval_table(scores: dict[str, Scores], protocol: dict[str, Any]) -> TaskTable:
-    ks = list(next(iter(scores.values())).recall)
+def _retrieval_table(scores: dict[str, Scores], protocol: dict[str, Any], notes: Sequence[str]) -> TaskTable:
+    """Make the table of retrieval. A row has a dash for each k whose recall was left out in this row only."""
+    ks = sorted({k for s in scores.values() for k in s.recall})
     rows = [
-        (name, str(s.queries), percent(s.mean_ap), *(percent(s.recall[k]) for k in ks)) for name, s in scores.items()
+        (name, str(s.queries), percent(s.mean_ap), *(percent(s.recall[k]) if k in s.recall else "-" for k in ks))
+        for name, s in scores.items()
     ]
     figures = {
-        name: {"map": s.mean_ap, "recall": {str(k): s.recall[k] for k in ks}, "queries": s.queries}
+        name: {"map": s.mean_ap, "recall": {str(k): share for k, share in s.recall.items()}, "queries": s.queries}
         for name, s in scores.items()
     }
-    return TaskTable(("relevant", "queries", "mAP", *(f"recall@{k}" for k in ks)), rows, figures, protocol)
+    notes = [*notes, *(f"{name}: {note}" for name, s in scores.items() for note in s.notes)]
+    return TaskTable(("relevant", "queries", "mAP", *(f"recall@{k}" for k in ks)), rows, figures, protocol, notes)
 
 
 def run_retrieval(context: Context, settings: RetrievalSettings) -> Result:
@@ -347,16 +267,23 @@ def run_retrieval(context: Context, settings: RetrievalSettings) -> Result:
     With a ground truth file, the setups easy, medium and hard are scored. Without one, every image is a query, all
     other images are its database, and those with the query's label are relevant.
     """
-    device = context.device
-    if settings.ground_truth is None:
-        source = context.source
-        photos = photos_of(source)
-        features = context.features("images", photos)
-        labels, classes = labels_of(_read(features, photos))
-        by_class = score_classes(features.pooled(settings.pooling).to(device), labels.to(device), ks=settings.k)
-        protocol = {"ap": "mean precision at relevant images", "photos": len(labels), "classes": len(classes)}
-        return _retrieval_table({"same folder": by_class}, protocol | {"metric": "cosine"}), features.skipped
-    truth = read_ground_truth(settings.ground_truth)
+    if settings.ground_truth is not None:
+        return _run_ground_truth(context, settings, settings.ground_truth), []
+    photos, notes = only_labelled(context, photos_of(context.source), "the data")
+    if len({photo.label for photo in photos}) < 2:  # before the features, which may take hours
+        raise NoMeaning(f"{context.data}: the {len(photos)} images have 1 class: every model would score 100 %")
+    features = context.features("images", photos)
+    labels, classes = labels_of(readable(features, photos))
+    pooled, device = features.pooled(settings.pooling), context.device
+    by_class = score_classes(pooled.to(device), labels.to(device), ks=settings.k)
+    protocol = {"ap": "mean precision at relevant images", "photos": len(labels), "classes": len(classes)}
+    return _retrieval_table({"same folder": by_class}, protocol | {"metric": "cosine"}, notes), features.skipped
+
+
+def _run_ground_truth(context: Context, settings: RetrievalSettings, path: Path) -> TaskTable:
+    """Score the setups easy, medium and hard of the ground truth file `path`. A setup is left out if every model would
+    get the same score."""
+    device, truth = context.device, read_ground_truth(path)
     database = context.features("database", [context.folder / name for name in truth.database])
     queries = context.features(
         "queries",
@@ -367,9 +294,13 @@ def run_retrieval(context: Context, settings: RetrievalSettings) -> Result:
     if skipped:  # without these images the data set would be easier or harder
         raise ValueError(f"{len(skipped)} images of the ground truth cannot be read, e.g. {skipped[0].name}")
     database_vectors, query_vectors = (f.pooled(settings.pooling).to(device) for f in (database, queries))
-    by_setup = {setup: score_setup(truth, setup, query_vectors, database_vectors, ks=settings.k) for setup in SETUPS}
-    scored = {str(setup): scores for setup, scores in by_setup.items() if scores is not None}
+    scored, notes = dict[str, Scores](), list[str]()
+    for setup in SETUPS:
+        try:
+            scored[setup] = score_setup(truth, setup, query_vectors, database_vectors, ks=settings.k)
+        except NoMeaning as reason:
+            notes.append(f"{setup} is left out: {reason}")
     if not scored:
-        raise ValueError(f"{settings.ground_truth}: no query has an easy or hard image")
+        raise NoMeaning(f"{path}: {'; '.join(notes)}")
     protocol = {"ap": "trapezoid rule", "photos": len(truth.database), "metric": "cosine"}
-    return _retrieval_table(scored, protocol), []
+    return _retrieval_table(scored, protocol, notes)

@@ -169,13 +169,20 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def _sources(config: Mapping[str, Any]) -> list[str]:
+    """Return the paths and URLs of the run's images."""
+    data = config.get("data", [])
+    return [str(source) for source in (data if isinstance(data, list) else [data])]
+
+
 def _head(config: Mapping[str, Any], facts: Mapping[str, Any], metrics: Lines) -> str:
     vit = config.get("vit")
     shape = ", ".join(f"{key} {value}" for key, value in vit.items()) if isinstance(vit, dict) else ""
     model = f"{config.get('model', 'unknown model')}{f' ({shape})' if shape else ''}"
     times = values_of(metrics, "time")
     when = f"{_when(times[0])} to {_when(times[-1])}" if times else ""
-    parts = [f"{model}, on {config.get('data', 'unknown data')}", str(facts.get("hardware", "")), when]
+    images = ", ".join(_sources(config)) or "unknown data"
+    parts = [f"{model}, on {images}", str(facts.get("hardware", "")), when]
     text = "".join(f'<p class="muted">{escape(part)}</p>' for part in parts if part)
     return f"<h1>Training: {escape(str(config.get('recipe', 'unknown recipe')))}</h1>{text}"
 
@@ -306,7 +313,7 @@ def _data(config: Mapping[str, Any], facts: Mapping[str, Any], skipped: Path) ->
     rows = [[words, str(facts[key])] for key, words in (("photos", "training images"), ("data_sha256", "digest"))
             if key in facts]  # fmt: skip
     if "data" in config:
-        rows.insert(0, ["folder", str(config["data"])])
+        rows.insert(0, ["images", ", ".join(_sources(config))])
     body = html_table(rows) if rows else ""
     if skipped.exists():
         lines = [line for line in skipped.read_text(encoding="utf-8", errors="replace").splitlines() if line]
@@ -346,13 +353,14 @@ def _origin(facts: Mapping[str, Any]) -> str:
 def _next_steps(out: Path, config: Mapping[str, Any]) -> str:
     """Return an HTML text block with the commands that export the checkpoint and resume training."""
     steps = []
-    if (out / "checkpoint.safetensors").exists():
-        checkpoint = shlex.quote(str(out / "checkpoint.safetensors"))
-        steps.append(f"dinov2 export {checkpoint}   # then: dinov2 serve")
-    if "data" in config:
-        data, recipe, folder = (shlex.quote(str(x)) for x in (config["data"], config.get("recipe"), out))
+    names = ("checkpoint.best.safetensors", "checkpoint.safetensors")
+    if checkpoints := [path for name in names if (path := out / name).exists()]:
+        steps.append(f"dinov2 export {shlex.quote(str(checkpoints[0]))}   # then: dinov2 serve")
+    if sources := _sources(config):
+        data = " ".join(f"--data {shlex.quote(source)}" for source in sources)
+        recipe, folder = (shlex.quote(str(x)) for x in (config.get("recipe"), out))
         steps.append(
-            f"dinov2 train --data {data} --recipe {recipe} --out {folder}"
+            f"dinov2 train {data} --recipe {recipe} --out {folder}"
             "   # resumes where it stopped; add the settings it was started with"
         )
     return f"<pre>{escape(chr(10).join(steps))}</pre>" if steps else ""

@@ -86,6 +86,13 @@ def to_numbers(figures: Mapping[str, Figure]) -> dict[str, float | str | None]:
     return {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in plain.items()}
 
 
+def in_words(seconds: float) -> str:
+    """Return a duration as text, such as `40 s`, `12 min` or `3.5 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def peak_memory_bytes(device: torch.device) -> int | None:
     """Return the peak memory of this process in bytes. For a GPU, this is the memory of the tensors on the GPU. For a
     CPU, it is the main memory of the process, or None on Windows."""
@@ -143,6 +150,7 @@ class Monitor:
         self._sinks, self._peak_flops, self._advise = list(sinks), peak_flops, advise
         self._steps, self._flops, self._waited, self._slow_lines = 0, 0.0, 0.0, 0
         self._since, self._failed = time.perf_counter(), set[str]()
+        self._began, self._session_steps = time.monotonic(), 0  # for the time left
         self._progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(),
@@ -161,7 +169,7 @@ class Monitor:
     def __enter__(self) -> Self:
         if self._bar:
             self._progress.start()
-        self._since = time.perf_counter()
+        self._since, self._began = time.perf_counter(), time.monotonic()
         return self
 
     def __exit__(
@@ -170,7 +178,7 @@ class Monitor:
         if self._bar:
             self._progress.stop()
         for sink in self._sinks:
-            self._guarded(sink.name, sink.close)
+            self.guarded(sink.name, sink.close)
 
     def rewind(self, step: int) -> None:
         """Remove the log lines for steps after `step`, and set the progress bar to `step`. The constructor does this
@@ -189,6 +197,7 @@ class Monitor:
         `flops` is the number of floating-point operations of the step over all processes (`training/watch/flops.py`).
         """
         self._steps += 1
+        self._session_steps += 1
         self._flops += flops
         if self._active:
             self._progress.update(self._task, completed=steps_done)
@@ -248,8 +257,14 @@ class Monitor:
     def say(self, steps_done: int, kind: str, message: str) -> None:
         """Print a message and store it in `events.jsonl`. `kind` is a word such as warning, rollback or stop."""
         if self._active:
-            self.console.print(f"{kind}: {message}", markup=False)
+            self.tell(f"{kind}: {message}")
             self._append(EVENTS, {"step": steps_done, "kind": kind, "message": message, "time": round(time.time(), 1)})
+
+    def tell(self, text: str) -> None:
+        """Print a line with the time of day. The line is not wrapped, so that log files have one event per line."""
+        if self._active:
+            now = time.strftime("%H:%M:%S")
+            self.console.print(f"{now}  {text}", markup=False, highlight=False, soft_wrap=True)
 
     def _start_line(self) -> None:
         self._steps, self._flops, self._waited = 0, 0.0, 0.0
@@ -264,15 +279,15 @@ class Monitor:
             with (self._folder / name).open("a") as file:
                 file.write(text)
 
-        self._guarded(name, write_file)
+        self.guarded(name, write_file)
         if name == EVENTS:
             return
         numbers = {n: float(v) for n, v in line.items() if isinstance(v, int | float) and n not in NO_CURVES}
         for sink in list(self._sinks):
-            if not self._guarded(sink.name, partial(sink.write, line["step"], numbers)):
+            if not self.guarded(sink.name, partial(sink.write, line["step"], numbers)):
                 self._sinks.remove(sink)
 
-    def _guarded(self, name: str, action: Callable[[], None]) -> bool:
+    def guarded(self, name: str, action: Callable[[], object]) -> bool:
         """Run an action that may fail because of the disk or the network, and return whether it succeeded.
 
         The first failure is reported. Further failures are not reported until the action has succeeded again.
@@ -281,10 +296,10 @@ class Monitor:
             action()
         except Exception as error:  # noqa: BLE001 - a client library may raise anything, and the run continues
             if name not in self._failed:
-                fate = " and tries to write the next lines" if name.endswith(".jsonl") else " without it"
-                self.console.print(
-                    f"warning: {name} cannot be written ({type(error).__name__}: {error}); the run continues" + fate,
-                    markup=False,
+                again = name.endswith((".jsonl", ".html"))
+                fate = " and tries again later" if again else " without it"
+                self.tell(
+                    f"warning: {name} cannot be written ({type(error).__name__}: {error}); the run continues{fate}"
                 )
             self._failed.add(name)
             return False
@@ -292,9 +307,12 @@ class Monitor:
         return True
 
     def _show(self, line: dict[str, Any]) -> None:
+        remaining = (time.monotonic() - self._began) / max(self._session_steps, 1) * (self._total_steps - line["step"])
         parts = [
+            f"epoch {line['epoch']:.2f}" if isinstance(line.get("epoch"), float) else "",
             (f"loss {line['loss']:.3f}" if isinstance(line.get("loss"), float) else "loss not finite"),
             (f"dino/lnK {line['dino_over_ln_k']:.3f}" if isinstance(line.get("dino_over_ln_k"), float) else ""),
+            f"lr {line['lr']:.1e}" if isinstance(line.get("lr"), float) else "",
             f"{line['images_per_s']:.0f} img/s",
             f"mfu {line['mfu']:.0%}" if "mfu" in line else "",
             f"waits {line['data_wait_share']:.0%}" if line["data_wait_share"] >= WAIT_WORTH_A_WORD else "",
@@ -302,7 +320,7 @@ class Monitor:
         shown = "  ".join(part for part in parts if part)
         self._progress.update(self._task, figures=shown)
         if not self._bar:
-            self.console.print(f"step {line['step']}/{self._total_steps}  {shown}", markup=False)
+            self.tell(f"step {line['step']}/{self._total_steps}  {shown}  {in_words(remaining)} left")
 
     def _warn_of_waiting(self, steps_done: int, wait: float) -> None:
         self._slow_lines = self._slow_lines + 1 if wait > WAIT_WORTH_A_WORD else 0

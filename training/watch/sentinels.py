@@ -10,15 +10,16 @@ The checks that do this are called sentinels. They detect three kinds of failure
   - RankMe, the effective rank of a batch of class tokens (arXiv 2210.02885), is below a configured share of its
     maximum. A random network reaches about 0.1 of the maximum, and a trained network 0.5 or more.
 - not finite: a loss or a gradient is NaN or infinite. The batch is stored so that it can be inspected and repeated.
-- k-NN: the accuracy on held-out images is below the run's best accuracy by more than a configured margin. Continued
-  training of published weights can lose accuracy (facebookresearch/dinov2#204: from 80 to 10 %).
+- measure: the measure of the features on held-out images (`training/watch/measure.py`) is below the run's best value
+  by more than a configured margin. Continued training of published weights can lose accuracy
+  (facebookresearch/dinov2#204: from 80 to 10 %).
 
 The action is `stop`, `warn` (one report each time the failure begins) or `rollback`. A rollback loads the newest
 checkpoint from step `Verdict.back_to` or earlier, and deletes later checkpoints. The sentinels forget what they
 recorded for later steps (`forget_after`), but keep the rest of their state. Without a change, the run would fail again.
 After "not finite", it therefore skips the failing step (`passes_over`), and the step's images are not used in this
-epoch. After "collapse" or "k-NN", all later learning rates are multiplied by `lr_factor`. The run stops if a rollback
-is needed after `max_rollbacks` rollbacks, or if no checkpoint is old enough.
+epoch. After "collapse" or "measure", all later learning rates are multiplied by `lr_factor`. The run stops if a
+rollback is needed after `max_rollbacks` rollbacks, or if no checkpoint is old enough.
 
 Decisions depend only on the metrics in metrics.jsonl and evaluations.jsonl and on a state of plain JSON types, so a
 resumed run makes the same decisions. Steps are counted from 1, as in metrics.jsonl.
@@ -37,9 +38,10 @@ from torch import Tensor
 
 from model.checkpoint import save_safetensors
 from model.files import write_text
+from training.watch.action import Action
+from training.watch.measure import Measure
 
-Action = Literal["stop", "rollback", "warn"]
-Kind = Literal["collapse", "not_finite", "knn"]
+Kind = Literal["collapse", "not_finite", "measure"]
 AT_LN_K = 0.99  # threshold for the DINO loss and the teacher's entropy, as a share of ln K
 AT_ZERO = 0.01  # threshold for the teacher's entropy, as a share of ln K
 GRACE = 1 / 3  # share of the run without verdicts of collapse, because a healthy run may begin at ln K
@@ -50,19 +52,20 @@ NEVER = torch.iinfo(torch.int64).max
 class Limits:
     """The thresholds of the sentinels (the checks for a failing run), and the action for each kind of failure.
 
-    `knn_margin` is in percentage points.
+    `measure_margin` is in percentage points.
     """
 
     total_steps: int
     n_prototypes: int
     on_collapse: Action = "stop"
     on_not_finite: Action = "rollback"
-    on_knn: Action = "stop"
+    on_measure: Action = "stop"
     patience: int = 5  # consecutive log lines with the same sign of collapse
     min_rankme_share: float = 0.05
-    knn_margin: float = 5.0
+    measure_margin: float = 5.0
     rollback_lr_factor: float = 0.5
     max_rollbacks: int = 3
+    patience_evaluations: int = 0  # evaluations without a new best value after which the run ends; 0: never
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,12 @@ class State:
     bad_lines: dict[str, int] = field(default_factory=dict)  # sign of collapse -> consecutive log lines with it
     good_step: int = 0  # step of the last log line without any sign of collapse
     warned: bool = False  # whether the current collapse was reported
-    best_knn: float | None = None
-    best_knn_step: int = 0
-    knn_fallen: bool = False
+    measure: str = ""  # name of the measure to which the next fields belong
+    first: float | None = None
+    best: float | None = None
+    best_step: int = 0
+    since_best: int = 0  # evaluations since the measure last rose above its best value
+    fallen: bool = False
     rollbacks: int = 0
     passed_over: list[int] = field(default_factory=list)
     lr_factor: float = 1.0
@@ -112,6 +118,15 @@ def rankme(features: Tensor) -> float:
 def rankme_share(features: Tensor) -> float:
     """Return the effective rank (`rankme`) of features [n, D] as a share of its maximum, min(n, D)."""
     return rankme(features) / min(features.shape)
+
+
+def difference_error(first: float, second: float, n: int) -> float:
+    """Estimate the standard error of the difference between two shares of n images.
+
+    One hit and one miss are added to each share (Agresti and Coull, 1998), so that shares of 0 and 1 have an error too.
+    """
+    shares = [(share * n + 1) / (n + 2) for share in (first, second)]
+    return math.sqrt(sum(share * (1 - share) / (n + 2) for share in shares))
 
 
 class FirstNotFinite:
@@ -176,15 +191,14 @@ class Sentinels:
 
         Args:
             then: the `state_dict` that the restored checkpoint contains.
-            kind: the kind of failure that caused the rollback. After "knn", the best accuracy is kept too, because
-                later accuracies are compared with it.
+            kind: the kind of failure that caused the rollback. After "measure", the best value is kept too, because
+                later values are compared with it.
         """
         old = State(**json.loads(json.dumps(then)))
         self.state = replace(self.state, bad_lines=old.bad_lines, good_step=old.good_step, warned=old.warned)
-        if kind != "knn":
-            self.state = replace(
-                self.state, best_knn=old.best_knn, best_knn_step=old.best_knn_step, knn_fallen=old.knn_fallen
-            )
+        if kind != "measure":
+            kept = ("measure", "first", "best", "best_step", "since_best", "fallen")
+            self.state = replace(self.state, **{name: getattr(old, name) for name in kept})
 
     @property
     def lr_factor(self) -> float:
@@ -203,7 +217,7 @@ class Sentinels:
         """
         limits, state = self.limits, self.state
         steps = [state.good_step] if limits.on_collapse == "rollback" else []
-        return steps + ([state.best_knn_step] if limits.on_knn == "rollback" and state.best_knn is not None else [])
+        return steps + ([state.best_step] if limits.on_measure == "rollback" and state.best is not None else [])
 
     def check_line(self, step: int, figures: Mapping[str, Any]) -> Verdict | None:
         """Check the metrics of one log line for signs of collapse. Return a verdict, or None if there is nothing to
@@ -267,25 +281,38 @@ class Sentinels:
         advice = " A lower lr or clip_grad, a longer warmup or precision=fp32 may help; also look at the images."
         return self._decide("not_finite", self.limits.on_not_finite, step, step - 1, begin, advice)
 
-    def check_knn(self, step: int, accuracy: float) -> Verdict | None:
-        """Compare the k-NN accuracy (0 to 1) after `step` steps with the best accuracy so far. Return a verdict, or
-        None if there is nothing to report.
+    def check_measure(self, step: int, measure: Measure, value: float, n_images: int) -> Verdict | None:
+        """Compare a value of the run's measure (0 to 1) after `step` steps with the best value so far. Return a
+        verdict, or None if there is nothing to report.
 
-        The first call is made before training, with step 0.
+        The first call is made before training, with step 0. If the measure is another one than at the last call, the
+        comparison begins again.
+
+        A fall within the noise of `n_images` held-out images is not reported: besides the margin, a fall by twice the
+        standard error of the difference of two shares is accepted.
         """
         state, limits = self.state, self.limits
-        if state.best_knn is None or accuracy >= state.best_knn:
-            state.best_knn, state.best_knn_step, state.knn_fallen = accuracy, step, False
+        if state.measure != measure.name:
+            state.measure, state.first, state.best = measure.name, value, None
+        state.since_best = 0 if state.best is None or value > state.best else state.since_best + 1
+        if state.best is None or value >= state.best:
+            state.best, state.best_step, state.fallen = value, step, False
             return None
-        fallen, state.knn_fallen = state.knn_fallen, 100 * (state.best_knn - accuracy) > limits.knn_margin
-        if not state.knn_fallen or (fallen and limits.on_knn == "warn"):
+        noise = 2 * difference_error(state.best, value, n_images)
+        fallen, state.fallen = state.fallen, state.best - value > limits.measure_margin / 100 + noise
+        if not state.fallen or (fallen and limits.on_measure == "warn"):
             return None
         begin = (
-            f"step {step}: k-NN is {accuracy:.1%}, down from {state.best_knn:.1%} at step {state.best_knn_step}: "
-            f"it lost more than {limits.knn_margin:g} points."
+            f"step {step}: {measure.words} is {value:.1%}, down from {state.best:.1%} at step {state.best_step}: "
+            f"it lost more than {limits.measure_margin:g} points and the noise of {n_images} images."
         )
-        advice = " A lower lr, a longer freeze_backbone or a larger layer_decay preserve more of the initial weights."
-        return self._decide("knn", limits.on_knn, step, state.best_knn_step, begin, advice)
+        advice = " A lower lr, a longer freeze_backbone or a smaller layer_decay preserve more of the initial weights."
+        return self._decide("measure", limits.on_measure, step, state.best_step, begin, advice)
+
+    @property
+    def is_stale(self) -> bool:
+        """Return whether the measure has had no new best value for so long that the run should end early."""
+        return 0 < self.limits.patience_evaluations <= self.state.since_best
 
     def _decide(self, kind: Kind, action: Action, step: int, back_to: int, begin: str, advice: str) -> Verdict:
         """Return the verdict on a failure. If the action is a rollback, count it, and record the step to skip or the
@@ -300,7 +327,7 @@ class Sentinels:
         if action == "stop":
             return replace(verdict, message=begin + " The run stops; its checkpoints are kept." + advice)
         state.rollbacks += 1
-        state.bad_lines, state.good_step, state.knn_fallen = {}, min(state.good_step, back_to), False
+        state.bad_lines, state.good_step, state.fallen = {}, min(state.good_step, back_to), False
         if kind == "not_finite":
             state.passed_over = sorted({*state.passed_over, step})
             after = f" The run goes back to step {back_to} or before, and skips step {step}"

@@ -16,6 +16,7 @@ from training.data.augment import (
     BRIGHTNESS,
     CONTRAST,
     SATURATION,
+    Geometry,
     Jitter,
     View,
     adjust_hue_,
@@ -23,15 +24,13 @@ from training.data.augment import (
     augmented_views,
     blend_,
     change_colors_,
-    crop_resize,
     draw_views,
     gaussian_blur,
     grayscale,
     normalize,
-    sample_boxes,
     solarize,
-    window_sides,
 )
+from training.data.boxes import crop_resize, window_sides
 from training.randomness import SampleRandom, sample_keys
 
 ONE_LEVEL = 1.01 / 255  # Pillow works on bytes
@@ -50,93 +49,6 @@ def to_tensor(photos):
 
 def keyed(n, seed=0):
     return SampleRandom(sample_keys(seed, 0, torch.arange(n)))
-
-
-@pytest.mark.parametrize("size", [12, 31, 70])
-@pytest.mark.parametrize("side", [48, 144])  # the larger ones are cut out of the image first
-def test_crop_is_pillows_resize_with_a_box(photos, size, side):
-    photos = np.stack([np.asarray(Image.fromarray(photo).resize((side, side))) for photo in photos])
-    boxes = torch.tensor(
-        [
-            [0.1, 0.2, 0.2, 0.3],
-            [0.0, 0.0, 1.0, 1.0],
-            [0.33, 0.05, 0.21, 0.9],
-            [0.0, 0.8, 0.2, 0.2],
-            [0.9, 0.5, 0.1, 0.1],
-        ]
-    )
-    flips = torch.tensor([False, True, False, True, True])
-    which = torch.tensor([0, 1, 2, 2, 0])
-    images = torch.from_numpy(photos).permute(0, 3, 1, 2).contiguous()
-    windows = window_sides(boxes, side, size)
-    assert (windows <= side).all()
-    assert side == 48 or windows.min() < side
-    for i in range(len(boxes)):
-        (crop,) = crop_resize(images, which[[i]], boxes[[i]], size, flips[[i]], int(windows[i]))
-        assert crop.shape == (3, size, size)
-        top, left, height, width = (side * boxes[i]).tolist()
-        pillow_box = (left, top, min(float(side), left + width), min(float(side), top + height))
-        photo = Image.fromarray(photos[which[i]])
-        expected = photo.resize((size, size), Image.Resampling.BILINEAR, box=pillow_box)
-        expected = ImageOps.mirror(expected) if flips[i] else expected
-        difference = crop.permute(1, 2, 0).numpy() - np.asarray(expected, np.float32) / 255
-        assert np.abs(difference).max() < 2 * ONE_LEVEL  # Pillow rounds after each of its two passes
-
-
-def test_a_window_changes_nothing():
-    images = torch.randint(0, 256, (4, 3, 160, 160), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    boxes = sample_boxes(torch.tensor([0.4, 1.0, 1.7, 1.0]).repeat(50), (0.01, 1.0), keyed(200))
-    which, flips = torch.arange(200) % 4, torch.arange(200) % 3 == 0
-    windows = window_sides(boxes, 160, 21)
-    assert len(windows.unique()) > 3
-    whole = crop_resize(images, which, boxes, 21, flips, 160)
-    for window in windows.unique().tolist():
-        chosen = windows == window
-        cut = crop_resize(images, which[chosen], boxes[chosen], 21, flips[chosen], window)
-        torch.testing.assert_close(cut, whole[chosen], atol=2e-5, rtol=0)
-
-
-def test_boxes_keep_area_and_aspect_in_the_photos_own_pixels():
-    aspect = torch.tensor([0.5, 1.0, 2.0]).repeat(2000)
-    top, left, height, width = sample_boxes(aspect, (0.1, 0.4), keyed(6000)).unbind(1)
-    assert (top >= 0).all()
-    assert (left >= 0).all()
-    assert (top + height <= 1 + 1e-6).all()
-    assert (left + width <= 1 + 1e-6).all()
-    area = height * width
-    assert area.min() >= 0.1 - 1e-5
-    assert area.max() <= 0.4 + 1e-5
-    assert abs(float(area.mean()) - 0.25) < 0.01
-    ratio = width * aspect / height
-    assert ratio.min() >= 0.75 - 1e-4
-    assert ratio.max() <= 4 / 3 + 1e-4
-    assert abs(float(ratio.log().mean())) < 0.01
-    assert ratio.min() < 0.755  # the whole range is used
-    assert ratio.max() > 1.325
-
-
-def test_boxes_lie_anywhere_and_their_two_places_are_drawn_apart():
-    top, left, height, width = sample_boxes(torch.ones(6000), (0.1, 0.4), keyed(6000)).unbind(1)
-    across, down = left / (1 - width), top / (1 - height)  # 0 to 1 of the room that there is
-    for place in (across, down):
-        assert place.min() < 0.01
-        assert place.max() > 0.99
-        assert float(place.var()) == pytest.approx(1 / 12, abs=0.003)
-    assert abs(float(torch.corrcoef(torch.stack((across, down)))[0, 1])) < 0.05
-
-
-def test_an_image_gets_ten_attempts_at_a_box():
-    # Of the log ratios, uniform up to log(4 / 3), those up to log(1 / area) fit.
-    boxes = sample_boxes(torch.ones(6000), (0.9, 0.9), keyed(6000))
-    fallback = (boxes == torch.tensor([0.0, 0.0, 1.0, 1.0])).all(dim=1).float().mean()
-    expected = (1 - math.log(1 / 0.9) / math.log(4 / 3)) ** 10
-    assert float(fallback) == pytest.approx(expected, abs=0.01)
-
-
-def test_a_photo_that_no_box_fits_gets_its_largest_centred_one():
-    boxes = sample_boxes(torch.tensor([10.0, 0.1]), (1.0, 1.0), keyed(2))
-    torch.testing.assert_close(boxes[0], torch.tensor([0.0, (1 - 4 / 30) / 2, 1.0, 4 / 30]))
-    torch.testing.assert_close(boxes[1], torch.tensor([(1 - 4 / 30) / 2, 0.0, 4 / 30, 1.0]))
 
 
 def luma(pixel):
@@ -159,7 +71,7 @@ def clip(value):
 
 def recolor(images, jitter, seed=0):
     n = len(images)
-    draws = draw_views(torch.ones(n), View(8, (0.5, 1.0)), jitter, keyed(n, seed))
+    draws = draw_views(torch.ones(n), View(8, (0.5, 1.0)), jitter, Geometry(), keyed(n, seed))
     return change_colors_(images.clone(), draws, torch.arange(n))
 
 
@@ -262,19 +174,22 @@ def test_unchosen_images_pass_the_jitter_unchanged(photos):
 
 
 ALL = View(28, (0.3, 1.0), blur=0.5, solarize=0.2)
+TURNED = Geometry(vertical_flip=0.5, quarter_turns=0.75)
 
 
 def test_the_draws_have_the_shares_and_ranges_asked_for():
     n = 6000
     jitter = Jitter(white_balance=0.3)
-    draws = draw_views(torch.ones(n), ALL, jitter, keyed(n))
+    draws = draw_views(torch.ones(n), ALL, jitter, Geometry(), keyed(n))
 
     def share(chosen):
         return float(chosen.float().mean())
 
     jittered = draws.hue_round >= 0
     assert share(jittered) == pytest.approx(0.8, abs=0.02)
-    assert share(draws.flips) == pytest.approx(0.5, abs=0.02)
+    assert share(draws.flips[:, 1]) == pytest.approx(0.5, abs=0.02)
+    assert not draws.flips[:, 0].any()
+    assert not draws.transposed.any()
     assert share(draws.gray) == pytest.approx(0.2, abs=0.02)
     assert share(draws.solarize) == pytest.approx(0.2, abs=0.02)
     assert share(draws.sigma > 0) == pytest.approx(0.5, abs=0.02)
@@ -285,7 +200,7 @@ def test_the_draws_have_the_shares_and_ranges_asked_for():
     assert blurred.max() > 1.99
     assert float(blurred.mean()) == pytest.approx((0.1 + 2.0) / 2, abs=0.04)
     assert float(blurred.std()) == pytest.approx(1.9 / 12**0.5, abs=0.02)
-    for chosen in (draws.flips, draws.gray, draws.solarize, draws.sigma > 0):  # each apart from the jitter
+    for chosen in (draws.flips[:, 1], draws.gray, draws.solarize, draws.sigma > 0):  # each apart from the jitter
         assert share(chosen[jittered]) == pytest.approx(share(chosen), abs=0.02)
     assert (draws.factors[~jittered] == 1).all()
     assert (draws.gains[~jittered] == 1).all()
@@ -305,8 +220,8 @@ def test_the_draws_have_the_shares_and_ranges_asked_for():
 
 
 def test_leaving_one_operation_out_moves_no_other():
-    full = draw_views(torch.ones(50), ALL, Jitter(), keyed(50))
-    less = draw_views(torch.ones(50), View(28, (0.3, 1.0)), Jitter(hue=0.0, gray=0.0), keyed(50))
+    full = draw_views(torch.ones(50), ALL, Jitter(), Geometry(), keyed(50))
+    less = draw_views(torch.ones(50), View(28, (0.3, 1.0)), Jitter(hue=0.0, gray=0.0), Geometry(), keyed(50))
     for name in ("boxes", "flips", "blends", "factors"):
         assert torch.equal(getattr(full, name), getattr(less, name))
     assert not less.sigma.any()
@@ -314,10 +229,81 @@ def test_leaving_one_operation_out_moves_no_other():
     assert not less.gray.any()
 
 
-def plain_view(image, draws, i, size):
+def test_the_draws_of_the_default_settings_stay_those_of_earlier_versions():
+    """A run resumed with a newer version gets the same crops. The numbers were printed before crops could be turned."""
+    keys = sample_keys(3, 7, torch.arange(4))
+    draws = draw_views(
+        torch.tensor([1.0, 0.7, 1.5, 1.0]), View(28, (0.05, 0.32)), Jitter(), Geometry(), SampleRandom(keys)
+    )
+    boxes = [
+        [0.07154609, 0.48557293, 0.30931023, 0.37437496],
+        [0.50810236, 0.01575106, 0.36950925, 0.45193604],
+        [0.28833941, 0.22070991, 0.44756240, 0.25940087],
+        [0.06108292, 0.38617644, 0.48919585, 0.48227257],
+    ]
+    factors = [
+        [0.68234342, 1.39556146, 1.05116248],
+        [0.78506505, 0.93554688, 1.11801696],
+        [1.0, 1.0, 1.0],
+        [0.92442310, 0.99442583, 1.22564292],
+    ]
+    torch.testing.assert_close(draws.boxes, torch.tensor(boxes), atol=1e-7, rtol=0)
+    torch.testing.assert_close(draws.factors, torch.tensor(factors), atol=1e-7, rtol=0)
+    assert draws.flips.tolist() == [[False, True]] * 4
+    assert not draws.transposed.any()
+
+
+PLAIN = Jitter(probability=0.0, gray=0.0)
+
+
+def views_of(photos, geometry):
+    """Eight views of each image without changes of colour, [24, 3, 12, 12]."""
+    images = torch.from_numpy(photos).permute(0, 3, 1, 2).contiguous()
+    return augmented_views(images, torch.ones(3), View(12, (0.2, 0.9)), 8, PLAIN, geometry, keyed(3))
+
+
+def test_flips_and_turns_are_those_of_torch(photos):
+    plain = views_of(photos, Geometry(0.0))
+    torch.testing.assert_close(views_of(photos, Geometry(1.0)), plain.flip(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(views_of(photos, Geometry(0.0, 1.0)), plain.flip(2), atol=1e-5, rtol=0)
+    turned, all_changes = views_of(photos, Geometry(0.0, 0.0, 1.0)), views_of(photos, Geometry(1.0, 1.0, 1.0))
+    quarters = []
+    for i in range(24):
+        distance = [float((turned[i] - plain[i].rot90(k, (1, 2))).abs().max()) for k in range(4)]
+        quarters.append(int(np.argmin(distance)))
+        assert min(distance) < 1e-5
+        expected = plain[i].flip((1, 2)).rot90(quarters[i], (1, 2))
+        torch.testing.assert_close(all_changes[i], expected, atol=1e-5, rtol=0)
+    assert set(quarters) == {1, 2, 3}
+    for i in range(3):  # the views of an image are turned independently
+        assert len(set(quarters[i::3])) > 1
+
+
+def test_flips_and_turns_have_the_shares_asked_for():
+    n = 6000
+    draws = draw_views(torch.ones(n), ALL, Jitter(), Geometry(0.3, 0.2, 0.6), keyed(n))
+    shares = Counter(zip(*draws.flips.T.tolist(), draws.transposed.tolist(), strict=True))
+    turns = {0: 0.4, 1: 0.2, 2: 0.2, 3: 0.2}
+    expected = Counter()
+    for horizontal, vertical, turn in itertools.product((False, True), (False, True), turns):
+        share = (0.3 if horizontal else 0.7) * (0.2 if vertical else 0.8) * turns[turn]
+        expected[vertical ^ (turn >= 2), horizontal ^ (turn in (1, 2)), turn % 2 == 1] += share
+    for outcome in itertools.product((False, True), repeat=3):
+        assert shares[outcome] / n == pytest.approx(expected[outcome], abs=0.02)
+    none = draw_views(torch.ones(n), ALL, Jitter(), Geometry(0.0), keyed(n))
+    assert not none.flips.any()
+    assert not none.transposed.any()
+
+
+STILL = torch.zeros(1, 2, dtype=torch.bool)
+
+
+def plain_view(image, draws, i, size, kernel):
     """One crop by the definitions above, one image and one operation at a time."""
     one = torch.tensor([i])
-    crop = crop_resize(image[None], torch.tensor([0]), draws.boxes[one], size, draws.flips[one], image.shape[-1])
+    crop = crop_resize(image[None], torch.tensor([0]), draws.boxes[one], size, STILL, image.shape[-1], kernel)
+    crop = crop.flip([2 + axis for axis in range(2) if draws.flips[i, axis]])
+    crop = crop.transpose(2, 3).contiguous() if draws.transposed[i] else crop
     crop = adjust_white_balance_(crop, draws.gains[one])
     for turn in range(4):
         if draws.hue_round[i] == turn:
@@ -331,16 +317,19 @@ def plain_view(image, draws, i, size):
 
 
 @pytest.mark.parametrize("chunk", [1, 3 * 64**2 * 5, 2**21])
-def test_views_are_the_operations_on_one_photo_at_a_time(photos, chunk, monkeypatch):
+@pytest.mark.parametrize("kernel", ["bicubic", "bilinear"])
+def test_views_are_the_operations_on_one_photo_at_a_time(photos, chunk, kernel, monkeypatch):
     monkeypatch.setattr(augment, "CPU_CHUNK", chunk)
     images = torch.nn.functional.interpolate(to_tensor(photos), 100, mode="bilinear").mul(255).byte()
     aspect, jitter, random = torch.tensor([1.0, 0.7, 1.5]), Jitter(white_balance=0.1, hue=0.3), keyed(3)
-    view = View(28, (0.05, 1.0), blur=0.5, solarize=0.4)
-    views = augmented_views(images, aspect, view, 8, jitter, random)
+    view = View(28, (0.05, 1.0), blur=0.5, solarize=0.4, filter=kernel)
+    geometry = Geometry(vertical_flip=0.4, quarter_turns=0.6)
+    views = augmented_views(images, aspect, view, 8, jitter, geometry, random)
     assert views.shape == (24, 3, 28, 28)
-    draws = draw_views(aspect.repeat(8), view, jitter, random.views(8))
-    assert len(window_sides(draws.boxes, 100, 28).unique()) > 1
-    expected = torch.stack([plain_view(images[i % 3], draws, i, 28) for i in range(24)])
+    draws = draw_views(aspect.repeat(8), view, jitter, geometry, random.views(8))
+    assert len(window_sides(draws.boxes, 100, 28, kernel).unique()) > 1
+    assert 0 < int(draws.transposed.sum()) < 24
+    expected = torch.stack([plain_view(images[i % 3], draws, i, 28, kernel) for i in range(24)])
     torch.testing.assert_close(views, expected, atol=1e-4, rtol=0)
 
 
@@ -350,7 +339,7 @@ def test_views_depend_on_the_photos_key_alone(photos):
 
     def draw(seed, which):
         keys = sample_keys(seed, 7, torch.tensor(which))
-        views = augmented_views(images[which], aspect[which], ALL, 4, Jitter(), SampleRandom(keys))
+        views = augmented_views(images[which], aspect[which], ALL, 4, Jitter(), TURNED, SampleRandom(keys))
         return views.unflatten(0, (4, len(which)))
 
     torch.manual_seed(0)

@@ -1,12 +1,14 @@
 """A step's crops and masks: their shapes and order, and that ranks and micro-batches see what one process sees."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.training.tiny import ALONE
 from training.config import TrainConfig
 from training.data import crops as crops_module
-from training.data.augment import Jitter, View
+from training.data.augment import Geometry, Jitter, View
 from training.data.crops import make_crops, make_micros
 from training.wiring import crop_settings
 
@@ -134,13 +136,30 @@ def test_the_settings_of_the_colours_reach_every_view(photos, monkeypatch):
     given = {"white_balance": 0.15, "brightness": 0.31, "contrast": 0.32, "saturation": 0.33, "hue": 0.34, "gray": 0.35}
     seen, augmented_views = [], crops_module.augmented_views
 
-    def noted(images, aspect, view, n_views, jitter, random):
+    def noted(images, aspect, view, n_views, jitter, geometry, random):
         seen.append(jitter)
-        return augmented_views(images, aspect, view, n_views, jitter, random)
+        return augmented_views(images, aspect, view, n_views, jitter, geometry, random)
 
     monkeypatch.setattr(crops_module, "augmented_views", noted)
     crops_of(config(jitter_probability=0.6, **given), photos, [0])
     assert seen == [Jitter(probability=0.6, **given)] * 3
+
+
+def test_the_settings_of_the_geometry_reach_every_view(photos):
+    """Without colours, and with boxes of the whole image, a mirror image is the only difference."""
+    same = {"local_size": 56, "global_scale": (1.0, 1.0), "local_scale": (1.0, 1.0), "blur": (0, 0, 0), "solarize": 0.0}
+    settings = crop_settings(config(**same, jitter_probability=0.0, gray=0.0))
+    images = photos[0]
+
+    def crops_with(geometry):
+        given = replace(settings, geometry=geometry)
+        made = make_crops(given, images, torch.ones(BATCH), 4, torch.arange(BATCH), given.phase(0.0), CPU)
+        return torch.cat((made.globals_, made.locals_))
+
+    plain = crops_with(Geometry(flip=0.0))
+    torch.testing.assert_close(crops_with(Geometry(flip=0.0, vertical_flip=1.0)), plain.flip(2), atol=1e-5, rtol=0)
+    mirrored = (crops_with(Geometry()) - plain.flip(3)).abs().amax(dim=(1, 2, 3)) < 1e-5
+    assert 0 < int(mirrored.sum()) < len(mirrored)  # half of them by default
 
 
 @pytest.mark.parametrize(("ratio", "probability"), [((0.25, 0.25), 1.0), ((0.5, 0.5), 0.5)])

@@ -307,18 +307,24 @@ def labelled(*labels):
 
 
 @pytest.mark.parametrize(
-    ("known", "held_out", "expected"),
+    ("known", "held_out", "reason"),
     [
-        (("a", "b"), ("a",), True),
-        (("a", None, "b"), ("a",), True),
-        (("a", "b"), (), False),
-        (("a", "a"), ("a",), False),
-        (("a", None), ("a",), False),  # no label is no class
-        ((None, None), (None,), False),
+        (("a", "b"), ("a",), None),
+        (("a", None, "b"), ("a", None), None),
+        (("a", "b"), (), "no images are held out"),
+        (("a", "a"), ("a",), "the training images have one class"),
+        (("a", None), ("a",), "the training images have one class"),  # no label is no class
+        ((None, None), (None,), "the training images have no classes"),
+        (("a", "b"), (None,), "the held-out images have no classes"),
+        (("a", "b"), ("c",), "the held-out images and the training images have no class in common"),
     ],
 )
-def test_there_is_something_to_classify(known, held_out, expected):
-    assert Data(None, labelled(*known), labelled(*held_out), "digest", "folder").has_classes is expected
+def test_there_is_something_to_classify(known, held_out, reason):
+    known, held_out = labelled(*known), labelled(*held_out)
+    with_class = [[photo for photo in photos if photo.label is not None] for photos in (known, held_out)]
+    data = Data(None, known, held_out, *with_class, "digest", "folder", "run")
+    assert data.has_classes is (reason is None)
+    assert data.why_no_classes == reason
 
 
 @pytest.mark.parametrize(("most", "expected"), [(10, range(10)), (99, range(10)), (4, (0, 3, 6, 9)), (3, (0, 4, 8))])

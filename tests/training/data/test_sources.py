@@ -66,7 +66,11 @@ def names(source):
 
 
 def labels(source):
-    return [source.label(i) for i in range(len(source))]
+    found = [source.label(i) for i in range(len(source))]
+    if not isinstance(source, FolderSource):  # of which some labels are no classes
+        classes = source.classes()
+        assert [classes.names[number] if number >= 0 else None for number in classes.numbers] == found
+    return found
 
 
 @pytest.fixture

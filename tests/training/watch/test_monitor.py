@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import sys
 from types import SimpleNamespace
 
@@ -48,7 +49,7 @@ def test_a_line_holds_what_was_given_and_what_was_measured(tmp_path, clock):
     assert (first["images_per_s"], first["data_wait_share"], first["mfu"]) == (4.0, 0.25, 0.1)  # 2 * 8 in 4 s
     assert first["peak_memory_bytes"] > 1e7
     assert (second["images_per_s"], second["data_wait_share"], "mfu" in second) == (8.0, 0.0, False)
-    assert "step 2/10  loss 1.500  dino/lnK 0.750  4 img/s  mfu 10%  waits 25%" in screen.file.getvalue()
+    assert "step 2/10  epoch 0.25  loss 1.500  dino/lnK 0.750  4 img/s  mfu 10%  waits 25%" in screen.file.getvalue()
 
 
 def test_evaluations_and_saves_are_not_training_time(tmp_path, clock):
@@ -67,7 +68,22 @@ def test_a_bar_in_a_terminal_and_lines_elsewhere(tmp_path):
             monitor.advance(1)
             monitor.write(1, FIGURES)
         assert ("step 1/10  loss" in screen.file.getvalue()) is not terminal
-        assert ("left" in screen.file.getvalue()) is terminal
+        assert "left" in screen.file.getvalue()
+
+
+def test_a_log_line_is_one_line_with_the_time_of_day_and_the_time_left(tmp_path, monkeypatch):
+    """Log files are not wrapped at 80 columns."""
+    screen, seconds = Console(file=io.StringIO(), width=80), iter([100.0, 140.0])
+    monitor = Monitor(tmp_path / "metrics.jsonl", RunSize(10, 0, 8), screen)
+    monkeypatch.setattr("training.watch.monitor.time.monotonic", lambda: next(seconds))
+    with monitor:
+        monitor.advance(1)
+        monitor.write(1, {**FIGURES, "epoch": 0.5, "lr": 1e-3})
+        monitor.say(1, "warning", "a long message " * 20)
+    first, second = screen.file.getvalue().splitlines()
+    shown = r"step 1/10  epoch 0\.50  loss 2\.000  dino/lnK 0\.900  lr 1\.0e-03  \d+ img/s  6 min left"
+    assert re.fullmatch(rf"\d\d:\d\d:\d\d  {shown}", first)  # 40 s for one step, and nine are left
+    assert re.fullmatch(r"\d\d:\d\d:\d\d  warning: (a long message ){20}", second)
 
 
 def test_all_tensors_come_over_in_one_transfer(monkeypatch):

@@ -6,11 +6,13 @@ import math
 import pytest
 import torch
 
+from training.watch.measure import KNN, Measure
 from training.watch.sentinels import (
     FirstNotFinite,
     Limits,
     Sentinels,
     Verdict,
+    difference_error,
     load_replay,
     rankme,
     rankme_share,
@@ -18,6 +20,7 @@ from training.watch.sentinels import (
 )
 
 LN_K = math.log(64)
+MANY = 10**9  # held-out images, so that the accuracy has no noise
 HEALTHY = {"dino_over_ln_k": 0.8, "teacher_entropy": 0.6 * LN_K, "rankme_share": 0.4}
 
 
@@ -132,30 +135,31 @@ def test_not_finite_may_just_stop(tmp_path):
 
 
 def test_the_knn_guard_measures_from_the_best():
-    watch = sentinels(knn_margin=5)
-    assert [watch.check_knn(step, k) for step, k in [(0, 0.60), (10, 0.56), (20, 0.70), (30, 0.655)]] == [None] * 4
-    verdict = watch.check_knn(40, 0.62)
-    assert (verdict.kind, verdict.action, verdict.step, verdict.back_to) == ("knn", "stop", 40, 20)
-    assert "k-NN is 62.0%, down from 70.0% at step 20" in verdict.message
+    watch = sentinels(measure_margin=5)
+    for step, accuracy in [(0, 0.60), (10, 0.56), (20, 0.70), (30, 0.655)]:
+        assert watch.check_measure(step, KNN, accuracy, MANY) is None
+    verdict = watch.check_measure(40, KNN, 0.62, MANY)
+    assert (verdict.kind, verdict.action, verdict.step, verdict.back_to) == ("measure", "stop", 40, 20)
+    assert "the k-NN accuracy is 62.0%, down from 70.0% at step 20" in verdict.message
 
 
 def test_the_knn_guard_warns_once_and_again_after_a_recovery():
-    watch = sentinels(on_knn="warn")
-    found = [watch.check_knn(step, k) for step, k in enumerate([0.6, 0.5, 0.4, 0.59, 0.5])]
+    watch = sentinels(on_measure="warn")
+    found = [watch.check_measure(step, KNN, k, MANY) for step, k in enumerate([0.6, 0.5, 0.4, 0.59, 0.5])]
     assert [v.step if v else None for v in found] == [None, 1, None, None, 4]
 
 
 def test_a_rollback_of_the_knn_guard_lowers_the_rate():
-    watch = sentinels(on_knn="rollback", rollback_lr_factor=0.1)
-    watch.check_knn(0, 0.6)
-    assert watch.check_knn(10, 0.1) == Verdict(
-        "knn",
+    watch = sentinels(on_measure="rollback", rollback_lr_factor=0.1)
+    watch.check_measure(0, KNN, 0.6, MANY)
+    assert watch.check_measure(10, KNN, 0.1, MANY) == Verdict(
+        "measure",
         "rollback",
         10,
         0,
-        "step 10: k-NN is 10.0%, down from 60.0% at step 0: it lost more than 5 points. The run goes back to step 0 or "
-        "before, and continues with 0.1 of the lr (rollback 1 of 3). A lower lr, a longer freeze_backbone or a larger "
-        "layer_decay preserve more of the initial weights.",
+        "step 10: the k-NN accuracy is 10.0%, down from 60.0% at step 0: it lost more than 5 points and the noise of "
+        "1000000000 images. The run goes back to step 0 or before, and continues with 0.1 of the lr (rollback 1 of 3). "
+        "A lower lr, a longer freeze_backbone or a smaller layer_decay preserve more of the initial weights.",
     )
     assert watch.lr_factor == 0.1
 
@@ -166,14 +170,14 @@ def test_a_resumed_run_decides_the_same():
             bad = 50 <= step < 60 or 70 <= step < 71 or step > 80
             yield step, {**HEALTHY, "dino_over_ln_k": 1.0 if bad else 0.8}, 0.6 if step < 65 else 0.5
 
-    settings = {"on_collapse": "rollback", "on_knn": "warn", "max_rollbacks": 2}
+    settings = {"on_collapse": "rollback", "on_measure": "warn", "max_rollbacks": 2}
     whole, broken = sentinels(**settings), sentinels(**settings)
     for step, line, knn in lines():
-        expected = (whole.check_line(step, line), whole.check_knn(step, knn))
+        expected = (whole.check_line(step, line), whole.check_measure(step, KNN, knn, MANY))
         resumed = sentinels(**settings)
         resumed.load_state_dict(json.loads(json.dumps(broken.state_dict())))  # killed after each step
         broken = resumed
-        assert (broken.check_line(step, line), broken.check_knn(step, knn)) == expected
+        assert (broken.check_line(step, line), broken.check_measure(step, KNN, knn, MANY)) == expected
     assert whole.state_dict() == broken.state_dict()
     assert whole.state.rollbacks == 2
 
@@ -187,7 +191,7 @@ def toy_run(disk, total, kill_at):
 
     Step 13 gives NaN; k-NN falls after step 30 as long as the rate is whole. `disk` holds checkpoints by step.
     """
-    watch, bad = sentinels(total_steps=total, on_knn="rollback"), FirstNotFinite(torch.device("cpu"))
+    watch, bad = sentinels(total_steps=total, on_measure="rollback"), FirstNotFinite(torch.device("cpu"))
     step, weight = 0, torch.zeros(())
     if disk:
         step = max(disk)
@@ -207,7 +211,7 @@ def toy_run(disk, total, kill_at):
             found = bad.read()
             verdict = watch.check_finite(*found, None) if found else None
         if verdict is None and done % 10 == 0:
-            verdict = watch.check_knn(done, 0.2 if done > 30 and watch.lr_factor == 1 else 0.6)
+            verdict = watch.check_measure(done, KNN, 0.2 if done > 30 and watch.lr_factor == 1 else 0.6, MANY)
         if verdict is not None:
             assert verdict.action == "rollback"
             step = max((s for s in disk if s <= verdict.back_to), default=0)
@@ -295,3 +299,34 @@ def test_what_is_no_replay_is_refused(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match=r"x\.safetensors is not a batch stored"):
         load_replay(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(("n_images", "stops"), [(4, False), (30, False), (300, True)])
+def test_a_fall_within_the_noise_of_few_images_stops_nothing(n_images, stops):
+    """60 % of 30 images have a standard error of 9 points; of 300, 3 points."""
+    watch = sentinels(measure_margin=5)
+    assert watch.check_measure(0, KNN, 0.6, n_images) is None
+    assert (watch.check_measure(10, KNN, 0.4, n_images) is not None) == stops
+
+
+def test_the_error_of_a_difference_is_that_of_two_shares():
+    p, n = (0.5 * 98 + 1) / 100, 100
+    assert difference_error(0.5, 0.5, 98) == pytest.approx(math.sqrt(2 * p * (1 - p) / n))
+    assert difference_error(1.0, 1.0, 8) > 0.1
+
+
+def test_a_run_is_stale_after_evaluations_without_a_better_value():
+    watch = sentinels(patience_evaluations=2, on_measure="warn")
+    stale = []
+    for step, value in enumerate([0.5, 0.6, 0.6, 0.7, 0.7, 0.65]):
+        watch.check_measure(step, KNN, value, MANY)
+        stale.append(watch.is_stale)
+    assert stale == [False, False, False, False, False, True]
+    assert (watch.state.first, watch.state.best, watch.state.best_step) == (0.5, 0.7, 4)
+
+
+def test_another_measure_begins_again():
+    watch = sentinels()
+    watch.check_measure(0, KNN, 0.9, MANY)
+    assert watch.check_measure(10, Measure("other", "another measure"), 0.2, MANY) is None
+    assert (watch.state.first, watch.state.best, watch.state.best_step) == (0.2, 0.2, 10)

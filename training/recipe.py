@@ -1,0 +1,105 @@
+"""Load a recipe, which is a TOML file of settings, and apply `key=value` overrides to it.
+
+The recipes of this package are in `training/recipes/`. The key `needs` of a recipe lists settings that the user has to
+give, such as the weights to start from.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from model.messages import in_words
+from training.config import TrainConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+NEEDS = "needs"
+EXAMPLES = {"init": "init=dinov2_vits14_reg", "teacher": "teacher=dinov2_vitl14_reg"}
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with this package."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def load_config(recipe: str, data: str | Path | Sequence[str], out: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Load a recipe by its name or from a TOML file, apply `key=value` overrides, and return the settings.
+
+    Raises:
+        OSError: the recipe's file cannot be read.
+        ValueError: the recipe is unknown (the message lists the names) or is not TOML, an override has no `=`, a key or
+            a value is not allowed, or a setting that the recipe needs is not given.
+    """
+    values, recipe = _read(recipe)
+    needs = values.pop(NEEDS, [])
+    values |= parse_overrides(overrides)
+    for key in values:
+        if key not in TrainConfig.model_fields:
+            near = difflib.get_close_matches(key, TrainConfig.model_fields, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "docs/training-settings.md lists the settings"
+            raise ValueError(f"unknown setting {key!r}: {hint}")
+    if not isinstance(needs, list) or not set(needs) <= set(TrainConfig.model_fields):
+        raise ValueError(f"{NEEDS}={needs!r} in the recipe {recipe} must be a list of settings")
+    for key in needs:
+        if values.get(key) is None:
+            raise ValueError(
+                f"the recipe {recipe} needs {key}: add {EXAMPLES.get(key, f'{key}=...')} "
+                f"({TrainConfig.model_fields[key].description})"
+            )
+    try:
+        return TrainConfig.model_validate({**values, "recipe": recipe, "data": data, "out": out})
+    except ValidationError as error:
+        raise ValueError(in_words(error)) from error
+
+
+def check_recipe(recipe: str | None) -> str:
+    """Return the recipe that the user has given.
+
+    Raises:
+        ValueError: none was given. There is no default, because a recipe decides what a run is good for.
+    """
+    if recipe is None:
+        raise ValueError(
+            "--recipe is missing: continue trains released weights on your own images, smoke checks that training "
+            f"works; the others are {', '.join(name for name in recipe_names() if name not in ('continue', 'smoke'))}"
+        )
+    return recipe
+
+
+def _read(recipe: str) -> tuple[dict[str, object], str]:
+    """Read a recipe, given by its name or as the path of a TOML file, and return its settings and its name."""
+    path = RECIPES / f"{recipe}.toml"
+    if recipe.endswith(".toml"):
+        path, recipe = Path(recipe), Path(recipe).stem
+    elif recipe not in recipe_names():
+        raise ValueError(f"unknown recipe {recipe!r}: give a TOML file, or one of {', '.join(recipe_names())}")
+    try:
+        return tomllib.loads(path.read_text()), recipe
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from error
+
+
+def _parse_value(text: str) -> object:
+    """Parse `text` as a TOML value, such as `0.1`, `true` or `{depth = 6}`. Return `text` itself if it is not TOML."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
+    """Parse settings of the form `key=value` into a dictionary. A value that is not TOML is stored as text, and
+    the last value of a key counts.
+
+    Raises:
+        ValueError: an override has no `=`.
+    """
+    values: dict[str, object] = {}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise ValueError(f"override {override!r} must look like key=value")
+        values[key] = _parse_value(text)
+    return values

@@ -1,0 +1,82 @@
+"""Finish a run: write its last checkpoint, choose and finish the checkpoint to release, and say what training achieved.
+
+All ranks call `release`. Only rank 0 calls the other functions.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from model.checkpoint import load_checkpoint
+from model.files import write_text
+from model.vit import DinoVisionTransformer
+from training.distributed import wait_for_all
+from training.evaluate.features import compute_features
+from training.outcome import BEST, CHECKPOINT, KEPT_BEST, released_backbone, report_knn, write_checkpoint, write_sheet
+from training.run import Run, sheet_path
+from training.whiten import whiten
+
+WHITENING_IMAGES = 10_000  # enough images for the covariance of the widest model's 1,536 dimensions
+
+
+def release(run: Run, step: int) -> Path:
+    """Finish a run that ended after `step` steps: write its checkpoints, its k-NN accuracy and an image sheet.
+
+    The checkpoint with the best measure is released. If the run has no measure, the last checkpoint is released. If the
+    setting `whiten` is not None, both are whitened first. Return the path of the released checkpoint.
+    """
+    backbone = released_backbone(run.release.vit, run.world, run.setup.parts)
+    path = run.out / CHECKPOINT if run.measure is None else run.out / BEST
+    if run.world.is_main:
+        last = finish(run, backbone, step)
+        write_checkpoint(run.out / CHECKPOINT, backbone, run.release.vit, {**run.release.facts, **last})
+        results = last if run.measure is None else finish_best(run)
+        write_text(run.out / "knn.json", json.dumps(results["knn"], indent=1))
+        write_sheet(sheet_path(run, step), backbone, run.data, run.crops, run.release, step, run.total)
+        for line in summary(run, results):
+            run.monitor.tell(line)
+    wait_for_all(run.world)
+    return path
+
+
+def finish_best(run: Run) -> dict[str, Any]:
+    """Finish the best checkpoint, write it, and return its metadata with the results (see `finish`)."""
+    weights, vit, facts = load_checkpoint(run.out / KEPT_BEST)
+    backbone = DinoVisionTransformer(vit)
+    backbone.load_state_dict(weights)
+    backbone.to(run.world.device).eval().requires_grad_(False)
+    results = {**run.release.facts, "measure": facts["measure"], **finish(run, backbone, facts["steps"])}
+    write_checkpoint(run.out / BEST, backbone, vit, results)
+    return results
+
+
+def finish(run: Run, backbone: DinoVisionTransformer, step: int) -> dict[str, Any]:
+    """Whiten a backbone if the run asks for it, and return its results as metadata for its checkpoint.
+
+    They are the k-NN accuracy, whether the backbone is whitened, and the number of steps.
+    """
+    data, settings = run.data, run.release
+    if settings.whiten is not None:
+        sample = data.train_sample[:: math.ceil(len(data.train_sample) / WHITENING_IMAGES)]
+        whiten(backbone, compute_features(backbone, sample, settings.eval_spec).pooled("cls"), settings.whiten)
+    knn = report_knn(settings.eval_spec, data, backbone)
+    return {"knn": knn, "whitened": settings.whiten is not None, "steps": step}
+
+
+def summary(run: Run, results: Mapping[str, Any]) -> list[str]:
+    """Return the last lines of a run: which checkpoint is released, how good it is, and whether training helped."""
+    knn, state = results["knn"], run.sentinels.state
+    lines = []
+    if run.measure is not None and state.best is not None and state.first is not None:
+        lines.append(
+            f"{run.measure.words}: {state.first:.1%} at the start, {state.best:.1%} after step {state.best_step}, the "
+            "best"
+        )
+        if state.best_step == 0:
+            lines.append("training did not help: the released checkpoint is the network that the run started from")
+    if knn:
+        n, side = len(run.data.labelled_held_out), run.release.eval_spec.crop
+        lines.append(f"k-NN of the released checkpoint on {n} held-out images, {side} px: {knn}")
+    return lines

@@ -1,0 +1,21 @@
+"""The measure of a run: one value, computed on held-out images, that says how good the features are.
+
+The run is stopped if the measure falls too far, the checkpoint with the best value is released, and a run may end early
+if no better value appears (training/watch/sentinels.py).
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Measure:
+    """The measure of a run. Its values are from 0 to 1, and higher values are better.
+
+    `name` is the key in evaluations.jsonl, and `words` names the measure in messages.
+    """
+
+    name: str
+    words: str
+
+
+KNN = Measure("knn", "the k-NN accuracy")
