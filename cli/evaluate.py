@@ -18,7 +18,11 @@ TaskName = Literal["knn", "logistic", "linear", "segmentation", "depth", "retrie
 
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help="A checkpoint file, an artifact folder, a published model's name, or auto.")
+        str,
+        typer.Argument(
+            help="A run's folder (its best checkpoint), a checkpoint file, an artifact folder, the name of a "
+            "published model, or auto."
+        ),
     ],
     task: Annotated[TaskName, typer.Option(help="Task to evaluate the model on.")],
     data: Annotated[

@@ -1,33 +1,51 @@
-"""The command `dinov2 export`, which converts a checkpoint to an artifact."""
+"""The command `dinov2 export`, which converts a model to an artifact, or to the file format of another project."""
 
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cli.shared import DATA, ArtifactsDirOption, fail
+from cli.shared import DATA, ArtifactsDirOption, fail, need_torch
 
 if TYPE_CHECKING:
     from model.artifact import Manifest
+    from model.export.options import CheckpointOptions
 
 
 def export(
     source: Annotated[
-        str, typer.Argument(help="A checkpoint file, or the name of a published model (see `dinov2 models`).")
+        str,
+        typer.Argument(
+            help="A checkpoint or weights file, a run's folder (its best checkpoint), an artifact folder, or the name "
+            "of a published model (see `dinov2 models`)."
+        ),
     ],
+    file_format: Annotated[
+        Literal["artifact", "meta", "timm", "transformers"],
+        typer.Option(
+            "--format",
+            help="What to write: an artifact for this service, or files that Meta's code, timm or Hugging Face's "
+            "transformers loads.",
+        ),
+    ] = "artifact",
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder in which the artifact's folder is created. Default: `artifacts` in the data folder."),
+        typer.Option(
+            help="Folder in which the model's folder is created. Default: `artifacts` in the data folder, or "
+            "`exported` for other formats."
+        ),
     ] = None,
     data_dir: ArtifactsDirOption = DATA,
     arch: Annotated[
         str | None, typer.Option(help="Architecture of a checkpoint from another project, e.g. dinov2_vits14_reg.")
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="Name of the artifact. Default: the architecture or the recipe.")
+        str | None,
+        typer.Option(help="Name of the model's folder. Default: the name in the source, the architecture or the run."),
     ] = None,
     resize: Annotated[
         int | None,
@@ -86,8 +104,9 @@ def export(
         typer.Option(help="Store the ONNX graphs. If they are not stored, they are built when the artifact is loaded."),
     ] = True,
 ) -> None:
-    """Convert a checkpoint to an artifact, which is a folder that the service can load. The artifact contains the
-    weights, ONNX graphs, a fingerprint, and the results of comparing the graphs with a reference."""
+    """Convert a model to an artifact, which is a folder that the service can load. The artifact contains the weights,
+    ONNX graphs, a fingerprint, and the results of comparing the graphs with a reference. With --format, convert a model
+    to the file format of another project."""
     from model.engines.knn_gate import find_labelled
     from model.export.checkpoint import export_checkpoint
     from model.export.options import CheckpointOptions, ExportOptions, GraphOptions
@@ -95,6 +114,13 @@ def export(
 
     tell = partial(typer.echo, err=True)
     try:
+        asked = CheckpointOptions(arch=arch, name=name, resize=resize, crop=crop, fit=fit, licence=licence)
+        if file_format != "artifact":
+            given = (sizes, precision, outputs, float_layers, images, card, not keep_onnx)
+            names = ("sizes", "precision", "outputs", "float-layers", "images", "card", "no-keep-onnx")
+            _refuse_options(file_format, [option for option, value in zip(names, given, strict=True) if value])
+            _export_format(source, file_format, out or data_dir / "exported", asked, weights_dtype)
+            return
         options = ExportOptions(
             weights_dtype=weights_dtype,
             images=read_photos(images, 32, tell) if images else None,
@@ -109,9 +135,7 @@ def export(
             int8_weights=int8_weights,
             float_layers=None if float_layers is None else _items("" if float_layers == "none" else float_layers),
         )
-        asked = CheckpointOptions(
-            arch=arch, name=name, resize=resize, crop=crop, fit=fit, licence=licence, graphs=graphs
-        )
+        asked = replace(asked, graphs=graphs)
         artifact = export_checkpoint(source, out or data_dir / "artifacts", asked, options)
     except (ValueError, OSError) as error:
         raise fail(error) from error
@@ -119,6 +143,32 @@ def export(
     for line in _parity_lines(artifact.manifest):
         typer.echo(line)
     typer.echo(f"next: dinov2 serve --model {shlex.quote(str(artifact.path))}")
+
+
+def _refuse_options(file_format: str, given: list[str]) -> None:
+    """Raise an error for options that apply only to artifacts."""
+    if given:
+        raise ValueError(f"--{given[0]} applies to artifacts, not to --format {file_format}")
+
+
+def _export_format(
+    source: str,
+    file_format: Literal["meta", "timm", "transformers"],
+    out: Path,
+    asked: "CheckpointOptions",
+    weights_dtype: Literal["float32", "float16"],
+) -> None:
+    """Write a model in the file format of another project, and print what to know about it."""
+    from model.export.checkpoint import read_backbone
+    from model.export.formats import export_format
+
+    if file_format == "meta":
+        need_torch("export --format meta")
+    exported = export_format(read_backbone(source, asked), out, file_format, weights_dtype)
+    typer.echo(f"{exported.folder}: {', '.join(exported.files)}")
+    for note in exported.notes:
+        typer.echo(f"note: {note}")
+    typer.echo(f"next: {exported.usage}")
 
 
 def _items(text: str) -> list[str]:

@@ -27,7 +27,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 
 from model.config import ViTConfig
-from model.files import publish
+from model.convert import finite_problem
+from model.files import NAME_PATTERN, publish
 from model.messages import in_words
 from model.onnx_graph.build import AttentionForm, GraphSpec, Precision, write_onnx
 from model.onnx_graph.quantize import Int8Weights
@@ -124,7 +125,7 @@ class Manifest(_Record):
     """The content of an artifact's `manifest.json`."""
 
     format_version: Literal[1] = FORMAT_VERSION
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: str = Field(pattern=NAME_PATTERN)
     fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
     config: ViTConfig
     preprocess: PreprocessSpec
@@ -301,13 +302,36 @@ def load_artifact(path: Path, *, derived_dir: Path | None = None) -> Artifact:
         locations[name] = location
     if WEIGHTS not in locations:
         raise ArtifactError(f"{path / MANIFEST}: does not list {WEIGHTS}")
-    actual = fingerprint(StoredWeights(locations[WEIGHTS]), manifest.config, manifest.preprocess)
+    _check_weights(path, manifest)
+    return Artifact(path=path, manifest=manifest, locations=locations, derived_dir=derived_dir)
+
+
+def verified_manifest(path: Path) -> Manifest:
+    """Check the weights of an artifact, and return its manifest. Other files are neither checked nor built.
+
+    Raises:
+        ArtifactError: the manifest or the weights are missing, changed or unreadable, or a weight is not finite.
+    """
+    manifest = read_manifest(path)
+    if WEIGHTS not in manifest.files:
+        raise ArtifactError(f"{path / MANIFEST}: does not list {WEIGHTS}")
+    verify_file(path / WEIGHTS, manifest.files[WEIGHTS])
+    _check_weights(path, manifest)
+    return manifest
+
+
+def _check_weights(path: Path, manifest: Manifest) -> None:
+    """Check that an artifact's weights match the fingerprint and are finite."""
+    weights = StoredWeights(path / WEIGHTS)
+    actual = fingerprint(weights, manifest.config, manifest.preprocess)
     if actual != manifest.fingerprint:
         raise ArtifactError(
             f"{path / MANIFEST}: fingerprint is {manifest.fingerprint}, but weights, architecture and preprocessing "
             f"give {actual}: one of them was changed"
         )
-    return Artifact(path=path, manifest=manifest, locations=locations, derived_dir=derived_dir)
+    for name, array in weights.items():
+        if problem := finite_problem(name, array):
+            raise ArtifactError(f"{path / WEIGHTS}: {problem}")
 
 
 def bundled_artifact() -> Path:

@@ -1,4 +1,4 @@
-"""Loads a backbone into torch from any file that `model/weights.py` reads, and writes this project's checkpoints.
+"""Loads a backbone into torch from any source that `model/loading.py` reads, and writes this project's checkpoints.
 
 This project's checkpoints are safetensors files with Meta's tensor names and three metadata entries: `format`, `config`
 (a `ViTConfig` as JSON) and `provenance` (JSON). A checkpoint is written under a temporary name, flushed to the disk and
@@ -20,8 +20,9 @@ from torch import Tensor
 from model.config import PosEmbedRule, ViTConfig
 from model.convert import META_HUB, Array, check_tensors
 from model.files import replacing
+from model.loading import LoadedWeights, read_model
 from model.vit import DinoVisionTransformer
-from model.weights import FORMAT, read_checkpoint, read_tensors, read_weights
+from model.weights import FORMAT, check_architecture, hub_name, read_checkpoint, read_tensors
 from model.zoo import DEFAULT_DOWNLOAD, DownloadOptions
 
 
@@ -93,7 +94,7 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], ViTConfig, dic
 
 
 def load_model(
-    name: str,
+    source: Path | str,
     weights: Path | str | None = None,
     *,
     pos_embed_rule: PosEmbedRule | None = None,
@@ -101,10 +102,35 @@ def load_model(
 ) -> DinoVisionTransformer:
     """Load a backbone with its weights, in eval mode, float32, on the CPU.
 
-    The arguments and errors are those of `model.weights.read_weights`.
+    Args:
+        source: a checkpoint of this project, a run's folder, an artifact's folder, or the name of a published model,
+            which is downloaded. If `weights` is given, the name of an architecture in torch hub, timm or Hugging Face.
+        weights: a weights file of Meta, timm, Hugging Face or this project, a run's folder or an artifact's folder.
+        pos_embed_rule: the rule for resizing positions, instead of the one in the source (see
+            `model.weights.read_weights`).
+        download: the options for downloading published weights.
+
+    Raises:
+        ValueError, OSError: see `model.loading.read_model`. If `weights` contains its own architecture, it must be that
+            of the model `source`.
     """
-    arrays, config = read_weights(name, weights, pos_embed_rule=pos_embed_rule, download=download)
+    if weights is None:
+        return network_of(read_model(source, pos_embed_rule=pos_embed_rule, download=download))
+    name = hub_name(str(source))
+    loaded = read_model(Path(weights), arch=name, pos_embed_rule=pos_embed_rule)
+    if loaded.kind != "foreign":
+        check_architecture(loaded.path, name, loaded.config)
+    return network_of(loaded)
+
+
+def network_of(loaded: LoadedWeights) -> DinoVisionTransformer:
+    """Return a backbone with these weights, in eval mode, float32, on the CPU."""
     with torch.device("meta"):  # no memory for weights that are replaced
-        model = DinoVisionTransformer(config)
-    model.load_state_dict({name: _tensor(array) for name, array in arrays.items()}, strict=True, assign=True)
+        model = DinoVisionTransformer(loaded.config)
+    model.load_state_dict(state_dict_of(loaded), strict=True, assign=True)
     return model.eval()
+
+
+def state_dict_of(loaded: LoadedWeights) -> dict[str, Tensor]:
+    """Return the weights as float32 tensors on the CPU."""
+    return {name: _tensor(array) for name, array in loaded.arrays.items()}

@@ -1,4 +1,4 @@
-"""Converts published DINOv2 weights to Meta's tensor names, which this project uses.
+"""Converts published DINOv2 weights to Meta's tensor names, which this project uses, and back.
 
 Meta, timm and Hugging Face store the backbone in different formats. For each format, a table maps each tensor name of
 this project to the names of the file's tensors that are concatenated into it (usually one). `convert` iterates over the
@@ -149,11 +149,18 @@ def detect(keys: Iterable[str]) -> Dialect:
         CheckpointError: no dialect matches. The message lists the dialects and some of the file's names.
     """
     names_in_file = set(keys)
+    if names_in_file and all(key.startswith(_HEADS) for key in names_in_file):
+        raise CheckpointError(
+            f"only a projection head (DINO's or iBOT's), without a backbone: {_listed(sorted(names_in_file))}"
+        )
     for dialect in DIALECTS:
         if dialect.describes(names_in_file):
             return dialect
     names = ", ".join(dict.fromkeys(dialect.name for dialect in DIALECTS))
     raise CheckpointError(f"not the weights of a DINOv2 backbone ({names}): {_listed(sorted(names_in_file))}")
+
+
+_HEADS = ("dino_head.", "ibot_head.", "mlp.", "last_layer.")  # with and without the prefix of a training dump
 
 
 def _listed(items: list[str]) -> str:
@@ -310,10 +317,10 @@ def _plan(shapes: Mapping[str, Shape], config: ViTConfig, dialect: Dialect | Non
     return _Plan(sources, config, dialect, dropped)
 
 
-def check_tensors(shapes: Mapping[str, Shape], config: ViTConfig, dialect: Dialect) -> None:
+def check_tensors(shapes: Mapping[str, Shape], config: ViTConfig, dialect: Dialect | None = None) -> None:
     """Check that a file in the format `dialect` contains exactly a backbone's tensors, each with the right shape.
 
-    `shapes` maps the name of each tensor in the file to its shape.
+    `shapes` maps the name of each tensor in the file to its shape. If `dialect` is None, the format is detected.
 
     Raises:
         CheckpointError: the file lacks a tensor, contains an extra one, or contains one with the wrong shape. The
@@ -334,7 +341,8 @@ def convert(tensors: Mapping[str, Array], config: ViTConfig, dialect: Dialect | 
 
     Raises:
         CheckpointError: the format is unknown, or the file lacks a tensor, contains an extra one, or contains one with
-            the wrong shape. The message lists up to `MAX_LISTED` names of each kind.
+            the wrong shape (the message lists up to `MAX_LISTED` names of each kind), or a weight is NaN or infinite
+            (the message names the tensor).
     """
     plan = _plan({name: array.shape for name, array in tensors.items()}, config, dialect)
     arrays: dict[str, FloatArray] = {}
@@ -343,8 +351,57 @@ def convert(tensors: Mapping[str, Array], config: ViTConfig, dialect: Dialect | 
             arrays[key] = np.zeros(shape, np.float32)
             continue
         parts = [tensors[name].astype(np.float32, copy=False) for name in plan.sources[key]]
+        for name, part in zip(plan.sources[key], parts, strict=True):
+            if problem := finite_problem(name, part):
+                raise CheckpointError(problem)
         arrays[key] = parts[0] if len(parts) == 1 else np.concatenate(parts)
     if plan.dialect.class_position_in_cls_token:
         positions = arrays["pos_embed"]
         arrays["pos_embed"] = np.concatenate([np.zeros_like(positions[:, :1]), positions], axis=1)
     return Converted(arrays, plan.config, plan.dialect, plan.dropped)
+
+
+def finite_problem(name: str, array: Array) -> str | None:
+    """Return what is wrong if an array of weights contains NaN or infinity, or None if all values are finite.
+
+    Only the smallest and the largest value are examined, because each of them is NaN if any value is NaN.
+    """
+    with np.errstate(invalid="ignore"):
+        if not array.size or (np.isfinite(array.min()) and np.isfinite(array.max())):
+            return None
+    bad = array.size - int(np.isfinite(array).sum())
+    return f"the tensor {name} contains {bad} of {array.size} values that are NaN or infinite"
+
+
+def to_dialect(arrays: Mapping[str, Array], config: ViTConfig, dialect: Dialect) -> dict[str, Array]:
+    """Return a backbone's arrays under the names of another format. This is the inverse of `convert`.
+
+    An array that is stored in parts, such as `qkv` in Hugging Face's format, is split. A backbone without LayerScale
+    gets gains of 1, which change nothing, because the other formats have no backbones without LayerScale. Tensors that
+    the format does not store are left out.
+
+    Args:
+        arrays: the backbone's arrays, keyed by our names.
+        config: the shape of the backbone.
+        dialect: the format.
+    """
+    ones = np.ones(config.embed_dim, np.float32)
+    gains = {f"blocks.{i}.ls{n}.gamma": ones for i in range(config.depth) for n in (1, 2)}
+    renamed: dict[str, Array] = {}
+    for key, array in (arrays if config.layerscale_init is not None else {**arrays, **gains}).items():
+        if key in dialect.absent:
+            continue
+        if dialect.class_position_in_cls_token:
+            array = _with_class_position(key, array, arrays["pos_embed"])
+        names = _file_names(key, dialect)
+        renamed |= {
+            name: np.ascontiguousarray(part) for name, part in zip(names, np.split(array, len(names)), strict=True)
+        }
+    return renamed
+
+
+def _with_class_position(key: str, array: Array, pos_embed: Array) -> Array:
+    """Move the class token's position from `pos_embed` into `cls_token`."""
+    if key == "cls_token":
+        return np.asarray(array + pos_embed[:, :1])
+    return pos_embed[:, 1:] if key == "pos_embed" else array

@@ -1,4 +1,4 @@
-"""Atomic file writes, and locks between processes.
+"""Names of files, atomic file writes, and locks between processes.
 
 The project uses this module for files that it writes and later reads. Content is written to a temporary file in the
 target's folder and flushed to the disk. Then the file is renamed to its final name, and the folder is flushed too.
@@ -8,6 +8,7 @@ killed, temporary files named `.<name>.<...>.part` can remain.
 
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -16,6 +17,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Final
+
+NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""The names of models and heads. Folders have these names, so a name contains no separator and no leading dot."""
 
 _LOCK: Final = ".lock"
 _SURELY_LOCKED_S: Final = 60  # a folder of this age has its lock, if its process still runs
@@ -31,6 +35,17 @@ def expanded(path: Path) -> Path:
         return path.expanduser()
     except RuntimeError as error:
         raise ValueError(f"{path}: the home folder that {path.parts[0]} names is unknown") from error
+
+
+def name_problem(name: str) -> str | None:
+    """Return what is wrong with a name that a user chose for a model or a head, or None if the name is allowed.
+
+    Every command that names a folder after user input calls this function, before it does any work.
+    """
+    if re.fullmatch(NAME_PATTERN, name):
+        return None
+    rule = "use up to 64 letters, digits, dots, dashes and underscores, and begin with a letter or a digit"
+    return f"name {name[:100]!r}: {rule}"
 
 
 def sync(path: Path) -> None:

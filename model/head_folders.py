@@ -11,7 +11,6 @@ from typing import Final
 
 from model.artifact import BUNDLED_DIR, Artifact
 
-NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 _FOLDER: Final = "heads"
 
 

@@ -23,6 +23,7 @@ _WORDS: Final = {
     "extra_forbidden": "is unknown here",
     "tuple_type": "must be a list",
     "too_short": "must have {min_length} or more entries",
+    "too_long": "must have {max_length} or fewer entries",
     "list_type": "must be a list",
     "dict_type": "must be an object",
     "model_type": "must be an object",

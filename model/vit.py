@@ -196,7 +196,8 @@ class DinoVisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(Block(config, drop_path_rate) for _ in range(config.depth))
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.init_weights()
+        if not self.cls_token.is_meta:  # loaded weights replace the tensors of a network on the meta device
+            self.init_weights()
 
     def init_weights(self) -> None:
         """Initialise the weights as DINOv2 does.

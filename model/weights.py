@@ -24,6 +24,7 @@ from model import zoo
 from model.config import CONFIGS, PosEmbedRule, ViTConfig, config_for
 from model.convert import META_HUB, Array, CheckpointError, Dialect, FloatArray, convert
 from model.torch_file import TorchFileError, read_torch_file
+from model.wrapped import CODE_ADVICE, RANK_ADVICE, is_rank_file, tensors_in, without_prefixes
 
 logger = logging.getLogger(__name__)
 
@@ -47,32 +48,28 @@ _SAFETENSORS_DTYPES: Final = {
 def read_tensors(path: Path | str) -> dict[str, Array]:
     """Read a safetensors or PyTorch file and return its tensors as arrays, keyed by their names in the file.
 
-    If the file is one of Meta's training dumps, only the tensors under its key `teacher` are returned. If it is an mmcv
-    checkpoint, such as Meta's segmentation and depth heads, only the tensors under `state_dict` are returned.
+    Wrappers of training code are removed (see `model/wrapped.py`). If the file is one of Meta's training dumps, only
+    the tensors under its key `teacher` are returned. If it is an mmcv checkpoint, such as Meta's segmentation and depth
+    heads, only the tensors under `state_dict` are returned.
 
     Raises:
         CheckpointError (a ValueError): the file is damaged, contains no weights, or is a pickle with objects other than
-            tensors.
+            tensors. The message says what to do.
         OSError: the file cannot be read.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights file at {path}")
-    if _is_safetensors(path):
-        return _read_safetensors(path)
     try:
-        loaded = read_torch_file(path)
+        if _is_safetensors(path):
+            return without_prefixes(_read_safetensors(path))
+        return without_prefixes(tensors_in(read_torch_file(path)))
     except TorchFileError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    for key in ("teacher", "state_dict"):  # Meta's training dumps, mmcv's checkpoints
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    if not isinstance(loaded, dict) or not all(isinstance(value, np.ndarray) for value in loaded.values()):
-        found = list(loaded)[:10] if isinstance(loaded, dict) else type(loaded).__name__
-        raise CheckpointError(
-            f"{path}: expected named tensors, at the top or under 'teacher' or 'state_dict', but found {found}"
-        )
-    return dict(loaded)
+        has_objects = "could run any code" in str(error) or "which torch does not write" in str(error)
+        advice = f": {CODE_ADVICE}" if has_objects else ""
+        raise CheckpointError(f"{path}: {RANK_ADVICE if is_rank_file(path) else f'{error}{advice}'}") from error
+    except CheckpointError as error:
+        raise CheckpointError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -178,16 +175,32 @@ def _converted(
     return converted.arrays, converted.config
 
 
-def _check_same_shape(path: Path, name: str, named: ViTConfig, own: ViTConfig) -> None:
-    """Raise a CheckpointError if the configurations `named` and `own` differ in architecture.
+def check_architecture(path: Path, name: str, own: ViTConfig) -> None:
+    """Check that the configuration `own` in a file is that of the model `name`.
 
     The fields `img_size`, `pos_embed_rule` and `layerscale_init` may differ.
+
+    Raises:
+        ValueError: the name is unknown.
+        CheckpointError: the architectures differ.
     """
-    wanted, found = asdict(named), asdict(own)
+    wanted, found = asdict(config_for(hub_name(name))), asdict(own)
     fixed = set(wanted) - {"img_size", "pos_embed_rule", "layerscale_init"}
     different = [f"{key} {found[key]} instead of {wanted[key]}" for key in sorted(fixed) if wanted[key] != found[key]]
     if different:
-        raise CheckpointError(f"{path}: not a {name}: {', '.join(different)}")
+        raise CheckpointError(
+            f"{path}: not a {name}: {', '.join(different)}. The file contains its own architecture: load it without a "
+            "name"
+        )
+
+
+def hub_name(name: str) -> str:
+    """Return the torch hub name of an architecture, given this name or the one in timm or Hugging Face.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    return name if name in CONFIGS and name not in zoo.ENTRIES else zoo.resolve(name).name
 
 
 def read_weights(
@@ -222,9 +235,8 @@ def read_weights(
         zoo.DownloadError: the published weights cannot be downloaded.
         OSError: the file cannot be read.
     """
-    entry = None if name in CONFIGS and name not in zoo.ENTRIES else zoo.resolve(name)
-    hub_name = name if entry is None else entry.name
-    config = config_for(hub_name)
+    name = hub_name(name)
+    entry, config = zoo.ENTRIES.get(name), config_for(name)
     if weights is None:
         if entry is None:
             raise ValueError(f"no weights are published for {name!r}: pass a file with weights=")
@@ -236,7 +248,7 @@ def read_weights(
     if own is None:
         arrays, config = _converted(path, tensors, config)
     else:
-        _check_same_shape(path, hub_name, config, own[0])
+        check_architecture(path, name, own[0])
         arrays, config = _converted(path, tensors, own[0], META_HUB)
     if pos_embed_rule is not None:
         config = replace(config, pos_embed_rule=pos_embed_rule)

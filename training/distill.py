@@ -19,15 +19,14 @@ import torch.nn.functional as F
 import xxhash
 from torch import Tensor, nn
 
-from model.artifact import read_manifest
-from model.checkpoint import load_checkpoint
-from model.config import ViTConfig, config_for
+from model.checkpoint import network_of
+from model.config import ViTConfig
+from model.convert import finite_problem
+from model.loading import read_model
 from model.vit import DinoVisionTransformer
-from model.weights import is_own_checkpoint
 from training.config import TrainConfig
 from training.data.crops import Crops
 from training.distributed import World, gather_rows
-from training.setup import initial_weights
 from training.state import FOLDER, find_state
 from training.student_teacher import Network, Output
 
@@ -112,7 +111,7 @@ def load_teacher(config: TrainConfig) -> Network | PrototypeTeacher:
     """Load the teacher for distillation onto the CPU.
 
     The setting `config.teacher` names the teacher. It is the folder of a training run, whose saved states contain
-    heads, or a backbone without heads: an artifact's folder, a weight file or the name of a published model.
+    heads, or a backbone without heads: any source of `model.loading.read_model`.
 
     Raises:
         ValueError: the teacher does not exist, or its patch size or its heads' number of prototypes differs from the
@@ -124,11 +123,9 @@ def load_teacher(config: TrainConfig) -> Network | PrototypeTeacher:
     path = Path(config.teacher)
     if (path / FOLDER).is_dir():
         return _of_run(path, config)
-    vit = _config_of(path, config.teacher_model)
-    _check_grid(vit, config)
-    backbone = DinoVisionTransformer(vit)
-    backbone.load_state_dict(initial_weights(config.teacher, config.teacher_model, vit))
-    return PrototypeTeacher(backbone, config.n_prototypes)
+    loaded = read_model(config.teacher, arch=config.teacher_model)
+    _check_grid(loaded.config, config)
+    return PrototypeTeacher(network_of(loaded), config.n_prototypes)
 
 
 def _check_grid(vit: ViTConfig, config: TrainConfig) -> None:
@@ -178,19 +175,6 @@ def check_same_teacher(config: TrainConfig, theirs: str | None, mine: str | None
         )
 
 
-def _config_of(path: Path, model: str) -> ViTConfig:
-    """Return the configuration of the network at `path`.
-
-    `path` is an artifact's folder, a weight file or the name of a published model. `model` names the network if the
-    file does not contain the configuration.
-    """
-    if path.is_dir():
-        return read_manifest(path).config
-    if path.suffix == ".safetensors" and path.exists() and is_own_checkpoint(path):
-        return load_checkpoint(path)[1]
-    return config_for(model if path.exists() else str(path))
-
-
 def _of_run(path: Path, config: TrainConfig) -> Network:
     """Load the teacher from the folder `path` of another training run.
 
@@ -198,7 +182,7 @@ def _of_run(path: Path, config: TrainConfig) -> Network:
 
     Raises:
         ValueError: the folder has no complete state, or the number of prototypes or the patch size differs from
-            that in `config`.
+            that in `config`, or a weight is NaN or infinite.
     """
     theirs = TrainConfig.model_validate(json.loads((path / "config.json").read_text()))
     if theirs.n_prototypes != config.n_prototypes:
@@ -218,5 +202,9 @@ def _of_run(path: Path, config: TrainConfig) -> Network:
         drop_path_rate=0.0,
         ibot_bottleneck_dim=theirs.ibot_bottleneck_dim,
     )
-    network.load_state_dict(torch.load(saved.path, map_location="cpu", weights_only=True, mmap=True)["ema"])
+    tensors = torch.load(saved.path, map_location="cpu", weights_only=True, mmap=True)["ema"]
+    for name, tensor in tensors.items():
+        if problem := finite_problem(name, tensor.numpy()):
+            raise ValueError(f"teacher={path}: in {saved.path.name}, {problem}")
+    network.load_state_dict(tensors)
     return network.eval().requires_grad_(False)

@@ -1,19 +1,18 @@
 """Set up a run: make the student, the teacher and the optimizer, and distribute them over the ranks."""
 
 import functools
-import tempfile
+import json
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from model.artifact import WEIGHTS, load_artifact
-from model.checkpoint import load_checkpoint, load_model, load_state_dict_file
+from model.checkpoint import state_dict_of
 from model.config import ViTConfig
-from model.weights import is_own_checkpoint
+from model.loading import read_model
 from training.config import TrainConfig
 from training.distributed import World, replicate, shard
 from training.optimizer import make_optimizer
@@ -58,30 +57,29 @@ def initial_weights(init: str, model: str, config: ViTConfig) -> dict[str, Tenso
     """Load the backbone weights that a run starts from, and return them as a state dict.
 
     Args:
-        init: an artifact's folder, a checkpoint (of this project, or in a format that `model.checkpoint` reads), or the
-            name of published weights, which are downloaded once.
-        model: the name of the run's network on torch hub. It is used if the file does not name its network.
+        init: a source of `model.loading.read_model`: the name of published weights, a checkpoint or weights file, a
+            run's folder, or an artifact's folder.
+        model: the name of the run's network on torch hub. It is used if the file does not contain its architecture.
         config: the configuration of the run's network.
 
     Raises:
-        ValueError: `init` is none of these, is damaged, or contains a network whose configuration is not `config`.
-        OSError: a file cannot be read.
+        ValueError: `init` is none of these, is damaged, contains a weight that is not finite, or contains a network
+            whose configuration is not `config`.
+        OSError: a file is missing or cannot be read.
         model.zoo.DownloadError: published weights cannot be downloaded.
     """
-    path = Path(init)
-    if path.is_dir():
-        # Loading writes derived files, which do not belong in the artifact.
-        with tempfile.TemporaryDirectory() as derived:
-            shape = load_artifact(path, derived_dir=Path(derived)).manifest.config
-        weights = load_state_dict_file(path / WEIGHTS)
-    elif path.suffix == ".safetensors" and is_own_checkpoint(path):
-        weights, shape, _ = load_checkpoint(path)
-    else:
-        loaded = load_model(model, path) if path.exists() else load_model(init)
-        weights, shape = loaded.state_dict(), loaded.config
-    if shape != config:
-        raise ValueError(f"init={init} has a different network from the run's: {shape}, not {config}")
-    return weights
+    loaded = read_model(init, arch=model)
+    theirs, ours = asdict(loaded.config), asdict(config)
+    if None not in (theirs["layerscale_init"], ours["layerscale_init"]):
+        del theirs["layerscale_init"]  # the first value of gains that the weights replace
+    different = {key: value for key, value in theirs.items() if value != ours[key]}
+    if different:
+        listed = ", ".join(f"{key}={value}, not {key}={ours[key]}" for key, value in different.items())
+        raise ValueError(
+            f"init={init} has a different network from the run's: {listed}. To train the network of the file, set "
+            f"vit='{json.dumps(different)}'"
+        )
+    return state_dict_of(loaded)
 
 
 def make_network(config: TrainConfig) -> Network:

@@ -17,9 +17,10 @@ from model.config import ViTConfig
 from model.cpus import available_cpus
 from training.config import LastPhase, TrainConfig
 from training.data.augment import Geometry, Jitter, View
+from training.data.batches import Reading
 from training.data.crops import CropSettings, Phase, least_cache_side
 from training.data.listing import SourceSettings
-from training.data.loader import Reading, waiting_advice
+from training.data.loader import waiting_advice
 from training.data.run_images import Data, ImageSettings
 from training.distill import check_same_teacher, load_teacher, teacher_digest
 from training.distributed import World

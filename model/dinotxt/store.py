@@ -14,7 +14,6 @@ safetensors, because ONNX Runtime can map this format into memory.
 import hashlib
 import json
 import logging
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -34,8 +33,8 @@ from model.convert import CheckpointError
 from model.dinotxt.bpe import KNOWN_VOCABULARY_SHA256, Tokenizer, VocabularyError
 from model.dinotxt.networks import TextEncoder, VisionHead
 from model.dinotxt.towers import check_match, text_encoder_shape, vision_head_shape
-from model.files import publish
-from model.head_folders import NAME_PATTERN, folder_for_new_heads, head_folders
+from model.files import NAME_PATTERN, name_problem, publish
+from model.head_folders import folder_for_new_heads, head_folders
 from model.messages import in_words
 from model.weights import read_tensors
 
@@ -109,8 +108,8 @@ def add_dinotxt(artifact: Artifact, sources: Sources, name: str = DEFAULT_NAME, 
         DinoTxtError: a file is not the expected one, the files do not belong to this model, the name is not allowed or
             already used, or a file cannot be read or written.
     """
-    if not re.fullmatch(NAME_PATTERN, name):
-        raise DinoTxtError(f"name {name!r}: use up to 64 letters, digits, dots, dashes and underscores")
+    if problem := name_problem(name):
+        raise DinoTxtError(problem)
     target = folder_for_new_heads(artifact) / name
     if target.exists() and not replace:
         raise DinoTxtError(f"{target}: exists already: choose another name, or replace it")

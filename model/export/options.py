@@ -10,6 +10,7 @@ import numpy.typing as npt
 from model.config import ViTConfig
 from model.engines.knn_gate import LabelledImages
 from model.engines.parity import Image
+from model.files import name_problem
 from model.onnx_graph.quantize import Int8Weights
 from model.preprocess import Fit, PreprocessSpec
 from model.zoo import DEFAULT_DOWNLOAD, DownloadOptions
@@ -28,6 +29,9 @@ class Backbone:
         preprocess: the transform that serving applies to images. Its crop is the input size of `model.onnx`.
         provenance: the origin of the weights. It is stored as JSON.
         licence: the SPDX identifier of the weights' licence.
+
+    Raises:
+        ValueError: the name cannot be the name of a folder.
     """
 
     name: str
@@ -36,6 +40,10 @@ class Backbone:
     preprocess: PreprocessSpec
     provenance: Mapping[str, Any]
     licence: str
+
+    def __post_init__(self) -> None:
+        if problem := name_problem(self.name):
+            raise ValueError(f"{problem} (--name sets another name)")
 
 
 @dataclass(frozen=True)
@@ -89,16 +97,18 @@ class CheckpointOptions:
     """The options for reading a checkpoint, and the graphs to export.
 
     Attributes:
-        arch: the torch hub name of the architecture. It is required unless the file is one of this project's
-            checkpoints.
-        name: the artifact's name. If None, it is the name in the checkpoint's provenance, else the name of the
-            architecture, else the file's name without its extension.
+        arch: the torch hub name of the architecture. It is required for a file that does not contain its architecture.
+        name: the artifact's name. If None, it is the name in the checkpoint or in the artifact, else the name of the
+            architecture, else the name of the run's folder or of the file.
         resize, crop, fit: the values for these fields of `PreprocessSpec`. If one is None, the value with which the
             checkpoint was evaluated is used. If that is unknown, the default is used: 256, 224 and "crop". If `fit` is
             "pad" or "squash", `resize` must be None, and the model has no `resize`.
-        licence: the SPDX identifier of the weights' licence. It is ignored for a published model.
+        licence: the SPDX identifier of the weights' licence. It is ignored for a published model and for an artifact.
         download: the options for downloading a published model.
         graphs: the graphs to export in addition to `model.onnx`.
+
+    Raises:
+        ValueError: `name` cannot be the name of a folder.
     """
 
     arch: str | None = None
@@ -109,3 +119,7 @@ class CheckpointOptions:
     licence: str = "unknown"
     download: DownloadOptions = DEFAULT_DOWNLOAD
     graphs: GraphOptions = GraphOptions()
+
+    def __post_init__(self) -> None:
+        if self.name is not None and (problem := name_problem(self.name)):
+            raise ValueError(problem)

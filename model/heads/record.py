@@ -23,7 +23,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.config import ViTConfig
-from model.head_folders import NAME_PATTERN
+from model.files import NAME_PATTERN
 
 Floats = npt.NDArray[np.float32]
 Kind = Literal["classification", "segmentation", "depth"]

@@ -14,7 +14,6 @@ are checked, and the fingerprint of the model that it belongs to.
 
 import hashlib
 import logging
-import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,8 +30,8 @@ from safetensors.numpy import load, save_file
 
 from model.artifact import WEIGHTS, Artifact, StoredWeights
 from model.config import ViTConfig
-from model.files import publish
-from model.head_folders import NAME_PATTERN, folder_for_new_heads, head_folders
+from model.files import name_problem, publish
+from model.head_folders import folder_for_new_heads, head_folders
 from model.heads.linear import classification_logits, depth_map, layer_norm, segmentation_logits
 from model.heads.record import (
     NORM_EPS,
@@ -193,8 +192,8 @@ def check_name(artifact: Artifact, name: str, *, replace: bool) -> None:
     Raises:
         HeadError: the name is not allowed, or there is already a head of this name and `replace` is False.
     """
-    if not re.fullmatch(NAME_PATTERN, name):
-        raise HeadError(f"name {name!r}: use up to 64 letters, digits, dots, dashes and underscores")
+    if problem := name_problem(name):
+        raise HeadError(problem)
     if not replace and name in head_folders(artifact, RECORD):
         raise HeadError(f"{artifact.name} already has a head named {name}: choose another name, or replace it")
 

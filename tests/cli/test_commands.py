@@ -118,7 +118,7 @@ def test_parity_photos_come_from_a_folder(tmp_path: Path) -> None:
     [
         (["no_such_model"], "unknown model 'no_such_model'"),
         (["nowhere/checkpoint.safetensors"], "nowhere/checkpoint.safetensors: no such file"),
-        (["tests"], "tests is a folder: give a checkpoint file"),
+        (["tests"], "tests is a folder without a model"),
         (["FOREIGN"], "add --arch"),
         (["OWN", "--crop", "300"], "does not fit into resize"),
         (["OWN", "--crop", "71"], "must be a multiple of patch_size=14"),
@@ -135,6 +135,60 @@ def test_export_says_what_is_wrong_and_leaves_nothing(tmp_path: Path, arguments:
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
     assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "a/b", ".hidden", "", "a b", "a\n", "x" * 65])
+@pytest.mark.parametrize("file_format", ["artifact", "timm"])
+def test_a_bad_name_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, file_format: str
+) -> None:
+    """`--name ../../evil` once left files outside of `--out`, and other bad names were found after the export."""
+    monkeypatch.setattr("model.zoo.download", lambda *args: pytest.fail("downloads the model"))
+    options = ["--images", "none"] if file_format == "artifact" else ["--format", file_format]
+    command = ["export", "dinov2_vits14", "--out", str(tmp_path / "a" / "b"), "--name", name, *options]
+    result = runner.invoke(cli.app, command)
+    assert result.exit_code == 2
+    assert result.output.startswith(f"error: name {name!r}: use up to 64 letters")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_made_of_a_file_name_is_checked_too(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "my model (1).safetensors")
+    result = runner.invoke(cli.app, ["export", str(source), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "name 'my model (1)'" in result.output
+    assert "--name sets another name" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("file_format", "files"), [("meta", 1), ("timm", 2), ("transformers", 3)])
+def test_a_run_is_exported_to_other_formats(tmp_path: Path, file_format: str, files: int) -> None:
+    checkpoint(tmp_path / "run" / "checkpoint.safetensors")
+    command = ["export", str(tmp_path / "run"), "--format", file_format, "--data-dir", str(tmp_path / "data")]
+    result = runner.invoke(cli.app, [*command, "--crop", "70"])
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "data" / "exported" / f"run-{file_format}"
+    assert result.stdout.startswith(f"{folder}: ")
+    assert len(list(folder.iterdir())) == files
+    differs = file_format != "meta"  # the model uses Meta's rule for models without registers
+    assert ("note: features are equal only at 70x70 pixels" in result.stdout) == differs
+    assert "next: " in result.stdout
+    refused = runner.invoke(cli.app, [*command, "--sizes", "70"])
+    assert refused.output == f"error: --sizes applies to artifacts, not to --format {file_format}\n"
+
+
+def test_a_run_and_an_artifact_become_artifacts(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "run" / "checkpoint.safetensors")
+    options = ["--out", str(tmp_path / "first"), "--crop", "70", "--licence", "MIT"]
+    result = runner.invoke(cli.app, ["export", str(tmp_path / "run"), *options])
+    assert result.exit_code == 0, result.output
+    [first] = (tmp_path / "first").iterdir()
+    result = runner.invoke(cli.app, ["export", str(first), "--out", str(tmp_path / "again"), "--no-keep-onnx"])
+    assert result.exit_code == 0, result.output
+    [again] = (tmp_path / "again").iterdir()
+    one, other = load_artifact(first).manifest, load_artifact(again, derived_dir=tmp_path / "derived").manifest
+    assert (one.name, one.fingerprint, one.licence) == ("run", other.fingerprint, "MIT")
+    assert (other.name, other.licence, other.provenance) == (one.name, one.licence, one.provenance)
 
 
 def test_train_names_the_recipes_it_knows(tmp_path: Path) -> None:

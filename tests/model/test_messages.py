@@ -19,6 +19,7 @@ class Outer(BaseModel):
     kind: Literal["a", "b"] = "a"
     flag: bool = False
     pair: tuple[int, int] = (1, 2)
+    many: tuple[int, ...] = Field(default=(1,), min_length=1)
     url: str = Field(default="u", pattern="^u")
 
 
@@ -34,6 +35,8 @@ class Outer(BaseModel):
         ({"name": 5}, "name=5: must be text"),
         ({"name": "x", "flag": "maybe"}, "flag='maybe': must be true or false"),
         ({"name": "x", "pair": 5}, "pair=5: must be a list"),
+        ({"name": "x", "pair": [1, 2, 3]}, "pair=[1, 2, 3]: must have 2 or fewer entries"),
+        ({"name": "x", "many": []}, "many=[]: must have 1 or more entries"),
         ({"name": "x", "url": "secret"}, "url: must match the pattern ^u"),
         ({"name": "x", "kind": "y" * 200}, "kind='" + "y" * 96 + "...: must be 'a' or 'b'"),
         ({"name": 1, "flag": 7}, "name=1: must be text; flag=7: must be true or false"),

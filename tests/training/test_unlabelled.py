@@ -1,6 +1,5 @@
 """Trainings and comparisons on images of which some have no label."""
 
-import json
 import tarfile
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from model.checkpoint import load_checkpoint
 from model.config import ViTConfig
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
@@ -20,28 +20,42 @@ from training.data.sources import open_source
 from training.watch.monitor import read_lines
 
 
+def write_tar(path, labels, n):
+    """Write a tar with `n` images of each label, and one image that has no label."""
+    rng = np.random.default_rng(0)
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as file:
+        for name in [*(f"{label}/{i}.png" for label in labels for i in range(n)), "lost.png"]:
+            pixels = rng.integers(0, 60, (30, 40, 3), dtype=np.uint8)
+            pixels[..., 2 if name.startswith("blue") else 0] += 180
+            Image.fromarray(pixels).save(path.with_suffix(".png"))
+            file.add(path.with_suffix(".png"), name)
+    path.with_suffix(".png").unlink()
+
+
 @pytest.fixture
 def tars(tmp_path):
-    """Return a folder with train.tar and val.tar: two classes, and one image in each tar that has no label."""
-    rng = np.random.default_rng(0)
-    (tmp_path / "tars").mkdir()
-    for split, n in (("train", 6), ("val", 3)):
-        with tarfile.open(tmp_path / "tars" / f"{split}.tar", "w") as file:
-            for name in [*(f"{label}/{i}.png" for label in ("red", "blue") for i in range(n)), "lost.png"]:
-                pixels = rng.integers(0, 60, (30, 40, 3), dtype=np.uint8)
-                pixels[..., 2 if name.startswith("blue") else 0] += 180
-                Image.fromarray(pixels).save(tmp_path / "image.png")
-                file.add(tmp_path / "image.png", name)
+    write_tar(tmp_path / "tars" / "train.tar", ("red", "blue"), 6)
+    write_tar(tmp_path / "tars" / "val.tar", ("red", "blue"), 3)
     return tmp_path / "tars"
 
 
 def test_a_training_finishes_with_its_knn_and_its_report(tars, tmp_path):
     out = tmp_path / "run"
     settings = {**TINY, "data": str(tars), "out": out, "epochs": 1, "eval_every_epochs": 1}
-    loop.train(TrainConfig.model_validate(settings), QUIET)
-    assert set(json.loads((out / "knn.json").read_text())["cls"]) == {"1", "10"}  # 12 images with a label: no k of 20
+    path = loop.train(TrainConfig.model_validate(settings), QUIET)
+    assert set(load_checkpoint(path)[2]["knn"]["cls"]) == {"1", "10"}  # 12 images with a label: no k of 20
     assert (out / "report.html").is_file()
     assert read_lines(out / "evaluations.jsonl")[0]["knn_cls_10"] >= 0
+
+
+def test_a_training_whose_held_out_images_have_other_classes_has_no_knn_of_zero(tars, tmp_path):
+    write_tar(tars / "val.tar", ("green",), 3)
+    out = tmp_path / "run"
+    settings = {**TINY, "data": str(tars), "out": out, "epochs": 1, "eval_every_epochs": 1}
+    path = loop.train(TrainConfig.model_validate(settings), QUIET)
+    assert load_checkpoint(path)[2]["knn"] == {}
+    assert not [line for line in read_lines(out / "evaluations.jsonl") if "knn_cls_10" in line]
 
 
 def test_a_comparison_leaves_out_images_without_a_label_and_says_why_it_has_no_accuracy(tars, tmp_path):

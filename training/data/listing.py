@@ -6,6 +6,7 @@ Listing reads no image. It comes first, because the settings of a run may depend
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -112,10 +113,11 @@ class Listing:
         """Return a sha256 of all that a resumed run must have in common with the images and their order.
 
         `images` is the digest of the training images. It is returned unchanged if every image is drawn equally often.
+        Otherwise the result also covers the groups of images (classes, sources) and their shares.
         """
         if self.mixture is None:
             return images
-        digest = hashlib.sha256(f"{images} {self.settings.weights} {self.settings.sampling}".encode())
+        digest = hashlib.sha256(images.encode())
         groups, shares = self.mixture.groups()
         for part in (groups.astype("<i8"), shares.astype("<f8")):
             digest.update(part.tobytes())
@@ -131,8 +133,14 @@ def _numbers(classes: Classes) -> list[int]:
 
 def _folder(address: str) -> Path | None:
     """Return the local folder at an address, or None if the address is something else."""
-    folder = Path(address.removeprefix("file://"))
-    return folder.resolve() if folder.is_dir() else None
+    path = _local(address)
+    return path if path is not None and path.is_dir() else None
+
+
+def _local(address: str) -> Path | None:
+    """Return the local file or folder at an address, or None if there is none."""
+    text = address.removeprefix("file://")
+    return Path(text).resolve() if "://" not in text and os.path.exists(text) else None
 
 
 def check_different(data: Sequence[str]) -> None:
@@ -143,8 +151,8 @@ def check_different(data: Sequence[str]) -> None:
     """
     for i, address in enumerate(data):
         for other in data[:i]:
-            folders = _folder(address), _folder(other)
-            if address == other or (folders[0] is not None and folders[0] == folders[1]):
+            paths = _local(address), _local(other)
+            if address == other or (paths[0] is not None and paths[0] == paths[1]):
                 raise ValueError(f"data={address} is given twice; to draw its images more often, set data_weights")
             for inner, outer in ((address, other), (other, address)):
                 inside, around = _folder(inner), _folder(outer)
@@ -271,7 +279,7 @@ def described(mixture: Mixture) -> list[str]:
         groups, shares = mixture.groups()
         most = (shares * n / np.bincount(groups)).max()
         n_classes, n_without = len(np.unique(mixture.classes)), int((mixture.classes < 0).sum())
-        without = f"; the {n_without:,} images without a class count as one class" if n_without else ""
+        without = f"; images without a class ({n_without:,}) count as one class" if n_without else ""
         within = " of a source" if mixture.weights is not None else ""
         lines.append(
             f"sampling=balanced: {n_classes - bool(n_without):,} classes; all classes{within} are drawn equally often, "

@@ -19,9 +19,10 @@ from model.cpus import available_cpus
 from model.decode import Pixels
 from model.files import write_text
 from model.folder import Account
+from training.data.batches import Loader, Plan, Reading, shuffled
 from training.data.dataset import Classes, Photo, Skipped, Source
 from training.data.listing import Listing
-from training.data.loader import Loader, Plan, Reading, open_loader, shuffled
+from training.data.loader import open_loader
 from training.data.order import MixedPlan
 from training.data.sources import source_digest
 from training.distributed import World, from_main

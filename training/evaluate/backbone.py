@@ -1,19 +1,15 @@
-"""Load a model and its preprocessing from a checkpoint, an artifact (exported model) or a published model."""
+"""Load a model and its preprocessing from any source that `model/loading.py` reads, or from the data folder."""
 
-import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from model import zoo
-from model.artifact import MANIFEST, WEIGHTS, bundled_artifact, find_artifacts, fingerprint, load_artifact
-from model.checkpoint import load_checkpoint, load_model, load_state_dict_file
+from model.artifact import MANIFEST, bundled_artifact, find_artifacts, fingerprint
+from model.checkpoint import network_of
+from model.loading import read_model
 from model.preprocess import PreprocessSpec, changed_spec, read_spec
 from model.vit import DinoVisionTransformer
-from model.weights import is_own_checkpoint
 from training.evaluate.settings import DenseSettings, TaskSettings
 
 
@@ -45,42 +41,23 @@ def load_backbone(
     """Load a model to evaluate.
 
     Args:
-        source: a checkpoint file, an artifact's folder, the name of an artifact in `data_dir`, the name of a published
-            model (which is downloaded), or "auto". The value "auto" selects the newest artifact in `data_dir` or, if it
-            has none, the bundled artifact.
-        arch: torch hub's name for the architecture; needed only for files that do not contain this name.
+        source: a source of `model.loading.read_model` (a checkpoint or weights file, a run's folder, an artifact's
+            folder, or the name of a published model), the name of an artifact in `data_dir`, or "auto". The value
+            "auto" selects the newest artifact in `data_dir` or, if it has none, the bundled artifact.
+        arch: torch hub's name for the architecture; needed only for files that do not contain their architecture.
         data_dir: folder that is searched for artifacts.
         device: device to which the model is moved.
 
     Raises:
-        ValueError: no model has the name `source`, the file is damaged, or the file needs `arch`.
+        ValueError: no model has the name `source`, the file is damaged, contains a weight that is not finite, or needs
+            `arch`.
+        OSError: there is no such file, or it cannot be read.
         zoo.DownloadError: a published model cannot be downloaded.
     """
-    path, name = Path(source), source
-    artifact = _artifact_of(source, data_dir)
-    spec: PreprocessSpec | None = None
-    if artifact is not None:
-        with tempfile.TemporaryDirectory() as derived:  # loading writes derived files, which are deleted
-            loaded = load_artifact(artifact, derived_dir=Path(derived))
-        config, spec, name = loaded.manifest.config, loaded.manifest.preprocess, loaded.name
-        state = load_state_dict_file(artifact / WEIGHTS)
-        digest = loaded.fingerprint
-    else:
-        provenance: Mapping[str, Any] = {}
-        if path.is_file() and is_own_checkpoint(path):
-            state, config, provenance = load_checkpoint(path)
-        elif path.exists() and arch is None:
-            what = "does not name its architecture: add --arch, e.g. --arch dinov2_vits14"
-            raise ValueError(f"{source} {what}" if path.is_file() else f"{source} is not an artifact: no {MANIFEST}")
-        else:
-            named = zoo.resolve(source).name if arch is None else arch
-            other = load_model(named, weights=path if path.is_file() else None)
-            state, config = other.state_dict(), other.config
-        spec = read_spec(provenance.get("preprocess", {"patch_size": config.patch_size}))
-        digest = fingerprint({key: tensor.numpy() for key, tensor in state.items()}, config, spec)
-    model = DinoVisionTransformer(config)
-    model.load_state_dict({key: tensor.float() for key, tensor in state.items()})
-    return Backbone(name, model.eval().to(device), spec, digest)
+    loaded = read_model(_artifact_of(source, data_dir) or source, arch=arch)
+    digest = loaded.fingerprint or fingerprint(loaded.arrays, loaded.config, loaded.preprocess)
+    name = source if loaded.kind != "artifact" else f"{loaded.name}-{digest[:8]}"
+    return Backbone(name, network_of(loaded).to(device), loaded.preprocess, digest)
 
 
 def spec_for(own: PreprocessSpec, settings: TaskSettings) -> PreprocessSpec:

@@ -66,7 +66,7 @@ class Query(BaseModel):
     `hard` and `junk` name the database images with these labels.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     image: str
     box: Box | None = None

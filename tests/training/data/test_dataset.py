@@ -12,6 +12,7 @@ from PIL import Image
 import model.decode
 import training.data.dataset
 from model.decode import DecodeLimits
+from training.data.batches import Reading, shuffled
 from training.data.dataset import (
     Photo,
     Subset,
@@ -24,7 +25,7 @@ from training.data.dataset import (
     split_source,
     squash,
 )
-from training.data.loader import Reading, open_loader, shuffled
+from training.data.loader import open_loader
 from training.data.run_images import Data, sample
 from training.data.sources import FolderSource
 

@@ -127,7 +127,7 @@ def test_weights_and_balanced_sampling_are_told(tmp_path, two):
         f"shares of the samples: 75 % from {two[0]} (7 images, each 1.9 times per epoch), 25 % from {two[1]} "
         "(11 images, each 0.41 times per epoch)",
         "sampling=balanced: 3 classes; all classes of a source are drawn equally often, an image of the smallest class "
-        "about 2.2 times per epoch; the 1 images without a class count as one class",
+        "about 2.2 times per epoch; images without a class (1) count as one class",
     ]
     assert listing.mixture is not None
     assert shown(tmp_path, *two)[1] == []
@@ -190,7 +190,8 @@ def test_other_settings_that_make_no_sense_are_refused(tmp_path):
 
 def test_a_source_is_not_given_twice(tmp_path, two, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for pair in (("a.tar", "a.tar"), ("own", str(two[0])), (f"file://{two[0]}", "own")):
+    (tmp_path / "b.tar").touch()
+    for pair in (("a.tar", "a.tar"), ("b.tar", "own/../b.tar"), ("own", str(two[0])), (f"file://{two[0]}", "own")):
         with pytest.raises(ValueError, match="is given twice; to draw its images more often, set data_weights"):
             SourceSettings(pair, Path("run"), 0, 0.1)
     for pair in (("own/train", "own"), ("own", "own/train")):
@@ -223,7 +224,7 @@ def test_a_run_is_not_written_into_any_of_its_sources(tmp_path, two):
     for out in (two[1] / "run", two[0]):
         with pytest.raises(ValueError, match=f"is inside data={two[0] if out == two[0] else two[1]}: the run would"):
             check_apart(data, out)
-    check_apart(data, tmp_path / "run")
+    check_apart((*data, "https://host/a.tar?signature=" + 500 * "x"), tmp_path / "run")
 
 
 # Progress

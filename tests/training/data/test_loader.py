@@ -9,17 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from training.data.batches import MIN_TRIES, Reading, shuffled
 from training.data.dataset import batch_indices
-from training.data.loader import (
-    MIN_TRIES,
-    MemoryLoader,
-    Reading,
-    StreamLoader,
-    available_cpus,
-    open_loader,
-    shuffled,
-    waiting_advice,
-)
+from training.data.loader import available_cpus, open_loader, waiting_advice
+from training.data.memory_loader import MemoryLoader
+from training.data.stream_loader import StreamLoader
 
 SIDE = 8
 

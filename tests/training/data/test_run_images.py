@@ -15,9 +15,9 @@ from tests.training.tiny import ALONE, QUIET, TINY
 from training import train as loop
 from training.config import TrainConfig
 from training.data import run_images
+from training.data.batches import Reading
 from training.data.dataset import Classes, batch_indices
 from training.data.listing import SourceSettings, list_images
-from training.data.loader import Reading
 from training.data.run_images import ImageSettings, open_data, sample_of_classes
 from training.distributed import World
 
@@ -135,10 +135,12 @@ def test_what_a_resumed_run_must_have_in_common_is_in_the_digest(tmp_path, two):
 
 
 def test_the_labels_are_in_the_digest_if_they_decide_the_order(tmp_path):
+    fill(tmp_path, made=8)
+
     def digest(label, sampling):
         with tarfile.open(tmp_path / "a.tar", "w") as tar:
             for i in range(8):
-                tar.add(save(tmp_path / "made" / f"{i}.png"), f"{i}.png")
+                tar.add(tmp_path / "made" / f"{i}.png", f"{i}.png")
                 (tmp_path / "label").write_text(label if i == 7 else "ab"[i % 2])
                 tar.add(tmp_path / "label", f"{i}.cls")
         with opened(listed(tmp_path, tmp_path / "a.tar", share=0.0, sampling=sampling)) as images:
@@ -229,6 +231,15 @@ def test_a_run_with_images_without_a_class_ends_with_knn_and_a_report(tmp_path, 
         loop.train(config, QUIET)
         assert 0 <= json.loads((tmp_path / "run" / "knn.json").read_text())["cls"]["10"] <= 1
         assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_run_that_would_write_to_a_url_does_not_start(tmp_path, mixed, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    config = TrainConfig.model_validate({"data": mixed, "out": "s3://bucket/run", **TINY, "epochs": 1})
+    with pytest.raises(ValueError, match="out=s3:/bucket/run is a URL; out must be a local or mounted folder"):
+        loop.train(config, QUIET)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_held_out_images_count_as_used_when_they_were_read(tmp_path, mixed):

@@ -22,9 +22,10 @@ from PIL import Image
 
 import training.data.blobs
 import training.data.shards
+from training.data.batches import Reading, shuffled
 from training.data.blobs import Changed, LocalBlob, open_blob
 from training.data.dataset import Photo, find_images, split_source
-from training.data.loader import Reading, open_loader, shuffled
+from training.data.loader import open_loader
 from training.data.shards import index_shard
 from training.data.sources import FolderSource, HuggingFaceSource, TarSource, expand_braces, open_source, source_digest
 

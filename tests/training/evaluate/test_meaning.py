@@ -149,7 +149,8 @@ def test_a_head_that_diverged_has_no_accuracy_and_is_listed():
 def test_probes_refuse_what_says_nothing():
     features = torch.rand(10, 4)
     one, two, others = torch.zeros(10, dtype=torch.long), torch.arange(10) % 2, 2 + torch.arange(10) % 2
-    for probe in (evaluate_logistic, lambda *args: evaluate_linear(*args, depth=4)):
+    few = ProbeSettings(blocks=(1,), lrs=(0.1,), iterations=1, batch_size=2)
+    for probe in (evaluate_logistic, lambda *args: evaluate_linear(*args, depth=1, settings=few)):
         with pytest.raises(NoMeaning, match="the 10 images of train have 1 class"):
             probe(features, one, features, two)
         with pytest.raises(NoMeaning, match="no class of the 10 images of val is among the 2 classes of train"):

@@ -137,6 +137,14 @@ def test_class_folders_take_the_plain_mean_of_the_precision():
         (json.dumps({"queries": [], "database": ["a"]}), "1 or more entries"),
         (json.dumps({"queries": [{"image": "q", "easi": []}], "database": ["a"]}), "easi=.*: is unknown here"),
         (json.dumps({"queries": [{"image": "q"}], "database": ["a", "a"]}), "names an image twice"),
+        (
+            json.dumps({"queries": [{"image": "q", "box": [0, 0, 1, 1, 1]}], "database": ["a"]}),
+            r"queries.0.box=.*: must have 4 or fewer entries$",
+        ),
+        (
+            json.dumps({"queries": [{"image": "q", "box": [0, 0, 1, float("nan")]}], "database": ["a"]}),
+            r"queries.0.box.3=nan: must be a finite number$",
+        ),
         (json.dumps({"queries": [{"image": "q", "easy": ["b"]}], "database": ["a"]}), "not in the database, e.g. b"),
         (
             json.dumps({"queries": [{"image": "q", "easy": ["a"], "junk": ["a"]}], "database": ["a"]}),

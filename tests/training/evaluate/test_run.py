@@ -83,8 +83,9 @@ def test_backbones_by_name(checkpoint, tmp_path):
     assert bundled.spec == read_manifest(bundled_artifact()).preprocess
     with pytest.raises(ValueError, match="no_such_model"):
         load_backbone("no_such_model")
+    assert load_backbone(str(tmp_path)).fingerprint == own.fingerprint  # the folder of a run
     with pytest.raises(ValueError, match="not an artifact"):
-        load_backbone(str(tmp_path))
+        load_backbone(str(bundled_artifact().parent))
     foreign = tmp_path / "foreign.pth"
     torch.save({"a": torch.zeros(1)}, foreign)
     with pytest.raises(ValueError, match="add --arch"):
