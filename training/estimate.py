@@ -18,7 +18,9 @@ from training.watch.monitor import read_lines
 
 EVALUATION_BATCH = 64  # images in one forward pass of an evaluation
 NEIGHBOURS_BLOCK = (1024, 65_536)  # similarities that k-NN holds at a time, see `training.evaluate.knn.nearest`
-CPU_GROWTH = 1.08  # later peak memory of a process / that of the trial, because freed memory becomes fragmented
+# Later peak memory of a process / that of the trial. Freed memory becomes fragmented. In three runs, the ratio was
+# 1.10, 1.25 and 1.28 (benchmarks/results/2026-11-30-estimates.json).
+CPU_GROWTH = 1.18
 SHEET_BYTES = 2_500_000  # a typical image sheet, together with its copy in the report
 LINE_BYTES = 1_600  # a line of metrics.jsonl, together with its copy for TensorBoard
 NOTE_BYTES = 2_048  # the JSON file of a saved state
