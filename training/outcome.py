@@ -23,11 +23,10 @@ from training.data.dataset import squash
 from training.data.run_images import Data
 from training.distributed import World, whole
 from training.pages.sheets import SheetCrops, picture_sheet, save_sheet, shrunk
-from training.state import FOLDER, Parts
+from training.state import Parts
 
 CHECKPOINT = "checkpoint.safetensors"
 BEST = "checkpoint.best.safetensors"
-KEPT_BEST = f"{FOLDER}/best.safetensors"
 SHEET_PHOTOS = 6
 GALLERY = 128  # images that are searched for a sheet's neighbours
 

@@ -5,6 +5,7 @@ give, such as the weights to start from.
 """
 
 import difflib
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -87,17 +88,32 @@ def settings_of(init: str, given: Mapping[str, object]) -> dict[str, object]:
     if (entry := published(init)) is not None and not Path(init).exists():
         return {"model": entry.name}
     loaded = read_model(init)
+    settings = head_settings(Path(init)) if (Path(init) / "config.json").is_file() else {}
     name = next(
         (name for name, config in CONFIGS.items() if config == loaded.config), TrainConfig.model_fields["model"].default
     )
     base, spec = asdict(CONFIGS[name]), loaded.preprocess
-    settings: dict[str, object] = {
+    settings |= {
         "model": name,
         "vit": {key: value for key, value in asdict(loaded.config).items() if value != base[key]},
     }
     if spec.resize is not None and spec.crop is not None and not given.keys() & {"eval_resize", "eval_crop"}:
         settings |= {"eval_resize": spec.resize, "eval_crop": spec.crop}
     return settings
+
+
+def head_settings(run: Path) -> dict[str, object]:
+    """Return the settings with which a run continues with the heads of another run, whose folder is `run`.
+
+    The heads have learned already, so the backbone is not frozen at first.
+    """
+    theirs = json.loads((run / "config.json").read_text())
+    names = ("n_prototypes", "head_hidden_dim", "head_bottleneck_dim", "ibot_bottleneck_dim", "shared_head")
+    return {
+        **{name: theirs[name] for name in names if name in theirs},
+        "freeze_backbone": 0.0,
+        "freeze_last_layer": 0.0,
+    }
 
 
 def with_hours(overrides: Sequence[str], hours: float | None) -> list[str]:

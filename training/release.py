@@ -15,8 +15,9 @@ from model.vit import DinoVisionTransformer
 from training.distributed import wait_for_all
 from training.evaluate.features import compute_features
 from training.measuring import evaluate_backbone
-from training.outcome import BEST, CHECKPOINT, KEPT_BEST, released_backbone, write_checkpoint, write_sheet
+from training.outcome import BEST, CHECKPOINT, released_backbone, write_checkpoint, write_sheet
 from training.run import Run, sheet_path
+from training.state import KEPT_BEST
 from training.whiten import whiten
 
 SHOWN_K = 10  # neighbours, or fewer if there are fewer images

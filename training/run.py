@@ -23,7 +23,6 @@ from training.measuring import Evaluation, evaluate_backbone
 from training.outcome import (
     BEST,
     CHECKPOINT,
-    KEPT_BEST,
     Release,
     released_backbone,
     steps_of,
@@ -32,7 +31,7 @@ from training.outcome import (
 )
 from training.pages.report import write_report
 from training.spread import token_spread
-from training.state import Saved, drop_states, find_state, load_state, remember, save_state
+from training.state import KEPT_BEST, Saved, drop_states, find_state, load_state, remember, save_state
 from training.step import Schedules, Setup, StepSettings
 from training.watch.measure import Measure
 from training.watch.monitor import Monitor

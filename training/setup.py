@@ -4,6 +4,7 @@ import functools
 import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from model.loading import read_model
 from training.config import TrainConfig
 from training.distributed import World, replicate, shard
 from training.optimizer import make_optimizer
-from training.state import Parts
+from training.state import FOLDER, KEPT_BEST, Parts, find_state
 from training.step import Setup
 from training.student_teacher import Network, make_teacher
 
@@ -58,7 +59,7 @@ def initial_weights(init: str, model: str, config: ViTConfig) -> dict[str, Tenso
 
     Args:
         init: a source of `model.loading.read_model`: the name of published weights, a checkpoint or weights file, a
-            run's folder, or an artifact's folder.
+            run's folder, or an artifact's folder. The weights of a run's folder are those before whitening.
         model: the name of the run's network on torch hub. It is used if the file does not contain its architecture.
         config: the configuration of the run's network.
 
@@ -68,7 +69,8 @@ def initial_weights(init: str, model: str, config: ViTConfig) -> dict[str, Tenso
         OSError: a file is missing or cannot be read.
         model.zoo.DownloadError: published weights cannot be downloaded.
     """
-    loaded = read_model(init, arch=model)
+    kept = Path(init) / KEPT_BEST
+    loaded = read_model(kept if kept.is_file() else init, arch=model)
     theirs, ours = asdict(loaded.config), asdict(config)
     if None not in (theirs["layerscale_init"], ours["layerscale_init"]):
         del theirs["layerscale_init"]  # the first value of gains that the weights replace
@@ -100,7 +102,26 @@ def make_network(config: TrainConfig) -> Network:
     )
     if config.init is not None:
         network.backbone.load_state_dict(initial_weights(config.init, config.model, config.vit_config))
+        if (heads := initial_heads(config.init, network)) is not None:
+            network.load_state_dict(heads, strict=False)  # all but the backbone
     return network
+
+
+def initial_heads(init: str, network: Network) -> dict[str, Tensor] | None:
+    """Return the heads of the run in the folder `init`, as a state dict, so that a finished run can continue.
+
+    They are those of the student's moving average in the newest state. The result is None if `init` is not the folder
+    of a run, or if its heads do not have the names and shapes of those of `network`.
+    """
+    if not (Path(init) / FOLDER).is_dir():
+        return None
+    saved, _ = find_state(Path(init))
+    if saved is None:
+        return None
+    ema = torch.load(saved.path, map_location="cpu", weights_only=True, mmap=True)["ema"]
+    heads = {name: tensor for name, tensor in ema.items() if not name.startswith("backbone.")}
+    own = {name: tensor.shape for name, tensor in network.state_dict().items() if not name.startswith("backbone.")}
+    return heads if own == {name: tensor.shape for name, tensor in heads.items()} else None
 
 
 def make_setup(config: TrainConfig, world: World, frozen_teacher: nn.Module | None = None) -> Setup:

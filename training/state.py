@@ -34,6 +34,7 @@ from training.student_teacher import Network
 
 FOLDER = "states"
 LOCK = "lock"
+KEPT_BEST = f"{FOLDER}/best.safetensors"  # the best backbone so far, never whitened
 
 # Settings that may change when a run is resumed. They concern the machine, the output, or what the run watches.
 FREE_SETTINGS = {

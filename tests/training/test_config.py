@@ -71,7 +71,7 @@ def test_every_setting_is_described():
 def test_a_recipe_says_what_it_needs(tmp_path, recipe, needed):
     with pytest.raises(ValueError, match=f"^the recipe {recipe} needs {needed}: add {needed}=dinov2_vit"):
         load(tmp_path, recipe=recipe)
-    assert getattr(load(tmp_path, f"{needed}=x", recipe=recipe), needed) == "x"
+    assert getattr(load(tmp_path, f"{needed}=dinov2_vits14", recipe=recipe), needed) == "dinov2_vits14"
 
 
 def test_what_a_recipe_needs_must_be_a_setting(tmp_path):

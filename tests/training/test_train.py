@@ -202,7 +202,10 @@ def test_the_defaults_are_those_of_dinov2s_short_recipe():
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_is_valid_and_says_how_it_is_run(recipe, tmp_path):
     found = load_config(
-        recipe, tmp_path, tmp_path, ["epochs=2.5", "global_scale=[0.5, 1.0]", "seed=7", "init=a", "teacher=b"]
+        recipe,
+        tmp_path,
+        tmp_path,
+        ["epochs=2.5", "global_scale=[0.5, 1.0]", "seed=7", "init=dinov2_vits14", "teacher=b"],
     )
     assert (found.epochs, found.global_scale, found.seed, found.recipe) == (2.5, (0.5, 1.0), 7, recipe)
     assert "-m training" in (Path(__file__).parents[2] / f"training/recipes/{recipe}.toml").read_text()
@@ -385,7 +388,7 @@ def test_the_settings_of_the_sentinels_reach_them(photos, tmp_path, monkeypatch)
     monkeypatch.setattr(loop, "training_loop", stopped)
     with pytest.raises(StopError):
         loop.train(config(photos, tmp_path / "run", sentinel_lines=7, **actions, **bounds), QUIET)
-    assert seen == [Limits(32, patience=7, n_measured=2, **actions, **bounds)]
+    assert seen == [Limits(32, patience=7, n_measured=27, **actions, **bounds)]
 
 
 @pytest.mark.parametrize(("precision", "watched"), [("fp32", True), ("bf16", True), ("fp16", False)])

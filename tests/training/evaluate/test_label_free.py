@@ -11,7 +11,6 @@ from model.config import ViTConfig
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 from training.evaluate.label_free import (
-    augmented_retrieval,
     measure_label_free,
     query_crops,
     query_features,
@@ -64,12 +63,13 @@ def test_a_network_that_sees_colours_finds_images_and_a_collapsed_one_does_not(n
     assert found.retrieval_1 > 3 / 24
     assert found.retrieval_1 <= found.retrieval_5 < 1
     assert found.spread > 1e-4
-    assert augmented_retrieval(network, images, SPEC) == found.retrieval == (found.retrieval_1 + found.retrieval_5) / 2
+    assert measure_label_free(network, images, SPEC) == found
     with torch.no_grad():
         network.norm.weight.zero_()
         network.norm.bias.fill_(1.0)
     collapsed = measure_label_free(network, images, SPEC)
     assert (collapsed.retrieval_1, collapsed.retrieval_5) == (0.0, 0.0)
+    assert collapsed.view_probability == pytest.approx(1 / 24) < found.view_probability
     assert collapsed.spread == pytest.approx(0, abs=1e-9)
     assert collapsed.rankme_share == pytest.approx(1 / 16, rel=1e-2)
 

@@ -126,7 +126,7 @@ def test_the_knn_guard_measures_from_the_best():
         assert watch.check_measure(step, KNN, accuracy, MANY) is None
     verdict = watch.check_measure(40, KNN, 0.62, MANY)
     assert (verdict.kind, verdict.action, verdict.step, verdict.back_to) == ("measure", "stop", 40, 20)
-    assert "the k-NN accuracy is 62.0%, down from 70.0% at step 20" in verdict.message
+    assert f"{KNN.words} is 62.0%, down from 70.0% at step 20" in verdict.message
 
 
 def test_the_knn_guard_warns_once_and_again_after_a_recovery():
@@ -143,7 +143,7 @@ def test_a_rollback_of_the_knn_guard_lowers_the_rate():
         "rollback",
         10,
         0,
-        "step 10: the k-NN accuracy is 10.0%, down from 60.0% at step 0: it lost more than 5 points and the noise of "
+        f"step 10: {KNN.words} is 10.0%, down from 60.0% at step 0: it lost more than 5 points and the noise of "
         "1000000000 images. The run goes back to step 0 or before, and continues with 0.1 of the lr (rollback 1 of 3). "
         "A lower lr, a longer freeze_backbone or a smaller layer_decay preserve more of the initial weights.",
     )
