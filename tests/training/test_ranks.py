@@ -17,6 +17,7 @@ from tests.training.tiny import ALONE
 from training.config import TrainConfig
 from training.data.crops import make_crops
 from training.distributed import agree, from_main, gather_rows, join, logsumexp_over_ranks, sum_over_ranks, whole
+from training.held_out import HeldOutImages, held_out_loss
 from training.losses import koleo_loss
 from training.setup import make_setup
 from training.state import check_same_settings, find_state, load_state, save_state
@@ -100,6 +101,14 @@ def run(config, world, first=0, last=STEPS, resume_from=None, save_to=None):
     return torch.stack(figures), weights
 
 
+def held_out(config, world):
+    """The loss on the same images as held-out images, with the initial weights."""
+    images, aspect = photos()
+    mine = slice(world.rank * BATCH // world.size, (world.rank + 1) * BATCH // world.size)
+    parts = HeldOutImages(images[mine], aspect[mine])
+    return held_out_loss(step_settings(config), make_setup(config, world), crop_settings(config), parts, 0.05)
+
+
 def free_port():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -120,6 +129,7 @@ def rank_main(rank, port, folder):
                 if strategy == "fsdp" and name not in SHARDED:
                     continue
                 found[strategy, name] = run(config_of(**changes, strategy=strategy), world)
+            found[strategy, "held out"] = held_out(config_of(strategy=strategy), world)
             out = folder / strategy
             if world.is_main:
                 out.mkdir()
@@ -166,6 +176,13 @@ def test_two_ranks_equal_one(two, one, strategy, name):
         found, theirs = two[1][rank][strategy, name]
         torch.testing.assert_close(found, figures, rtol=1e-5, atol=1e-5)
         same_weights(theirs, weights)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_compute_the_same_loss_on_held_out_images(two, strategy):
+    expected = held_out(config_of(), ALONE)
+    for rank in range(2):
+        assert two[1][rank][strategy, "held out"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_comparison_could_fail(one):
