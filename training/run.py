@@ -30,6 +30,7 @@ from training.outcome import (
     write_sheet,
 )
 from training.pages.report import write_report
+from training.spread import token_spread
 from training.state import Saved, drop_states, find_state, load_state, remember, save_state
 from training.step import Schedules, Setup, StepSettings
 from training.watch.measure import Measure
@@ -140,6 +141,7 @@ def find_not_finite(run: Run) -> Verdict | None:
 
 def log_line(run: Run, step: int, terms: dict[str, Tensor], cls_tokens: Tensor) -> Verdict | None:
     """Write a line to metrics.jsonl, and check for collapse. Return a verdict, or None if no collapse is found."""
+    terms = {**terms, "token_spread": token_spread(cls_tokens)}
     means = mean_over_ranks(run.world, torch.stack([value.float() for value in terms.values()]))
     figures: dict[str, Any] = dict(zip(terms, means.tolist(), strict=True))
     figures["dino_over_ln_k"] = figures["dino"] / math.log(run.sentinels.limits.n_prototypes)
@@ -147,6 +149,7 @@ def log_line(run: Run, step: int, terms: dict[str, Tensor], cls_tokens: Tensor) 
     figures |= {
         "epoch": step / run.steps_per_epoch,
         "lr": float(run.schedules.lr["head"][step - 1]) * run.sentinels.lr_factor,
+        "lr_backbone": float(run.schedules.lr["backbone"][step - 1]) * run.sentinels.lr_factor,
         "weight_decay": float(run.schedules.weight_decay[step - 1]),
         "momentum": float(run.schedules.momentum[step - 1]),
         "teacher_temp": float(run.schedules.teacher_temp[step - 1]),

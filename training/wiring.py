@@ -78,7 +78,7 @@ def make_run(config: TrainConfig, world: World, data: Data, console: Console, sa
         steps_per_epoch=steps_per_epoch,
         every=intervals(config, steps_per_epoch, total),
         keep_states=config.keep_states,
-        sentinels=Sentinels(limits(config, total)),
+        sentinels=Sentinels(limits(config, len(data.labelled_held_out))),
         not_finite=FirstNotFinite(world.device),
         monitor=make_monitor(config, world, data, console, total, saved.step if saved else 0, peak),
         work=functools.partial(work_of_step, config, teacher=teacher.backbone.config if teacher else None),
@@ -213,10 +213,12 @@ def intervals(config: TrainConfig, steps_per_epoch: int, total: int) -> Interval
     )
 
 
-def limits(config: TrainConfig, total: int) -> Limits:
-    """Return the thresholds and actions of the sentinels (checks for a failing run) for a run of `total` steps."""
+def limits(config: TrainConfig, n_measured: int) -> Limits:
+    """Return the thresholds and actions of the sentinels (checks for a failing run).
+
+    `n_measured` is the number of images from which the run's measure is computed.
+    """
     return Limits(
-        total,
         config.n_prototypes,
         on_collapse=config.on_collapse,
         on_not_finite=config.on_not_finite,
@@ -227,6 +229,7 @@ def limits(config: TrainConfig, total: int) -> Limits:
         measure_margin=config.measure_margin,
         max_rollbacks=config.max_rollbacks,
         patience_evaluations=config.patience,
+        n_measured=n_measured,
     )
 
 

@@ -28,6 +28,7 @@ from training.__main__ import main
 from training.config import TrainConfig
 from training.ending import Interrupted, RunStopped
 from training.state import alone_in, find_state
+from training.watch import collapse
 from training.watch.measure import KNN
 from training.watch.monitor import read_lines
 from training.watch.sentinels import Limits, Sentinels, Verdict
@@ -230,7 +231,7 @@ def test_collapse_goes_back_with_lower_rates_and_a_killed_run_decides_the_same(p
         "lr": 1e-3,
     }
     monkeypatch.setattr(loop, "log_line", flat(4))
-    monkeypatch.setattr(Sentinels, "_signs", only_rank)
+    monkeypatch.setattr(collapse, "signs", only_rank)
     whole, out = tmp_path / "whole", tmp_path / "run"
     expected = loop.train(config(photos, whole, **settings), QUIET)
     [message, after] = events(whole, "rollback")
@@ -251,9 +252,9 @@ def test_collapse_goes_back_with_lower_rates_and_a_killed_run_decides_the_same(p
     assert (tmp_path / "stop" / "checkpoint.safetensors").exists()
 
 
-def only_rank(self, figures):
-    share = figures["rankme_share"]
-    return {"rank": "the class tokens are one"} if share < self.limits.min_rankme_share else {}
+def only_rank(figures, limits, state):
+    low = figures["rankme_share"] < limits.min_rankme_share
+    return {"rank": "the class tokens are one", "spread": "their mean cosine is 1"} if low else {}
 
 
 def test_a_network_that_really_collapses_is_stopped(photos, tmp_path):
@@ -561,7 +562,7 @@ def test_ranks_share_what_the_sentinels_of_the_first_decide(monkeypatch):
     from types import SimpleNamespace
 
     told = {"rollbacks": 1, "lr_factor": 0.5}
-    sentinels = Sentinels(Limits(10, 32))
+    sentinels = Sentinels(Limits(32))
     verdict = Verdict("measure", "rollback", 6, 3, "x")
     state = {**sentinels.state_dict(), **told}
     monkeypatch.setattr(between, "from_main", lambda world, value: (verdict, state))

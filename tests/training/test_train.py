@@ -385,7 +385,7 @@ def test_the_settings_of_the_sentinels_reach_them(photos, tmp_path, monkeypatch)
     monkeypatch.setattr(loop, "training_loop", stopped)
     with pytest.raises(StopError):
         loop.train(config(photos, tmp_path / "run", sentinel_lines=7, **actions, **bounds), QUIET)
-    assert seen == [Limits(9, 32, patience=7, **actions, **bounds)]
+    assert seen == [Limits(32, patience=7, n_measured=2, **actions, **bounds)]
 
 
 @pytest.mark.parametrize(("precision", "watched"), [("fp32", True), ("bf16", True), ("fp16", False)])

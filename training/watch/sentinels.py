@@ -2,13 +2,8 @@
 
 The checks that do this are called sentinels. They detect three kinds of failure, each with its own configured action:
 
-- collapse: the network no longer tells images apart. After the first third of the run, one of these signs appears in
-  several consecutive lines of metrics.jsonl:
-  - The DINO loss is at ln K (`dino_over_ln_k` >= 0.99), where K is the number of prototypes.
-  - The teacher's entropy is at ln K (its targets carry no information).
-  - The teacher's entropy is at 0 (each image is assigned to a single prototype).
-  - RankMe, the effective rank of a batch of class tokens (arXiv 2210.02885), is below a configured share of its
-    maximum. A random network reaches about 0.1 of the maximum, and a trained network 0.5 or more.
+- collapse: the network no longer tells images apart. Several consecutive lines of metrics.jsonl show the same
+  combination of signs (training/watch/collapse.py).
 - not finite: a loss or a gradient is NaN or infinite. The batch is stored so that it can be inspected and repeated.
 - measure: the measure of the features on held-out images (`training/watch/measure.py`) is below the run's best value
   by more than a configured margin. Continued training of published weights can lose accuracy
@@ -38,13 +33,13 @@ from torch import Tensor
 
 from model.checkpoint import save_safetensors
 from model.files import write_text
+from training.spread import rankme as rankme
+from training.spread import rankme_share as rankme_share
 from training.watch.action import Action
+from training.watch.collapse import CollapseLimits, CollapseState, check_collapse
 from training.watch.measure import Measure
 
 Kind = Literal["collapse", "not_finite", "measure"]
-AT_LN_K = 0.99  # threshold for the DINO loss and the teacher's entropy, as a share of ln K
-AT_ZERO = 0.01  # threshold for the teacher's entropy, as a share of ln K
-GRACE = 1 / 3  # share of the run without verdicts of collapse, because a healthy run may begin at ln K
 NEVER = torch.iinfo(torch.int64).max
 
 
@@ -52,20 +47,31 @@ NEVER = torch.iinfo(torch.int64).max
 class Limits:
     """The thresholds of the sentinels (the checks for a failing run), and the action for each kind of failure.
 
-    `measure_margin` is in percentage points.
+    `measure_margin` is in percentage points. `n_measured` is the number of images from which the measure is computed,
+    or 0 if nothing is measured.
     """
 
-    total_steps: int
     n_prototypes: int
     on_collapse: Action = "stop"
     on_not_finite: Action = "rollback"
     on_measure: Action = "stop"
-    patience: int = 5  # consecutive log lines with the same sign of collapse
+    patience: int = 5  # consecutive log lines with the same combination of signs of collapse
     min_rankme_share: float = 0.05
     measure_margin: float = 5.0
     rollback_lr_factor: float = 0.5
     max_rollbacks: int = 3
     patience_evaluations: int = 0  # evaluations without a new best value after which the run ends; 0: never
+    n_measured: int = 0
+
+    @property
+    def collapse(self) -> CollapseLimits:
+        """Return the limits of the signs of collapse."""
+        return CollapseLimits(
+            n_prototypes=self.n_prototypes,
+            n_measured=self.n_measured,
+            patience=self.patience,
+            min_rankme_share=self.min_rankme_share,
+        )
 
 
 @dataclass(frozen=True)
@@ -86,11 +92,14 @@ class Verdict:
 class State:
     """What the sentinels (the checks for a failing run) remember between steps, as JSON types."""
 
-    bad_lines: dict[str, int] = field(default_factory=dict)  # sign of collapse -> consecutive log lines with it
-    good_step: int = 0  # step of the last log line without any sign of collapse
+    bad_lines: dict[str, int] = field(default_factory=dict)  # combination of signs -> consecutive log lines with it
+    start: dict[str, float] = field(default_factory=dict)  # figure of the features -> its first value
+    highest: dict[str, float] = field(default_factory=dict)  # figure of the features -> its highest value
+    good_step: int = 0  # step of the last log line without a combination of signs
     warned: bool = False  # whether the current collapse was reported
     measure: str = ""  # name of the measure to which the next fields belong
     first: float | None = None
+    latest: float | None = None
     best: float | None = None
     best_step: int = 0
     since_best: int = 0  # evaluations since the measure last rose above its best value
@@ -98,26 +107,6 @@ class State:
     rollbacks: int = 0
     passed_over: list[int] = field(default_factory=list)
     lr_factor: float = 1.0
-
-
-def rankme(features: Tensor) -> float:
-    """Compute the effective rank of features [n, D]: exp(H), where H is the entropy of the singular values scaled to
-    sum to 1.
-
-    The effective rank is 1 if all rows are multiples of one vector, and min(n, D) if all singular values are equal
-    (RankMe, arXiv 2210.02885, equation 2, with epsilon 1e-7). As in the paper, features are not centred. If a feature
-    is not finite, the result is NaN.
-    """
-    if not bool(torch.isfinite(features).all()):
-        return math.nan
-    singular = torch.linalg.svdvals(features.detach().float())
-    shares = singular / singular.sum().clamp(min=1e-30) + 1e-7
-    return float((-(shares * shares.log()).sum()).exp())
-
-
-def rankme_share(features: Tensor) -> float:
-    """Return the effective rank (`rankme`) of features [n, D] as a share of its maximum, min(n, D)."""
-    return rankme(features) / min(features.shape)
 
 
 def difference_error(first: float, second: float, n: int) -> float:
@@ -195,10 +184,10 @@ class Sentinels:
                 later values are compared with it.
         """
         old = State(**json.loads(json.dumps(then)))
-        self.state = replace(self.state, bad_lines=old.bad_lines, good_step=old.good_step, warned=old.warned)
+        kept = ["bad_lines", "start", "highest", "good_step", "warned"]
         if kind != "measure":
-            kept = ("measure", "first", "best", "best_step", "since_best", "fallen")
-            self.state = replace(self.state, **{name: getattr(old, name) for name in kept})
+            kept += ["measure", "first", "best", "best_step", "since_best", "fallen", "latest"]
+        self.state = replace(self.state, **{name: getattr(old, name) for name in kept})
 
     @property
     def lr_factor(self) -> float:
@@ -223,48 +212,23 @@ class Sentinels:
         """Check the metrics of one log line for signs of collapse. Return a verdict, or None if there is nothing to
         report.
 
-        The metrics are `dino_over_ln_k`, `teacher_entropy` and, if it was measured, `rankme_share`.
+        `training.watch.collapse.signs` lists the metrics. The latest value of the measure is added to them.
         """
-        signs = self._signs(figures)
         state, limits = self.state, self.limits
-        state.bad_lines = {sign: state.bad_lines.get(sign, 0) + 1 for sign in signs}
-        if not signs:
+        memory = CollapseState(state.start, state.highest, state.bad_lines)
+        found = check_collapse({"measure": state.latest, **figures}, limits.collapse, memory)
+        state.start, state.highest, state.bad_lines = memory.start, memory.highest, memory.bad_lines
+        if not state.bad_lines:
             state.good_step, state.warned = step, False
-        if step < GRACE * limits.total_steps:
-            return None
-        count, sign = max(((n, s) for s, n in state.bad_lines.items()), default=(0, ""))
-        if count < limits.patience or state.warned:
+        if found is None or state.warned:
             return None
         state.warned = limits.on_collapse == "warn"
         begin = (
-            f"step {step}: the network no longer tells images apart (collapse): {signs[sign]}, {count} lines in a row."
+            f"step {step}: collapse: {found.words}. {found.n_lines} lines in a row show these signs: "
+            f"{'; '.join(found.signs.values())}."
         )
-        advice = (
-            " Lower teacher_temp or lr, raise koleo_weight or batch_size, or train longer (a short run may not have "
-            "begun to learn yet); on_collapse=warn lets such a run continue."
-        )
+        advice = f" {found.advice} on_collapse=warn lets such a run continue."
         return self._decide("collapse", limits.on_collapse, step, state.good_step, begin, advice)
-
-    def _signs(self, figures: Mapping[str, Any]) -> dict[str, str]:
-        """Return the signs of collapse in one log line, as a dict from the name of a sign to its description. A missing
-        metric is not a sign."""
-        ln_k = math.log(self.limits.n_prototypes)
-        dino, entropy, share = (figures.get(name) for name in ("dino_over_ln_k", "teacher_entropy", "rankme_share"))
-        signs = {}
-        if dino is not None and dino >= AT_LN_K:
-            signs["loss"] = f"the DINO loss stays at {dino:.3f} of ln K"
-        if entropy is not None and entropy >= AT_LN_K * ln_k:
-            signs["flat"] = (
-                f"the teacher's entropy is {entropy:.2f} of at most ln K = {ln_k:.2f}: its targets carry no information"
-            )
-        if entropy is not None and entropy <= AT_ZERO * ln_k:
-            signs["sharp"] = f"the teacher's entropy is {entropy:.3f}: each image is assigned to a single prototype"
-        if share is not None and share < self.limits.min_rankme_share:
-            signs["rank"] = (
-                f"the class tokens use a share of {share:.3f} of the possible dimensions (RankMe; the limit is "
-                f"{self.limits.min_rankme_share:g})"
-            )
-        return signs
 
     def check_finite(self, step: int, figures: Mapping[str, float], replay: Path | None) -> Verdict:
         """Return the verdict on a step with metrics that are not finite.
@@ -294,6 +258,8 @@ class Sentinels:
         state, limits = self.state, self.limits
         if state.measure != measure.name:
             state.measure, state.first, state.best = measure.name, value, None
+            state.highest.pop("measure", None)
+        state.latest = value
         state.since_best = 0 if state.best is None or value > state.best else state.since_best + 1
         if state.best is None or value >= state.best:
             state.best, state.best_step, state.fallen = value, step, False

@@ -21,11 +21,12 @@ from training.watch.sentinels import (
 
 LN_K = math.log(64)
 MANY = 10**9  # held-out images, so that the accuracy has no noise
-HEALTHY = {"dino_over_ln_k": 0.8, "teacher_entropy": 0.6 * LN_K, "rankme_share": 0.4}
+HEALTHY = {"dino_over_ln_k": 0.8, "teacher_entropy": 0.6 * LN_K, "rankme_share": 0.4, "token_spread": 0.7}
+BAD = {**HEALTHY, "rankme_share": 0.01, "token_spread": 1e-4}
 
 
 def sentinels(**changes):
-    return Sentinels(Limits(**{"total_steps": 90, "n_prototypes": 64, "patience": 3, **changes}))
+    return Sentinels(Limits(**{"n_prototypes": 64, "patience": 3, **changes}))
 
 
 def run(watch, lines):
@@ -49,59 +50,44 @@ def test_rankme_on_known_matrices():
     assert math.isnan(rankme(torch.full((3, 3), float("inf"))))
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"dino_over_ln_k": 0.995}, "DINO loss stays at 0.995 of ln K"),
-        ({"teacher_entropy": 0.999 * LN_K}, "targets carry no information"),
-        ({"teacher_entropy": 0.001}, "a single prototype"),
-        ({"rankme_share": 0.01}, "RankMe"),
-    ],
-)
-def test_each_sign_of_collapse_is_noticed(changes, words):
-    watch = sentinels()
-    [verdict, *more] = run(watch, [HEALTHY] * 40 + [{**HEALTHY, **changes}] * 3)
+def test_a_collapse_is_told_with_its_signs_and_the_action():
+    [verdict, *more] = run(sentinels(), [HEALTHY] * 40 + [BAD] * 3)
     assert not more
     assert (verdict.kind, verdict.action, verdict.step, verdict.back_to) == ("collapse", "stop", 43, 40)
-    assert words in verdict.message
-    for word in ("step 43", "collapse", "3 lines in a row", "The run stops", "teacher_temp"):
-        assert word in verdict.message
+    for words in (
+        "step 43: collapse: ",
+        "3 lines in a row",
+        "RankMe",
+        "mean cosine of 0.9999",
+        "The run stops",
+        "Lower lr",
+    ):
+        assert words in verdict.message
 
 
-@pytest.mark.parametrize(
-    "lines",
-    [
-        [{**HEALTHY, "dino_over_ln_k": 1.0}] * 29 + [HEALTHY] * 61,  # a healthy run may begin at ln K
-        ([{**HEALTHY, "dino_over_ln_k": 1.0}] * 2 + [HEALTHY]) * 30,  # single bad lines are noise
-        [{"dino_over_ln_k": None, "teacher_entropy": None}] * 90,  # not finite: another sentinel's
-        [{**HEALTHY, "dino_over_ln_k": 0.98, "teacher_entropy": 0.98 * LN_K, "rankme_share": 0.06}] * 90,
-    ],
-    ids=["beginning", "noise", "not finite", "near"],
-)
-def test_what_is_no_collapse(lines):
-    assert run(sentinels(), lines) == []
+def test_the_limits_reach_the_rule():
+    assert run(sentinels(min_rankme_share=0.5), [{**HEALTHY, "teacher_entropy": 0.0}] * 3)[0].step == 3
+    assert run(sentinels(), [{**HEALTHY, "teacher_entropy": 0.0}] * 3) == []
+    lost = [{**HEALTHY, "measure": 0.6}, *[{**HEALTHY, "measure": 0.1, "dino_over_ln_k": 1.0}] * 3]
+    assert run(sentinels(n_measured=300), lost)[0].step == 4
+    assert run(sentinels(n_measured=0), lost) == []
 
 
-def test_two_signs_in_turn_are_no_row():
-    flat, low = {**HEALTHY, "dino_over_ln_k": 1.0}, {**HEALTHY, "rankme_share": 0.0}
-    assert run(sentinels(), [HEALTHY] * 40 + [flat, low] * 10) == []
-
-
-def test_collapse_from_the_start_is_said_after_a_third():
-    [first, *_] = run(sentinels(), [{**HEALTHY, "dino_over_ln_k": 1.0}] * 40)
-    assert (first.step, first.back_to) == (30, 0)
+def test_fresh_heads_at_ln_k_with_healthy_features_are_no_collapse():
+    """Fault T2. The figures are those of the recorded run `continue` of benchmarks/false_alarms.py."""
+    fresh = {"dino_over_ln_k": 1.12, "teacher_entropy": 0.89 * LN_K, "rankme_share": 0.94, "token_spread": 0.74}
+    frozen = [{**fresh, "lr_backbone": 0.0, "teacher_entropy": LN_K}] * 45
+    assert run(sentinels(), frozen + [{**fresh, "lr_backbone": 1e-5}] * 45) == []
 
 
 def test_a_warning_is_said_once_each_time_it_begins():
-    bad = {**HEALTHY, "dino_over_ln_k": 1.0}
-    found = run(sentinels(on_collapse="warn"), [HEALTHY] * 40 + [bad] * 10 + [HEALTHY] + [bad] * 10)
+    found = run(sentinels(on_collapse="warn"), [HEALTHY] * 40 + [BAD] * 10 + [HEALTHY] + [BAD] * 10)
     assert [(v.step, v.action) for v in found] == [(43, "warn"), (54, "warn")]
 
 
 def test_rollbacks_after_collapse_lower_the_rate_and_end():
     watch = sentinels(on_collapse="rollback", max_rollbacks=2)
-    bad = {**HEALTHY, "dino_over_ln_k": 1.0}
-    found = run(watch, [HEALTHY] * 40 + [bad] * 9)
+    found = run(watch, [HEALTHY] * 40 + [BAD] * 9)
     assert [(v.step, v.action, v.back_to) for v in found] == [
         (43, "rollback", 40),
         (46, "rollback", 40),
@@ -168,7 +154,7 @@ def test_a_resumed_run_decides_the_same():
     def lines():
         for step in range(1, 91):
             bad = 50 <= step < 60 or 70 <= step < 71 or step > 80
-            yield step, {**HEALTHY, "dino_over_ln_k": 1.0 if bad else 0.8}, 0.6 if step < 65 else 0.5
+            yield step, BAD if bad else HEALTHY, 0.6 if step < 65 else 0.5
 
     settings = {"on_collapse": "rollback", "on_measure": "warn", "max_rollbacks": 2}
     whole, broken = sentinels(**settings), sentinels(**settings)
@@ -191,7 +177,7 @@ def toy_run(disk, total, kill_at):
 
     Step 13 gives NaN; k-NN falls after step 30 as long as the rate is whole. `disk` holds checkpoints by step.
     """
-    watch, bad = sentinels(total_steps=total, on_measure="rollback"), FirstNotFinite(torch.device("cpu"))
+    watch, bad = sentinels(on_measure="rollback"), FirstNotFinite(torch.device("cpu"))
     step, weight = 0, torch.zeros(())
     if disk:
         step = max(disk)
