@@ -16,6 +16,7 @@ TINY: dict[str, Any] = {
     "drop_path": 0.2,
     "log_every": 1,
     "eval_every_epochs": 0,
+    "estimate": False,
     "eval_resize": 28,
     "eval_crop": 28,
     "precision": "fp32",

@@ -55,15 +55,26 @@ def train(
     recipe: Annotated[
         str | None, typer.Option(help="Name of a recipe, e.g. smoke or continue, or a TOML file (docs/training.md).")
     ] = None,
+    hours: Annotated[
+        float | None, typer.Option(help="Time for the run in hours. The number of epochs follows from it.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the estimated time, memory and disk space, and train nothing.")
+    ] = False,
     overrides: OverridesArgument = None,
 ) -> None:
     """Train a DINOv2 model on your own images (needs the `train` extra: pip install -e '.[train]')."""
     need_torch("train")
-    from training.recipe import check_recipe, load_config
+    from training.recipe import check_recipe, load_config, with_hours
+    from training.train import dry_run as estimate_training
     from training.train import train as run_training
 
     with _early_end_handled():
-        checkpoint = run_training(load_config(check_recipe(recipe), data, out, overrides or []))
+        config = load_config(check_recipe(recipe), data, out, with_hours(overrides or [], hours))
+        if dry_run:
+            estimate_training(config)
+            return
+        checkpoint = run_training(config)
     typer.echo(f"checkpoint: {checkpoint}\nnext: dinov2 export {shlex.quote(str(checkpoint))}")
 
 

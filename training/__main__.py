@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from training.ending import STOPPED_STATUS, Interrupted, RunStopped
-from training.recipe import check_recipe, load_config, recipe_names
-from training.train import train
+from training.recipe import check_recipe, load_config, recipe_names, with_hours
+from training.train import dry_run, train
 
 
 def main() -> int:
@@ -22,9 +22,13 @@ def main() -> int:
         "--out", type=Path, required=True, help="folder for checkpoints and logs; a run in this folder is resumed"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the recipe")
+    parser.add_argument("--hours", type=float, help="time for the run; the number of epochs follows from it")
+    parser.add_argument("--dry-run", action="store_true", help="print the estimated time, memory and disk space only")
     arguments = parser.parse_args()
     try:
-        train(load_config(check_recipe(arguments.recipe), arguments.data, arguments.out, arguments.overrides))
+        overrides = with_hours(arguments.overrides, arguments.hours)
+        config = load_config(check_recipe(arguments.recipe), arguments.data, arguments.out, overrides)
+        (dry_run if arguments.dry_run else train)(config)
     except (ValueError, OSError, RunStopped) as error:
         print(f"error: {error}", file=sys.stderr)
         return STOPPED_STATUS if isinstance(error, RunStopped) else 2

@@ -187,7 +187,18 @@ class TrainConfig(BaseModel):
     mask_ratio: tuple[Share, Share] = Field((0.1, 0.5), description="smallest and largest share of masked patches")
     mask_probability: Share = Field(0.5, description="share of the global crops that are masked")
 
-    # optimisation
+    # length and optimisation
+    scale: Literal["fixed", "continue"] = Field(
+        "fixed",
+        description="continue: the settings in training/scale.py that neither the recipe nor the user gives follow "
+        "from the number of images and `hours`; the network and the size of evaluations are those of `init`",
+    )
+    hours: float | None = Field(
+        None, gt=0, le=1e5, description="time for the run, from which `epochs` follows; unset: as `epochs` says"
+    )
+    estimate: bool = Field(
+        True, description="run a few steps on trial before a new run, to estimate its time, memory and disk space"
+    )
     epochs: float = Field(100, gt=0, le=1e6, description="passes over the training images")
     batch_size: int = Field(64, ge=2, le=2**20, description="images in one step, over all ranks and micro-batches")
     micro_batch: int | None = Field(
@@ -227,7 +238,13 @@ class TrainConfig(BaseModel):
         None,
         ge=0,
         le=1e6,
-        description="epochs between evaluations; unset: ten evaluations in the run; 0: only at the start and the end",
+        description="epochs between evaluations; unset: as `evaluations` says; 0: only at the start and the end",
+    )
+    evaluations: int = Field(
+        10,
+        ge=0,
+        le=10_000,
+        description="number of evaluations in the run, fewer if they would take more than a fifth of its time",
     )
     sheet_every: int = Field(0, ge=0, description="steps between image sheets; 0: only at the end")
     measure_peak: bool = Field(
@@ -237,10 +254,10 @@ class TrainConfig(BaseModel):
     mlflow: str | None = Field(None, description="folder or address of MLflow's tracking store; unset: no MLflow")
     on_collapse: Action = Field("stop", description="stop, rollback (and lower the learning rates) or warn")
     on_not_finite: Literal["stop", "rollback"] = Field("rollback", description="stop, or rollback (and skip that step)")
-    measure: Literal["auto", "knn", "none"] = Field(
+    measure: Literal["auto", "knn", "own", "none"] = Field(
         "auto",
-        description="what is measured on held-out images, guards the run and chooses its best checkpoint; auto: k-NN "
-        "if the images have classes",
+        description="what is measured, guards the run and chooses its best checkpoint; knn: k-NN accuracy on held-out "
+        "images; own: that of leave-one-out on all images; auto: what suits the images",
     )
     on_measure: Action = Field("stop", description="as `on_collapse`, if the measure falls by more than its margin")
     measure_margin: float = Field(

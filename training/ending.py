@@ -23,7 +23,7 @@ STOPPED_STATUS = 3
 
 WATCHING = (
     *("on_collapse", "on_measure", "on_not_finite", "sentinel_lines", "rollback_lr_factor", "max_rollbacks"),
-    *("measure", "measure_margin", "min_rankme_share", "eval_every_epochs", "patience"),
+    *("measure", "measure_margin", "min_rankme_share", "eval_every_epochs", "evaluations", "patience"),
 )
 """The settings of the checks. They may change when a run is resumed."""
 

@@ -8,7 +8,7 @@ other functions.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,23 +16,19 @@ from safetensors import SafetensorError, safe_open
 
 from model.checkpoint import save_checkpoint
 from model.config import ViTConfig
-from model.pooling import Pooling
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 from training.data.crops import CropSettings, make_crops
 from training.data.dataset import squash
 from training.data.run_images import Data
 from training.distributed import World, whole
-from training.evaluate.knn import evaluate_knn
 from training.pages.sheets import SheetCrops, picture_sheet, save_sheet, shrunk
 from training.state import FOLDER, Parts
-from training.watch.measure import KNN, Measure
 
 CHECKPOINT = "checkpoint.safetensors"
 BEST = "checkpoint.best.safetensors"
 KEPT_BEST = f"{FOLDER}/best.safetensors"
 SHEET_PHOTOS = 6
-MEASURED_K = 10  # neighbours of the measure k-NN
 GALLERY = 128  # images that are searched for a sheet's neighbours
 
 
@@ -64,46 +60,6 @@ def released_backbone(vit: ViTConfig, world: World, parts: Parts) -> DinoVisionT
     if world.is_main:
         backbone.load_state_dict(tensors, assign=True)
     return backbone.eval().requires_grad_(False)
-
-
-def report_knn(spec: PreprocessSpec, data: Data, backbone: DinoVisionTransformer) -> dict[Pooling, dict[int, float]]:
-    """Compute the k-NN accuracy on the held-out images, and return it for each pooling and each k.
-
-    The result is empty if there are no held-out images or the training images belong to fewer than two classes.
-    """
-    if not data.has_classes:
-        return {}
-    return evaluate_knn(backbone, data.labelled_train_sample, data.labelled_held_out, spec)
-
-
-def evaluation(
-    measure: Measure, backbone: DinoVisionTransformer, data: Data, release: Release
-) -> tuple[dict[str, float], float | None]:
-    """Evaluate a backbone on the held-out images. Return all metrics by name, and the value of the run's measure.
-
-    The value is None if it cannot be computed, for instance because all held-out images are broken. The measure k-NN is
-    the accuracy of the class token with 10 neighbours, or fewer if there are fewer images.
-    """
-    assert measure == KNN
-    knn = report_knn(release.eval_spec, data, backbone)
-    figures = {f"knn_{p}_{k}": accuracy for p, by_k in knn.items() for k, accuracy in by_k.items()}
-    accuracies = {k: accuracy for k, accuracy in knn.get("cls", {}).items() if k <= MEASURED_K}
-    return figures, accuracies[max(accuracies)] if accuracies else None
-
-
-def choose_measure(wanted: Literal["auto", "knn", "none"], data: Data) -> Measure | None:
-    """Return the measure of a run, or None if nothing can or should be measured.
-
-    Raises:
-        ValueError: the measure `knn` is wanted, but the images have no classes or none are held out.
-    """
-    if data.has_classes and wanted != "none":
-        return KNN
-    if wanted == "knn":
-        raise ValueError(
-            f"measure='knn' needs held-out images ({len(data.held_out)}) and training images of at least two classes"
-        )
-    return None
 
 
 def steps_of(path: Path) -> int | None:

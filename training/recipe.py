@@ -6,11 +6,14 @@ give, such as the weights to start from.
 
 import difflib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from model.config import CONFIGS
+from model.loading import published, read_model
 from model.messages import in_words
 from training.config import TrainConfig
 
@@ -48,6 +51,8 @@ def load_config(recipe: str, data: str | Path | Sequence[str], out: Path, overri
                 f"the recipe {recipe} needs {key}: add {EXAMPLES.get(key, f'{key}=...')} "
                 f"({TrainConfig.model_fields[key].description})"
             )
+    if values.get("scale") == "continue" and isinstance(init := values.get("init"), str):
+        values = settings_of(init, values) | values
     try:
         return TrainConfig.model_validate({**values, "recipe": recipe, "data": data, "out": out})
     except ValidationError as error:
@@ -66,6 +71,47 @@ def check_recipe(recipe: str | None) -> str:
             f"works; the others are {', '.join(name for name in recipe_names() if name not in ('continue', 'smoke'))}"
         )
     return recipe
+
+
+def settings_of(init: str, given: Mapping[str, object]) -> dict[str, object]:
+    """Return the settings of the network and of its preprocessing that a run takes over from its initial weights.
+
+    `given` contains the settings that the recipe and the user give. If they name the network, it is not taken over.
+
+    Raises:
+        ValueError: `init` is not a model.
+        OSError: a file is missing or cannot be read.
+    """
+    if given.keys() & {"model", "vit"}:
+        return {}
+    if (entry := published(init)) is not None and not Path(init).exists():
+        return {"model": entry.name}
+    loaded = read_model(init)
+    name = next(
+        (name for name, config in CONFIGS.items() if config == loaded.config), TrainConfig.model_fields["model"].default
+    )
+    base, spec = asdict(CONFIGS[name]), loaded.preprocess
+    settings: dict[str, object] = {
+        "model": name,
+        "vit": {key: value for key, value in asdict(loaded.config).items() if value != base[key]},
+    }
+    if spec.resize is not None and spec.crop is not None and not given.keys() & {"eval_resize", "eval_crop"}:
+        settings |= {"eval_resize": spec.resize, "eval_crop": spec.crop}
+    return settings
+
+
+def with_hours(overrides: Sequence[str], hours: float | None) -> list[str]:
+    """Return the overrides together with the value of the option `--hours`.
+
+    Raises:
+        ValueError: the overrides set `epochs` or `hours` too.
+    """
+    if hours is None:
+        return list(overrides)
+    for key in parse_overrides(overrides):
+        if key in ("epochs", "hours"):
+            raise ValueError(f"--hours {hours:g} and {key} contradict each other: --hours chooses the epochs; give one")
+    return [*overrides, f"hours={hours!r}"]
 
 
 def _read(recipe: str) -> tuple[dict[str, object], str]:

@@ -14,10 +14,12 @@ from model.files import write_text
 from model.vit import DinoVisionTransformer
 from training.distributed import wait_for_all
 from training.evaluate.features import compute_features
-from training.outcome import BEST, CHECKPOINT, KEPT_BEST, released_backbone, report_knn, write_checkpoint, write_sheet
+from training.measuring import evaluate_backbone
+from training.outcome import BEST, CHECKPOINT, KEPT_BEST, released_backbone, write_checkpoint, write_sheet
 from training.run import Run, sheet_path
 from training.whiten import whiten
 
+SHOWN_K = 10  # neighbours, or fewer if there are fewer images
 WHITENING_IMAGES = 10_000  # enough images for the covariance of the widest model's 1,536 dimensions
 
 
@@ -61,8 +63,10 @@ def finish(run: Run, backbone: DinoVisionTransformer, step: int) -> dict[str, An
     if settings.whiten is not None:
         sample = data.train_sample[:: math.ceil(len(data.train_sample) / WHITENING_IMAGES)]
         whiten(backbone, compute_features(backbone, sample, settings.eval_spec).pooled("cls"), settings.whiten)
-    knn = report_knn(settings.eval_spec, data, backbone)
-    return {"knn": knn, "whitened": settings.whiten is not None, "steps": step}
+    found = run.evaluations.get(step) if settings.whiten is None else None
+    if found is None:
+        found = evaluate_backbone(backbone, data, settings.eval_spec, run.measure)
+    return {"knn": found.knn, "whitened": settings.whiten is not None, "steps": step}
 
 
 def summary(run: Run, results: Mapping[str, Any]) -> list[str]:
@@ -78,5 +82,7 @@ def summary(run: Run, results: Mapping[str, Any]) -> list[str]:
             lines.append("training did not help: the released checkpoint is the network that the run started from")
     if knn:
         n, side = len(run.data.labelled_held_out), run.release.eval_spec.crop
-        lines.append(f"k-NN of the released checkpoint on {n} held-out images, {side} px: {knn}")
+        k = max(k for k in knn["cls"] if k <= SHOWN_K)
+        shares = ", ".join(f"{pooling} {by_k[k]:.1%}" for pooling, by_k in knn.items())
+        lines.append(f"{k}-NN of the released checkpoint on {n:,} held-out images, {side} px: {shares}")
     return lines

@@ -18,12 +18,12 @@ from training.data.crops import CropSettings, make_micros
 from training.data.run_images import Data, list_skipped
 from training.distributed import World, agree, from_all, from_main, mean_over_ranks, min_over_ranks, wait_for_all
 from training.ending import RunStopped, Signals
+from training.measuring import Evaluation, evaluate_backbone
 from training.outcome import (
     BEST,
     CHECKPOINT,
     KEPT_BEST,
     Release,
-    evaluation,
     released_backbone,
     steps_of,
     write_checkpoint,
@@ -77,7 +77,10 @@ class Run:
     work: Callable[[float], float]  # floating-point operations of a step, by the share of the run that is done
     release: Release
     measure: Measure | None  # None: nothing can be measured
+    measured: str  # says what is measured
+    evaluations: dict[int, Evaluation]  # by the number of steps done, of this process
     teacher_digest: str | None
+    chosen: Mapping[str, Any]  # the settings that the plan of the run has chosen, by name
     saved_at: float  # time.monotonic() of the last save
 
 
@@ -170,11 +173,12 @@ def evaluate(run: Run, step: int) -> Verdict | None:
         backbone = released_backbone(run.release.vit, run.world, run.setup.parts)
 
         def ask() -> Verdict | None:
-            figures, value = evaluation(measure, backbone, run.data, run.release)
-            if value is None:
+            found = evaluate_backbone(backbone, run.data, run.release.eval_spec, measure)
+            run.evaluations[step] = found
+            if found.value is None:
                 return None
-            run.monitor.evaluated(step, figures)
-            return run.sentinels.check_measure(step, measure, value, len(run.data.labelled_held_out))
+            run.monitor.evaluated(step, found.by_name())
+            return run.sentinels.check_measure(step, measure, found.value, found.n_images)
 
         return decide(run, ask)
 
@@ -285,10 +289,11 @@ def save(run: Run, step: int) -> Saved | None:
 def memory_of(run: Run) -> dict[str, Any]:
     """Return the values that a saved state contains in addition to tensors, as JSON types.
 
-    They are the digests of the training images and of the teacher, and the state of the sentinels (the checks for a
-    failing run).
+    They are the digests of the training images and of the teacher, the settings that the plan has chosen, and the state
+    of the sentinels (the checks for a failing run).
     """
-    return {"data": run.data.digest, "teacher": run.teacher_digest, "sentinels": run.sentinels.state_dict()}
+    digests = {"data": run.data.digest, "teacher": run.teacher_digest}
+    return {**digests, "chosen": dict(run.chosen), "sentinels": run.sentinels.state_dict()}
 
 
 def save_checkpoint(run: Run, path: Path, step: int, facts: Mapping[str, Any] | None = None) -> None:

@@ -16,6 +16,7 @@ All functions are pure. `training/config.py` has the settings of the same names.
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 MIN_IMAGES = 50
 """With fewer images, neither training nor the choice of the best checkpoint can be trusted."""
@@ -178,12 +179,22 @@ def continue_settings(
     )
 
 
-def steps_of(settings: ContinueSettings, n_images: int) -> int:
+class Length(Protocol):
+    """The settings that determine the number of steps of a run."""
+
+    @property
+    def epochs(self) -> float: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+
+def steps_of(settings: Length, n_images: int) -> int:
     """Return the number of steps of a run with these settings, as the training loop computes it."""
     return max(1, round(settings.epochs * (n_images // settings.batch_size)))
 
 
-def warning(settings: ContinueSettings, n_images: int) -> str | None:
+def warning(settings: Length, n_images: int) -> str | None:
     """Return a sentence for the user if a run with these settings can hardly improve the backbone, and None otherwise.
 
     The sentence says why, and what to change.

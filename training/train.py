@@ -20,6 +20,7 @@ and two ranks see the same crops as a single rank. The host waits for the device
 
 import json
 import signal
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -31,10 +32,12 @@ from model.files import write_text
 from training.config import TrainConfig
 from training.data.crops import make_micros
 from training.data.listing import check_apart, list_images
+from training.data.progress import tell
 from training.data.run_images import open_data
 from training.distill import PrototypeTeacher
 from training.distributed import World, agree, from_main, join
 from training.ending import RunStopped, Signals, check_not_stopped, note_stop, signals_noted
+from training.plan import plan_run
 from training.release import release
 from training.run import (
     Run,
@@ -86,11 +89,16 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     ):
         if world.is_main:
             check_not_stopped(config.out, config.model_dump(mode="json"))
-        sources, images = image_settings(config)
+        sources, _ = image_settings(config)
         listing = list_images(sources, world, console)
+        saved, damaged = from_main(world, start_from(config.out) if world.is_main else (None, []))
+        planned = plan_run(config, listing, world, saved)
+        config = planned.config
+        if world.is_main:
+            tell(console, *planned.lines)
+        _, images = image_settings(config)
         with open_data(listing, images, world, console) as data:
-            saved, damaged = from_main(world, start_from(config.out) if world.is_main else (None, []))
-            run = make_run(config, world, data, console, saved)
+            run = make_run(config, planned.chosen, world, data, console, saved)
             with run.monitor, reported(run):
                 announce(run, saved.step if saved else 0)
                 step = restore(run, saved, damaged)
@@ -98,6 +106,28 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
                 step = training_loop(run, step, signals)
                 signals.deferred = False
                 return release(run, step)
+
+
+def dry_run(config: TrainConfig, console: Console | None = None) -> None:
+    """Print what a run with these settings would do and need, without starting it and without writing to `config.out`.
+
+    Raises:
+        ValueError: as `train`, as far as a problem shows before the first step.
+        OSError: the images cannot be reached.
+        model.zoo.DownloadError: published weights cannot be downloaded.
+    """
+    console = console or Console()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        join(config.device) as world,
+        attention_kernel(world.device, compute_dtype(make_autocast(config.precision, world.device))),
+    ):
+        check_apart(config.data, config.out)
+        config = config.model_copy(update={"estimate": True, "out": Path(folder)})
+        sources, _ = image_settings(config)
+        planned = plan_run(config, list_images(sources, world, console), world, None)
+        if world.is_main:
+            tell(console, *planned.lines)
 
 
 @contextmanager
@@ -238,5 +268,4 @@ def announce(run: Run, step: int) -> None:
         f"{f' in {str(autocast.fast_dtype)[6:]}' if autocast._enabled else ''}; ViT {asdict(run.release.vit)}"
         + (f"; continuing after step {step}" if step else "")
     )
-    guard = "nothing on held-out images" if run.measure is None else run.measure.words
-    run.monitor.tell(f"measured during the run: {guard}")
+    run.monitor.tell(run.measured)

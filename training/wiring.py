@@ -7,7 +7,9 @@ configuration. The functions in this file make these dataclasses.
 import functools
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +26,9 @@ from training.data.loader import waiting_advice
 from training.data.run_images import Data, ImageSettings
 from training.distill import check_same_teacher, load_teacher, teacher_digest
 from training.distributed import World
+from training.measuring import choose_measure
 from training.optimizer import Part
-from training.outcome import Release, choose_measure
+from training.outcome import Release
 from training.provenance import provenance
 from training.run import Intervals, Run
 from training.schedules import Schedule, cosine, linear_then_constant
@@ -37,11 +40,11 @@ from training.watch.monitor import METRICS, Monitor, RunSize
 from training.watch.sentinels import FirstNotFinite, Limits, Sentinels
 from training.watch.sinks import make_sinks
 
-EVALUATIONS_OF_A_RUN = 10  # unless the setting `eval_every_epochs` says otherwise
 
-
-def make_run(config: TrainConfig, world: World, data: Data, console: Console, saved: Saved | None) -> Run:
-    """Make a run at step 0.
+def make_run(
+    config: TrainConfig, chosen: Mapping[str, Any], world: World, data: Data, console: Console, saved: Saved | None
+) -> Run:
+    """Make a run at step 0. `chosen` contains the settings that the plan of the run has chosen.
 
     If a state `saved` is given, check that it has the same settings, images and teacher as the run, but do not load it.
     The caller loads the state later.
@@ -52,8 +55,7 @@ def make_run(config: TrainConfig, world: World, data: Data, console: Console, sa
         OSError: a file of the teacher or of the initial weights cannot be read.
         model.zoo.DownloadError: published weights cannot be downloaded.
     """
-    steps_per_epoch = len(data.loader) // config.batch_size
-    total = max(1, round(config.epochs * steps_per_epoch))
+    steps_per_epoch, total = steps_of(config, len(data.loader))
     settings = config.model_dump(mode="json")
     teacher = load_teacher(config).to(world.device) if config.teacher else None
     digest = teacher_digest(teacher) if teacher is not None else None
@@ -62,6 +64,7 @@ def make_run(config: TrainConfig, world: World, data: Data, console: Console, sa
         check_same_settings(saved, settings)
         data.check_same(saved.memory["data"])
         check_same_teacher(config, saved.memory["teacher"], digest)
+    measure, measured = choose_measure(config.measure, data)
     peak = None
     if compute_dtype(setup.autocast) != torch.float32 or world.device.type != "cuda":
         peak = device_peak_flops(world.device, measure=config.measure_peak)
@@ -83,10 +86,19 @@ def make_run(config: TrainConfig, world: World, data: Data, console: Console, sa
         monitor=make_monitor(config, world, data, console, total, saved.step if saved else 0, peak),
         work=functools.partial(work_of_step, config, teacher=teacher.backbone.config if teacher else None),
         release=release_settings(config, world, data),
-        measure=choose_measure(config.measure, data),
+        measure=measure,
+        measured=measured,
+        evaluations={},
         teacher_digest=digest,
+        chosen=chosen,
         saved_at=time.monotonic(),
     )
+
+
+def steps_of(config: TrainConfig, n_images: int) -> tuple[int, int]:
+    """Return the number of steps in an epoch and in the whole run, for `n_images` training images."""
+    steps_per_epoch = n_images // config.batch_size
+    return steps_per_epoch, max(1, round(config.epochs * steps_per_epoch))
 
 
 def image_settings(config: TrainConfig) -> tuple[SourceSettings, ImageSettings]:
@@ -206,11 +218,16 @@ def intervals(config: TrainConfig, steps_per_epoch: int, total: int) -> Interval
     epochs = config.eval_every_epochs
     return Intervals(
         log=config.log_every,
-        evaluate=max(1, total // EVALUATIONS_OF_A_RUN) if epochs is None else steps(epochs),
+        evaluate=spread_evenly(config.evaluations, total) if epochs is None else steps(epochs),
         sheet=config.sheet_every,
         checkpoint=steps(config.keep_checkpoints_every_epochs),
         save_seconds=60 * config.save_every_minutes,
     )
+
+
+def spread_evenly(n: int, total: int) -> int:
+    """Return the number of steps between `n` evaluations in a run of `total` steps. If n is 0, return 0."""
+    return max(1, total // n) if n else 0
 
 
 def limits(config: TrainConfig, n_measured: int) -> Limits:

@@ -19,7 +19,7 @@ from rich.console import Console
 from training.data.dataset import Classes, Indices, Skipped, Source, Subset, split_indices
 from training.data.joined import JoinedSource
 from training.data.order import Mixture, Sampling
-from training.data.progress import Tally, progress
+from training.data.progress import Tally, progress, tell
 from training.data.sources import open_source
 from training.distributed import World, wait_for_all
 
@@ -195,11 +195,11 @@ def list_images(settings: SourceSettings, world: World, console: Console) -> Lis
         OSError: a source cannot be reached.
     """
     settings.out.mkdir(parents=True, exist_ok=True)
-    tell = partial(console.print, markup=False, highlight=False, soft_wrap=True) if world.is_main else None
+    show = partial(tell, console) if world.is_main else None
     if not world.is_main:
         wait_for_all(world)
     tally = Tally()
-    with progress(tell, lambda: f"listing images: {tally}"):
+    with progress(show, lambda: f"listing images: {tally}"):
         sources = [_opened(address, settings, tally) for address in settings.data]
         splits = [split_indices(source, settings.held_out_share, settings.seed) for source in sources]
     if world.is_main:
@@ -216,9 +216,9 @@ def list_images(settings: SourceSettings, world: World, console: Console) -> Lis
         numbers = joined.source_numbers(train)
     classes = source.classes()
     mixture = make_mixture(settings, numbers, classes[train])
-    if mixture is not None and tell is not None:
+    if mixture is not None and show is not None:
         for line in described(mixture):
-            tell(line)
+            show(line)
     return Listing(
         settings, source, Subset(source, train), Subset(source, held_out), classes[train], classes[held_out], mixture
     )

@@ -1,9 +1,12 @@
 """Tell how far a long piece of work is, in lines such as `listing images: 12,000 so far`."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event, Thread
+
+from rich.console import Console
 
 Tell = Callable[[str], None]
 """A function that shows one line to the user."""
@@ -12,6 +15,12 @@ WORTH_A_LINE_S = 2.0
 """Work that takes less than this time, in seconds, is not told."""
 
 EVERY_S = 5.0
+
+
+def tell(console: Console, *lines: str) -> None:
+    """Print lines with the time of day. They are not wrapped, so that log files have one event per line."""
+    for line in lines:
+        console.print(f"{time.strftime('%H:%M:%S')}  {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 @dataclass

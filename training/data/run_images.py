@@ -24,6 +24,7 @@ from training.data.dataset import Classes, Photo, Skipped, Source
 from training.data.listing import Listing
 from training.data.loader import open_loader
 from training.data.order import MixedPlan
+from training.data.progress import tell
 from training.data.sources import source_digest
 from training.distributed import World, from_main
 
@@ -150,7 +151,7 @@ def open_data(listing: Listing, settings: ImageSettings, world: World, console: 
     if len(listing.train) < batch_size:
         raise ValueError(f"batch_size={batch_size} is more than the {len(listing.train)} images to train on")
     workers = settings.reading.workers or max(1, available_cpus() // world.on_machine)
-    tell = partial(console.print, markup=False, highlight=False, soft_wrap=True) if world.is_main else None
+    show = partial(tell, console) if world.is_main else None
     loader = open_loader(
         listing.train,
         settings.side,
@@ -158,21 +159,21 @@ def open_data(listing: Listing, settings: ImageSettings, world: World, console: 
         cache_bytes=settings.cache_bytes,
         reading=replace(settings.reading, workers=workers),
         device=world.device,
-        tell=tell,
+        tell=show,
     )
     with loader:
         if len(loader) < batch_size:
             raise ValueError(f"batch_size={batch_size} is more than the {len(loader)} readable images")
-        images = source_digest(loader.source, contents=loader.in_memory, tell=tell) if world.is_main else ""
+        images = source_digest(loader.source, contents=loader.in_memory, tell=show) if world.is_main else ""
         data, tried = make_data(listing, loader, listing.digest(from_main(world, images)))
         if world.is_main:
             list_skipped([*listing.skipped, *data.unlisted()], out, console)
         try:
             yield data
         finally:  # also if too many broken images have ended the run
-            if tell is not None:
+            if show is not None:
                 list_skipped(data.unlisted(), out, console)
-                tell(str(account_of(listing, tried, out)))
+                show(str(account_of(listing, tried, out)))
 
 
 def make_plan(listing: Listing, batch_size: int, world: World, per_rank: int) -> Plan:
@@ -288,8 +289,5 @@ def list_skipped(skipped: Sequence[Skipped], out: Path, console: Console) -> Non
     listed = listing.read_text().splitlines() if listing.exists() else []
     lines = [f"{item.name}: {item.reason}".replace(os.linesep, " ") for item in skipped]
     write_text(listing, "".join(line + "\n" for line in dict.fromkeys(listed + lines)))
-    console.print(
-        f"{len(skipped)} images could not be read and are skipped. They are listed in {listing}. The first ones:"
-    )
-    for line in lines[:SHOWN]:
-        console.print(f"  {line}", markup=False)
+    first = f"{len(skipped)} images could not be read and are skipped. They are listed in {listing}. The first ones:"
+    tell(console, first, *(f"  {line}" for line in lines[:SHOWN]))

@@ -13,6 +13,7 @@ Legend: n training images, m test images, D features, C classes.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,12 +25,13 @@ from model.pooling import POOLINGS, Pooling
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 from training.data.dataset import Photo, label_of
-from training.evaluate.features import compute_features
+from training.evaluate.features import ImageFeatures, compute_features
 from training.evaluate.meaning import NoMeaning, check_classification, check_finite, usable_ks
 
 PathOrPhoto = TypeVar("PathOrPhoto", bound=Path | Photo)
 TEMPERATURE = 0.07
 HELD_OUT = "the held-out part"
+EVALUATED_KS = (1, 10, 20)  # of evaluations during training
 KS = (10, 20, 100, 200)  # as in the paper's tables; 20 is usually the best
 
 
@@ -153,18 +155,36 @@ def neighbours_for(ks: Sequence[int], most: int) -> tuple[tuple[int, ...], list[
     return usable, notes
 
 
-def evaluate_knn(
+@dataclass(frozen=True)
+class LabelledFeatures:
+    """The features of the readable, labelled images of two parts, and their class numbers [n] and [m]."""
+
+    train: ImageFeatures
+    train_labels: Tensor
+    test: ImageFeatures
+    test_labels: Tensor
+
+    def accuracy(self, pooling: Pooling, ks: Sequence[int], device: torch.device) -> dict[int, float]:
+        """Compute the k-NN accuracy on the test images, with the training images as neighbours, for each k."""
+        train, test = (features.pooled(pooling).to(device) for features in (self.train, self.test))
+        return knn_accuracy(train, self.train_labels.to(device), test, self.test_labels.to(device), ks)
+
+    def together(self) -> tuple[Tensor, Tensor]:
+        """Return the class tokens and the class numbers of all images."""
+        tokens = [features.pooled("cls") for features in (self.train, self.test)]
+        return torch.cat(tokens), torch.cat((self.train_labels, self.test_labels))
+
+
+def labelled_features(
     model: DinoVisionTransformer,
     train: Sequence[Path | Photo],
     test: Sequence[Path | Photo],
     spec: PreprocessSpec,
-    ks: Sequence[int] = (1, 10, 20),
     say: Callable[[str], object] = lambda note: None,
-) -> dict[Pooling, dict[int, float]]:
-    """Compute the k-NN accuracy on `test`, with neighbours from `train`, for each pooling and each k.
+) -> LabelledFeatures | None:
+    """Compute the features of two parts of labelled images. Unreadable images and images without a label are left out.
 
-    Unreadable images and images without a label are left out, and so are values of k above the number of neighbours.
-    The result is empty if every model would have the same accuracy, for instance because there is only one class.
+    The result is None if every model would have the same k-NN accuracy, for instance because there is only one class.
     `say` is called with a sentence about each of these cases, except unreadable images.
 
     Raises:
@@ -178,13 +198,46 @@ def evaluate_knn(
         train_features, test_features = compute_features(model, train, spec), compute_features(model, test, spec)
         train_labels, test_labels = train_labels[train_features.kept], test_labels[test_features.kept]
         check_classification(train_labels, test_labels, val=HELD_OUT)
-        ks, left_out = neighbours_for(ks, len(train_labels))
     except NoMeaning as reason:
         say("; ".join([*notes, *more, f"no k-NN: {reason}"]))
-        return {}
-    for note in (*notes, *more, *left_out):
+        return None
+    for note in (*notes, *more):
         say(note)
-    device = model.cls_token.device
-    labels = train_labels.to(device), test_labels.to(device)
-    pooled = {p: (train_features.pooled(p).to(device), test_features.pooled(p).to(device)) for p in POOLINGS}
-    return {p: knn_accuracy(a, labels[0], b, labels[1], ks) for p, (a, b) in pooled.items()}
+    return LabelledFeatures(train_features, train_labels, test_features, test_labels)
+
+
+def accuracies(
+    features: LabelledFeatures, ks: Sequence[int], device: torch.device, say: Callable[[str], object]
+) -> dict[Pooling, dict[int, float]]:
+    """Compute the k-NN accuracy for each pooling and each k. Values of k above the number of neighbours are left out.
+
+    The result is empty if no value of k is left. `say` is called with a sentence about values that are left out.
+    """
+    try:
+        usable, notes = neighbours_for(ks, len(features.train_labels))
+    except NoMeaning as reason:
+        say(f"no k-NN: {reason}")
+        return {}
+    for note in notes:
+        say(note)
+    return {pooling: features.accuracy(pooling, usable, device) for pooling in POOLINGS}
+
+
+def evaluate_knn(
+    model: DinoVisionTransformer,
+    train: Sequence[Path | Photo],
+    test: Sequence[Path | Photo],
+    spec: PreprocessSpec,
+    ks: Sequence[int] = EVALUATED_KS,
+    say: Callable[[str], object] = lambda note: None,
+) -> dict[Pooling, dict[int, float]]:
+    """Compute the k-NN accuracy on `test`, with neighbours from `train`, for each pooling and each k.
+
+    Images, values of k and sentences are those of `labelled_features` and `accuracies`. The result is empty if no
+    accuracy has a meaning.
+
+    Raises:
+        ValueError: no image of `train` or of `test` can be read, or the features of an image are not finite.
+    """
+    features = labelled_features(model, train, test, spec, say)
+    return {} if features is None else accuracies(features, ks, model.cls_token.device, say)

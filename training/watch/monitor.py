@@ -32,6 +32,7 @@ from torch import Tensor
 
 from model.files import write_text
 from training.data.loader import WAIT_WORTH_A_WORD
+from training.data.progress import tell
 from training.watch.sinks import Sink
 
 METRICS, EVALUATIONS, EVENTS = "metrics.jsonl", "evaluations.jsonl", "events.jsonl"
@@ -261,10 +262,9 @@ class Monitor:
             self._append(EVENTS, {"step": steps_done, "kind": kind, "message": message, "time": round(time.time(), 1)})
 
     def tell(self, text: str) -> None:
-        """Print a line with the time of day. The line is not wrapped, so that log files have one event per line."""
+        """Print a line with the time of day."""
         if self._active:
-            now = time.strftime("%H:%M:%S")
-            self.console.print(f"{now}  {text}", markup=False, highlight=False, soft_wrap=True)
+            tell(self.console, text)
 
     def _start_line(self) -> None:
         self._steps, self._flops, self._waited = 0, 0.0, 0.0
