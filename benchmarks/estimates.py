@@ -30,12 +30,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
 
 from model.cpus import available_cpus  # noqa: E402
-from training.config import TrainConfig, load_config  # noqa: E402
-from training.data.dataset import split_source  # noqa: E402
-from training.data.run_images import ASKED_PHOTOS, INDEX, KNN_PHOTOS, sample  # noqa: E402
-from training.data.sources import open_source  # noqa: E402
+from training.config import TrainConfig  # noqa: E402
+from training.data.listing import list_images  # noqa: E402
+from training.data.run_images import ASKED_PHOTOS, KNN_PHOTOS, sample  # noqa: E402
 from training.distributed import World, join  # noqa: E402
 from training.estimate import (  # noqa: E402
     Plan,
@@ -46,12 +46,21 @@ from training.estimate import (  # noqa: E402
     steps_of_phases,
 )
 from training.outcome import GALLERY  # noqa: E402
+from training.recipe import load_config  # noqa: E402
+from training.release import WHITENING_IMAGES  # noqa: E402
 from training.setup import attention_kernel, compute_dtype, make_autocast, make_setup  # noqa: E402
 from training.train import train  # noqa: E402
 from training.trial import Pieces, trial  # noqa: E402
 from training.watch.flops import describe_device  # noqa: E402
 from training.watch.monitor import peak_memory_bytes, read_lines  # noqa: E402
-from training.wiring import crop_settings, intervals, make_schedules, step_settings  # noqa: E402
+from training.wiring import (  # noqa: E402
+    cache_side,
+    crop_settings,
+    image_settings,
+    intervals,
+    make_schedules,
+    step_settings,
+)
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = {"train": 512, "val": 64}
@@ -92,19 +101,25 @@ def copy_images(data: Path, folder: Path) -> None:
 
 
 def plan_of(config: TrainConfig, n_images: int, n_evaluated: int, world: World) -> Plan:
-    """Return the plan of a run with `n_images` training images and `n_evaluated` images in each evaluation."""
+    """Return the plan of a run with `n_images` training images and `n_evaluated` images in each evaluation.
+
+    A run without images to evaluate has no measure.
+    """
     steps_per_epoch = n_images // config.batch_size
     total = max(1, round(config.epochs * steps_per_epoch))
-    every = intervals(config, steps_per_epoch)
+    every = intervals(config, steps_per_epoch, total)
+    _, images = image_settings(config)
     in_memory, image_bytes = image_memory(
         n_images,
-        config.cache_size,
+        images.side,
         config.batch_size // world.size,
-        cache_bytes=config.cache_bytes,
-        ahead_steps=config.ahead_steps,
-        ahead_bytes=config.ahead_bytes,
+        cache_bytes=images.cache_bytes,
+        ahead_steps=images.reading.ahead_steps,
+        ahead_bytes=images.reading.ahead_bytes,
     )
-    evaluations = count_evaluations(total, every.evaluate)
+    measured = n_evaluated > 0 and config.measure != "none"
+    in_the_loop = count_evaluations(total, every.evaluate)
+    whitened = 0 if config.whiten is None else (2 if measured else 1) * min(n_images, WHITENING_IMAGES)
     n_sheets = 1 + ((total - 1) // every.sheet if every.sheet else 0)
     return Plan(
         images=n_images,
@@ -115,16 +130,17 @@ def plan_of(config: TrainConfig, n_images: int, n_evaluated: int, world: World) 
         on_cpu=world.device.type == "cpu",
         in_memory=in_memory,
         image_bytes=image_bytes,
-        log_every=config.log_every,
-        save_every_seconds=60 * config.save_every_minutes,
-        best_saves=0 if config.on_knn == "warn" else max(0, evaluations - 2),  # not at step 0 and at the end
+        log_every=every.log,
+        save_every_seconds=every.save_seconds,
+        best_saves=in_the_loop - 2 if measured else 0,  # step 0 and the last step are saved anyway
         keep_states=config.keep_states,
-        rollback_states=(config.on_collapse == "rollback") + (config.on_knn == "rollback"),
-        checkpoints=1 + (total // every.checkpoint if every.checkpoint else 0),
+        rollback_states=(config.on_collapse == "rollback") + (config.on_measure == "rollback"),
+        # the last one, the best one before and after it is whitened, and those for `dinov2 average`
+        checkpoints=(3 if measured else 1) + (total // every.checkpoint if every.checkpoint else 0),
         sheets=n_sheets,
-        evaluations=evaluations,
+        evaluations=in_the_loop + 2 if measured else 1,  # at the end, also those of the last and the best checkpoint
         images_per_evaluation=n_evaluated,
-        other_images=n_sheets * min(n_images, GALLERY),
+        other_images=n_sheets * min(n_images, GALLERY) + whitened,
     )
 
 
@@ -136,7 +152,7 @@ def pieces_of(config: TrainConfig, world: World, total: int) -> Pieces:
         schedules=make_schedules(config, total),
         crops=crop_settings(config),
         total=total,
-        side=config.cache_size,
+        side=cache_side(config),
         vit=config.vit_config,
         eval_spec=config.eval_spec,
         workers=config.workers or max(1, available_cpus() // world.on_machine),
@@ -147,13 +163,12 @@ def pieces_of(config: TrainConfig, world: World, total: int) -> Pieces:
 def estimate_run(config: TrainConfig) -> dict[str, Any]:
     """Estimate a run without starting it, and return the estimate, the costs and the time that the trial took."""
     with join(config.device) as world:
-        source = open_source(config.data, config.out / INDEX)
-        train_images, held_out = split_source(source, config.held_out_share, config.seed)
-        n_evaluated = len(sample(train_images, KNN_PHOTOS)) + len(sample(held_out, ASKED_PHOTOS))
-        plan = plan_of(config, len(train_images), n_evaluated, world)
+        listing = list_images(image_settings(config)[0], world, Console(stderr=True))
+        n_evaluated = len(sample(listing.train, KNN_PHOTOS)) + len(sample(listing.held_out, ASKED_PHOTOS))
+        plan = plan_of(config, len(listing.train), n_evaluated, world)
         start = time.perf_counter()
         with attention_kernel(world.device, compute_dtype(make_autocast(config.precision, world.device))):
-            costs, free = trial(pieces_of(config, world, plan.steps), train_images, world)
+            costs, free = trial(pieces_of(config, world, plan.steps), listing.train, world)
         seconds = time.perf_counter() - start
     estimated = estimate(plan, costs, free)
     print(*in_words(estimated), sep="\n", file=sys.stderr)

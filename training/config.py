@@ -254,10 +254,11 @@ class TrainConfig(BaseModel):
     mlflow: str | None = Field(None, description="folder or address of MLflow's tracking store; unset: no MLflow")
     on_collapse: Action = Field("stop", description="stop, rollback (and lower the learning rates) or warn")
     on_not_finite: Literal["stop", "rollback"] = Field("rollback", description="stop, or rollback (and skip that step)")
-    measure: Literal["auto", "knn", "own", "none"] = Field(
+    measure: Literal["auto", "knn", "own", "views", "none"] = Field(
         "auto",
         description="what is measured, guards the run and chooses its best checkpoint; knn: k-NN accuracy on held-out "
-        "images; own: that of leave-one-out on all images; auto: what suits the images",
+        "images; own: that of leave-one-out on all images; views: how well an image is found by another view of "
+        "itself, without classes; auto: what suits the images",
     )
     on_measure: Action = Field("stop", description="as `on_collapse`, if the measure falls by more than its margin")
     measure_margin: float = Field(

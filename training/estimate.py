@@ -18,7 +18,9 @@ from training.watch.monitor import read_lines
 
 EVALUATION_BATCH = 64  # images in one forward pass of an evaluation
 NEIGHBOURS_BLOCK = (1024, 65_536)  # similarities that k-NN holds at a time, see `training.evaluate.knn.nearest`
-CPU_GROWTH = 1.08  # later peak memory of a process / that of the trial, because freed memory becomes fragmented
+# Later peak memory of a process / that of the trial. Freed memory becomes fragmented. In three runs, the ratio was
+# 1.10, 1.25 and 1.28 (benchmarks/results/2026-11-30-estimates.json).
+CPU_GROWTH = 1.18
 SHEET_BYTES = 2_500_000  # a typical image sheet, together with its copy in the report
 LINE_BYTES = 1_600  # a line of metrics.jsonl, together with its copy for TensorBoard
 NOTE_BYTES = 2_048  # the JSON file of a saved state
@@ -188,11 +190,11 @@ def image_memory(
 
 
 def count_evaluations(total: int, every: int) -> int:
-    """Return the number of evaluations in a run of `total` steps, with one every `every` steps (0: only at the end).
+    """Return how often the loop of a run of `total` steps evaluates, with an evaluation every `every` steps (0: none).
 
-    With an interval, the run is also evaluated before the first step.
+    The run is also evaluated before the first step and after the last one.
     """
-    return 1 + (1 + (total - 1) // every if every else 0)
+    return 2 + ((total - 1) // every if every else 0)
 
 
 def step_with_reading(step_seconds: float, n_images: int, threads: int, reading: ReadingCosts) -> float:

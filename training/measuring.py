@@ -6,7 +6,7 @@ the images that were trained on can be classified too.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from model.pooling import Pooling
@@ -14,14 +14,16 @@ from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 from training.data.run_images import Data
 from training.evaluate.knn import EVALUATED_KS, accuracies, labelled_features
+from training.evaluate.label_free import MOST_IMAGES, measure_label_free
 from training.evaluate.own_images import own_accuracy
-from training.watch.measure import KNN, OWN, Measure
+from training.watch.measure import KNN, OWN, VIEWS, Measure
 
-MeasureName = Literal["auto", "knn", "own", "none"]
+MeasureName = Literal["auto", "knn", "own", "views", "none"]
 MANY_HELD_OUT = 500
 """Held-out images with classes from which on the k-NN accuracy has a standard error of at most 2.2 points."""
 
 MEASURED_K = 10
+FEWEST_HELD_OUT = 20  # with fewer, one image is worth more than five percentage points
 
 
 @dataclass(frozen=True)
@@ -44,23 +46,49 @@ class Evaluation:
         return {**knn, **self.figures}
 
 
-def choose_measure(wanted: MeasureName, data: Data) -> tuple[Measure | None, str]:
-    """Return the measure of a run and a line that names it. It is None if nothing can or should be measured.
+@dataclass(frozen=True)
+class Choice:
+    """The measure of a run (None if nothing is measured), the number of its images, and a line that says so."""
+
+    measure: Measure | None
+    n_images: int
+    words: str
+
+
+def choose_measure(wanted: MeasureName, data: Data) -> Choice:
+    """Choose the measure of a run.
+
+    Images with classes are measured by k-NN: on the held-out images if there are many, otherwise by leave-one-out on
+    all images. Images without classes are measured by how well a held-out image is found by another view of itself.
 
     Raises:
         ValueError: the images do not allow the measure that is wanted.
     """
-    if wanted in ("knn", "own") and not data.has_classes:
-        raise ValueError(f"measure={wanted!r} cannot be computed: {data.why_no_classes}")
+    labelled, n_held_out = len(data.labelled_held_out), len(data.held_out)
     if wanted == "none":
-        return None, "nothing is measured during the run (measure='none')"
-    if data.has_classes:
-        n = len(data.labelled_held_out)
-        few = wanted == "auto" and n < MANY_HELD_OUT
-        measure = OWN if few or wanted == "own" else KNN
-        n_images = n + len(data.labelled_train_sample) if measure is OWN else n
-        return measure, f"measured during the run: {measure.words} ({n_images:,} images)"
-    return None, f"nothing is measured during the run: {data.why_no_classes}"
+        return Choice(None, 0, "nothing is measured during the run (measure='none')")
+    if wanted == "auto":
+        wanted = "views" if not data.has_classes else "knn" if labelled >= MANY_HELD_OUT else "own"
+        why = "" if data.has_classes else f"{data.why_no_classes}: "
+        if wanted == "views" and n_held_out < FEWEST_HELD_OUT:
+            return Choice(
+                None,
+                0,
+                f"nothing is measured during the run, and its last checkpoint is released: {why}a measure without "
+                f"classes needs {FEWEST_HELD_OUT} held-out images, and there are {n_held_out} (held_out_share)",
+            )
+    elif wanted != "views" and not data.has_classes:
+        raise ValueError(f"measure={wanted!r} cannot be computed: {data.why_no_classes}")
+    elif wanted == "views" and n_held_out < FEWEST_HELD_OUT:
+        raise ValueError(f"measure='views' needs {FEWEST_HELD_OUT} held-out images, and there are {n_held_out}")
+    else:
+        why = ""
+    measure, n_images = {
+        "knn": (KNN, labelled),
+        "own": (OWN, labelled + len(data.labelled_train_sample)),
+        "views": (VIEWS, min(n_held_out, MOST_IMAGES)),
+    }[wanted]
+    return Choice(measure, n_images, f"measured during the run: {why}{measure.words} ({n_images:,} images)")
 
 
 def evaluate_backbone(
@@ -68,9 +96,13 @@ def evaluate_backbone(
 ) -> Evaluation:
     """Evaluate a backbone on the images of a run.
 
-    The value of the measure k-NN is the accuracy of the class token with 10 neighbours, or fewer if there are fewer
-    images.
+    With the measure `VIEWS`, k-NN is not computed. The value of the measure `KNN` is the accuracy of the class token
+    with 10 neighbours, or fewer if there are fewer images.
     """
+    if measure == VIEWS:
+        found = measure_label_free(backbone, data.held_out, spec)
+        figures = {name: value for name, value in asdict(found).items() if name != "n_images"}
+        return Evaluation({}, figures, found.view_probability, found.n_images)
     if not data.has_classes:
         return Evaluation({})
     features = labelled_features(backbone, data.labelled_train_sample, data.labelled_held_out, spec)

@@ -18,6 +18,7 @@ from training.data.crops import CropSettings, make_micros
 from training.data.run_images import Data, list_skipped
 from training.distributed import World, agree, from_all, from_main, mean_over_ranks, min_over_ranks, wait_for_all
 from training.ending import RunStopped, Signals
+from training.held_out import HeldOutImages, held_out_loss
 from training.measuring import Evaluation, evaluate_backbone
 from training.outcome import (
     BEST,
@@ -78,6 +79,7 @@ class Run:
     release: Release
     measure: Measure | None  # None: nothing can be measured
     measured: str  # says what is measured
+    held_out: HeldOutImages | None  # for the loss on held-out images, if the run measures without classes
     evaluations: dict[int, Evaluation]  # by the number of steps done, of this process
     teacher_digest: str | None
     chosen: Mapping[str, Any]  # the settings that the plan of the run has chosen, by name
@@ -170,6 +172,7 @@ def evaluate(run: Run, step: int) -> Verdict | None:
     if measure is None:
         return None
     with run.monitor.paused():
+        loss = loss_on_held_out(run)
         backbone = released_backbone(run.release.vit, run.world, run.setup.parts)
 
         def ask() -> Verdict | None:
@@ -177,10 +180,18 @@ def evaluate(run: Run, step: int) -> Verdict | None:
             run.evaluations[step] = found
             if found.value is None:
                 return None
-            run.monitor.evaluated(step, found.by_name())
+            run.monitor.evaluated(step, found.by_name() | loss)
             return run.sentinels.check_measure(step, measure, found.value, found.n_images)
 
         return decide(run, ask)
+
+
+def loss_on_held_out(run: Run) -> dict[str, float]:
+    """Compute DINO's loss on the held-out images, and return it by name, or nothing if the run does not compute it."""
+    if run.held_out is None:
+        return {}
+    temp = float(run.schedules.teacher_temp[-1])
+    return {"held_out_loss": held_out_loss(run.step_settings, run.setup, run.crops, run.held_out, temp)}
 
 
 def update_report(run: Run) -> None:

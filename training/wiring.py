@@ -26,6 +26,7 @@ from training.data.loader import waiting_advice
 from training.data.run_images import Data, ImageSettings
 from training.distill import check_same_teacher, load_teacher, teacher_digest
 from training.distributed import World
+from training.held_out import read_held_out
 from training.measuring import choose_measure
 from training.optimizer import Part
 from training.outcome import Release
@@ -36,6 +37,7 @@ from training.setup import compute_dtype, make_setup
 from training.state import Saved, check_same_settings
 from training.step import Schedules, StepSettings
 from training.watch.flops import HeadShape, StepShape, describe_device, device_peak_flops, expected_masked, step_flops
+from training.watch.measure import VIEWS
 from training.watch.monitor import METRICS, Monitor, RunSize
 from training.watch.sentinels import FirstNotFinite, Limits, Sentinels
 from training.watch.sinks import make_sinks
@@ -64,7 +66,7 @@ def make_run(
         check_same_settings(saved, settings)
         data.check_same(saved.memory["data"])
         check_same_teacher(config, saved.memory["teacher"], digest)
-    measure, measured = choose_measure(config.measure, data)
+    choice = choose_measure(config.measure, data)
     peak = None
     if compute_dtype(setup.autocast) != torch.float32 or world.device.type != "cuda":
         peak = device_peak_flops(world.device, measure=config.measure_peak)
@@ -81,13 +83,14 @@ def make_run(
         steps_per_epoch=steps_per_epoch,
         every=intervals(config, steps_per_epoch, total),
         keep_states=config.keep_states,
-        sentinels=Sentinels(limits(config, len(data.labelled_held_out))),
+        sentinels=Sentinels(limits(config, choice.n_images)),
         not_finite=FirstNotFinite(world.device),
         monitor=make_monitor(config, world, data, console, total, saved.step if saved else 0, peak),
         work=functools.partial(work_of_step, config, teacher=teacher.backbone.config if teacher else None),
         release=release_settings(config, world, data),
-        measure=measure,
-        measured=measured,
+        measure=choice.measure,
+        measured=choice.words,
+        held_out=read_held_out(data.held_out, cache_side(config), world) if choice.measure == VIEWS else None,
         evaluations={},
         teacher_digest=digest,
         chosen=chosen,

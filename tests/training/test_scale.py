@@ -1,6 +1,7 @@
 """The settings that are chosen from the number of images are monotone, in range, and leave enough steps."""
 
 import math
+from pathlib import Path
 
 import pytest
 
@@ -132,3 +133,8 @@ def test_the_published_table_says_which_rows_were_measured():
         (True, "| 300,000"),
         (True, "| 2,000,000"),
     ]
+
+
+def test_the_documentation_contains_the_table():
+    docs = Path(__file__).parents[2] / "docs"
+    assert any(table() in page.read_text() for page in (*docs.glob("training*.md"), *docs.glob("_parts/continue.md")))

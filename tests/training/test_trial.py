@@ -17,14 +17,14 @@ from tests.training.tiny import ALONE, QUIET, TINY
 from training import resources
 from training import trial as trials
 from training.config import TrainConfig
-from training.data.dataset import split_source
-from training.data.sources import open_source
+from training.data.listing import list_images
 from training.estimate import LINE_BYTES, SHEET_BYTES, Costs, ReadingCosts, estimate
 from training.resources import MIB, Free, free_resources, least_free, peak_bytes, restart_peak, write_speed
 from training.setup import make_setup
 from training.state import save_state
 from training.train import train
 from training.trial import checkpoint_bytes, state_bytes, trial
+from training.wiring import image_settings
 
 LAST = {"share": 0.5, "global_size": 42, "local_size": 14, "micro_batch": 4}
 
@@ -45,11 +45,10 @@ def config_of(photos, out, **changes):
 
 
 def parts_for(config):
-    """The source of the training images, the number of images of an evaluation, and the parts of a run."""
-    source = open_source(config.data, config.out / "index")
-    train_images, _ = split_source(source, config.held_out_share, config.seed)
-    plan = plan_of(config, len(train_images), len(source), ALONE)
-    return train_images, plan, pieces_of(config, ALONE, plan.steps)
+    """The training images, the plan and the parts of a run."""
+    listing = list_images(image_settings(config)[0], ALONE, QUIET)
+    plan = plan_of(config, len(listing.train), len(listing.source), ALONE)
+    return listing.train, plan, pieces_of(config, ALONE, plan.steps)
 
 
 def global_state():
@@ -83,7 +82,7 @@ def test_a_trial_changes_no_bit_of_the_run(photos, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(tensors_of(setup), weights, strict=True))
     assert not setup.parts.optimizer.state
     assert all(parameter.grad is None for parameter in setup.parts.student.parameters())
-    assert not (tmp_path / "run").exists()
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_run_after_a_trial_is_the_same_run(photos, tmp_path):
@@ -157,7 +156,7 @@ def test_the_disk_space_is_that_of_the_files_of_a_run(photos, tmp_path):
     made = estimate(plan, *trial(pieces, images, ALONE))
     train(config, QUIET)
     files = [path for path in config.out.rglob("*") if path.suffix in (".pt", ".json", ".safetensors")]
-    assert len([path for path in files if path.suffix == ".safetensors"]) == plan.checkpoints == 4
+    assert len([path for path in files if path.suffix == ".safetensors"]) == plan.checkpoints == 6
     weights = made.disk_bytes - plan.sheets * SHEET_BYTES - 5 * LINE_BYTES
     assert weights == pytest.approx(sum(path.stat().st_size for path in files), rel=0.02)
 

@@ -1,4 +1,4 @@
-"""Measures of a network on held-out images that need no classes, and the choice of the measure that guards a run.
+"""Measures of a network on held-out images that need no classes.
 
 Augmented retrieval: each image is found among all held-out images by a random crop of itself. The crop shows a part of
 the image, and its colours, light and sharpness are changed. A network that describes what is in an image finds it, and
@@ -15,7 +15,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from model.vit import DinoVisionTransformer
 from training.data.augment import Geometry, Jitter, View, augmented_views
 from training.data.dataset import Photo, read_photo, squash
 from training.evaluate.features import ForwardSettings, compute_features, default_workers, in_order
+from training.evaluate.own_images import view_likelihood
 from training.randomness import SampleRandom, sample_keys
 from training.spread import rankme_share, token_spread
 
@@ -43,12 +43,14 @@ SQUARE = 2  # side of the squares that crops are cut from, in sides of a crop; f
 class LabelFree:
     """Label-free measures of a network on `n_images` held-out images.
 
-    `retrieval_1` and `retrieval_5` are the shares of images that their own augmented crop finds first, and among the
-    first five. `rankme_share` is RankMe of the class tokens as a share of its maximum. `spread` is 1 minus the mean
-    cosine of two class tokens.
+    `view_probability` is the geometric mean of the probability with which an image is found by its own augmented crop
+    (`own_images.view_likelihood`). `retrieval_1` and `retrieval_5` are the shares of images that their own augmented
+    crop finds first, and among the first five. `rankme_share` is RankMe of the class tokens as a share of its maximum.
+    `spread` is 1 minus the mean cosine of two class tokens.
     """
 
     n_images: int
+    view_probability: float
     retrieval_1: float
     retrieval_5: float
     rankme_share: float
@@ -157,81 +159,5 @@ def measure_label_free(
         raise ValueError(f"{len(readable)} of {len(chosen)} held-out images can be read; the measures need two")
     database, queries = found.pooled("cls"), query_features(model, readable, crops, workers)
     one, five = recall_of_own(queries, database, (1, 5))
-    return LabelFree(len(readable), one, five, rankme_share(database), float(token_spread(database)))
-
-
-def augmented_retrieval(
-    model: DinoVisionTransformer, photos: Sequence[Path | Photo], spec: PreprocessSpec, seed: int = 0
-) -> float:
-    """Return the measure `retrieval` of a network on held-out images (see `LabelFree`).
-
-    Raises:
-        ValueError: as for `measure_label_free`.
-    """
-    return measure_label_free(model, photos, spec, seed).retrieval
-
-
-MeasureName = Literal["knn", "retrieval", "held_out_loss"]
-FEWEST_IMAGES = 20  # with fewer, one image is worth more than 5 percentage points
-
-
-@dataclass(frozen=True)
-class MeasureChoice:
-    """The measure that guards a run, chooses its best checkpoint and ends it early.
-
-    `name` is None if nothing can be measured. `words` says at the start of the run what is measured, or why nothing is.
-    `key` is the name of the figure in evaluations.jsonl. `noise` is the largest standard error of the figure (0 to 1)
-    that the number of images causes, or 0 for the held-out loss.
-    """
-
-    name: MeasureName | None
-    words: str
-    key: str = ""
-    higher_is_better: bool = True
-    noise: float = 0.0
-
-    def is_better(self, value: float, best: float) -> bool:
-        """Return whether `value` is better than `best`, or equal to it."""
-        return value >= best if self.higher_is_better else value <= best
-
-
-def choose_measure(has_classes: bool, n_held_out: int, wanted: MeasureName | Literal["auto"] = "auto") -> MeasureChoice:
-    """Choose the measure of a run: k-NN if the images have classes, and otherwise augmented retrieval.
-
-    Args:
-        has_classes: whether the images belong to at least two classes.
-        n_held_out: number of held-out images.
-        wanted: the name of a measure, or "auto".
-
-    Raises:
-        ValueError: the measure `wanted` needs classes or held-out images that do not exist.
-    """
-    if n_held_out < FEWEST_IMAGES:
-        why = "no images are held out" if n_held_out == 0 else f"only {n_held_out} images are held out"
-        words = (
-            f"{why}, and a measure needs {FEWEST_IMAGES}: nothing guards the features of this run, and its last "
-            "checkpoint is released. Raise held_out_share, or add a folder val."
-        )
-        if wanted != "auto":
-            raise ValueError(f"measure={wanted}: {words}")
-        return MeasureChoice(None, words)
-    if wanted == "knn" and not has_classes:
-        raise ValueError("measure=knn: the images do not belong to two or more classes; use measure=retrieval")
-    noise = 0.5 / math.sqrt(n_held_out)
-    name: MeasureName = wanted if wanted != "auto" else "knn" if has_classes else "retrieval"
-    begin = "" if has_classes or wanted != "auto" else "no classes: "
-    if name == "knn":
-        words = f"the run is guarded by the k-NN accuracy (k = 10) on {n_held_out} held-out images"
-        return MeasureChoice(
-            name, f"{begin}{words}; its standard error is up to {noise:.1%}.", "knn_cls_10", True, noise
-        )
-    if name == "retrieval":
-        n_asked = min(n_held_out, MOST_IMAGES)
-        noise = 0.5 / math.sqrt(n_asked)
-        words = (
-            f"the run is guarded by retrieval: how often an augmented crop finds its own image among {n_asked} "
-            f"held-out images, first or among the first five; its standard error is up to {noise:.1%}."
-        )
-        return MeasureChoice(name, begin + words, "retrieval", True, noise)
-    words = "the run is guarded by DINO's loss on the held-out images; lower is better."
-    return MeasureChoice(name, begin + words, "held_out_loss", False)
+    found_by_views = math.exp(view_likelihood(queries, database))
+    return LabelFree(len(readable), found_by_views, one, five, rankme_share(database), float(token_spread(database)))

@@ -11,9 +11,7 @@ from model.config import ViTConfig
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 from training.evaluate.label_free import (
-    FEWEST_IMAGES,
     augmented_retrieval,
-    choose_measure,
     measure_label_free,
     query_crops,
     query_features,
@@ -110,39 +108,3 @@ def test_a_weight_that_is_not_finite_is_an_error(network, images):
 def test_an_input_of_any_size_is_refused(network, images):
     with pytest.raises(ValueError, match="crop=None"):
         measure_label_free(network, images, PreprocessSpec(resize=32, crop=None, patch_size=14))
-
-
-def test_images_without_classes_are_guarded_by_retrieval():
-    """Fault T8: such a run had no measure, and nothing said so."""
-    measure = choose_measure(False, 296)
-    assert (measure.name, measure.key, measure.higher_is_better) == ("retrieval", "retrieval", True)
-    assert measure.words.startswith("no classes: the run is guarded by retrieval")
-    assert "296 held-out images" in measure.words
-    assert measure.noise == pytest.approx(0.5 / math.sqrt(296))
-    assert measure.is_better(0.6, 0.5)
-    assert not measure.is_better(0.4, 0.5)
-
-
-def test_images_with_classes_are_guarded_by_knn():
-    measure = choose_measure(True, 296)
-    assert (measure.name, measure.key) == ("knn", "knn_cls_10")
-    assert measure.words.startswith("the run is guarded by the k-NN accuracy (k = 10) on 296 held-out images")
-
-
-@pytest.mark.parametrize("n_held_out", [0, FEWEST_IMAGES - 1])
-def test_a_run_without_held_out_images_says_that_nothing_guards_it(n_held_out):
-    measure = choose_measure(True, n_held_out)
-    assert measure.name is None
-    assert "nothing guards the features" in measure.words
-    assert ("no images" if n_held_out == 0 else f"only {n_held_out} images") in measure.words
-    with pytest.raises(ValueError, match="measure=knn"):
-        choose_measure(True, n_held_out, "knn")
-
-
-def test_the_user_may_choose_the_measure():
-    assert choose_measure(True, 50, "retrieval").name == "retrieval"
-    loss = choose_measure(True, 50, "held_out_loss")
-    assert (loss.name, loss.higher_is_better) == ("held_out_loss", False)
-    assert loss.is_better(0.8, 0.9)
-    with pytest.raises(ValueError, match="do not belong to two or more classes; use measure=retrieval"):
-        choose_measure(False, 50, "knn")
