@@ -1,15 +1,16 @@
 """Choose the settings for continuing from a trained backbone, from the number of images and the time budget.
 
 A company has 300 images or 2 million. No fixed recipe suits both: with 300 images, batches of 256 leave one step per
-epoch, and heads with 16,384 prototypes never learn. These rules choose the settings instead. They were measured on
-small networks and at most 2,640 images, and are extrapolated beyond (docs/decisions/0032-continue-on-small-sets.md):
+epoch, and heads with 16,384 prototypes never learn. These rules choose the settings instead. They rest on runs of small
+networks on at most 2,640 images, and are extrapolated beyond (docs/decisions/0032-continue-on-small-sets.md):
 
 - Steps matter more than the size of a batch. The batch grows with the square root of the number of images and shrinks
   until the budget contains enough steps.
 - The number of prototypes grows with the square root of the number of images.
 - The teacher's moving average covers a fixed share of the run. At the momentum of long runs, a teacher would hardly
   change in a few hundred steps.
-- The learning rate does not depend on the size of the batch, and is lower for wider networks.
+- The peak learning rate does not depend on the size of the batch, and is lower for wider networks. This rule is a
+  cautious guess.
 
 All functions are pure. `training/config.py` has the settings of the same names.
 """

@@ -233,7 +233,9 @@ def test_the_stop_of_a_check_has_its_own_status(images, tmp_path, monkeypatch, c
         assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("number", "name", "status"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)])
+@pytest.mark.parametrize(
+    ("number", "name", "status"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)]
+)
 def test_a_signal_saves_the_run(images, tmp_path, monkeypatch, number, name, status):
     one_step, out = loop.train_step, tmp_path / "run"
 
