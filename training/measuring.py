@@ -16,13 +16,18 @@ from training.data.run_images import Data
 from training.evaluate.knn import EVALUATED_KS, accuracies, labelled_features
 from training.evaluate.label_free import MOST_IMAGES, measure_label_free
 from training.evaluate.own_images import own_accuracy
+from training.spread import rankme_share
 from training.watch.measure import KNN, OWN, VIEWS, Measure
 
 MeasureName = Literal["auto", "knn", "own", "views", "none"]
 MANY_HELD_OUT = 500
 """Held-out images with classes from which on the k-NN accuracy has a standard error of at most 2.2 points."""
 
+MANY_IN_VAL = 100
+"""Held-out images with classes from which on k-NN on a part that the user has held out is preferred."""
+
 MEASURED_K = 10
+RANKME_ROWS = 1024  # enough class tokens to estimate an effective rank
 FEWEST_HELD_OUT = 20  # with fewer, one image is worth more than five percentage points
 
 
@@ -32,13 +37,15 @@ class Evaluation:
 
     `knn` contains the k-NN accuracy on held-out images for each pooling and each k. `figures` contains further metrics
     by name. `value` is that of the run's measure, which has the noise of `n_images` images. It is None if it could not
-    be computed, for instance because all held-out images are broken.
+    be computed, for instance because all held-out images are broken. `rankme_share` is RankMe of the measured features
+    as a share of its maximum, for the measures that training can raise without better features.
     """
 
     knn: Mapping[Pooling, Mapping[int, float]]
     figures: Mapping[str, float] = field(default_factory=dict)
     value: float | None = None
     n_images: int = 0
+    rankme_share: float | None = None
 
     def by_name(self) -> dict[str, float]:
         """Return all metrics for a line of evaluations.jsonl."""
@@ -59,7 +66,7 @@ def choose_measure(wanted: MeasureName, data: Data) -> Choice:
     """Choose the measure of a run.
 
     Images with classes are measured by k-NN: on the held-out images if there are many, otherwise by leave-one-out on
-    all images. Images without classes are measured by how well a held-out image is found by another view of itself.
+    all images. Fewer held-out images suffice if the user has held them out, because they may be from another source. Images without classes are measured by how well a held-out image is found by another view of itself.
 
     Raises:
         ValueError: the images do not allow the measure that is wanted.
@@ -68,7 +75,8 @@ def choose_measure(wanted: MeasureName, data: Data) -> Choice:
     if wanted == "none":
         return Choice(None, 0, "nothing is measured during the run (measure='none')")
     if wanted == "auto":
-        wanted = "views" if not data.has_classes else "knn" if labelled >= MANY_HELD_OUT else "own"
+        many = labelled >= (MANY_IN_VAL if data.divided else MANY_HELD_OUT)
+        wanted = "views" if not data.has_classes else "knn" if many else "own"
         why = "" if data.has_classes else f"{data.why_no_classes}: "
         if wanted == "views" and n_held_out < FEWEST_HELD_OUT:
             return Choice(
@@ -102,7 +110,7 @@ def evaluate_backbone(
     if measure == VIEWS:
         found = measure_label_free(backbone, data.held_out, spec)
         figures = {name: value for name, value in asdict(found).items() if name != "n_images"}
-        return Evaluation({}, figures, found.view_probability, found.n_images)
+        return Evaluation({}, figures, found.view_probability, found.n_images, found.rankme_share)
     if not data.has_classes:
         return Evaluation({})
     features = labelled_features(backbone, data.labelled_train_sample, data.labelled_held_out, spec)
@@ -111,9 +119,9 @@ def evaluate_backbone(
     knn = accuracies(features, EVALUATED_KS, backbone.cls_token.device, lambda note: None)
     tokens, labels = features.together()
     device = backbone.cls_token.device
-    own = own_accuracy(tokens.to(device), labels.to(device)) if measure == OWN else None
-    figures = {} if own is None else {OWN.name: own}
-    if own is not None:
-        return Evaluation(knn, figures, own, len(labels))
+    if measure == OWN:
+        own = own_accuracy(tokens.to(device), labels.to(device))
+        rank = rankme_share(tokens[:: max(1, len(tokens) // RANKME_ROWS)])
+        return Evaluation(knn, {OWN.name: own, "rankme_share": rank}, own, len(labels), rank)
     usable = [k for k in knn.get("cls", {}) if k <= MEASURED_K]
-    return Evaluation(knn, figures, knn["cls"][max(usable)] if usable else None, len(features.test_labels))
+    return Evaluation(knn, {}, knn["cls"][max(usable)] if usable else None, len(features.test_labels))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from model.artifact import WEIGHTS
+from model.loading import run_checkpoint
 from training.config import TrainConfig
 
 
@@ -36,7 +37,7 @@ def initial_digest(init: str) -> dict[str, str]:
     path = Path(init)
     if not path.exists():
         return {"name": init}  # published weights
-    weights = path / WEIGHTS if path.is_dir() else path
+    weights = (run_checkpoint(path) or path / WEIGHTS) if path.is_dir() else path
     return {"name": path.name, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
 
 

@@ -328,7 +328,9 @@ def check_same_settings(saved: Saved, settings: dict[str, Any]) -> None:
     if differing:
         changes = ", ".join(f"{key}: {theirs.get(key)} -> {mine.get(key)}" for key in differing)
         raise ValueError(
-            f"{saved.path.parent} is from a run with other settings ({changes}); choose another out folder or remove it"
+            f"{saved.path.parent} is from a run with other settings ({changes}); use another out folder or remove it. "
+            f"To continue with the network and heads of this run, choose another out folder and add "
+            f"init={saved.path.parent.parent}"
         )
 
 

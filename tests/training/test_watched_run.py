@@ -1,4 +1,4 @@
-"""What a run watches and keeps: its measure, its best checkpoint, early stops, stops of checks, signals and the report."""
+"""What a run watches and keeps: its measure, its best checkpoint, early ends, stops, signals and the report."""
 
 import json
 import os
@@ -14,12 +14,14 @@ from rich.console import Console
 from model.checkpoint import load_checkpoint
 from tests.training.tiny import QUIET, TINY
 from training import release
+from training import run as actions
 from training import train as loop
 from training.__main__ import main
 from training.config import TrainConfig
 from training.ending import STOPPED_STATUS, Interrupted, RunStopped
 from training.measuring import Evaluation
 from training.recipe import load_config
+from training.setup import make_network
 from training.state import find_state
 from training.watch.monitor import read_lines
 
@@ -49,16 +51,14 @@ def config(data, out, **changes):
 
 
 def measured_as(values, monkeypatch):
-    """Let the measure of a run be `values(step)`, whatever the network."""
-    from training import run as module
-
+    """Let the measure of a run have these values, one in each evaluation, whatever the network."""
     steps = iter(values)
 
     def evaluated(backbone, data, spec, measure):
         value = next(steps)
         return Evaluation({"cls": {1: value}}, {}, value, 10**9)
 
-    monkeypatch.setattr(module, "evaluate_backbone", evaluated)
+    monkeypatch.setattr(actions, "evaluate_backbone", evaluated)
     monkeypatch.setattr(release, "evaluate_backbone", lambda *arguments: Evaluation({"cls": {1: 0.123}}))
 
 
@@ -67,7 +67,7 @@ def evaluations(out):
 
 
 def screen():
-    return Console(file=open(os.devnull, "w"), width=80, record=True)  # noqa: SIM115 - closed with the process
+    return Console(file=open(os.devnull, "w"), width=80, record=True)
 
 
 # The best checkpoint
@@ -89,21 +89,17 @@ def test_the_best_checkpoint_is_released_and_the_last_one_kept(images, tmp_path,
 
 def test_a_model_below_its_start_is_never_released(images, tmp_path, monkeypatch):
     measured_as([0.9, 0.8, 0.7, 0.6], monkeypatch)
-    first = loop.train(config(images, tmp_path / "first"), QUIET) if False else None
     out, shown = tmp_path / "run", screen()
     path = loop.train(config(images, out, eval_every_epochs=1, on_measure="warn"), shown)
-    assert first is None
     _, _, facts = load_checkpoint(path)
     assert facts["steps"] == 0
-    start = find_state(out, at_most=0)[0]
-    assert start is None or start.step == 0
     text = shown.export_text()
     assert "90.0% at the start, 90.0% after step 0, the best" in text
     assert "training did not help: the released checkpoint is the network that the run started from" in text
 
 
 def test_a_killed_run_keeps_the_best_of_its_first_part(images, tmp_path, monkeypatch):
-    settings = {"eval_every_epochs": 1, "on_measure": "warn", "save_every_minutes": 1e9}
+    settings = {"eval_every_epochs": 1, "on_measure": "warn", "save_every_minutes": 1e6}
     out = tmp_path / "run"
     measured_as([0.5, 0.9], monkeypatch)
     one_step = loop.train_step
@@ -194,7 +190,7 @@ def test_a_measure_that_the_images_do_not_allow_is_refused(unlabelled, tmp_path,
 
 def stopped_run(images, out, monkeypatch):
     measured_as([0.9, 0.1], monkeypatch)
-    with pytest.raises(RunStopped, match="the noise of 1000000000 images. The run stops; its checkpoints are kept"):
+    with pytest.raises(RunStopped, match=r"the noise of 1000000000 images. The run stops; its checkpoints are kept"):
         loop.train(config(images, out, eval_every_epochs=1), QUIET)
 
 
@@ -204,7 +200,7 @@ def test_a_stopped_run_is_not_repeated_but_resumes_with_other_checks(images, tmp
     stopped_run(images, out, monkeypatch)
     assert "the k-NN accuracy" in json.loads((out / "stopped.json").read_text())["reason"]
     assert (out / "report.html").exists()  # T9: there was no report after a stop
-    with pytest.raises(RunStopped, match="a check stopped this run, and would stop it again.*on_measure=warn"):
+    with pytest.raises(RunStopped, match=r"a check stopped this run, and would stop it again.*on_measure=warn"):
         loop.train(config(images, out, eval_every_epochs=1), QUIET)
     measured_as([0.1, 0.95, 0.2], monkeypatch)
     _, _, facts = load_checkpoint(loop.train(config(images, out, eval_every_epochs=1, on_measure="warn"), QUIET))
@@ -246,7 +242,7 @@ def test_a_signal_saves_the_run(images, tmp_path, monkeypatch, number, name, sta
 
     monkeypatch.setattr(loop, "train_step", signalled)
     with pytest.raises(Interrupted, match=f"stopped by {name}; the state after step 5 of 9 is saved") as stopped:
-        loop.train(config(images, out, save_every_minutes=1e9), QUIET)
+        loop.train(config(images, out, save_every_minutes=1e6), QUIET)
     assert stopped.value.status == status
     assert find_state(out)[0].step == 5
     assert (out / "report.html").exists()
@@ -284,7 +280,7 @@ def test_hours_choose_the_epochs_and_a_resumed_run_keeps_them(images, tmp_path):
 
 
 def test_too_little_time_is_refused(images, tmp_path):
-    with pytest.raises(ValueError, match="hours=1e-09 is too short: a run of one step takes .*; give at least hours="):
+    with pytest.raises(ValueError, match=r"hours=1e-09 is too short: a run of one step takes .*; give at least hours="):
         loop.dry_run(config(images, tmp_path / "run", hours=1e-9), QUIET)
 
 
@@ -308,8 +304,9 @@ def test_continue_takes_the_network_of_its_start_and_settings_for_its_images(ima
     loop.train(made, shown)
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (settings["batch_size"], settings["n_prototypes"], settings["epochs"]) == (16, 256, 2.0)
-    assert "chosen for 25 images: batch_size=16" in shown.export_text()
-    assert "warning: 25 images are too few to continue on (at least 50)" in shown.export_text()
+    text = shown.export_text()
+    assert "chosen for 25 images: batch_size=16" in text
+    assert "warning: 25 images are too few to continue on (at least 50)" in text
     loop.train(made, QUIET)  # the same command finds the same settings
 
 
@@ -319,8 +316,6 @@ def test_a_finished_run_continues_with_its_heads(images, tmp_path):
     loop.train(config(images, first, epochs=1, n_prototypes=48), QUIET)
     made = continued(images, tmp_path / "run", first)
     assert (made.n_prototypes, made.freeze_backbone, made.freeze_last_layer) == (48, 0.0, 0.0)
-    from training.setup import make_network
-
     network = make_network(made).state_dict()
     state = torch.load(find_state(first)[0].path, weights_only=True)["ema"]
     heads = [name for name in state if not name.startswith("backbone.")]
@@ -333,5 +328,5 @@ def test_a_finished_run_continues_with_its_heads(images, tmp_path):
 
 def test_another_number_of_epochs_in_the_same_folder_says_how_to_continue(images, tmp_path):
     loop.train(config(images, tmp_path / "run", epochs=1), QUIET)
-    with pytest.raises(ValueError, match=r"epochs: 1.0 -> 2.0.*choose another out.*init="):
+    with pytest.raises(ValueError, match=r"epochs: 1.0 -> 2.0.*choose another out folder and add init="):
         loop.train(config(images, tmp_path / "run", epochs=2), QUIET)

@@ -75,6 +75,7 @@ class Data:
     held-out images, with and without classes. k-NN classifies the images in `labelled_held_out` by their neighbours in
     `labelled_train_sample`. All images in these two samples have classes. `digest` is a sha256 that identifies the
     training images and their order. `source` contains the paths and URLs of the data, and `out` is the run's folder.
+    `divided` is True if the user has held out the held-out images, in a folder or split named `val`.
     `held_out_broken` maps the names of unreadable held-out images to the reasons.
     """
 
@@ -86,6 +87,7 @@ class Data:
     digest: str
     source: str
     out: Path
+    divided: bool = False
     held_out_broken: dict[str, str] = field(default_factory=dict)
     _n_listed: int = 0  # number of the loader's unreadable images that `unlisted` has already returned
     _n_held_out_listed: int = 0  # the same number for held-out images
@@ -204,6 +206,7 @@ def make_data(listing: Listing, loader: Loader, digest: str) -> tuple[Data, set[
         listing.settings.named,
         out=listing.settings.out,
         held_out_broken=broken,
+        divided={"train", "val"} <= set(listing.source.parts),
     )
     return data, tried
 

@@ -40,6 +40,7 @@ from training.watch.collapse import CollapseLimits, CollapseState, check_collaps
 from training.watch.measure import Measure
 
 Kind = Literal["collapse", "not_finite", "measure"]
+LEAST_RANKME = 0.9  # of its first value; a best checkpoint has at least this RankMe
 NEVER = torch.iinfo(torch.int64).max
 
 
@@ -99,6 +100,7 @@ class State:
     warned: bool = False  # whether the current collapse was reported
     measure: str = ""  # name of the measure to which the next fields belong
     first: float | None = None
+    first_rankme: float | None = None
     latest: float | None = None
     best: float | None = None
     best_step: int = 0
@@ -186,7 +188,7 @@ class Sentinels:
         old = State(**json.loads(json.dumps(then)))
         kept = ["bad_lines", "start", "highest", "good_step", "warned"]
         if kind != "measure":
-            kept += ["measure", "first", "best", "best_step", "since_best", "fallen", "latest"]
+            kept += ["measure", "first", "first_rankme", "best", "best_step", "since_best", "fallen", "latest"]
         self.state = replace(self.state, **{name: getattr(old, name) for name in kept})
 
     @property
@@ -245,7 +247,9 @@ class Sentinels:
         advice = " A lower lr or clip_grad, a longer warmup or precision=fp32 may help; also look at the images."
         return self._decide("not_finite", self.limits.on_not_finite, step, step - 1, begin, advice)
 
-    def check_measure(self, step: int, measure: Measure, value: float, n_images: int) -> Verdict | None:
+    def check_measure(
+        self, step: int, measure: Measure, value: float, n_images: int, rankme_share: float | None = None
+    ) -> Verdict | None:
         """Compare a value of the run's measure (0 to 1) after `step` steps with the best value so far. Return a
         verdict, or None if there is nothing to report.
 
@@ -254,17 +258,25 @@ class Sentinels:
 
         A fall within the noise of `n_images` held-out images is not reported: besides the margin, a fall by twice the
         standard error of the difference of two shares is accepted.
+
+        If RankMe of the measured features, `rankme_share`, is given and has fallen to less than `LEAST_RANKME` of its
+        first value, the value is not the best one, however high it is: training can raise a measure on a run's own
+        images and still harm the features (docs/decisions/0032-continue-on-small-sets.md).
         """
         state, limits = self.state, self.limits
         if state.measure != measure.name:
             state.measure, state.first, state.best = measure.name, value, None
+            state.first_rankme = rankme_share
             state.highest.pop("measure", None)
         state.latest = value
-        state.since_best = 0 if state.best is None or value > state.best else state.since_best + 1
-        if state.best is None or value >= state.best:
+        narrowed = rankme_share is not None and rankme_share < LEAST_RANKME * (state.first_rankme or 0.0)
+        risen = not narrowed and (state.best is None or value > state.best)
+        state.since_best = 0 if risen else state.since_best + 1
+        if not narrowed and (state.best is None or value >= state.best):
             state.best, state.best_step, state.fallen = value, step, False
             return None
         noise = 2 * difference_error(state.best, value, n_images)
+        assert state.best is not None  # the first value is never narrowed
         fallen, state.fallen = state.fallen, state.best - value > limits.measure_margin / 100 + noise
         if not state.fallen or (fallen and limits.on_measure == "warn"):
             return None
