@@ -66,7 +66,8 @@ def choose_measure(wanted: MeasureName, data: Data) -> Choice:
     """Choose the measure of a run.
 
     Images with classes are measured by k-NN: on the held-out images if there are many, otherwise by leave-one-out on
-    all images. Fewer held-out images suffice if the user has held them out, because they may be from another source. Images without classes are measured by how well a held-out image is found by another view of itself.
+    all images. Fewer held-out images suffice if the user has held them out, because they may be from another source.
+    Images without classes are measured by how well a held-out image is found by another view of itself.
 
     Raises:
         ValueError: the images do not allow the measure that is wanted.

@@ -275,8 +275,8 @@ class Sentinels:
         if not narrowed and (state.best is None or value >= state.best):
             state.best, state.best_step, state.fallen = value, step, False
             return None
+        assert state.best is not None  # the first features are not narrower than themselves
         noise = 2 * difference_error(state.best, value, n_images)
-        assert state.best is not None  # the first value is never narrowed
         fallen, state.fallen = state.fallen, state.best - value > limits.measure_margin / 100 + noise
         if not state.fallen or (fallen and limits.on_measure == "warn"):
             return None

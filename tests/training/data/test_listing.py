@@ -13,6 +13,7 @@ from rich.console import Console
 
 import training.data.sources
 from tests.training.tiny import ALONE, QUIET
+from tests.training.told import told
 from training.data.listing import SourceSettings, check_apart, list_images
 from training.data.progress import Tally
 from training.data.sources import open_source
@@ -42,7 +43,7 @@ def listed(tmp_path, *data, share=0.3, console=QUIET, **settings):
 
 def shown(tmp_path, *data, **settings):
     console = Console(file=io.StringIO(), width=80)
-    return listed(tmp_path, *data, console=console, **settings), console.file.getvalue().splitlines()
+    return listed(tmp_path, *data, console=console, **settings), told(console)
 
 
 @pytest.fixture

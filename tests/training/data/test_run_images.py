@@ -12,6 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from tests.training.tiny import ALONE, QUIET, TINY
+from tests.training.told import told
 from training import train as loop
 from training.config import TrainConfig
 from training.data import run_images
@@ -250,7 +251,7 @@ def test_held_out_images_count_as_used_when_they_were_read(tmp_path, mixed):
                 photo.read()
             for photo in images.labelled_held_out[:1]:
                 photo.read()  # it may have been read before
-        return console.file.getvalue().splitlines()[-1]
+        return told(console)[-1]
 
     assert account(0) == "22 files: 12 used, 10 ignored (10 held out but not read), 0 failed"
     assert account(11) == "22 files: 22 used, 0 ignored, 0 failed"
@@ -268,7 +269,7 @@ def test_a_broken_held_out_image_is_counted_once_also_when_a_run_resumes(tmp_pat
                         photo.read()
                 else:
                     photo.read()
-        last = console.file.getvalue().splitlines()[-1]
+        last = told(console)[-1]
         n_read = {3: 2, 0: 0, 2: 1}[read]
         ignored = f"{2 - n_read} ignored ({2 - n_read} held out but not read)" if n_read < 2 else "0 ignored"
         assert last == f"11 files: {8 + n_read} used, {ignored}, 1 failed (val/a/1.png)"
@@ -279,7 +280,7 @@ def test_decoding_is_told_if_it_is_slow(tmp_path, two, monkeypatch):
     console = Console(file=io.StringIO(), width=20)
     with opened(listed(tmp_path, *two), console=console):
         pass
-    lines = console.file.getvalue().splitlines()
+    lines = told(console)
     assert [line.rpartition(",")[0] for line in lines[:2]] == [
         "decoding 33 images",
         "computing the checksum of 33 images",

@@ -320,8 +320,8 @@ def test_another_measure_begins_again():
 
 def test_a_higher_value_of_narrower_features_is_not_the_best():
     watch = sentinels(on_measure="warn")
-    for step, value, rankme in [(0, 0.5, 0.60), (10, 0.6, 0.55), (20, 0.9, 0.53), (30, 0.7, 0.58)]:
-        assert watch.check_measure(step, KNN, value, MANY, rankme) is None
+    for step, value, rank in [(0, 0.5, 0.60), (10, 0.6, 0.55), (20, 0.9, 0.53), (30, 0.7, 0.58)]:
+        assert watch.check_measure(step, KNN, value, MANY, rank) is None
     assert (watch.state.best, watch.state.best_step) == (0.7, 30)
     watch.check_measure(40, KNN, 0.8, MANY, 0.1)
     assert (watch.state.best_step, watch.state.since_best) == (30, 1)
