@@ -25,8 +25,6 @@ interrupted and repeated. The result of all runs so far is written to benchmarks
 import argparse
 import datetime
 import json
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +49,7 @@ from training.wiring import crop_settings, make_schedules, step_settings
 
 RESULTS = Path(__file__).parent / "results" / "2026-11-30-continue-gain.json"
 ALONE = World(0, 1, torch.device("cpu"))
+COMMAND = "python benchmarks/continue_gain.py --cifar CIFAR10/train --grocery GROCERY --checkpoint CHECKPOINT"
 Method = Literal["new", "old", "scratch"]
 METHODS: tuple[Method, ...] = ("new", "old", "scratch")
 MARKS: dict[Method, int] = {"new": 4, "old": 2, "scratch": 1}  # checkpoints of a run
@@ -195,10 +194,10 @@ def gains(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def write_results(work: Path, out: Path, command: str) -> None:
+def write_results(work: Path, out: Path) -> None:
     """Write the summary of all runs in `work` to `out`."""
     runs = [summary(json.loads(path.read_text())) for path in sorted(work.glob("*.json"))]
-    result = {"benchmark": "continue-gain", "date": datetime.date.today().isoformat(), "command": command}
+    result = {"benchmark": "continue-gain", "date": datetime.date.today().isoformat(), "command": COMMAND}
     lines = ",\n".join("  " + json.dumps(run) for run in runs)
     head = json.dumps(result | {"gains": gains(runs)}, indent=1)[:-2]
     out.write_text(f'{head},\n "runs": [\n{lines}\n ]\n}}\n')
@@ -217,7 +216,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/continue_gain"), help="folder for the runs' files")
     parser.add_argument("--out", type=Path, default=RESULTS, help="file for the results")
     arguments = parser.parse_args()
-    command = shlex.join(["python", "benchmarks/continue_gain.py", *sys.argv[1:]])
     arguments.work.mkdir(parents=True, exist_ok=True)
     proxies = {"cifar": lambda: cifar_proxy(arguments.cifar)}
     proxies["grocery"] = lambda: grocery_proxy(arguments.grocery, arguments.checkpoint)
@@ -232,8 +230,8 @@ def main() -> None:
                         path.write_text(json.dumps(run))
                         start, end = run["figures"]["start"], run["figures"]["end"]
                         print(f"{path.stem}: {run['train_seconds']} s, {start} -> {end}", flush=True)
-                        write_results(arguments.work, arguments.out, command)
-    write_results(arguments.work, arguments.out, command)
+                        write_results(arguments.work, arguments.out)
+    write_results(arguments.work, arguments.out)
 
 
 if __name__ == "__main__":
