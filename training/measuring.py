@@ -1,8 +1,8 @@
 """Choose the measure of a run, and evaluate a backbone with it.
 
-docs/decisions/0032-continue-on-small-sets.md compares the measures. If few images with classes are held out, the k-NN
-accuracy of leave-one-out on all images of the run has less noise: self-supervised training does not use the classes, so
-the images that were trained on can be classified too.
+docs/decisions/0032-continue-on-small-sets.md compares the measures. k-NN on a few held-out images is too coarse to
+notice what training gains. How surely another view of a held-out image finds the image has less noise, and needs no
+classes.
 """
 
 from collections.abc import Mapping
@@ -65,9 +65,9 @@ class Choice:
 def choose_measure(wanted: MeasureName, data: Data) -> Choice:
     """Choose the measure of a run.
 
-    Images with classes are measured by k-NN: on the held-out images if there are many, otherwise by leave-one-out on
-    all images. Fewer held-out images suffice if the user has held them out, because they may be from another source.
-    Images without classes are measured by how well a held-out image is found by another view of itself.
+    Images are measured by k-NN if many images with classes are held out. Fewer suffice if the user has held them out,
+    because they may be from another source. Otherwise the measure is how well a held-out image is found by another view
+    of itself or, if too few images are held out, k-NN by leave-one-out on all images.
 
     Raises:
         ValueError: the images do not allow the measure that is wanted.
@@ -75,29 +75,28 @@ def choose_measure(wanted: MeasureName, data: Data) -> Choice:
     labelled, n_held_out = len(data.labelled_held_out), len(data.held_out)
     if wanted == "none":
         return Choice(None, 0, "nothing is measured during the run (measure='none')")
+    enough = n_held_out >= FEWEST_HELD_OUT
     if wanted == "auto":
-        many = labelled >= (MANY_IN_VAL if data.divided else MANY_HELD_OUT)
-        wanted = "views" if not data.has_classes else "knn" if many else "own"
-        why = "" if data.has_classes else f"{data.why_no_classes}: "
-        if wanted == "views" and n_held_out < FEWEST_HELD_OUT:
+        many = data.has_classes and labelled >= (MANY_IN_VAL if data.divided else MANY_HELD_OUT)
+        wanted = "knn" if many else "views" if enough else "own"
+        if wanted == "own" and not data.has_classes:
             return Choice(
                 None,
                 0,
-                f"nothing is measured during the run, and its last checkpoint is released: {why}a measure without "
-                f"classes needs {FEWEST_HELD_OUT} held-out images, and there are {n_held_out} (held_out_share)",
+                "nothing is measured during the run, and its last checkpoint is released: "
+                f"{data.why_no_classes}, and a measure without classes needs {FEWEST_HELD_OUT} held-out images "
+                f"(there are {n_held_out}; held_out_share)",
             )
-    elif wanted != "views" and not data.has_classes:
-        raise ValueError(f"measure={wanted!r} cannot be computed: {data.why_no_classes}")
-    elif wanted == "views" and n_held_out < FEWEST_HELD_OUT:
+    if wanted == "views" and not enough:
         raise ValueError(f"measure='views' needs {FEWEST_HELD_OUT} held-out images, and there are {n_held_out}")
-    else:
-        why = ""
+    if wanted != "views" and not data.has_classes:
+        raise ValueError(f"measure={wanted!r} cannot be computed: {data.why_no_classes}")
     measure, n_images = {
         "knn": (KNN, labelled),
         "own": (OWN, labelled + len(data.labelled_train_sample)),
         "views": (VIEWS, min(n_held_out, MOST_IMAGES)),
     }[wanted]
-    return Choice(measure, n_images, f"measured during the run: {why}{measure.words} ({n_images:,} images)")
+    return Choice(measure, n_images, f"measured during the run: {measure.words} ({n_images:,} images)")
 
 
 def evaluate_backbone(
@@ -105,22 +104,23 @@ def evaluate_backbone(
 ) -> Evaluation:
     """Evaluate a backbone on the images of a run.
 
-    With the measure `VIEWS`, k-NN is not computed. The value of the measure `KNN` is the accuracy of the class token
-    with 10 neighbours, or fewer if there are fewer images.
+    k-NN is computed if the images have classes, whatever the measure is. The value of the measure `KNN` is the accuracy
+    of the class token with 10 neighbours, or fewer if there are fewer images.
     """
+    knn: dict[Pooling, dict[int, float]] = {}
+    features, device = None, backbone.cls_token.device
+    if data.has_classes:
+        features = labelled_features(backbone, data.labelled_train_sample, data.labelled_held_out, spec)
+    if features is not None:
+        knn = accuracies(features, EVALUATED_KS, device, lambda note: None)
     if measure == VIEWS:
         found = measure_label_free(backbone, data.held_out, spec)
         figures = {name: value for name, value in asdict(found).items() if name != "n_images"}
-        return Evaluation({}, figures, found.view_probability, found.n_images, found.rankme_share)
-    if not data.has_classes:
-        return Evaluation({})
-    features = labelled_features(backbone, data.labelled_train_sample, data.labelled_held_out, spec)
+        return Evaluation(knn, figures, found.view_certainty, found.n_images, found.rankme_share)
     if features is None:
-        return Evaluation({})
-    knn = accuracies(features, EVALUATED_KS, backbone.cls_token.device, lambda note: None)
-    tokens, labels = features.together()
-    device = backbone.cls_token.device
+        return Evaluation(knn)
     if measure == OWN:
+        tokens, labels = features.together()
         own = own_accuracy(tokens.to(device), labels.to(device))
         rank = rankme_share(tokens[:: max(1, len(tokens) // RANKME_ROWS)])
         return Evaluation(knn, {OWN.name: own, "rankme_share": rank}, own, len(labels), rank)

@@ -393,7 +393,7 @@ def test_a_ruinous_rate_is_noticed_by_the_guard(tmp_path):
     data = tinted(tmp_path / "tinted")
     good = tint_reader(tmp_path / "good.safetensors", config(data, tmp_path))
     ruin = {"held_out_share": 0.4, "n_local": 0, "drop_path": 0.0, "warmup": 0.0, "seed": 2, "init": good}
-    ruin |= {"lr": 5.0, "momentum": [0.0, 0.0], "eval_every_epochs": 1, "epochs": 4}
+    ruin |= {"measure": "own", "lr": 5.0, "momentum": [0.0, 0.0], "eval_every_epochs": 1, "epochs": 4}
     out = tmp_path / "ruined"
     with pytest.raises(RunStopped, match=r"k-NN accuracy .*down from 100\.0% at step 0.*more than.*lower lr"):
         loop.train(config(data, out, **ruin), QUIET)

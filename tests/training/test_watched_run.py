@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,10 +20,11 @@ from training import train as loop
 from training.__main__ import main
 from training.config import TrainConfig
 from training.ending import STOPPED_STATUS, Interrupted, RunStopped
-from training.measuring import Evaluation
+from training.measuring import Evaluation, choose_measure
 from training.recipe import load_config
 from training.setup import make_network
 from training.state import find_state
+from training.watch.measure import KNN, OWN, VIEWS
 from training.watch.monitor import read_lines
 
 
@@ -158,11 +160,11 @@ def test_images_without_classes_are_measured_by_views(unlabelled, tmp_path):
     loop.train(config(unlabelled, out, eval_every_epochs=None, **settings), shown)
     lines = read_lines(out / "evaluations.jsonl")
     assert [line["step"] for line in lines] == [0, 3, 6]
-    assert {"view_probability", "retrieval_1", "rankme_share", "held_out_loss"} <= lines[0].keys()
-    assert all(0 < line["view_probability"] <= 1 for line in lines)
-    words = "one class: the probability of finding a held-out image by another view of itself (24 images)"
+    assert {"view_certainty", "retrieval_1", "rankme_share", "held_out_loss"} <= lines[0].keys()
+    assert all(-1 < line["view_certainty"] <= 1 for line in lines)
+    words = "measured during the run: how surely another view finds a held-out image (24 images)"
     assert words in shown.export_text()
-    best = max(lines, key=lambda line: (line["view_probability"], line["step"]))
+    best = max(lines, key=lambda line: (line["view_certainty"], line["step"]))
     assert load_checkpoint(out / "checkpoint.best.safetensors")[2]["steps"] == best["step"]
 
 
@@ -170,7 +172,7 @@ def test_a_run_that_measures_nothing_says_why_and_releases_its_last_checkpoint(u
     shown = screen()
     path = loop.train(config(unlabelled, tmp_path / "run", epochs=1), shown)
     assert path.name == "checkpoint.safetensors"
-    assert "a measure without classes needs 20 held-out images, and there are 4 (held_out_share)" in shown.export_text()
+    assert "a measure without classes needs 20 held-out images (there are 4; held_out_share)" in shown.export_text()
 
 
 @pytest.mark.parametrize(
@@ -330,3 +332,33 @@ def test_another_number_of_epochs_in_the_same_folder_says_how_to_continue(images
     loop.train(config(images, tmp_path / "run", epochs=1), QUIET)
     with pytest.raises(ValueError, match=r"epochs: 1.0 -> 2.0.*choose another out folder and add init="):
         loop.train(config(images, tmp_path / "run", epochs=2), QUIET)
+
+
+def data_of(n_train, n_held_out, classes=True, divided=False):
+    """What `choose_measure` asks of the images of a run."""
+    labelled = (n_train, n_held_out) if classes else (0, 0)
+    return SimpleNamespace(
+        held_out=range(n_held_out),
+        labelled_train_sample=range(labelled[0]),
+        labelled_held_out=range(labelled[1]),
+        has_classes=classes and n_held_out > 0,
+        why_no_classes=None if classes else "the training images have no classes",
+        divided=divided,
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "measure", "n_images"),
+    [
+        (data_of(9_000, 1_000), KNN, 1_000),
+        (data_of(2_700, 300), VIEWS, 300),
+        (data_of(2_640, 296, divided=True), KNN, 296),
+        (data_of(270, 30, divided=True), VIEWS, 30),
+        (data_of(90, 10), OWN, 100),
+        (data_of(90_000, 10_000, classes=False), VIEWS, 1_000),
+        (data_of(90, 10, classes=False), None, 0),
+    ],
+)
+def test_the_measure_suits_the_images(data, measure, n_images):
+    choice = choose_measure("auto", data)
+    assert (choice.measure, choice.n_images) == (measure, n_images)

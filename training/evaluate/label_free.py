@@ -43,14 +43,15 @@ SQUARE = 2  # side of the squares that crops are cut from, in sides of a crop; f
 class LabelFree:
     """Label-free measures of a network on `n_images` held-out images.
 
-    `view_probability` is the geometric mean of the probability with which an image is found by its own augmented crop
-    (`own_images.view_likelihood`). `retrieval_1` and `retrieval_5` are the shares of images that their own augmented
-    crop finds first, and among the first five. `rankme_share` is RankMe of the class tokens as a share of its maximum.
-    `spread` is 1 minus the mean cosine of two class tokens.
+    `view_certainty` says how surely an image is found by its own augmented crop: 1 + l / ln n, where l is the mean
+    log-likelihood of n images (`own_images.view_likelihood`). It is 0 if the crops tell nothing, and 1 if each finds
+    its image for certain. `retrieval_1` and `retrieval_5` are the shares of images that their own augmented crop finds
+    first, and among the first five. `rankme_share` is RankMe of the class tokens as a share of its maximum. `spread` is
+    1 minus the mean cosine of two class tokens.
     """
 
     n_images: int
-    view_probability: float
+    view_certainty: float
     retrieval_1: float
     retrieval_5: float
     rankme_share: float
@@ -159,5 +160,5 @@ def measure_label_free(
         raise ValueError(f"{len(readable)} of {len(chosen)} held-out images can be read; the measures need two")
     database, queries = found.pooled("cls"), query_features(model, readable, crops, workers)
     one, five = recall_of_own(queries, database, (1, 5))
-    found_by_views = math.exp(view_likelihood(queries, database))
-    return LabelFree(len(readable), found_by_views, one, five, rankme_share(database), float(token_spread(database)))
+    certainty = 1 + view_likelihood(queries, database) / math.log(len(readable))
+    return LabelFree(len(readable), certainty, one, five, rankme_share(database), float(token_spread(database)))
