@@ -14,7 +14,7 @@ because a run's time is nearly proportional to it: `--images`, divided by the co
 
 Freezing the backbone gives the figures of the start. For each run, the result has the start, the end and the best
 checkpoint. The best one has the highest leave-one-out k-NN accuracy on the run's own images among the start, a few
-checkpoints and, for `new`, three mixes of the start and the end (`training/interpolate.py`). `best_unlabelled` is
+checkpoints and, for `new`, three mixes of the start and the end (WiSE-FT, arXiv 2109.01903). `best_unlabelled` is
 chosen without labels, by the retrieval of each held-out image from another view of it. `drift` is 1 - the mean cosine
 between class tokens of the start and of the checkpoint.
 
@@ -26,7 +26,7 @@ import argparse
 import datetime
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +41,6 @@ from training.data.crops import make_crops, make_micros
 from training.data.dataset import batch_indices
 from training.distributed import World
 from training.evaluate.own_images import own_accuracy, view_likelihood
-from training.interpolate import SHARES, mix
 from training.scale import TRAINING_SHARE, continue_settings
 from training.setup import attention_kernel, compute_dtype, make_setup
 from training.step import Setup, train_step
@@ -52,6 +51,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 COMMAND = "python benchmarks/continue_gain.py --cifar CIFAR10/train --grocery GROCERY --checkpoint CHECKPOINT"
 Method = Literal["new", "old", "scratch"]
 METHODS: tuple[Method, ...] = ("new", "old", "scratch")
+SHARES = (0.25, 0.5, 0.75, 1.0)  # of the final weights in a mix of the start and the end
 MARKS: dict[Method, int] = {"new": 4, "old": 2, "scratch": 1}  # checkpoints of a run
 WARM = {"warmup": 0.05, "teacher_temp": (0.02, 0.04), "teacher_temp_warmup": 0.5}
 OLD: dict[str, Any] = {
@@ -65,6 +65,11 @@ OLD: dict[str, Any] = {
     "momentum": (0.996, 1.0),
     "drop_path": 0.1,
 }
+
+
+def mix(initial: Mapping[str, Tensor], final: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Return `(1 - share) * initial + share * final` for each tensor of two state dicts."""
+    return {name: torch.lerp(initial[name], end, share) for name, end in final.items()}
 
 
 def method_settings(method: Method, n_images: int, proxy: Proxy, seen: int) -> dict[str, Any]:

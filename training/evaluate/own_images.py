@@ -2,15 +2,13 @@
 
 If a tenth of 300 images is held out, one image changes the accuracy on the held-out images by three points. The
 measures in this file have less noise. In runs that helped, they chose better checkpoints than the k-NN accuracy on the
-held-out images. In two runs that did harm, the accuracy on the own images rose nevertheless, so `best_checkpoint` also
-looks for signs of harm (docs/decisions/0032-continue-on-small-sets.md).
+held-out images. In runs that did harm, the accuracy on the own images rose nevertheless, so a run that is measured with
+them also watches RankMe (training/watch/sentinels.py; docs/decisions/0032-continue-on-small-sets.md).
 
 Legend: n images, D features.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +17,6 @@ from torch import Tensor
 from training.evaluate.knn import knn_accuracy
 
 KS = (1, 5, 10, 20)
-LEAST_RANK = 0.9  # RankMe of a released checkpoint, as a share of RankMe of the start
 VIEW_TEMPERATURE = 0.1
 
 
@@ -57,40 +54,3 @@ def view_likelihood(first: Tensor, second: Tensor, temperature: float = VIEW_TEM
         raise ValueError(f"views of shapes {list(first.shape)} and {list(second.shape)}: give two views of two images")
     similarity = F.normalize(first.float(), dim=1) @ F.normalize(second.float(), dim=1).T  # [n, n]
     return -float(F.cross_entropy(similarity / temperature, torch.arange(len(first), device=first.device)))
-
-
-@dataclass(frozen=True)
-class Figures:
-    """The figures of a checkpoint: `measure` and `views` are better if they are higher.
-
-    `measure` is, for example, `own_accuracy`, or `views` if there are no labels. `rankme` is RankMe of the class tokens
-    of the run's images. `views` is `view_likelihood` of the held-out images.
-    """
-
-    measure: float
-    rankme: float
-    views: float
-
-
-def best_checkpoint(figures: Mapping[str, Figures], start: str, least_rank: float = LEAST_RANK) -> str:
-    """Choose the checkpoint to release: the one with the best measure among those without a sign of harm.
-
-    There are two signs of harm: RankMe is less than `least_rank` times that of the start, or held-out images are found
-    less surely than by the start. The start is always allowed. Of several checkpoints with the best measure, the first
-    in `figures` is chosen.
-
-    Raises:
-        ValueError: `start` is not in `figures`, or a figure is not finite.
-    """
-    if start not in figures:
-        raise ValueError(f"no figures of the start, {start!r}; there are figures of {sorted(figures)}")
-    for name, own in figures.items():
-        if not all(map(math.isfinite, (own.measure, own.rankme, own.views))):
-            raise ValueError(f"{name}: {own} must be finite")
-    first = figures[start]
-    allowed = [
-        name
-        for name, own in figures.items()
-        if name == start or (own.rankme >= least_rank * first.rankme and own.views >= first.views)
-    ]
-    return max(allowed, key=lambda name: figures[name].measure)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from training.evaluate.own_images import KS, Figures, best_checkpoint, own_accuracy, view_likelihood
+from training.evaluate.own_images import KS, own_accuracy, view_likelihood
 
 
 def features(n: int, seed: int = 0) -> torch.Tensor:
@@ -54,27 +54,3 @@ def test_view_likelihood_of_a_collapsed_network_is_that_of_a_guess():
 def test_views_of_different_images_are_refused():
     with pytest.raises(ValueError, match=r"views of shapes \[2, 6\] and \[3, 6\]"):
         view_likelihood(features(2), features(3))
-
-
-@pytest.mark.parametrize(
-    ("half", "end", "expected"),
-    [
-        ((0.5, -2.0), (0.5, -2.0), "end"),
-        ((0.46, -2.0), (0.44, -2.0), "half"),  # the end has lost more than a tenth of its rank
-        ((0.5, -2.0), (0.7, -2.1), "half"),  # the end finds its views less surely
-        ((0.2, -1.0), (0.9, -3.0), "start"),
-        ((0.9, -1.0), (0.45, -2.0), "end"),  # a higher rank or a better view is no advantage
-    ],
-)
-def test_a_checkpoint_with_a_sign_of_harm_is_not_chosen(half, end, expected):
-    figures = {"start": Figures(0.2, 0.5, -2.0), "half": Figures(0.25, *half), "end": Figures(0.3, *end)}
-    assert best_checkpoint(figures, "start") == expected
-
-
-def test_a_tie_keeps_the_start_and_figures_are_checked():
-    start = Figures(0.2, 1.0, -1.0)
-    assert best_checkpoint({"start": start, "end": Figures(0.2, 2.0, 0.0)}, "start") == "start"
-    with pytest.raises(ValueError, match=r"no figures of the start, 'start'; there are figures of \['end'\]"):
-        best_checkpoint({"end": start}, "start")
-    with pytest.raises(ValueError, match=r"end: .*nan.* must be finite"):
-        best_checkpoint({"start": start, "end": Figures(math.nan, 1.0, -1.0)}, "start")
