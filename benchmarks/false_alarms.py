@@ -5,12 +5,13 @@ student's moving average are measured independently of the sentinels: 10-NN accu
 tokens on held-out images, and the measures that need no classes. Whether and when a run collapsed is decided by these
 measurements (`onset`), not by the settings of the case.
 
-    python benchmarks/false_alarms.py --grocery GROCERY --cifar CIFAR10 [--folder DIR] [--case NAME]...
+    python benchmarks/false_alarms.py --grocery GROCERY --cifar CIFAR10 --folder DIR [--case NAME]... [--seeds-from N]
 
 GROCERY has `train/CLASS/*.jpg` and `val/CLASS/*.jpg`, CIFAR10 has `train/CLASS/*.jpg`. Each case writes DIR/NAME.json,
 and a case whose file exists is not repeated. Afterwards all files are joined into
 benchmarks/results/2026-11-30-false-alarms.json, the rule of training/watch/collapse.py is applied to the recorded
-lines, and a table is printed.
+lines, and a table is printed. The rule was chosen on these runs. `--seeds-from 100 --out FILE` makes runs with other
+random numbers, on which it can be checked.
 """
 
 import argparse
@@ -279,12 +280,13 @@ def recording(log_line: Callable[..., Any], lines: list[dict[str, float]]) -> Ca
     return record
 
 
-def record_case(name: str, folder: Path) -> None:
-    """Run a case, and write its lines to a file."""
+def record_case(name: str, folder: Path, seeds_from: int) -> None:
+    """Run a case, and write its lines to a file. `seeds_from` is added to the seed of the case."""
     recipe, steps, overrides = CASES[name]
     data, shrunk = settings_of(recipe, folder)
     out = folder / "runs" / slug(name)
-    values = [*SMALL, *WATCH, *shrunk, *overrides]
+    seed = seeds_from + next((int(v.split("=")[1]) for v in overrides if v.startswith("seed=")), 0)
+    values = [*SMALL, *WATCH, *shrunk, *overrides, f"seed={seed}"]
     batch = next(int(v.split("=")[1]) for v in reversed(values) if v.startswith("batch_size"))
     n_images = N_CIFAR if recipe == "cifar" else N_CLASSES * PER_CLASS
     config = load_config(
@@ -348,11 +350,11 @@ def join(folder: Path) -> dict[str, Any]:
     return found
 
 
-def report(records: dict[str, Any]) -> None:
-    """Write the result file, and print a table."""
+def report(records: dict[str, Any], path: Path) -> None:
+    """Write the results to the file `path`, and print a table."""
     table, follow = summary(records), correlations(records)
     result = {"benchmark": "false_alarms", "table": table, "correlation_with_knn": follow, "runs": records}
-    RESULT.write_text(json.dumps(result).replace('}}, "', '}},\n"').replace('}, {"run"', '},\n{"run"') + "\n")
+    path.write_text(json.dumps(result).replace('}}, "', '}},\n"').replace('}, {"run"', '},\n{"run"') + "\n")
     for line in table:
         print(*(f"{line[key]!s:<32}" for key in line))
     for column, values in follow.items():
@@ -365,6 +367,8 @@ def main() -> int:
     parser.add_argument("--cifar", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--case", action="append", choices=list(CASES))
+    parser.add_argument("--seeds-from", type=int, default=0, help="added to the seeds of all cases")
+    parser.add_argument("--out", type=Path, default=RESULT, help="file for the results")
     given = parser.parse_args()
     torch.set_num_threads(1)
     importlib.import_module("torch._dynamo")  # the optimizer imports it, and importing takes longer than a run
@@ -376,13 +380,13 @@ def main() -> int:
             continue
         if (child := os.fork()) == 0:  # a process of its own, but torch is imported only once
             try:
-                record_case(name, given.folder)
+                record_case(name, given.folder, given.seeds_from)
             finally:
                 os._exit(0)
         os.waitpid(child, 0)
         assert (given.folder / f"{slug(name)}.json").exists(), name
     if not given.case:
-        report(join(given.folder))
+        report(join(given.folder), given.out)
     return 0
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from model.config import CONFIGS
+from model.files import name_problem
 from model.loading import published, read_model
 from model.messages import in_words
 from training.config import TrainConfig
@@ -137,6 +138,8 @@ def _read(recipe: str) -> tuple[dict[str, object], str]:
         path, recipe = Path(recipe), Path(recipe).stem
     elif recipe not in recipe_names():
         raise ValueError(f"unknown recipe {recipe!r}: give a TOML file, or one of {', '.join(recipe_names())}")
+    if problem := name_problem(recipe):  # the name of the recipe becomes part of the model's name
+        raise ValueError(f"recipe {path}: {problem}")
     try:
         return tomllib.loads(path.read_text()), recipe
     except tomllib.TOMLDecodeError as error:

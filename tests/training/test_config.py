@@ -81,6 +81,13 @@ def test_what_a_recipe_needs_must_be_a_setting(tmp_path):
         load(tmp_path, recipe=str(recipe))
 
 
+def test_a_recipe_whose_name_no_model_can_have_is_refused_before_the_run(tmp_path):
+    recipe = tmp_path / "my recipe.toml"
+    recipe.write_text("epochs = 1")
+    with pytest.raises(ValueError, match=r"my recipe.toml: name 'my recipe': use up to 64 letters"):
+        load(tmp_path, recipe=str(recipe))
+
+
 def test_there_is_no_default_recipe(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["training", "--data", "images", "--out", str(tmp_path / "run")])
     assert main() == 2
