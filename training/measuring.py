@@ -26,6 +26,9 @@ MANY_HELD_OUT = 500
 MANY_IN_VAL = 100
 """Held-out images with classes from which on k-NN on a part that the user has held out is preferred."""
 
+KEYS = {"rankme_share": "held_out_rankme_share", "spread": "held_out_spread"}
+"""Keys in evaluations.jsonl of metrics that metrics.jsonl has too, there of crops of training images."""
+
 MEASURED_K = 10
 RANKME_ROWS = 1024  # enough class tokens to estimate an effective rank
 FEWEST_HELD_OUT = 20  # with fewer, one image is worth more than five percentage points
@@ -115,7 +118,7 @@ def evaluate_backbone(
         knn = accuracies(features, EVALUATED_KS, device, lambda note: None)
     if measure == VIEWS:
         found = measure_label_free(backbone, data.held_out, spec)
-        figures = {name: value for name, value in asdict(found).items() if name != "n_images"}
+        figures = {KEYS.get(name, name): value for name, value in asdict(found).items() if name != "n_images"}
         return Evaluation(knn, figures, found.view_certainty, found.n_images, found.rankme_share)
     if features is None:
         return Evaluation(knn)
@@ -123,6 +126,6 @@ def evaluate_backbone(
         tokens, labels = features.together()
         own = own_accuracy(tokens.to(device), labels.to(device))
         rank = rankme_share(tokens[:: max(1, len(tokens) // RANKME_ROWS)])
-        return Evaluation(knn, {OWN.name: own, "rankme_share": rank}, own, len(labels), rank)
+        return Evaluation(knn, {OWN.name: own, KEYS["rankme_share"]: rank}, own, len(labels), rank)
     usable = [k for k in knn.get("cls", {}) if k <= MEASURED_K]
     return Evaluation(knn, {}, knn["cls"][max(usable)] if usable else None, len(features.test_labels))

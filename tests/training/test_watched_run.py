@@ -160,7 +160,7 @@ def test_images_without_classes_are_measured_by_views(unlabelled, tmp_path):
     loop.train(config(unlabelled, out, eval_every_epochs=None, **settings), shown)
     lines = read_lines(out / "evaluations.jsonl")
     assert [line["step"] for line in lines] == [0, 3, 6]
-    assert {"view_certainty", "retrieval_1", "rankme_share", "held_out_loss"} <= lines[0].keys()
+    assert {"view_certainty", "retrieval_1", "held_out_rankme_share", "held_out_loss"} <= lines[0].keys()
     assert all(-1 < line["view_certainty"] <= 1 for line in lines)
     words = "measured during the run: how surely another view finds a held-out image (24 images)"
     assert words in shown.export_text()

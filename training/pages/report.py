@@ -32,7 +32,9 @@ from training.watch.monitor import EVALUATIONS, EVENTS, METRICS, read_lines
 
 REPORT = "report.html"
 SHEETS = "sheets"
+BEST = "checkpoint.best.safetensors"
 SHEET_WIDTH = 1400  # pixels; large enough to see patches, small enough to email
+SHOWN_K = 10  # neighbours
 EVENTS_SHOWN = 20
 SKIPPED_SHOWN = 10
 
@@ -79,7 +81,8 @@ def write_report(out: Path) -> Path:
     config, metrics = _json(out / "config.json"), read_lines(out / METRICS)
     if not config and not metrics:
         raise ValueError(f"{out} is not a run's folder: it has neither config.json nor {METRICS}")
-    evaluations, facts = read_lines(out / EVALUATIONS), _provenance(out / "checkpoint.safetensors")
+    evaluations = read_lines(out / EVALUATIONS)
+    facts = _provenance(out / BEST) or _provenance(out / "checkpoint.safetensors")
     knn = _json(out / "knn.json")
     sections = [
         _head(config, facts, metrics),
@@ -187,22 +190,34 @@ def _head(config: Mapping[str, Any], facts: Mapping[str, Any], metrics: Lines) -
     return f"<h1>Training: {escape(str(config.get('recipe', 'unknown recipe')))}</h1>{text}"
 
 
-def _best_knn(knn: Mapping[str, Any]) -> float | None:
-    """Return the highest accuracy in `knn`, which contains k-NN accuracies by pooling and k. If it contains none,
-    return None."""
-    values = [_number(v) for row in knn.values() if isinstance(row, dict) for v in row.values()]
-    return max((v for v in values if v is not None), default=None)
+def _released_knn(knn: Mapping[str, Any]) -> tuple[int, float] | None:
+    """Return k and the accuracy of the class token in `knn`, which contains k-NN accuracies by pooling and k.
+
+    k is 10, or the largest smaller value. If there is none, return None.
+    """
+    row = knn.get("cls")
+    found = {int(k): _number(v) for k, v in row.items() if str(k).isdecimal()} if isinstance(row, dict) else {}
+    shares = {k: share for k, share in found.items() if share is not None and k <= SHOWN_K}
+    return (max(shares), shares[max(shares)]) if shares else None
+
+
+def _best_value(facts: Mapping[str, Any]) -> tuple[str, float] | None:
+    """Return the name and the value of the measure of the best checkpoint, or None if the run has no measure."""
+    measure = facts.get("measure")
+    pairs = list(measure.items()) if isinstance(measure, dict) else []
+    value = _number(pairs[0][1]) if pairs else None
+    return None if value is None else (str(pairs[0][0]), value)
 
 
 def _tiles(metrics: Lines, evaluations: Lines, knn: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """Return the run's most important metrics as a row of HTML tiles."""
     tiles: list[tuple[str, str]] = []
-    best = _best_knn(knn)
-    during = [v for name in names_of(evaluations, "knn") for v in values_of(evaluations, name)]
-    if best is not None or during:
-        tiles.append(
-            (f"{best if best is not None else during[-1]:.1%}", "k-NN, last" if best is None else "k-NN, best")
-        )
+    if (released := _released_knn(knn)) is not None:
+        tiles.append((f"{released[1]:.1%}", f"{released[0]}-NN, released checkpoint"))
+    elif during := values_of(evaluations, "knn_cls_10"):
+        tiles.append((f"{during[-1]:.1%}", "10-NN, last evaluation"))
+    if (best := _best_value(facts)) is not None:
+        tiles.append((f"{best[1]:.1%}", f"{best[0]}, best"))
     steps = values_of(metrics, "step")
     if steps:
         tiles.append((f"{steps[-1]:,.0f}", "steps"))
@@ -244,8 +259,6 @@ def _charts(metrics: Lines, evaluations: Lines, config: Mapping[str, Any]) -> st
     knn_all = names_of(evaluations, "knn")
     knn_shown = [name for name in knn_all if name.endswith("_10")] or knn_all  # one k is enough to show the trend
     ln_k = math.log(prototypes) if prototypes and prototypes > 1 else None
-    both = sorted([*metrics, *evaluations], key=lambda line: _number(line.get("step")) or 0)
-    rank = "rankme" if values_of(both, "rankme") else "rankme_share"
     rates = [name for name in names_of(metrics, "lr") if name != "lr_factor"]
 
     def lines(*names: str, of: Lines = metrics) -> list[Series]:
@@ -264,7 +277,14 @@ def _charts(metrics: Lines, evaluations: Lines, config: Mapping[str, Any]) -> st
             mark=None if ln_k is None else (ln_k, "ln K: no information"),
             floor=0,
         ),
-        line_chart(lines(rank, of=both), title="RankMe of class tokens", y_label="effective rank", floor=0),
+        line_chart(lines("own_knn", "view_certainty", of=evaluations), title="Measure of the run"),
+        line_chart(lines("held_out_loss", of=evaluations), title="Loss on held-out images", y_label="share of ln K"),
+        line_chart(
+            [*lines("rankme_share"), *lines("held_out_rankme_share", of=evaluations)],
+            title="RankMe of class tokens",
+            y_label="share of the largest rank",
+            floor=0,
+        ),
         line_chart(lines(*names_of(metrics, "grad")), title="Gradient norms", y_label="before clipping", floor=0),
         line_chart(lines(*rates), title="Learning rate", floor=0),
         line_chart(lines("images_per_s"), title="Speed", y_label="images/s", floor=0),
@@ -353,7 +373,7 @@ def _origin(facts: Mapping[str, Any]) -> str:
 def _next_steps(out: Path, config: Mapping[str, Any]) -> str:
     """Return an HTML text block with the commands that export the checkpoint and resume training."""
     steps = []
-    names = ("checkpoint.best.safetensors", "checkpoint.safetensors")
+    names = (BEST, "checkpoint.safetensors")
     if checkpoints := [path for name in names if (path := out / name).exists()]:
         steps.append(f"dinov2 export {shlex.quote(str(checkpoints[0]))}   # then: dinov2 serve")
     if sources := _sources(config):

@@ -19,6 +19,10 @@ from training.pages import charts
 from training.pages.charts import Series, line_chart, tick_label, ticks
 from training.pages.report import write_report
 
+EVALUATED = [
+    {"step": 10, "knn_cls_10": 0.3, "view_certainty": 0.31, "held_out_rankme_share": 0.4, "held_out_loss": 0.9},
+    {"step": 20, "knn_cls_10": 0.4, "view_certainty": 0.29, "held_out_rankme_share": 0.5, "held_out_loss": 0.8},
+]
 NASTY = "<script>alert('x')</script>&\""
 
 
@@ -63,16 +67,19 @@ def whole_run(tmp_path_factory):
             line |= {"peak_memory_bytes": 3 * 2**30, "time": 1.8e9 + 20 * step}
             file.write(json.dumps(line) + "\n")
         file.write('{"step": 31, "lo')
-    (out / "evaluations.jsonl").write_text('{"step": 10, "knn_cls": 0.3, "rankme": 9}\n{"step": 20, "knn_cls": 0.4}\n')
+    (out / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in EVALUATED))
     events = [{"step": i, "kind": "warning", "message": f"event {i} {NASTY}"} for i in range(25)]
     (out / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    (out / "knn.json").write_text(json.dumps({"cls": {"1": 0.5, "20": 0.625}, "mean": {"1": 0.25, "20": None}}))
+    (out / "knn.json").write_text(
+        json.dumps({"cls": {"1": 0.5, "10": 0.575, "20": 0.625}, "mean": {"1": 0.25, "20": None}})
+    )
     (out / "skipped.txt").write_text("".join(f"{i}{NASTY}.jpg: OSError: broken\n" for i in range(12)))
     (out / "sheets").mkdir()
     Image.new("RGB", (20, 10), "red").save(out / "sheets" / "step_00000010.png")
     Image.new("RGB", (2800, 1400), "blue").save(out / "sheets" / "step_00000020.png")
     backbone = DinoVisionTransformer(config.vit_config)
     facts = {"photos": 2640, "revision": "abc123", "hardware": "NVIDIA H100", "torch": "2.13", "data_sha256": "f" * 64}
+    facts["measure"] = {"view_certainty": 0.31}
     save_checkpoint(out / "checkpoint.safetensors", backbone.state_dict(), config.vit_config, facts)
     return out
 
@@ -85,7 +92,8 @@ def test_the_page_says_what_was_run_and_what_came_out(whole_run):
             "Training: smoke",
             "dinov2_vitt14 (embed_dim 16",
             "62.5%",
-            "k-NN, best",
+            "57.5%10-NN, released checkpoint",
+            "31.0%view_certainty, best",
             "2,640",
             "10 min",
             "115",
@@ -119,7 +127,7 @@ def test_nothing_from_outside_becomes_part_of_the_page(whole_run):
 def test_all_curves_are_there_and_are_well_formed(whole_run):
     page = write_report(whole_run).read_text()
     found = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert len(found) == 9
+    assert len(found) == 11
     for svg in found:
         ElementTree.fromstring(svg)
     titles = re.findall(r'aria-label="(.*?)"', page)
