@@ -32,35 +32,17 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from model.cpus import available_cpus  # noqa: E402
 from training.config import TrainConfig  # noqa: E402
 from training.data.listing import list_images  # noqa: E402
-from training.data.run_images import ASKED_PHOTOS, KNN_PHOTOS, sample  # noqa: E402
-from training.distributed import World, join  # noqa: E402
-from training.estimate import (  # noqa: E402
-    Plan,
-    count_evaluations,
-    estimate,
-    image_memory,
-    in_words,
-    steps_of_phases,
-)
-from training.outcome import GALLERY  # noqa: E402
+from training.distributed import join  # noqa: E402
+from training.estimate import in_words  # noqa: E402
+from training.plan import estimated, measure  # noqa: E402
 from training.recipe import load_config  # noqa: E402
-from training.release import WHITENING_IMAGES  # noqa: E402
-from training.setup import attention_kernel, compute_dtype, make_autocast, make_setup  # noqa: E402
+from training.setup import attention_kernel, compute_dtype, make_autocast  # noqa: E402
 from training.train import train  # noqa: E402
-from training.trial import Pieces, trial  # noqa: E402
 from training.watch.flops import describe_device  # noqa: E402
 from training.watch.monitor import peak_memory_bytes, read_lines  # noqa: E402
-from training.wiring import (  # noqa: E402
-    cache_side,
-    crop_settings,
-    image_settings,
-    intervals,
-    make_schedules,
-    step_settings,
-)
+from training.wiring import image_settings  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = {"train": 512, "val": 64}
@@ -100,79 +82,17 @@ def copy_images(data: Path, folder: Path) -> None:
             shutil.copyfile(path, target)
 
 
-def plan_of(config: TrainConfig, n_images: int, n_evaluated: int, world: World) -> Plan:
-    """Return the plan of a run with `n_images` training images and `n_evaluated` images in each evaluation.
-
-    A run without images to evaluate has no measure.
-    """
-    steps_per_epoch = n_images // config.batch_size
-    total = max(1, round(config.epochs * steps_per_epoch))
-    every = intervals(config, steps_per_epoch, total)
-    _, images = image_settings(config)
-    in_memory, image_bytes = image_memory(
-        n_images,
-        images.side,
-        config.batch_size // world.size,
-        cache_bytes=images.cache_bytes,
-        ahead_steps=images.reading.ahead_steps,
-        ahead_bytes=images.reading.ahead_bytes,
-    )
-    measured = n_evaluated > 0 and config.measure != "none"
-    in_the_loop = count_evaluations(total, every.evaluate)
-    whitened = 0 if config.whiten is None else (2 if measured else 1) * min(n_images, WHITENING_IMAGES)
-    n_sheets = 1 + ((total - 1) // every.sheet if every.sheet else 0)
-    return Plan(
-        images=n_images,
-        epochs=config.epochs,
-        phase_steps=steps_of_phases([phase.starts_at for phase in crop_settings(config).phases], total),
-        batch_size=config.batch_size,
-        n_ranks=world.size,
-        on_cpu=world.device.type == "cpu",
-        in_memory=in_memory,
-        image_bytes=image_bytes,
-        log_every=every.log,
-        save_every_seconds=every.save_seconds,
-        best_saves=in_the_loop - 2 if measured else 0,  # step 0 and the last step are saved anyway
-        keep_states=config.keep_states,
-        rollback_states=(config.on_collapse == "rollback") + (config.on_measure == "rollback"),
-        # the last one, the best one before and after it is whitened, and those for `dinov2 average`
-        checkpoints=(3 if measured else 1) + (total // every.checkpoint if every.checkpoint else 0),
-        sheets=n_sheets,
-        evaluations=in_the_loop + 2 if measured else 1,  # at the end, also those of the last and the best checkpoint
-        images_per_evaluation=n_evaluated,
-        other_images=n_sheets * min(n_images, GALLERY) + whitened,
-    )
-
-
-def pieces_of(config: TrainConfig, world: World, total: int) -> Pieces:
-    """Return the parts of a run of `total` steps that a trial needs."""
-    return Pieces(
-        make_setup=lambda: make_setup(config, world),
-        step_settings=step_settings(config),
-        schedules=make_schedules(config, total),
-        crops=crop_settings(config),
-        total=total,
-        side=cache_side(config),
-        vit=config.vit_config,
-        eval_spec=config.eval_spec,
-        workers=config.workers or max(1, available_cpus() // world.on_machine),
-        out=config.out,
-    )
-
-
 def estimate_run(config: TrainConfig) -> dict[str, Any]:
     """Estimate a run without starting it, and return the estimate, the costs and the time that the trial took."""
     with join(config.device) as world:
-        listing = list_images(image_settings(config)[0], world, Console(stderr=True))
-        n_evaluated = len(sample(listing.train, KNN_PHOTOS)) + len(sample(listing.held_out, ASKED_PHOTOS))
-        plan = plan_of(config, len(listing.train), n_evaluated, world)
+        listing = list_images(image_settings(config)[0], world, Console(quiet=True))
         start = time.perf_counter()
         with attention_kernel(world.device, compute_dtype(make_autocast(config.precision, world.device))):
-            costs, free = trial(pieces_of(config, world, plan.steps), listing.train, world)
+            costs = measure(config, listing, world)
         seconds = time.perf_counter() - start
-    estimated = estimate(plan, costs, free)
-    print(*in_words(estimated), sep="\n", file=sys.stderr)
-    return {**asdict(estimated), "costs": asdict(costs), "trial_seconds": round(seconds, 1)}
+        found = estimated(config, listing, world, costs)
+    print(*in_words(found), sep="\n", file=sys.stderr)
+    return {**asdict(found), "costs": asdict(costs[0]), "trial_seconds": round(seconds, 1)}
 
 
 def train_run(config: TrainConfig) -> dict[str, Any]:
@@ -225,7 +145,8 @@ def main() -> None:
         if arguments.clock == "cpu":
             os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
             time.perf_counter = time.process_time
-        config = load_config("smoke", arguments.data, arguments.out, RUNS[arguments.runs[0]])
+        overrides = [*RUNS[arguments.runs[0]], "estimate=false"]
+        config = load_config("smoke", arguments.data, arguments.out, overrides)
         print(json.dumps((estimate_run if arguments.do == "estimate" else train_run)(config)))
         return
     command = shlex.join(["python", "benchmarks/estimates.py", *sys.argv[1:]]).replace(arguments.data, "GROCERY")

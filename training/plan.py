@@ -26,14 +26,16 @@ from training.estimate import (
     in_words,
     steps_of_phases,
 )
+from training.evaluate.label_free import MOST_IMAGES
+from training.measuring import FEWEST_HELD_OUT, MANY_HELD_OUT
 from training.outcome import GALLERY
+from training.release import WHITENING_IMAGES
 from training.resources import Free
 from training.setup import make_setup
 from training.state import Saved
 from training.trial import Pieces, trial
 from training.wiring import cache_side, crop_settings, intervals, make_schedules, step_settings, steps_of
 
-CHECKPOINTS = 3  # the last one and two copies of the best one
 CHOSEN = "chosen"
 EVALUATION_SHARE = 0.2  # of the training time
 
@@ -164,7 +166,17 @@ def changed(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
 def measure(config: TrainConfig, listing: Listing, world: World) -> tuple[Costs, Free]:
     """Measure what the parts of the run cost, in a trial."""
     total = steps_of(config, len(listing.train))[1]
-    pieces = Pieces(
+    return trial(pieces_of(config, world, total), listing.train, world)
+
+
+def estimated(config: TrainConfig, listing: Listing, world: World, costs: tuple[Costs, Free]) -> Estimate:
+    """Estimate what the run needs, from the costs and the free resources that `measure` returned."""
+    return estimate(costed_plan(config, len(listing.train), evaluated_images(config, listing), world), *costs)
+
+
+def pieces_of(config: TrainConfig, world: World, total: int) -> Pieces:
+    """Return the parts of a run of `total` steps that a trial needs."""
+    return Pieces(
         make_setup=lambda: make_setup(config, world, load_teacher(config).to(world.device) if config.teacher else None),
         step_settings=step_settings(config),
         schedules=make_schedules(config, total),
@@ -176,12 +188,23 @@ def measure(config: TrainConfig, listing: Listing, world: World) -> tuple[Costs,
         workers=config.workers or max(1, available_cpus() // world.on_machine),
         out=config.out,
     )
-    return trial(pieces, listing.train, world)
 
 
-def estimated(config: TrainConfig, listing: Listing, world: World, costs: tuple[Costs, Free]) -> Estimate:
-    """Estimate what the run needs, from the costs and the free resources that `measure` returned."""
-    n_images = len(listing.train)
+def evaluated_images(config: TrainConfig, listing: Listing) -> int:
+    """Return how many images pass through the network in an evaluation of the run (see `training/measuring.py`)."""
+    if config.measure == "none":
+        return 0
+    n_images, n_held_out = len(listing.train), len(listing.held_out)
+    for_knn = min(n_images, KNN_PHOTOS) + min(n_held_out, ASKED_PHOTOS) if listing.n_classes > 1 else 0
+    by_views = config.measure in ("auto", "views") and FEWEST_HELD_OUT <= n_held_out < MANY_HELD_OUT
+    return for_knn + (2 * min(n_held_out, MOST_IMAGES) if by_views or not for_knn else 0)
+
+
+def costed_plan(config: TrainConfig, n_images: int, n_evaluated: int, world: World) -> Plan:
+    """Return what a run with `n_images` training images is going to do.
+
+    `n_evaluated` images pass through the network in each evaluation. If there are none, the run has no measure.
+    """
     steps_per_epoch, total = steps_of(config, n_images)
     every = intervals(config, steps_per_epoch, total)
     in_memory, image_bytes = image_memory(
@@ -192,9 +215,11 @@ def estimated(config: TrainConfig, listing: Listing, world: World, costs: tuple[
         ahead_steps=config.ahead_steps,
         ahead_bytes=config.ahead_bytes,
     )
-    evaluations = 0 if config.measure == "none" else count_evaluations(total, every.evaluate)
+    measured = n_evaluated > 0 and config.measure != "none"
+    in_the_loop = count_evaluations(total, every.evaluate)
+    n_finished = (2 if measured else 1) if config.whiten is not None else 0  # backbones that are whitened at the end
     n_sheets = 1 + ((total - 1) // every.sheet if every.sheet else 0)
-    plan = Plan(
+    return Plan(
         images=n_images,
         epochs=config.epochs,
         phase_steps=steps_of_phases([phase.starts_at for phase in crop_settings(config).phases], total),
@@ -203,15 +228,15 @@ def estimated(config: TrainConfig, listing: Listing, world: World, costs: tuple[
         on_cpu=world.device.type == "cpu",
         in_memory=in_memory,
         image_bytes=image_bytes,
-        log_every=config.log_every,
-        save_every_seconds=60 * config.save_every_minutes,
-        best_saves=max(0, evaluations - 2),  # not at step 0 and at the end
+        log_every=every.log,
+        save_every_seconds=every.save_seconds,
+        best_saves=max(0, in_the_loop - 2) if measured else 0,  # step 0 and the last step are saved anyway
         keep_states=config.keep_states,
         rollback_states=(config.on_collapse == "rollback") + (config.on_measure == "rollback"),
-        checkpoints=CHECKPOINTS + (total // every.checkpoint if every.checkpoint else 0),
+        # the last one, the best one before and after it is whitened, and those for `dinov2 average`
+        checkpoints=(3 if measured else 1) + (total // every.checkpoint if every.checkpoint else 0),
         sheets=n_sheets,
-        evaluations=evaluations,
-        images_per_evaluation=min(n_images, KNN_PHOTOS) + min(len(listing.held_out), ASKED_PHOTOS),
-        other_images=n_sheets * min(n_images, GALLERY),
+        evaluations=(in_the_loop if measured else 0) + n_finished,
+        images_per_evaluation=n_evaluated,
+        other_images=n_sheets * min(n_images, GALLERY) + n_finished * min(n_images, WHITENING_IMAGES),
     )
-    return estimate(plan, *costs)

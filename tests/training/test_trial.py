@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.estimates import pieces_of, plan_of
 from tests.arithmetic import ENVIRONMENT
 from tests.training.tiny import ALONE, QUIET, TINY
 from training import resources
@@ -19,6 +18,7 @@ from training import trial as trials
 from training.config import TrainConfig
 from training.data.listing import list_images
 from training.estimate import LINE_BYTES, SHEET_BYTES, Costs, ReadingCosts, estimate
+from training.plan import costed_plan, evaluated_images, pieces_of
 from training.resources import MIB, Free, free_resources, least_free, peak_bytes, restart_peak, write_speed
 from training.setup import make_setup
 from training.state import save_state
@@ -47,7 +47,7 @@ def config_of(photos, out, **changes):
 def parts_for(config):
     """The training images, the plan and the parts of a run."""
     listing = list_images(image_settings(config)[0], ALONE, QUIET)
-    plan = plan_of(config, len(listing.train), len(listing.source), ALONE)
+    plan = costed_plan(config, len(listing.train), evaluated_images(config, listing), ALONE)
     return listing.train, plan, pieces_of(config, ALONE, plan.steps)
 
 
