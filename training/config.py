@@ -121,7 +121,9 @@ class TrainConfig(BaseModel):
     model: str = Field("dinov2_vitt14", description="name of the network on torch hub, or dinov2_vitt14")
     vit: dict[str, Any] = Field(default_factory=dict, description="fields of ViTConfig that differ from the model's")
     init: Address | None = Field(
-        None, description="backbone to start from: checkpoint file, artifact folder, or name of published weights"
+        None,
+        description="network to start from: a checkpoint, the folder of a run (with its heads) or of an artifact, or "
+        "the name of published weights",
     )
     teacher: Address | None = Field(
         None, description="frozen teacher for distillation: a run's folder, or a backbone as in `init`"
