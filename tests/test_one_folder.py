@@ -127,6 +127,7 @@ def test_three_commands_agree_about_forty_kinds_of_odd_files(folder: Path, tmp_p
     lines, used = {}, {}
     for name, run in {"embed": embedded, "index": indexed, "train": trained}.items():
         used[name], lines[name] = run(folder, tmp_path / name)
+    lines["train"] = lines["train"][10:]  # begins with the time of day
     accounts = {name: line.replace(f"{folder}/", "") for name, line in lines.items()}
     assert accounts["embed"].startswith(
         f"{n_used + n_ignored + n_failed} files: {n_used} used, {n_ignored} ignored (3 hidden, 2 without suffix, "

@@ -120,10 +120,13 @@ def test_what_is_copied_exists_and_reaches_the_builder() -> None:
 
 
 def test_every_package_is_built_into_the_image() -> None:
-    """The packages of pyproject.toml: first as empty folders, then as themselves. No module stands beside them."""
+    """The packages of pyproject.toml: first as empty folders, then as themselves.
+
+    The only module beside them is that of torch hub, which the image does not need.
+    """
     found = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
     packages = {pattern.rstrip("*") for pattern in found}
-    assert not list(ROOT.glob("*.py"))
+    assert [path.name for path in ROOT.glob("*.py")] == ["hubconf.py"]
     made = re.search(r"^RUN mkdir (.+?) &&", BUILD, re.MULTILINE)
     assert made
     assert set(made[1].split()) == packages

@@ -199,7 +199,7 @@ def test_home_is_expanded_in_paths(monkeypatch, tmp_path):
         ("port", "abc", "port='abc': must be an integer"),
         ("port", "-1", "port='-1': must be at least 0"),
         ("hang_timeout_s", "soon", "hang_timeout_s='soon': must be a number"),
-        ("hang_timeout_s", "0", "hang_timeout_s='0': must be more than 0.0"),
+        ("hang_timeout_s", "0", "hang_timeout_s='0': must be more than 0"),
         ("hang_timeout_s", "nan", "hang_timeout_s='nan': must be a finite number"),
         ("log_level", "loud", "log_level='loud': must be 'debug', 'info', 'warning' or 'error'"),
         ("data_dir", "~nobody-has-this-name/x", "data_dir='~nobody-has-this-name/x': "),

@@ -123,7 +123,7 @@ def test_two_ranks_killed_stopped_and_gone_on_with_by_one(photos, tmp_path):
         wait_for_step(process, out, killed_after + 3)
         process.send_signal(signal.SIGTERM)
         _, message = process.communicate(timeout=60)
-    assert message.count("stopped by SIGTERM after step") == 2  # both ranks after the same
+    assert message.count("stopped by SIGTERM; the state after step") == 2  # both ranks after the same
     stopped_after = find_state(out)[0].step
     assert killed_after + 3 <= stopped_after < 30
     listed = {line.split(":")[0] for line in (out / "skipped.txt").read_text().splitlines()}
