@@ -56,7 +56,10 @@ def train(
         str | None, typer.Option(help="Name of a recipe, e.g. smoke or continue, or a TOML file (docs/training.md).")
     ] = None,
     hours: Annotated[
-        float | None, typer.Option(help="Time for the run in hours. The number of epochs follows from it.")
+        float | None,
+        typer.Option(
+            help="Approximate time for the run in hours. The number of epochs follows from a trial at the start."
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the estimated time, memory and disk space, and train nothing.")

@@ -22,7 +22,11 @@ def main() -> int:
         "--out", type=Path, required=True, help="folder for checkpoints and logs; a run in this folder is resumed"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the recipe")
-    parser.add_argument("--hours", type=float, help="time for the run; the number of epochs follows from it")
+    parser.add_argument(
+        "--hours",
+        type=float,
+        help="approximate time for the run; the epochs follow from a trial",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the estimated time, memory and disk space only")
     arguments = parser.parse_args()
     try:

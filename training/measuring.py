@@ -99,7 +99,8 @@ def choose_measure(wanted: MeasureName, data: Data) -> Choice:
         "own": (OWN, labelled + len(data.labelled_train_sample)),
         "views": (VIEWS, min(n_held_out, MOST_IMAGES)),
     }[wanted]
-    return Choice(measure, n_images, f"measured during the run: {measure.words} ({n_images:,} images)")
+    scale = "; 0 % is chance, 100 % certainty" if measure == VIEWS else ""
+    return Choice(measure, n_images, f"measured during the run: {measure.words} ({n_images:,} images{scale})")
 
 
 def evaluate_backbone(

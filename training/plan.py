@@ -6,9 +6,11 @@ the states of the run, so a resumed run has the same ones, whatever its speed is
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from model.cpus import available_cpus
+from model.loading import read_model
 from training import scale
 from training.config import TrainConfig
 from training.data.listing import Listing
@@ -68,13 +70,32 @@ def plan_run(config: TrainConfig, listing: Listing, world: World, saved: Saved |
     if n_images < plan.config.batch_size:
         raise ValueError(f"batch_size={plan.config.batch_size} is more than the {n_images} images to train on")
     if config.hours is None and not config.estimate:
-        return plan
+        return replace(plan, lines=choice_in_words(plan, n_images))
     costs = measure(plan.config, listing, world)
     plan = with_evaluations(plan, listing, world, costs)
     if config.hours is not None:
         plan = within_hours(plan, listing, world, costs)
     found = estimated(plan.config, listing, world, costs)
-    return replace(plan, lines=[*plan.lines, *in_words(found)])
+    return replace(plan, lines=[*choice_in_words(plan, n_images), *in_words(found)])
+
+
+def choice_in_words(plan: Planned, n_images: int) -> list[str]:
+    """Return the lines that say which settings the plan has chosen, and what the user should know about them."""
+    config, lines = plan.config, []
+    if plan.chosen:
+        values = ", ".join(f"{name}={_short(value)}" for name, value in plan.chosen.items())
+        lines.append(f"chosen for {n_images:,} images: {values}")
+    if config.scale == "continue" and (warning := scale.warning(config, n_images)):
+        lines.append(f"warning: {warning}")
+    if config.init is not None and (Path(config.init).exists()):
+        spec = read_model(config.init, arch=config.model).preprocess
+        if (spec.resize, spec.crop) != (config.eval_resize, config.eval_crop):
+            lines.append(
+                f"warning: init was made for images of {spec.crop} pixels (short side {spec.resize}), but this run "
+                f"measures with eval_crop={config.eval_crop} (eval_resize={config.eval_resize}), and an exported model "
+                "will use this size: accuracies at two sizes cannot be compared"
+            )
+    return lines
 
 
 def resumed_plan(config: TrainConfig, saved: Saved) -> Planned:
@@ -105,11 +126,7 @@ def scaled(plan: Planned, listing: Listing, world: World) -> Planned:
         costs = measure(chosen.config, listing, world)
         speed = estimated(chosen.config, listing, world, costs).images_per_s
         chosen = choose(hours=config.hours, images_per_s=speed)
-    values = ", ".join(f"{name}={_short(value)}" for name, value in chosen.chosen.items())
-    lines = [f"chosen for {n_images:,} images: {values}"]
-    if warning := scale.warning(chosen.config, n_images):
-        lines.append(f"warning: {warning}")
-    return replace(chosen, lines=lines)
+    return chosen
 
 
 def _short(value: Any) -> str:

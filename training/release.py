@@ -18,6 +18,8 @@ from training.measuring import evaluate_backbone
 from training.outcome import BEST, CHECKPOINT, released_backbone, write_checkpoint, write_sheet
 from training.run import Run, sheet_path
 from training.state import KEPT_BEST
+from training.watch.monitor import EVALUATIONS, read_lines
+from training.watch.sentinels import difference_error
 from training.whiten import whiten
 
 SHOWN_K = 10  # neighbours, or fewer if there are fewer images
@@ -72,18 +74,30 @@ def finish(run: Run, backbone: DinoVisionTransformer, step: int) -> dict[str, An
 
 def summary(run: Run, results: Mapping[str, Any]) -> list[str]:
     """Return the last lines of a run: which checkpoint is released, how good it is, and whether training helped."""
-    knn, state = results["knn"], run.sentinels.state
-    lines = []
+    state, lines = run.sentinels.state, []
     if run.measure is not None and state.best is not None and state.first is not None:
-        lines.append(
-            f"{run.measure.words}: {state.first:.1%} at the start, {state.best:.1%} after step {state.best_step}, the "
-            "best"
-        )
+        lines.append(f"{run.measure.words}: {state.first:.1%} at the start, {state.best:.1%} released")
         if state.best_step == 0:
             lines.append("training did not help: the released checkpoint is the network that the run started from")
-    if knn:
-        n, side = len(run.data.labelled_held_out), run.release.eval_spec.crop
-        k = max(k for k in knn["cls"] if k <= SHOWN_K)
-        shares = ", ".join(f"{pooling} {by_k[k]:.1%}" for pooling, by_k in knn.items())
-        lines.append(f"{k}-NN of the released checkpoint on {n:,} held-out images, {side} px: {shares}")
+        else:
+            lines.append(f"released: the checkpoint after step {state.best_step}, which has the best value")
+    if (knn := results["knn"]) and (compared := knn_compared(run, knn)):
+        lines.insert(-1 if lines else 0, compared)
     return lines
+
+
+def knn_compared(run: Run, knn: Mapping[str, Mapping[int, float]]) -> str:
+    """Return a line with the k-NN accuracy of the released checkpoint and, if it is known, that of the start."""
+    n = len(run.data.labelled_held_out)
+    k = max(k for k in map(int, knn["cls"]) if k <= SHOWN_K)
+    by_k = {int(key): share for key, share in knn["cls"].items()}
+    released = by_k[k]
+    line = f"{k}-NN on {n:,} held-out images: "
+    start = next((x for x in read_lines(run.out / EVALUATIONS) if x.get("step") == 0), {}).get(f"knn_cls_{k}")
+    if start is None:
+        return line + f"{released:.1%}"
+    error = difference_error(start, released, n)
+    return line + (
+        f"{start:.1%} at the start, {released:.1%} released ({100 * (released - start):+.1f} points; "
+        f"standard error {100 * error:.1f})"
+    )

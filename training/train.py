@@ -259,6 +259,12 @@ def announce(run: Run, step: int) -> None:
     """Write the settings to `config.json`, and print one line about the images, the steps and the network."""
     if not run.world.is_main:
         return
+    if step == run.total:
+        run.monitor.tell(
+            f"this run is finished ({step} steps), and nothing is trained now. To train more, choose another out "
+            f"folder and add init={run.out}"
+        )
+        return
     write_text(run.out / "config.json", json.dumps(run.settings, indent=1))
     loader, n_ranks, autocast = run.data.loader, run.world.size, run.setup.autocast
     run.monitor.tell(

@@ -96,7 +96,7 @@ def test_a_model_below_its_start_is_never_released(images, tmp_path, monkeypatch
     _, _, facts = load_checkpoint(path)
     assert facts["steps"] == 0
     text = shown.export_text()
-    assert "90.0% at the start, 90.0% after step 0, the best" in text
+    assert "90.0% at the start, 90.0% released" in text
     assert "training did not help: the released checkpoint is the network that the run started from" in text
 
 
@@ -145,8 +145,10 @@ def test_a_run_ends_early_if_nothing_gets_better_and_stays_ended(images, tmp_pat
     _, _, facts = load_checkpoint(loop.train(config(images, out, **settings), QUIET))
     assert [step for step, _ in evaluations(out)] == [0, 3, 6, 9]
     assert facts["steps"] == 3
-    _, _, facts = load_checkpoint(loop.train(config(images, out, **settings), QUIET))  # measures nothing again
+    shown = screen()
+    _, _, facts = load_checkpoint(loop.train(config(images, out, **settings), shown))  # measures nothing again
     assert facts["steps"] == 3
+    assert "80.0% released" in shown.export_text()
     assert find_state(out)[0].step == 9
 
 
@@ -162,7 +164,7 @@ def test_images_without_classes_are_measured_by_views(unlabelled, tmp_path):
     assert [line["step"] for line in lines] == [0, 3, 6]
     assert {"view_certainty", "retrieval_1", "held_out_rankme_share", "held_out_loss"} <= lines[0].keys()
     assert all(-1 < line["view_certainty"] <= 1 for line in lines)
-    words = "measured during the run: how surely another view finds a held-out image (24 images)"
+    words = "measured during the run: view matching on held-out images (24 images; 0 % is chance"
     assert words in shown.export_text()
     best = max(lines, key=lambda line: (line["view_certainty"], line["step"]))
     assert load_checkpoint(out / "checkpoint.best.safetensors")[2]["steps"] == best["step"]
@@ -362,3 +364,30 @@ def data_of(n_train, n_held_out, classes=True, divided=False):
 def test_the_measure_suits_the_images(data, measure, n_images):
     choice = choose_measure("auto", data)
     assert (choice.measure, choice.n_images) == (measure, n_images)
+
+
+def test_a_finished_run_says_so_and_how_to_train_more(images, tmp_path):
+    out, shown = tmp_path / "run", screen()
+    loop.train(config(images, out, epochs=1), QUIET)
+    settings = (out / "config.json").read_bytes()
+    loop.train(config(images, out, epochs=1, workers=2), shown)
+    assert "this run is finished (3 steps), and nothing is trained now. To train more" in shown.export_text()
+    assert (out / "config.json").read_bytes() == settings
+
+
+def test_an_evaluation_at_another_size_than_that_of_the_start_is_told(images, tmp_path):
+    first = loop.train(config(images, tmp_path / "first", epochs=1), QUIET)
+    shown = screen()
+    loop.train(config(images, tmp_path / "run", epochs=1, init=first, eval_resize=42, eval_crop=42), shown)
+    assert "init was made for images of 28 pixels (short side 28), but this run measures with eval_crop=42" in (
+        shown.export_text()
+    )
+
+
+def test_the_end_compares_the_released_checkpoint_with_the_start(images, tmp_path, monkeypatch):
+    measured_as([0.5, 0.7, 0.9, 0.6], monkeypatch)
+    shown = screen()
+    loop.train(config(images, tmp_path / "run", eval_every_epochs=1, on_measure="warn"), shown)
+    text = shown.export_text()
+    assert "1-NN on 2 held-out images: 50.0% at the start, 90.0% released (+40.0 points; standard error" in text
+    assert "released: the checkpoint after step 6, which has the best value" in text

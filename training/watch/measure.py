@@ -19,5 +19,5 @@ class Measure:
 
 
 KNN = Measure("knn_cls_10", "the k-NN accuracy on held-out images")
-VIEWS = Measure("view_certainty", "how surely another view finds a held-out image")
+VIEWS = Measure("view_certainty", "view matching on held-out images")
 OWN = Measure("own_knn", "the k-NN accuracy of leave-one-out on the run's own images")
