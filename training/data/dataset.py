@@ -20,6 +20,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+import xxhash
 from PIL import Image
 from torch import Tensor
 
@@ -301,14 +302,17 @@ def find_images(folder: Path) -> list[Path]:
 # Splits and the order of a run
 
 
-def _held_out(n_photos: int, share: float, seed: int) -> tuple[Indices, Indices]:
-    """Split the image numbers below `n_photos` at random, and return two arrays, each in ascending order.
+def _held_out(source: Source, share: float, seed: int) -> tuple[Indices, Indices]:
+    """Divide the images of a source at random, and return the numbers of each part, in ascending order.
 
-    The first contains the images to train on. The second contains the images to hold out: the share `share` of all
-    images.
+    The first part contains the images to train on. The second contains the share `share` of all images. An image is
+    held out if the digest of its name and the seed is among the smallest. If images are added later, an image that was
+    trained on therefore rarely becomes one that is held out.
     """
-    order = np.random.default_rng(seed).permutation(n_photos)
-    n_held_out = int(n_photos * share)
+    names = (f"{seed}/{source.name(i)}".encode(errors="surrogateescape") for i in range(len(source)))
+    digests = np.fromiter(map(xxhash.xxh3_64_intdigest, names), np.uint64, len(source))
+    order = np.argsort(digests, kind="stable")
+    n_held_out = int(len(source) * share)
     return np.sort(order[n_held_out:]), np.sort(order[:n_held_out])
 
 
@@ -320,7 +324,7 @@ def split_indices(source: Source, held_out_share: float, seed: int) -> tuple[Ind
     """
     if {"train", "val"} <= set(source.parts):
         return source.parts["train"], source.parts["val"]
-    return _held_out(len(source), held_out_share, seed)
+    return _held_out(source, held_out_share, seed)
 
 
 def split_source(source: Source, held_out_share: float, seed: int) -> tuple[Subset, Subset]:
