@@ -38,6 +38,9 @@ def _early_end_handled() -> Iterator[None]:
         raise typer.Exit(code=STOPPED_STATUS) from stopped
     except (ValueError, OSError) as error:
         raise fail(error) from error
+    except KeyboardInterrupt as interrupt:
+        typer.echo("stopped at once by a second Ctrl-C; steps since the last saved state are lost", err=True)
+        raise typer.Exit(code=130) from interrupt
     except Interrupted as interrupted:
         typer.echo(str(interrupted), err=True)
         raise typer.Exit(code=interrupted.status) from interrupted

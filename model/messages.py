@@ -19,6 +19,7 @@ _WORDS: Final = {
     "literal_error": "must be {expected}",
     "string_pattern_mismatch": "must match the pattern {pattern}",
     "string_type": "must be text",
+    "string_too_short": "must not be empty",
     "path_type": "must be a path",
     "extra_forbidden": "is unknown here",
     "tuple_type": "must be a list",

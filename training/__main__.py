@@ -28,7 +28,7 @@ def main() -> int:
         help="approximate time for the run; the epochs follow from a trial",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the estimated time, memory and disk space only")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     try:
         overrides = with_hours(arguments.overrides, arguments.hours)
         config = load_config(check_recipe(arguments.recipe), arguments.data, arguments.out, overrides)
@@ -36,6 +36,9 @@ def main() -> int:
     except (ValueError, OSError, RunStopped) as error:
         print(f"error: {error}", file=sys.stderr)
         return STOPPED_STATUS if isinstance(error, RunStopped) else 2
+    except KeyboardInterrupt:
+        print("stopped at once by a second Ctrl-C; steps since the last saved state are lost", file=sys.stderr)
+        return 130
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
         return interrupted.status

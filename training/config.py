@@ -7,6 +7,7 @@ the run, so a run with fewer epochs has the same schedules, compressed into fewe
 docs/training-settings.md is made from this file. This module does not import torch.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,9 @@ Strength = Annotated[float, Field(ge=0, le=2)]
 Temperature = Annotated[float, Field(gt=0, le=10)]
 Decay = Annotated[float, Field(ge=0, le=10)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Address = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+Address = Annotated[
+    str, Field(min_length=1), BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)
+]
 """A path or a URL. It is a string because `Path` turns `s3://` into `s3:/`."""
 
 Addresses = Annotated[
@@ -87,7 +90,7 @@ class TrainConfig(BaseModel):
     )
     out: Path = Field(description="folder for checkpoints and logs")
     recipe: str = Field("none", description="name of the recipe; set by the command")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of all random numbers of the run")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of all random numbers of the run")
     device: str = Field("auto", description="auto (cuda if there is a GPU, else cpu), cpu, cuda, cuda:1, ...")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 if the device supports it; fp16 scales the loss"
@@ -256,11 +259,11 @@ class TrainConfig(BaseModel):
     mlflow: str | None = Field(None, description="folder or address of MLflow's tracking store; unset: no MLflow")
     on_collapse: Action = Field("stop", description="stop, rollback (and lower the learning rates) or warn")
     on_not_finite: Literal["stop", "rollback"] = Field("rollback", description="stop, or rollback (and skip that step)")
-    measure: Literal["auto", "knn", "own", "views", "none"] = Field(
+    measure: Literal["auto", "knn", "own", "views", "retrieval", "none"] = Field(
         "auto",
         description="what is measured, guards the run and chooses its best checkpoint; knn: k-NN accuracy on held-out "
-        "images; own: that of leave-one-out on all images; views: how well an image is found by another view of "
-        "itself, without classes; auto: what suits the images",
+        "images; own: that of leave-one-out on all images; views and retrieval: how surely and how often "
+        "an image is found by another view of itself, without classes; auto: what suits the images and the start",
     )
     on_measure: Action = Field("stop", description="as `on_collapse`, if the measure falls by more than its margin")
     measure_margin: float = Field(
@@ -325,7 +328,13 @@ class TrainConfig(BaseModel):
         unknown = set(self.vit) - set(base.__dataclass_fields__)
         if unknown:
             raise ValueError(f"vit: unknown {sorted(unknown)}; allowed: {sorted(base.__dataclass_fields__)}")
-        return replace(base, **self.vit)
+        for name, value in self.vit.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"vit: {name}={value} must be a finite number")
+        try:
+            return replace(base, **self.vit)
+        except TypeError as error:
+            raise ValueError(f"vit={self.vit}: a value has the wrong type ({error})") from error
 
     @property
     def loss_weights(self) -> dict[str, float]:

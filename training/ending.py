@@ -23,7 +23,7 @@ STOPPED_STATUS = 3
 
 WATCHING = (
     *("on_collapse", "on_measure", "on_not_finite", "sentinel_lines", "rollback_lr_factor", "max_rollbacks"),
-    *("measure", "measure_margin", "min_rankme_share", "eval_every_epochs", "evaluations", "patience"),
+    *("measure_margin", "min_rankme_share", "eval_every_epochs", "evaluations", "patience"),
 )
 """The settings of the checks. They may change when a run is resumed."""
 
@@ -96,26 +96,23 @@ def note_stop(out: Path, settings: Mapping[str, Any], reason: str) -> None:
     write_text(out / STOPPED, json.dumps({"reason": reason, "watching": watching}, indent=1))
 
 
-def check_not_stopped(out: Path, settings: Mapping[str, Any]) -> None:
-    """Check that no check stopped the run in the folder `out` with the same settings of the checks.
+def why_stopped(out: Path, settings: Mapping[str, Any]) -> str | None:
+    """Return why a check stopped the run in the folder `out`, if its settings of the checks are still the same.
 
-    If the settings have changed, `stopped.json` is removed.
-
-    Raises:
-        RunStopped: the run would be stopped again.
+    The result is None if no check stopped the run, or if a setting has changed.
     """
     path = out / STOPPED
     if not path.exists():
-        return
+        return None
     try:
         record = json.loads(path.read_text())
         same = all(record["watching"].get(name) == settings[name] for name in WATCHING)
         reason = str(record["reason"])
     except (ValueError, KeyError, AttributeError, TypeError):  # damaged: nothing is known about the stop
         same, reason = False, ""
-    if same:
-        raise RunStopped(
-            f"a check stopped this run, and would stop it again. {reason} To resume it, change a setting of the "
-            f"checks (such as on_collapse=warn or on_measure=warn), or remove {path}."
-        )
-    path.unlink()
+    if not same:
+        return None
+    return (
+        f"a check stopped this run, and would stop it again. {reason} To resume it, change a setting of the checks "
+        f"(such as on_collapse=warn or on_measure=warn), or remove {path}."
+    )

@@ -17,9 +17,9 @@ from training.evaluate.knn import EVALUATED_KS, accuracies, labelled_features
 from training.evaluate.label_free import MOST_IMAGES, measure_label_free
 from training.evaluate.own_images import own_accuracy
 from training.spread import rankme_share
-from training.watch.measure import KNN, OWN, VIEWS, Measure
+from training.watch.measure import KNN, OWN, RETRIEVAL, VIEWS, Measure
 
-MeasureName = Literal["auto", "knn", "own", "views", "none"]
+MeasureName = Literal["auto", "knn", "own", "views", "retrieval", "none"]
 MANY_HELD_OUT = 500
 """Held-out images with classes from which on the k-NN accuracy has a standard error of at most 2.2 points."""
 
@@ -65,12 +65,18 @@ class Choice:
     words: str
 
 
-def choose_measure(wanted: MeasureName, data: Data) -> Choice:
+def choose_measure(wanted: MeasureName, data: Data, *, continues: bool) -> Choice:
     """Choose the measure of a run.
 
     Images are measured by k-NN if many images with classes are held out. Fewer suffice if the user has held them out,
-    because they may be from another source. Otherwise the measure is how well a held-out image is found by another view
-    of itself or, if too few images are held out, k-NN by leave-one-out on all images.
+    because they may be from another source. Otherwise, a run that continues from trained weights is measured by how
+    surely another view of a held-out image finds the image. That value falls while the features of random weights
+    spread out, so a run from scratch is measured by k-NN on all images, or by how often the views find their images.
+
+    Args:
+        wanted: the name of a measure, or "auto".
+        data: the images of the run.
+        continues: whether the run starts from trained weights.
 
     Raises:
         ValueError: the images do not allow the measure that is wanted.
@@ -81,7 +87,8 @@ def choose_measure(wanted: MeasureName, data: Data) -> Choice:
     enough = n_held_out >= FEWEST_HELD_OUT
     if wanted == "auto":
         many = data.has_classes and labelled >= (MANY_IN_VAL if data.divided else MANY_HELD_OUT)
-        wanted = "knn" if many else "views" if enough else "own"
+        by_views: MeasureName = "views" if continues else "own" if data.has_classes else "retrieval"
+        wanted = "knn" if many else by_views if enough else "own"
         if wanted == "own" and not data.has_classes:
             return Choice(
                 None,
@@ -90,14 +97,16 @@ def choose_measure(wanted: MeasureName, data: Data) -> Choice:
                 f"{data.why_no_classes}, and a measure without classes needs {FEWEST_HELD_OUT} held-out images "
                 f"(there are {n_held_out}; held_out_share)",
             )
-    if wanted == "views" and not enough:
-        raise ValueError(f"measure='views' needs {FEWEST_HELD_OUT} held-out images, and there are {n_held_out}")
-    if wanted != "views" and not data.has_classes:
+    without_classes = wanted in ("views", "retrieval")
+    if without_classes and not enough:
+        raise ValueError(f"measure={wanted!r} needs {FEWEST_HELD_OUT} held-out images, and there are {n_held_out}")
+    if not without_classes and not data.has_classes:
         raise ValueError(f"measure={wanted!r} cannot be computed: {data.why_no_classes}")
     measure, n_images = {
         "knn": (KNN, labelled),
         "own": (OWN, labelled + len(data.labelled_train_sample)),
         "views": (VIEWS, min(n_held_out, MOST_IMAGES)),
+        "retrieval": (RETRIEVAL, min(n_held_out, MOST_IMAGES)),
     }[wanted]
     scale = "; 0 % is chance, 100 % certainty" if measure == VIEWS else ""
     return Choice(measure, n_images, f"measured during the run: {measure.words} ({n_images:,} images{scale})")
@@ -117,10 +126,11 @@ def evaluate_backbone(
         features = labelled_features(backbone, data.labelled_train_sample, data.labelled_held_out, spec)
     if features is not None:
         knn = accuracies(features, EVALUATED_KS, device, lambda note: None)
-    if measure == VIEWS:
+    if measure is not None and measure in (VIEWS, RETRIEVAL):
         found = measure_label_free(backbone, data.held_out, spec)
         figures = {KEYS.get(name, name): value for name, value in asdict(found).items() if name != "n_images"}
-        return Evaluation(knn, figures, found.view_certainty, found.n_images, found.rankme_share)
+        figures[RETRIEVAL.name] = found.retrieval
+        return Evaluation(knn, figures, figures[measure.name], found.n_images, found.rankme_share)
     if features is None:
         return Evaluation(knn)
     if measure == OWN:

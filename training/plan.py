@@ -4,7 +4,7 @@ A new run measures its costs in a short trial (`training/trial.py`). The setting
 the states of the run, so a resumed run has the same ones, whatever its speed is then.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,10 +51,13 @@ class Planned:
     lines: list[str]
 
 
-def plan_run(config: TrainConfig, listing: Listing, world: World, saved: Saved | None) -> Planned:
+def plan_run(
+    config: TrainConfig, listing: Listing, world: World, saved: Saved | None, tell: Callable[[str], None]
+) -> Planned:
     """Choose the settings of `config` that depend on the images and on the time budget, and estimate the costs.
 
-    A resumed run takes what the state `saved` contains, and is not estimated. Every rank must call this function.
+    A resumed run takes what the state `saved` contains, and is not estimated. `tell` shows a line to the user. Every
+    rank must call this function.
 
     Raises:
         ValueError: the time budget is too short, the batch is larger than the number of images, or a step needs more
@@ -64,6 +67,10 @@ def plan_run(config: TrainConfig, listing: Listing, world: World, saved: Saved |
     if saved is not None:
         return resumed_plan(config, saved)
     plan = Planned(config, {}, [])
+    if world.is_main and (config.estimate or config.hours is not None):
+        tell(
+            f"{len(listing.train):,} images to train on; a few steps on trial show what the run needs (estimate=false)"
+        )
     if config.scale == "continue":
         plan = scaled(plan, listing, world)
     n_images = len(listing.train)

@@ -40,6 +40,9 @@ def load_config(recipe: str, data: str | Path | Sequence[str], out: Path, overri
     values, recipe = _read(recipe)
     needs = values.pop(NEEDS, [])
     values |= parse_overrides(overrides)
+    for key in ("data", "out", "recipe"):
+        if key in values:
+            raise ValueError(f"{key}={values[key]} cannot be a setting: use --{key}")
     for key in values:
         if key not in TrainConfig.model_fields:
             near = difflib.get_close_matches(key, TrainConfig.model_fields, n=3)
@@ -56,7 +59,7 @@ def load_config(recipe: str, data: str | Path | Sequence[str], out: Path, overri
     if values.get("scale") == "continue" and isinstance(init := values.get("init"), str):
         values = settings_of(init, values) | values
     try:
-        return TrainConfig.model_validate({**values, "recipe": recipe, "data": data, "out": out})
+        return TrainConfig.model_validate({**values, "recipe": recipe, "data": data, "out": out.expanduser()})
     except ValidationError as error:
         raise ValueError(in_words(error)) from error
 
@@ -89,7 +92,7 @@ def settings_of(init: str, given: Mapping[str, object]) -> dict[str, object]:
     if (entry := published(init)) is not None and not Path(init).exists():
         return {"model": entry.name}
     loaded = read_model(init)
-    settings = head_settings(Path(init)) if (Path(init) / "config.json").is_file() else {}
+    settings = head_settings(Path(init), given)
     name = next(
         (name for name, config in CONFIGS.items() if config == loaded.config), TrainConfig.model_fields["model"].default
     )
@@ -103,12 +106,22 @@ def settings_of(init: str, given: Mapping[str, object]) -> dict[str, object]:
     return settings
 
 
-def head_settings(run: Path) -> dict[str, object]:
+def head_settings(run: Path, given: Mapping[str, object]) -> dict[str, object]:
     """Return the settings with which a run continues with the heads of another run, whose folder is `run`.
 
-    The heads have learned already, so the backbone is not frozen at first.
+    The heads have learned already, so the backbone is not frozen at first. The result is empty if `run` is not a run's
+    folder with a state, or if the user gives other settings for the heads: the heads are then new.
+
+    Raises:
+        ValueError: the settings of the other run are damaged.
     """
-    theirs = json.loads((run / "config.json").read_text())
+    file = run / "config.json"
+    if not file.is_file() or not any((run / "states").glob("*.json")):
+        return {}
+    try:
+        theirs = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"init={run}: {file} is damaged ({error})") from error
     names = ("n_prototypes", "head_hidden_dim", "head_bottleneck_dim", "ibot_bottleneck_dim", "shared_head")
     return {
         **{name: theirs[name] for name in names if name in theirs},

@@ -247,6 +247,12 @@ def roll_back(run: Run, verdict: Verdict) -> int:
     if saved.step:
         save_checkpoint(run, run.out / CHECKPOINT, saved.step)
     run.monitor.rewind(saved.step)
+    if from_main(run.world, run.world.is_main and (steps_of(run.out / KEPT_BEST) or 0) > saved.step):
+        run.sentinels.state.best = None  # its file has been overwritten by that of a step that is undone
+        evaluate(run, saved.step)
+        keep_best(run, saved.step)
+        if run.world.is_main:
+            remember(saved, memory_of(run))
     run.monitor.say(saved.step, "rollback", f"continuing after step {saved.step}")
     run.saved_at = time.monotonic()
     return saved.step

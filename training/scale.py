@@ -204,7 +204,8 @@ def warning(settings: Length, n_images: int) -> str | None:
         return f"{n_images} images are too few to continue on (at least {MIN_IMAGES}): use the backbone as it is"
     if (steps := steps_of(settings, n_images)) < MIN_STEPS:
         return (
-            f"the time is enough for {steps} steps, and a run needs {MIN_STEPS} to improve a backbone: allow more hours"
+            f"the run has {steps} steps, and the shortest run that improved a backbone had {MIN_STEPS}: allow more "
+            "hours or epochs"
         )
     return None
 

@@ -51,7 +51,7 @@ FREE_SETTINGS = {
     ),
     *("eval_every_epochs", "evaluations", "sheet_every", "wandb", "mlflow", "whiten", "eval_resize", "eval_crop"),
     *("scale", "hours", "estimate"),  # what they chose is in the state
-    *("measure", "measure_margin", "patience", "sentinel_lines", "min_rankme_share", "max_rollbacks"),
+    *("measure_margin", "patience", "sentinel_lines", "min_rankme_share", "max_rollbacks"),
     *("on_collapse", "on_measure", "on_not_finite", "rollback_lr_factor"),
 }
 

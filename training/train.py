@@ -19,12 +19,15 @@ and two ranks see the same crops as a single rank. The host waits for the device
 """
 
 import json
+import os
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -36,7 +39,7 @@ from training.data.progress import tell
 from training.data.run_images import open_data
 from training.distill import PrototypeTeacher
 from training.distributed import World, agree, from_main, join
-from training.ending import RunStopped, Signals, check_not_stopped, note_stop, signals_noted
+from training.ending import STOPPED, RunStopped, Signals, note_stop, signals_noted, why_stopped
 from training.plan import plan_run
 from training.release import release
 from training.run import (
@@ -87,19 +90,22 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
         run_folder(config.data, config.out, world),
         attention_kernel(world.device, compute_dtype(make_autocast(config.precision, world.device))),
     ):
-        if world.is_main:
-            check_not_stopped(config.out, config.model_dump(mode="json"))
+        given = config.model_dump(mode="json")
+        if (reason := from_main(world, why_stopped(config.out, given) if world.is_main else None)) is not None:
+            raise RunStopped(reason)
         sources, _ = image_settings(config)
         listing = list_images(sources, world, console)
         saved, damaged = from_main(world, start_from(config.out) if world.is_main else (None, []))
-        planned = plan_run(config, listing, world, saved)
+        planned = plan_run(config, listing, world, saved, partial(tell, console))
         config = planned.config
         if world.is_main:
             tell(console, *planned.lines)
         _, images = image_settings(config)
         with open_data(listing, images, world, console) as data:
             run = make_run(config, planned.chosen, world, data, console, saved)
-            with run.monitor, reported(run):
+            if world.is_main:
+                (config.out / STOPPED).unlink(missing_ok=True)
+            with run.monitor, reported(run, given):
                 announce(run, saved.step if saved else 0)
                 step = restore(run, saved, damaged)
                 signals.deferred = True
@@ -117,27 +123,35 @@ def dry_run(config: TrainConfig, console: Console | None = None) -> None:
         model.zoo.DownloadError: published weights cannot be downloaded.
     """
     console = console or Console()
+    check_apart(config.data, config.out)
+    place = next(path for path in (config.out, *config.out.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"out={config.out} cannot be written: {place} is not a folder that this user may write to")
     with (
+        signals_noted(),
         tempfile.TemporaryDirectory() as folder,
         join(config.device) as world,
         attention_kernel(world.device, compute_dtype(make_autocast(config.precision, world.device))),
     ):
-        check_apart(config.data, config.out)
-        config = config.model_copy(update={"estimate": True, "out": Path(folder)})
-        sources, _ = image_settings(config)
-        planned = plan_run(config, list_images(sources, world, console), world, None)
+        sources, _ = image_settings(config.model_copy(update={"out": Path(folder)}))
+        listing = list_images(sources, world, console)
+        config = config.model_copy(update={"estimate": True, "out": place})
+        planned = plan_run(config, listing, world, None, partial(tell, console))
         if world.is_main:
             tell(console, *planned.lines)
 
 
 @contextmanager
-def reported(run: Run) -> Iterator[None]:
-    """Write the report of the run when the block ends, for whatever reason. If a check stopped the run, note why."""
+def reported(run: Run, given: Mapping[str, Any]) -> Iterator[None]:
+    """Write the report of the run when the block ends, for whatever reason.
+
+    If a check stopped the run, also note why. `given` contains the settings as the user and the recipe gave them.
+    """
     try:
         yield
     except RunStopped as stopped:
         if run.world.is_main:
-            note_stop(run.out, run.settings, str(stopped))
+            run.monitor.guarded(STOPPED, partial(note_stop, run.out, given, str(stopped)))
         raise
     finally:
         update_report(run)

@@ -37,7 +37,7 @@ from training.setup import compute_dtype, make_setup
 from training.state import Saved, check_same_settings
 from training.step import Schedules, StepSettings
 from training.watch.flops import HeadShape, StepShape, describe_device, device_peak_flops, expected_masked, step_flops
-from training.watch.measure import VIEWS
+from training.watch.measure import RETRIEVAL, VIEWS
 from training.watch.monitor import METRICS, Monitor, RunSize
 from training.watch.sentinels import FirstNotFinite, Limits, Sentinels
 from training.watch.sinks import make_sinks
@@ -66,7 +66,8 @@ def make_run(
         check_same_settings(saved, settings)
         data.check_same(saved.memory["data"])
         check_same_teacher(config, saved.memory["teacher"], digest)
-    choice = choose_measure(config.measure, data)
+    choice = choose_measure(config.measure, data, continues=config.init is not None)
+    without_classes = choice.measure in (VIEWS, RETRIEVAL)
     peak = None
     if compute_dtype(setup.autocast) != torch.float32 or world.device.type != "cuda":
         peak = device_peak_flops(world.device, measure=config.measure_peak)
@@ -90,7 +91,7 @@ def make_run(
         release=release_settings(config, world, data),
         measure=choice.measure,
         measured=choice.words,
-        held_out=read_held_out(data.held_out, cache_side(config), world) if choice.measure == VIEWS else None,
+        held_out=read_held_out(data.held_out, cache_side(config), world) if without_classes else None,
         evaluations={},
         teacher_digest=digest,
         chosen=chosen,

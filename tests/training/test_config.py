@@ -88,6 +88,22 @@ def test_a_recipe_whose_name_no_model_can_have_is_refused_before_the_run(tmp_pat
         load(tmp_path, recipe=str(recipe))
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("teacher=", "teacher='': must not be empty"),
+        ("data=elsewhere", "data=elsewhere cannot be a setting: use --data"),
+        ("out=elsewhere", "out=elsewhere cannot be a setting: use --out"),
+        ("vit={depth = 'a'}", "vit={'depth': 'a'}: a value has the wrong type"),
+        ("vit={layerscale_init = nan}", "vit: layerscale_init=nan must be a finite number"),
+        ("seed=9223372036854775807", "seed=9223372036854775807: must be less than 4294967296"),
+    ],
+)
+def test_other_mistakes_are_named(tmp_path, override, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load(tmp_path, override)
+
+
 def test_there_is_no_default_recipe(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["training", "--data", "images", "--out", str(tmp_path / "run")])
     assert main() == 2

@@ -103,7 +103,7 @@ def test_the_moving_average_covers_the_same_share_of_each_short_run():
 
 def test_a_run_that_cannot_help_is_announced():
     short = continue_settings(3_000, 384, hours=0.01, images_per_s=20)
-    assert "steps, and a run needs 125" in (warning(short, 3_000) or "")
+    assert "steps, and the shortest run that improved a backbone had 125" in (warning(short, 3_000) or "")
     assert "40 images are too few" in (warning(continue_settings(40, 384), 40) or "")
 
 

@@ -111,7 +111,7 @@ FREE = {
     *("out", "data", "device", "compile", "strategy", "micro_batch", "checkpoint_blocks", "workers", "ahead_steps"),
     *("ahead_bytes", "measure_peak", "log_every", "save_every_minutes", "keep_states", "eval_every_epochs"),
     *("keep_checkpoints_every_epochs", "sheet_every", "wandb", "mlflow", "whiten", "eval_resize", "eval_crop"),
-    *("scale", "hours", "estimate", "evaluations", "measure", "measure_margin", "patience", "sentinel_lines"),
+    *("scale", "hours", "estimate", "evaluations", "measure_margin", "patience", "sentinel_lines"),
     *("on_collapse", "on_measure", "on_not_finite", "min_rankme_share", "max_rollbacks", "rollback_lr_factor"),
 }
 

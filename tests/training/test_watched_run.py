@@ -14,6 +14,7 @@ from rich.console import Console
 
 from model.checkpoint import load_checkpoint
 from tests.training.tiny import QUIET, TINY
+from training import plan as planning
 from training import release
 from training import run as actions
 from training import train as loop
@@ -24,8 +25,9 @@ from training.measuring import Evaluation, choose_measure
 from training.recipe import load_config
 from training.setup import make_network
 from training.state import find_state
-from training.watch.measure import KNN, OWN, VIEWS
+from training.watch.measure import KNN, OWN, RETRIEVAL, VIEWS
 from training.watch.monitor import read_lines
+from training.watch.sentinels import Verdict
 
 
 def make_images(folder, classes, n=9):
@@ -164,9 +166,9 @@ def test_images_without_classes_are_measured_by_views(unlabelled, tmp_path):
     assert [line["step"] for line in lines] == [0, 3, 6]
     assert {"view_certainty", "retrieval_1", "held_out_rankme_share", "held_out_loss"} <= lines[0].keys()
     assert all(-1 < line["view_certainty"] <= 1 for line in lines)
-    words = "measured during the run: view matching on held-out images (24 images; 0 % is chance"
+    words = "measured during the run: retrieval of held-out images by another view of them (24 images)"
     assert words in shown.export_text()
-    best = max(lines, key=lambda line: (line["view_certainty"], line["step"]))
+    best = max(lines, key=lambda line: (line["retrieval"], line["step"]))
     assert load_checkpoint(out / "checkpoint.best.safetensors")[2]["steps"] == best["step"]
 
 
@@ -350,20 +352,67 @@ def data_of(n_train, n_held_out, classes=True, divided=False):
 
 
 @pytest.mark.parametrize(
-    ("data", "measure", "n_images"),
+    ("data", "continues", "measure", "n_images"),
     [
-        (data_of(9_000, 1_000), KNN, 1_000),
-        (data_of(2_700, 300), VIEWS, 300),
-        (data_of(2_640, 296, divided=True), KNN, 296),
-        (data_of(270, 30, divided=True), VIEWS, 30),
-        (data_of(90, 10), OWN, 100),
-        (data_of(90_000, 10_000, classes=False), VIEWS, 1_000),
-        (data_of(90, 10, classes=False), None, 0),
+        (data_of(9_000, 1_000), True, KNN, 1_000),
+        (data_of(2_700, 300), True, VIEWS, 300),
+        (data_of(2_700, 300), False, OWN, 3_000),
+        (data_of(2_640, 296, divided=True), True, KNN, 296),
+        (data_of(270, 30, divided=True), True, VIEWS, 30),
+        (data_of(90, 10), True, OWN, 100),
+        (data_of(90_000, 10_000, classes=False), True, VIEWS, 1_000),
+        (data_of(540, 60, classes=False), False, RETRIEVAL, 60),
+        (data_of(90, 10, classes=False), True, None, 0),
     ],
 )
-def test_the_measure_suits_the_images(data, measure, n_images):
-    choice = choose_measure("auto", data)
+def test_the_measure_suits_the_images_and_the_start(data, continues, measure, n_images):
+    choice = choose_measure("auto", data, continues=continues)
     assert (choice.measure, choice.n_images) == (measure, n_images)
+
+
+def test_the_stop_is_refused_again_although_the_plan_chose_fewer_evaluations(images, tmp_path, monkeypatch):
+    """Only the settings that the user and the recipe gave are compared."""
+    out = tmp_path / "run"
+    settings = {**TINY, "data": images, "out": out, "estimate": True, "eval_every_epochs": None}
+    monkeypatch.setattr(planning, "EVALUATION_SHARE", 1e-9)
+    measured_as([0.9, 0.1], monkeypatch)
+    with pytest.raises(RunStopped, match="it lost more than 5 points"):
+        loop.train(TrainConfig.model_validate(settings), QUIET)
+    with pytest.raises(RunStopped, match="would stop it again"):
+        loop.train(TrainConfig.model_validate(settings), QUIET)
+
+
+def test_a_refused_resume_leaves_the_note_of_the_stop(images, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    stopped_run(images, out, monkeypatch)
+    with pytest.raises(ValueError, match="from a run with other settings"):
+        loop.train(config(images, out, eval_every_epochs=1, on_measure="warn", lr=1e-3), QUIET)
+    assert (out / "stopped.json").exists()
+
+
+def test_after_a_rollback_the_best_checkpoint_is_one_of_the_repeated_steps(images, tmp_path, monkeypatch):
+    """The best checkpoint of the steps that are undone is not released."""
+    out = tmp_path / "run"
+    verdicts = iter([Verdict("collapse", "rollback", 5, 3, "it collapsed")])
+    one_line = loop.log_line
+
+    def collapsing(run, step, *arguments):
+        verdict = one_line(run, step, *arguments)
+        return next(verdicts, verdict) if step == 5 else verdict
+
+    monkeypatch.setattr(loop, "log_line", collapsing)
+    measured_as([0.1, 0.2, 0.3, 0.4, 0.9, 0.35, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1], monkeypatch)
+    epochs = 1 / 3  # an evaluation after each step
+    settings = {"eval_every_epochs": epochs, "on_measure": "warn", "save_every_minutes": 1e-9, "keep_states": 9}
+    _, _, facts = load_checkpoint(loop.train(config(images, out, **settings), QUIET))
+    assert (facts["steps"], facts["measure"]) == (3, {"own_knn": 0.35})
+
+
+def test_a_dry_run_looks_at_the_place_of_the_run(images, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ValueError, match=r"out=.*file/run cannot be written: .*file is not a folder"):
+        loop.dry_run(config(images, file / "run"), QUIET)
 
 
 def test_a_finished_run_says_so_and_how_to_train_more(images, tmp_path):

@@ -277,7 +277,7 @@ def _charts(metrics: Lines, evaluations: Lines, config: Mapping[str, Any]) -> st
             mark=None if ln_k is None else (ln_k, "ln K: no information"),
             floor=0,
         ),
-        line_chart(lines("own_knn", "view_certainty", of=evaluations), title="Measure of the run"),
+        line_chart(lines("own_knn", "view_certainty", "retrieval", of=evaluations), title="Measure of the run"),
         line_chart(lines("held_out_loss", of=evaluations), title="Loss on held-out images", y_label="share of ln K"),
         line_chart(
             [*lines("rankme_share"), *lines("held_out_rankme_share", of=evaluations)],

@@ -20,4 +20,5 @@ class Measure:
 
 KNN = Measure("knn_cls_10", "the k-NN accuracy on held-out images")
 VIEWS = Measure("view_certainty", "view matching on held-out images")
+RETRIEVAL = Measure("retrieval", "retrieval of held-out images by another view of them")
 OWN = Measure("own_knn", "the k-NN accuracy of leave-one-out on the run's own images")

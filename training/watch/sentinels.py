@@ -112,11 +112,11 @@ class State:
 
 
 def difference_error(first: float, second: float, n: int) -> float:
-    """Estimate the standard error of the difference between two shares of n images.
+    """Estimate the standard error of the difference between two shares of n images. Other values count as 0 or 1.
 
     One hit and one miss are added to each share (Agresti and Coull, 1998), so that shares of 0 and 1 have an error too.
     """
-    shares = [(share * n + 1) / (n + 2) for share in (first, second)]
+    shares = [(min(max(share, 0.0), 1.0) * n + 1) / (n + 2) for share in (first, second)]
     return math.sqrt(sum(share * (1 - share) / (n + 2) for share in shares))
 
 
