@@ -77,7 +77,7 @@ CIFAR += [
 BUNDLED = ["model=dinov2_vitt14", "vit={depth = 4, img_size = 70, layerscale_init = 1.0}"]
 BUNDLED += ["batch_size=8", "cache_size=64", "global_size=42", "local_size=28", "n_local=2"]
 BUNDLED += ["head_hidden_dim=128", "head_bottleneck_dim=32", "eval_resize=48", "eval_crop=42"]
-DISTILL = [*GROCERY, "shared_head=true", "lr=2e-3", "micro_batch=16", "teacher_model=dinov2_vitt14"]
+DISTILL = [*GROCERY, "shared_head=false", "lr=2e-3", "micro_batch=16", "teacher_model=dinov2_vitt14"]
 
 NO_CENTRE = ["centering=softmax", "center_momentum=0.999999"]
 Case = tuple[str, int, list[str]]  # recipe, steps, overrides
