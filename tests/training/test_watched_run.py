@@ -1,5 +1,6 @@
 """What a run watches and keeps: its measure, its best checkpoint, early ends, stops, signals and the report."""
 
+import io
 import json
 import os
 import re
@@ -71,7 +72,7 @@ def evaluations(out):
 
 
 def screen():
-    return Console(file=open(os.devnull, "w"), width=80, record=True)
+    return Console(file=io.StringIO(), width=80, record=True)
 
 
 # The best checkpoint
