@@ -41,7 +41,8 @@ class Evaluation:
     `knn` contains the k-NN accuracy on held-out images for each pooling and each k. `figures` contains further metrics
     by name. `value` is that of the run's measure, which has the noise of `n_images` images. It is None if it could not
     be computed, for instance because all held-out images are broken. `rankme_share` is RankMe of the measured features
-    as a share of its maximum, for the measures that training can raise without better features.
+    as a share of its maximum, for the measures that training can raise without better features. `retrieval` is the
+    share of held-out images that are found by another view, if enough images are held out.
     """
 
     knn: Mapping[Pooling, Mapping[int, float]]
@@ -49,6 +50,7 @@ class Evaluation:
     value: float | None = None
     n_images: int = 0
     rankme_share: float | None = None
+    retrieval: float | None = None
 
     def by_name(self) -> dict[str, float]:
         """Return all metrics for a line of evaluations.jsonl."""
@@ -112,13 +114,23 @@ def choose_measure(wanted: MeasureName, data: Data, *, continues: bool) -> Choic
     return Choice(measure, n_images, f"measured during the run: {measure.words} ({n_images:,} images{scale})")
 
 
+def watched_images(choice: Choice, data: Data) -> int:
+    """Return the number of images of the figure that tells whether the features of a run are lost.
+
+    The figure is retrieval by views if enough images are held out, and otherwise the measure of the run.
+    """
+    n_held_out = len(data.held_out)
+    return min(n_held_out, MOST_IMAGES) if choice.measure and n_held_out >= FEWEST_HELD_OUT else choice.n_images
+
+
 def evaluate_backbone(
     backbone: DinoVisionTransformer, data: Data, spec: PreprocessSpec, measure: Measure | None
 ) -> Evaluation:
     """Evaluate a backbone on the images of a run.
 
-    k-NN is computed if the images have classes, whatever the measure is. The value of the measure `KNN` is the accuracy
-    of the class token with 10 neighbours, or fewer if there are fewer images.
+    k-NN is computed if the images have classes, and the measures without classes if enough images are held out,
+    whatever the measure is. The value of the measure `KNN` is the accuracy of the class token with 10 neighbours, or
+    fewer if there are fewer images.
     """
     knn: dict[Pooling, dict[int, float]] = {}
     features, device = None, backbone.cls_token.device
@@ -126,17 +138,22 @@ def evaluate_backbone(
         features = labelled_features(backbone, data.labelled_train_sample, data.labelled_held_out, spec)
     if features is not None:
         knn = accuracies(features, EVALUATED_KS, device, lambda note: None)
-    if measure is not None and measure in (VIEWS, RETRIEVAL):
+    figures: dict[str, float] = {}
+    retrieval = None
+    if measure is not None and len(data.held_out) >= FEWEST_HELD_OUT:
         found = measure_label_free(backbone, data.held_out, spec)
+        retrieval = found.retrieval
         figures = {KEYS.get(name, name): value for name, value in asdict(found).items() if name != "n_images"}
-        figures[RETRIEVAL.name] = found.retrieval
-        return Evaluation(knn, figures, figures[measure.name], found.n_images, found.rankme_share)
+        figures[RETRIEVAL.name] = retrieval
+        if measure in (VIEWS, RETRIEVAL):
+            return Evaluation(knn, figures, figures[measure.name], found.n_images, found.rankme_share, retrieval)
     if features is None:
-        return Evaluation(knn)
+        return Evaluation(knn, figures)
     if measure == OWN:
         tokens, labels = features.together()
         own = own_accuracy(tokens.to(device), labels.to(device))
         rank = rankme_share(tokens[:: max(1, len(tokens) // RANKME_ROWS)])
-        return Evaluation(knn, {OWN.name: own, KEYS["rankme_share"]: rank}, own, len(labels), rank)
+        return Evaluation(knn, {**figures, OWN.name: own}, own, len(labels), rank, retrieval)
     usable = [k for k in knn.get("cls", {}) if k <= MEASURED_K]
-    return Evaluation(knn, {}, knn["cls"][max(usable)] if usable else None, len(features.test_labels))
+    value = knn["cls"][max(usable)] if usable else None
+    return Evaluation(knn, figures, value, len(features.test_labels), None, retrieval)

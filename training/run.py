@@ -180,7 +180,9 @@ def evaluate(run: Run, step: int) -> Verdict | None:
             if found.value is None:
                 return None
             run.monitor.evaluated(step, found.by_name() | loss)
-            return run.sentinels.check_measure(step, measure, found.value, found.n_images, found.rankme_share)
+            return run.sentinels.check_measure(
+                step, measure, found.value, found.n_images, found.rankme_share, found.retrieval
+            )
 
         return decide(run, ask)
 

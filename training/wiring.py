@@ -27,7 +27,7 @@ from training.data.run_images import Data, ImageSettings
 from training.distill import check_same_teacher, load_teacher, teacher_digest
 from training.distributed import World
 from training.held_out import read_held_out
-from training.measuring import choose_measure
+from training.measuring import choose_measure, watched_images
 from training.optimizer import Part
 from training.outcome import Release
 from training.provenance import provenance
@@ -84,7 +84,7 @@ def make_run(
         steps_per_epoch=steps_per_epoch,
         every=intervals(config, steps_per_epoch, total),
         keep_states=config.keep_states,
-        sentinels=Sentinels(limits(config, choice.n_images)),
+        sentinels=Sentinels(limits(config, watched_images(choice, data))),
         not_finite=FirstNotFinite(world.device),
         monitor=make_monitor(config, world, data, console, total, saved.step if saved else 0, peak),
         work=functools.partial(work_of_step, config, teacher=teacher.backbone.config if teacher else None),
@@ -237,7 +237,7 @@ def spread_evenly(n: int, total: int) -> int:
 def limits(config: TrainConfig, n_measured: int) -> Limits:
     """Return the thresholds and actions of the sentinels (checks for a failing run).
 
-    `n_measured` is the number of images from which the run's measure is computed.
+    `n_measured` is the number of images of the figure that tells whether the features are lost.
     """
     return Limits(
         config.n_prototypes,

@@ -101,7 +101,7 @@ class State:
     measure: str = ""  # name of the measure to which the next fields belong
     first: float | None = None
     first_rankme: float | None = None
-    latest: float | None = None
+    latest: float | None = None  # value of retrieval or else of the measure, for the checks for collapse
     best: float | None = None
     best_step: int = 0
     since_best: int = 0  # evaluations since the measure last rose above its best value
@@ -248,7 +248,13 @@ class Sentinels:
         return self._decide("not_finite", self.limits.on_not_finite, step, step - 1, begin, advice)
 
     def check_measure(
-        self, step: int, measure: Measure, value: float, n_images: int, rankme_share: float | None = None
+        self,
+        step: int,
+        measure: Measure,
+        value: float,
+        n_images: int,
+        rankme_share: float | None = None,
+        retrieval: float | None = None,
     ) -> Verdict | None:
         """Compare a value of the run's measure (0 to 1) after `step` steps with the best value so far. Return a
         verdict, or None if there is nothing to report.
@@ -262,13 +268,16 @@ class Sentinels:
         If RankMe of the measured features, `rankme_share`, is given and has fallen to less than `LEAST_RANKME` of its
         first value, the value is not the best one, however high it is: training can raise a measure on a run's own
         images and still harm the features (docs/decisions/0032-continue-on-small-sets.md).
+
+        The checks for collapse use `retrieval` instead of the measure if it is given, because k-NN missed collapses
+        that it found (docs/decisions/0034-signs-of-collapse.md).
         """
         state, limits = self.state, self.limits
         if state.measure != measure.name:
             state.measure, state.first, state.best = measure.name, value, None
             state.first_rankme = rankme_share
             state.highest.pop("measure", None)
-        state.latest = value
+        state.latest = value if retrieval is None else retrieval
         narrowed = rankme_share is not None and rankme_share < LEAST_RANKME * (state.first_rankme or 0.0)
         risen = not narrowed and (state.best is None or value > state.best)
         state.since_best = 0 if risen else state.since_best + 1

@@ -325,3 +325,11 @@ def test_a_higher_value_of_narrower_features_is_not_the_best():
     assert (watch.state.best, watch.state.best_step) == (0.7, 30)
     watch.check_measure(40, KNN, 0.8, MANY, 0.1)
     assert (watch.state.best_step, watch.state.since_best) == (30, 1)
+
+
+def test_the_checks_for_collapse_use_retrieval_rather_than_the_measure():
+    watch = sentinels(on_measure="warn")
+    watch.check_measure(0, KNN, 0.5, MANY, None, 0.3)
+    assert (watch.state.best, watch.state.latest) == (0.5, 0.3)
+    watch.check_measure(10, KNN, 0.6, MANY)
+    assert (watch.state.best, watch.state.latest) == (0.6, 0.6)
