@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch", reason="weights are loaded into torch: pip install '.[train]'")
+
 import torch
 from safetensors.numpy import load_file, save_file
 

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch", reason="weights of other projects are compared with torch: pip install '.[train]'")
+
 import torch
 from safetensors.numpy import load_file
 

@@ -10,6 +10,9 @@ from enum import Enum
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("torch", reason="the adapters are torch modules: pip install '.[train]'")
+
 import torch
 from torch import Tensor, nn
 

@@ -5,6 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("torch", reason="the adapters are torch modules: pip install '.[train]'")
+
 import torch
 from torch import Tensor, nn
 
