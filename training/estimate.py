@@ -8,13 +8,10 @@ be called for any number of epochs, for example to find how many fit into a numb
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from statistics import median
 
 import numpy as np
 
 from training.resources import Free
-from training.watch.monitor import read_lines
 
 EVALUATION_BATCH = 64  # images in one forward pass of an evaluation
 NEIGHBOURS_BLOCK = (1024, 65_536)  # similarities that k-NN holds at a time, see `training.evaluate.knn.nearest`
@@ -24,7 +21,6 @@ CPU_GROWTH = 1.18
 SHEET_BYTES = 2_500_000  # a typical image sheet, together with its copy in the report
 LINE_BYTES = 1_600  # a line of metrics.jsonl, together with its copy for TensorBoard
 NOTE_BYTES = 2_048  # the JSON file of a saved state
-RECENT_LINES = 20  # log lines from which `measured_speed` computes the speed
 
 
 @dataclass(frozen=True)
@@ -305,32 +301,6 @@ def epochs_within(
         else:
             too_many = middle
     return fits / steps_per_epoch
-
-
-@dataclass(frozen=True)
-class Speed:
-    """The speed and the peak memory of a run that has already trained, from its log."""
-
-    seconds_per_step: float
-    images_per_s: float
-    memory_bytes: int | None
-
-
-def measured_speed(metrics: Path, batch_size: int, first_step: int = 0) -> Speed | None:
-    """Return the speed of a run from the last lines of its `metrics.jsonl`, or None if the file has no such lines.
-
-    A resumed run knows its speed from its log and needs no trial.
-
-    Args:
-        metrics: the file. It may be missing.
-        batch_size: images of a step, over all ranks.
-        first_step: lines up to this step are ignored, for example because the crops were smaller then.
-    """
-    lines = [x for x in read_lines(metrics) if x.get("images_per_s") and x.get("step", 0) > first_step]
-    if not lines:
-        return None
-    images_per_s = median(line["images_per_s"] for line in lines[-RECENT_LINES:])
-    return Speed(batch_size / images_per_s, images_per_s, lines[-1].get("peak_memory_bytes"))
 
 
 def size(n_bytes: float) -> str:

@@ -16,7 +16,7 @@ from training.data.run_images import Data
 from training.evaluate.knn import EVALUATED_KS, accuracies, labelled_features
 from training.evaluate.label_free import MOST_IMAGES, measure_label_free
 from training.evaluate.own_images import own_accuracy
-from training.spread import rankme_share
+from training.spread import RANKME_ROWS, rankme_share
 from training.watch.measure import KNN, OWN, RETRIEVAL, VIEWS, Measure
 
 MeasureName = Literal["auto", "knn", "own", "views", "retrieval", "none"]
@@ -30,7 +30,6 @@ KEYS = {"rankme_share": "held_out_rankme_share", "spread": "held_out_spread"}
 """Keys in evaluations.jsonl of metrics that metrics.jsonl has too, there of crops of training images."""
 
 MEASURED_K = 10
-RANKME_ROWS = 1024  # enough class tokens to estimate an effective rank
 FEWEST_HELD_OUT = 20  # with fewer, one image is worth more than five percentage points
 
 

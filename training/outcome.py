@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from model.checkpoint import save_checkpoint
 from model.config import ViTConfig
+from model.loading import RUN_CHECKPOINTS
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 from training.data.crops import CropSettings, make_crops
@@ -25,8 +26,7 @@ from training.distributed import World, whole
 from training.pages.sheets import SheetCrops, picture_sheet, save_sheet, shrunk
 from training.state import Parts
 
-CHECKPOINT = "checkpoint.safetensors"
-BEST = "checkpoint.best.safetensors"
+BEST, CHECKPOINT = RUN_CHECKPOINTS
 SHEET_PHOTOS = 6
 GALLERY = 128  # images that are searched for a sheet's neighbours
 

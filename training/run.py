@@ -30,14 +30,12 @@ from training.outcome import (
     write_sheet,
 )
 from training.pages.report import write_report
-from training.spread import token_spread
+from training.spread import RANKME_ROWS, token_spread
 from training.state import KEPT_BEST, Saved, drop_states, find_state, load_state, remember, save_state
 from training.step import Schedules, Setup, StepSettings
 from training.watch.measure import Measure
 from training.watch.monitor import Monitor
 from training.watch.sentinels import NEVER, FirstNotFinite, Sentinels, Verdict, rankme_share, save_replay
-
-RANKME_ROWS = 1024  # enough class tokens to estimate an effective rank, which is then quick to compute
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+RANKME_ROWS = 1024  # enough class tokens to estimate an effective rank, which is then quick to compute
+
 
 def rankme(features: Tensor) -> float:
     """Compute the effective rank of features [n, D]: exp(H), where H is the entropy of the singular values scaled to

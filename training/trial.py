@@ -35,14 +35,13 @@ from training.estimate import EVALUATION_BATCH, Costs, ReadingCosts, steps_of_ph
 from training.evaluate.features import default_workers, read_pixels
 from training.outcome import released_backbone
 from training.resources import Free, free_resources, least_free, peak_bytes, restart_peak, write_speed
+from training.spread import RANKME_ROWS, rankme_share
 from training.state import Parts
 from training.step import Schedules, Setup, StepSettings, train_step
-from training.watch.sentinels import rankme_share
 
 MEASURED_STEPS = 3
 LONG_S = 15.0  # if a step or a forward pass takes longer, it is measured only once
 IMAGES_READ = 32  # at least, to measure the time for an image
-RANKME_ROWS = 1024  # as in a log line of the run
 METADATA_BYTES = 4096  # of a checkpoint, which are mostly the run's settings
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from model.config import ViTConfig
 from model.cpus import available_cpus
+from training import scale
 from training.config import LastPhase, TrainConfig
 from training.data.augment import Geometry, Jitter, View
 from training.data.batches import Reading
@@ -101,8 +102,7 @@ def make_run(
 
 def steps_of(config: TrainConfig, n_images: int) -> tuple[int, int]:
     """Return the number of steps in an epoch and in the whole run, for `n_images` training images."""
-    steps_per_epoch = n_images // config.batch_size
-    return steps_per_epoch, max(1, round(config.epochs * steps_per_epoch))
+    return n_images // config.batch_size, scale.steps_of(config, n_images)
 
 
 def image_settings(config: TrainConfig) -> tuple[SourceSettings, ImageSettings]:

@@ -1,10 +1,8 @@
 """Estimates: exact arithmetic from measured costs, and the words in which they are told."""
 
-import json
 from dataclasses import replace
 from io import BytesIO
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -21,7 +19,6 @@ from training.estimate import (
     Costs,
     Plan,
     ReadingCosts,
-    Speed,
     count_evaluations,
     duration,
     epochs_within,
@@ -29,7 +26,6 @@ from training.estimate import (
     evaluation_memory,
     image_memory,
     in_words,
-    measured_speed,
     seconds_of_evaluation,
     size,
     step_with_reading,
@@ -286,14 +282,3 @@ def test_epochs_have_a_limit_and_a_time_must_suffice_for_one_step():
     assert [epochs_within(hours, lambda epochs: 3600 * epochs, 1) for hours in (1, 2, 5, 5.9)] == [1, 2, 5, 5]
     with pytest.raises(ValueError, match=r"hours=0\.01 is too short: a run of one step takes 2 min.*hours=0\.04"):
         epochs_within(0.01, lambda epochs: 120 + epochs, 10)
-
-
-def test_a_run_that_has_trained_knows_its_speed(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    assert measured_speed(path, 64) is None
-    rates = [1000.0, *np.linspace(90, 110, 20)]
-    lines = [{"step": n, "images_per_s": x, "peak_memory_bytes": n} for n, x in enumerate(rates, start=1)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 22, "images')
-    assert measured_speed(path, 50) == Speed(seconds_per_step=0.5, images_per_s=100.0, memory_bytes=21)
-    assert measured_speed(path, 55, first_step=20).images_per_s == 110
-    assert measured_speed(path, 50, first_step=21) is None

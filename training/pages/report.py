@@ -25,6 +25,7 @@ from pydantic_core import to_jsonable_python
 from safetensors import SafetensorError, safe_open
 
 from model.files import write_text
+from model.loading import RUN_CHECKPOINTS, run_checkpoint
 from training.config import TrainConfig, loss_names
 from training.pages.charts import CSS as CHART_CSS
 from training.pages.charts import Series, line_chart
@@ -32,7 +33,6 @@ from training.watch.monitor import EVALUATIONS, EVENTS, METRICS, read_lines
 
 REPORT = "report.html"
 SHEETS = "sheets"
-BEST = "checkpoint.best.safetensors"
 SHEET_WIDTH = 1400  # pixels; large enough to see patches, small enough to email
 SHOWN_K = 10  # neighbours
 EVENTS_SHOWN = 20
@@ -82,7 +82,7 @@ def write_report(out: Path) -> Path:
     if not config and not metrics:
         raise ValueError(f"{out} is not a run's folder: it has neither config.json nor {METRICS}")
     evaluations = read_lines(out / EVALUATIONS)
-    facts = _provenance(out / BEST) or _provenance(out / "checkpoint.safetensors")
+    facts = next(filter(None, (_provenance(out / name) for name in RUN_CHECKPOINTS)), {})
     knn = _json(out / "knn.json")
     sections = [
         _head(config, facts, metrics),
@@ -373,9 +373,8 @@ def _origin(facts: Mapping[str, Any]) -> str:
 def _next_steps(out: Path, config: Mapping[str, Any]) -> str:
     """Return an HTML text block with the commands that export the checkpoint and resume training."""
     steps = []
-    names = (BEST, "checkpoint.safetensors")
-    if checkpoints := [path for name in names if (path := out / name).exists()]:
-        steps.append(f"dinov2 export {shlex.quote(str(checkpoints[0]))}   # then: dinov2 serve")
+    if (checkpoint := run_checkpoint(out)) is not None:
+        steps.append(f"dinov2 export {shlex.quote(str(checkpoint))}   # then: dinov2 serve")
     if sources := _sources(config):
         data = " ".join(f"--data {shlex.quote(source)}" for source in sources)
         recipe, folder = (shlex.quote(str(x)) for x in (config.get("recipe"), out))
