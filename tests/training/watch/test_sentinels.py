@@ -333,3 +333,8 @@ def test_the_checks_for_collapse_use_retrieval_rather_than_the_measure():
     assert (watch.state.best, watch.state.latest) == (0.5, 0.3)
     watch.check_measure(10, KNN, 0.6, MANY)
     assert (watch.state.best, watch.state.latest) == (0.6, 0.6)
+
+
+def test_the_error_of_a_value_below_zero_is_that_of_zero():
+    """View matching can be below 0, and a run ended with a math error."""
+    assert difference_error(-0.5, 0.2, 60) == difference_error(0.0, 0.2, 60) > 0
