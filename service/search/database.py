@@ -1,6 +1,6 @@
 """The SQL statements of the embedded store.
 
-The SQLite database (`service/search/sqlite_file.py`) is the source of truth. The faiss segments in the same data folder
+The SQLite database (`service/search/schema.py`) is the source of truth. The faiss segments in the same data folder
 can be rebuilt from it.
 
 An item's `number` identifies one vector permanently. If an item is replaced, its number is deleted and the new item
@@ -31,8 +31,8 @@ import orjson
 from service.errors import CollectionNotFound, StorageFailed
 from service.search.filter_sql import extract
 from service.search.filters import parse_path
-from service.search.sqlite_file import run_script
 from service.search.store import CollectionInfo, CollectionSpec, Floats, IndexSpec, Item
+from service.sqlite import run_script
 
 Numbers = npt.NDArray[np.int64]
 

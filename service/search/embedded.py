@@ -29,8 +29,9 @@ from typing import Any, TypeVar
 import numpy.typing as npt
 
 from model.cpus import available_cpus
+from service import sqlite
 from service.errors import CollectionNotFound, Conflict, ItemNotFound, StorageFailed
-from service.search import database, snapshots, sqlite_file
+from service.search import database, snapshots
 from service.search.checks import (
     check_id,
     check_match,
@@ -54,12 +55,11 @@ from service.search.reading import (
     value_counts,
 )
 from service.search.restoring import restore
+from service.search.schema import SCHEMA
 from service.search.scrolling import page_in_order, position_in
 from service.search.searcher import Searcher
 from service.search.selection import passing
 from service.search.specs import check_spec
-from service.search.sqlite_file import snapshot, translated
-from service.search.stamp import Stamp
 from service.search.store import (
     CollectionInfo,
     CollectionSpec,
@@ -77,6 +77,8 @@ from service.search.store import (
 from service.search.threads import Workers, Write, commit_together
 from service.search.usage import measure
 from service.search.view import Views
+from service.sqlite import snapshot, translated
+from service.stamp import Stamp
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -108,7 +110,7 @@ class EmbeddedStore:
 
     def __init__(self, data_dir: Path, *, threads: int, **maintenance: Any) -> None:
         self.path = data_dir / "search.sqlite3"
-        sqlite_file.prepare(self.path)
+        sqlite.prepare(self.path, SCHEMA)
         self.views = Views(data_dir / "segments")
         self.stamp = Stamp(data_dir / "search.stamp")
         self._snapshots = data_dir / "snapshots"
@@ -422,7 +424,7 @@ class EmbeddedStore:
     # ---- threads
 
     def _connect(self) -> sqlite3.Connection:
-        db = sqlite_file.connect(self.path)
+        db = sqlite.connect(self.path)
         self._connections.append(db)
         return db
 
@@ -463,7 +465,7 @@ class EmbeddedStore:
             db = getattr(self._local, "db", None)
             if db is None:
                 db = self._local.db = self._connect()
-            with translated(), snapshot(db) if as_one else nullcontext():
+            with translated("the vector store"), snapshot(db) if as_one else nullcontext():
                 return work(db)
 
         return await asyncio.get_running_loop().run_in_executor(self._readers, run)

@@ -44,10 +44,10 @@ from service.search.database import Chunk, Point, Row, SegmentRow
 from service.search.indexes import INDEX_FILE, structure_of
 from service.search.kinds import EXACT, kind_named
 from service.search.segments import LivePart, Positions
-from service.search.sqlite_file import snapshot, transaction
-from service.search.stamp import Stamp
 from service.search.store import Floats, SearchParams
 from service.search.view import View, Views
+from service.sqlite import snapshot, transaction
+from service.stamp import Stamp
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Searches the embedded store: chooses the view and the thread for a search, and turns positions into hits.
 
-Every commit changes the stamp (`service/search/stamp.py`). A search reads the stamp. If it has changed, the search
+Every commit changes the stamp (`service/stamp.py`). A search reads the stamp. If it has changed, the search
 updates its view, which contains the state of the collection at one moment. Therefore, the search sees every
 acknowledged write by any process that uses the same data folder, and never a partial write. Searches that wait in the
 queue and have the same parameters share one call of faiss. A quick search is answered in the caller's thread if no
@@ -31,11 +31,11 @@ from service.search.filters import Filter, matches
 from service.search.maintenance import Maintenance
 from service.search.segments import Allowed, Neighbours
 from service.search.selection import Selections
-from service.search.sqlite_file import translated
-from service.search.stamp import Stamp
 from service.search.store import MAX_DEPTH, Floats, Hit, SearchParams
 from service.search.threads import Workers
 from service.search.view import View, Views
+from service.sqlite import translated
+from service.stamp import Stamp
 
 AT_ONCE_S: Final = 0.001
 """The duration in seconds up to which a search may block the event loop."""
@@ -164,7 +164,7 @@ class Searcher:
             vectors = (
                 together[0].vectors if len(together) == 1 else np.concatenate([query.vectors for query in together])
             )
-            with translated():
+            with translated("the vector store"):
                 answers = iter(self._answer(db, together[0], vectors))
             return [[next(answers) for _ in query.vectors] for query in together]
 
