@@ -85,12 +85,14 @@ class JobFile:
         self.now = now
 
     @contextmanager
-    def write(self) -> Iterator[sqlite3.Connection]:
-        """Run the `with` block in one write transaction, and change the stamp when it is committed."""
+    def write(self, *, quietly: bool = False) -> Iterator[sqlite3.Connection]:
+        """Run the `with` block in one write transaction, and change the stamp when it is committed. The stamp does not
+        change if `quietly` is True, because nobody waits for the change."""
         with self._lock, translated(WHAT):
             with transaction(self._db):
                 yield self._db
-            self.stamp.bump()
+            if not quietly:
+                self.stamp.bump()
 
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:

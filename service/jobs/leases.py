@@ -83,7 +83,7 @@ class Leases:
         Raises:
             LeaseLost: the lease is no longer valid.
         """
-        with self._file.write() as db:
+        with self._file.write(quietly=True) as db:
             job = _leased(db, lease)
             db.execute("UPDATE jobs SET lease_until = ? WHERE id = ?", (self.now() + lease_s, job.id))
             return find_job(db, job.id)

@@ -1,7 +1,6 @@
 """The worker processes that use a job store, with their heartbeats."""
 
 import json
-from dataclasses import replace
 from typing import Final
 
 from service.jobs.job_file import JobFile, worker_of
@@ -21,7 +20,7 @@ class Workers:
     def beat(self, worker: WorkerRow) -> None:
         """Store a worker with the current time as its heartbeat. Forget workers that died long ago."""
         now = self._file.now()
-        with self._file.write() as db:
+        with self._file.write(quietly=True) as db:
             db.execute(
                 "INSERT OR REPLACE INTO workers (id, host, pid, kinds, started, heartbeat, job) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -34,7 +33,7 @@ class Workers:
 
     def leave(self, worker_id: str) -> None:
         """Remove a worker that ends."""
-        with self._file.write() as db:
+        with self._file.write(quietly=True) as db:
             db.execute("DELETE FROM workers WHERE id = ?", (worker_id,))
 
     def alive(self) -> list[WorkerRow]:
@@ -44,8 +43,3 @@ class Workers:
                 "SELECT * FROM workers WHERE heartbeat >= ? ORDER BY started, id", (self._file.now() - GONE_S,)
             )
             return [worker_of(row) for row in rows]
-
-
-def with_job(worker: WorkerRow, job: str | None) -> WorkerRow:
-    """Return the worker's row with another job."""
-    return replace(worker, job=job)
