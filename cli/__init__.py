@@ -23,6 +23,7 @@ from cli import (
     train_head,
     training,
     verify,
+    worker,
 )
 from cli.shared import fail
 from cli.vision import Commands
@@ -67,6 +68,7 @@ for command in (
     serving.models,
     verify.verify,
     train_head.train_head,
+    worker.worker,
 ):
     app.command()(command)
 app.add_typer(collection.app, name="collections")
