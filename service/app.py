@@ -24,6 +24,7 @@ from model.engines.protocol import Engine, Tried
 from service.assembly import opened_service
 from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
 from service.features.cache import Cache
+from service.live_models import LiveModels, Record
 from service.middleware import Border, error_body
 from service.routes import (
     add_items,
@@ -63,6 +64,7 @@ def create_app(
     tried: tuple[Tried, ...] = (),
     cache: Cache | None = None,
     open_store: Callable[[], Awaitable[VectorStore]] | None = None,
+    record: Record | None = None,
 ) -> "App":
     """Build and return the application.
 
@@ -73,13 +75,19 @@ def create_app(
         tried: the engines that were tried at startup. /v1/models lists them.
         cache: the vector cache. If None, the cache that the settings specify is created.
         open_store: a function that opens the vector store. If None, the store that the settings specify is opened.
+        record: the record of generations, which can change the model while the application runs. If None, the model
+            stays the same.
     """
-    start = _Start(settings, artifact, engine, tried, cache, open_store)
+    start = _Start(settings, artifact, engine, tried, cache, open_store, record)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             app.state.service = await start.service(stack)
+            if record is not None:
+                models = LiveModels(app.state.service, record, lambda service: setattr(app.state, "service", service))
+                stack.push_async_callback(models.close)
+                await models.start()
             yield
             start.lifecycle.draining = True
 
@@ -147,6 +155,7 @@ class _Start:
     tried: tuple[Tried, ...]
     cache: Cache | None
     open_store: Callable[[], Awaitable[VectorStore]] | None
+    record: Record | None = None
     metrics: Metrics = field(default_factory=Metrics)
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
 
@@ -169,7 +178,9 @@ class _Start:
         await service.pipeline.warm_up()
         self.lifecycle.warm = True
         manifest, engine = self.artifact.manifest, self.engine
-        self.metrics.model_info.labels(manifest.name, manifest.fingerprint, engine.name, engine.precision).set(1)
+        self.metrics.model_info.labels(manifest.name, manifest.fingerprint, engine.name, engine.precision, "live").set(
+            1
+        )
         log.info("ready", extra={"fields": {**service.identity(), "settings": self.settings.shown()}})
         return service
 
