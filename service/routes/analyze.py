@@ -41,6 +41,7 @@ async def _answer(request: Request, task: Task[AnalyzeOptions, Any], key: str) -
     service = service_of(request)
     images, options = await read_request(request, task, service, key)
     asked = await _read_class(options, service)
+    request.state.collection = None if asked is None else asked.options.collection
     others = options.model_copy(update={"outputs": [name for name in options.outputs if name != "class"]})
     view = task.view(others, service.model)
     class_names = () if asked is None else await class_outputs(service, asked)
