@@ -140,7 +140,9 @@ def make_server(settings: Settings) -> "DrainingServer":
         timeout_graceful_shutdown=1,  # on_tick has already waited for running requests
         timeout_keep_alive=30,
     )
-    return DrainingServer(config, starting, partial(load, settings), grace_s=settings.shutdown_grace_s)
+    return DrainingServer(
+        config, starting, partial(load, settings), grace_s=settings.shutdown_grace_s, root_path=settings.root_path
+    )
 
 
 class _Unjoined(ThreadPoolExecutor):
@@ -158,9 +160,16 @@ class DrainingServer(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, starting: Starting, load: Callable[[Report], Loaded], *, grace_s: float
+        self,
+        config: uvicorn.Config,
+        starting: Starting,
+        load: Callable[[Report], Loaded],
+        *,
+        grace_s: float,
+        root_path: str = "",
     ) -> None:
         super().__init__(config)
+        self._root_path = root_path
         self._starting = starting
         self._load = load
         self._grace_s = grace_s
@@ -200,7 +209,7 @@ class DrainingServer(uvicorn.Server):
         self._starting.app = loaded.app
         gc.collect()
         gc.freeze()  # otherwise garbage collections would scan the objects made at startup and delay requests
-        print(greeting(loaded.artifact, loaded.engine, self._url()), flush=True)
+        print(greeting(loaded.artifact, loaded.engine, self._url() + self._root_path), flush=True)
 
     async def shutdown(self, sockets: Any = None) -> None:
         """Stop listening, cancel the requests that are still running, and close the application. After a second signal,

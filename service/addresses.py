@@ -7,8 +7,9 @@ urllib's own error messages are not shown, because they may contain pieces of th
 """
 
 import re
+from pathlib import Path
 from typing import Final
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 _REDIS_FORM: Final = (
     "not a valid URL: {}; the form is redis://[[user]:password@]host[:port][/db], with special characters of the "
@@ -40,6 +41,37 @@ def redis_parts(url: str) -> SplitResult:
     if scheme == "unix" and (parts.hostname or not parts.path):
         raise ValueError("not a valid URL: the form is unix:///path/of/the/socket")
     return parts
+
+
+def with_redis_password(url: str, password: str) -> str:
+    """Return a Redis URL with the password added.
+
+    Raises:
+        ValueError: `url` is not a valid Redis URL, has a password already, or names a socket.
+    """
+    parts = redis_parts(url)
+    if parts.scheme == "unix":
+        raise ValueError("the URL names a socket, to which a password from a file cannot be added: add it to the URL")
+    if parts.password:
+        raise ValueError("the URL contains a password, and redis_password_file is set too: remove one of them")
+    user, _, place = parts.netloc.rpartition("@")
+    return parts._replace(netloc=f"{user.removesuffix(':')}:{quote(password, safe='')}@{place}").geturl()
+
+
+def secret_in(file: Path) -> str:
+    """Return the text in a file without the line break at its end.
+
+    Raises:
+        ValueError: the file cannot be read, is not UTF-8, or is empty.
+    """
+    try:
+        text = file.read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ValueError(f"{file} cannot be read: {reason}") from None
+    if not text:
+        raise ValueError(f"{file} is empty")
+    return text
 
 
 def milvus_parts(url: str) -> SplitResult:

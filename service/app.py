@@ -42,7 +42,7 @@ from service.routes import (
     search,
     vision,
 )
-from service.routes.direct import accept_trailing_slash, allowed_methods, answers_get, head_route
+from service.routes.direct import accept_trailing_slash, allowed_methods, answers_get, head_route, tell_root_path
 from service.search import opening
 from service.search.store import VectorStore
 from service.settings import Settings
@@ -121,8 +121,10 @@ def create_app(
         health,
     )
     routes = [route for resource in resources for route in resource.router.routes]
+    app.state.root_path = settings.root_path
     for route in app.routes:  # the framework's own, for instance /docs
         accept_trailing_slash(route)
+        tell_root_path(route, settings.root_path)
     # Put the routes before the framework's own, without the wrappers that `include_router` would add.
     app.router.routes[:0] = [*routes, *(head_route(route) for route in routes if answers_get(route))]
     app.add_exception_handler(HTTPException, _framework_error)
@@ -138,6 +140,7 @@ class App(FastAPI):
         """Return the OpenAPI document, which /openapi.json serves."""
         if self.openapi_schema is None:
             about = {"title": self.title, "version": self.version, "description": self.description}
+            about["server"] = self.state.root_path or "/"
             self.openapi_schema = openapi.document(self.routes, **about)
         return self.openapi_schema
 
@@ -197,7 +200,7 @@ async def _framework_error(request: Request, error: Exception) -> Response:
     requested path. It has the same format as the responses for the service's own errors."""
     translated = _translated(request, error)
     request.state.error = translated  # for the access log
-    content_type, body = error_body(translated, request.url.path, request.state.request_id)
+    content_type, body = error_body(translated, request.url.path, request.state.request_id, request.app.state.root_path)
     return Response(
         body, status_code=translated.status, headers=translated.headers, media_type=content_type.decode("ascii")
     )

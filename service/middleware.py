@@ -98,6 +98,9 @@ class _Exchange:
         self._app, self._scope, self._receive, self._send = border.app, scope, receive, send
         self._settings, self._metrics, self._lifecycle = border.settings, border.metrics, border.lifecycle
         self._cors, self._tracing = border.cors, border.tracing
+        prefix = self._settings.root_path
+        if prefix and f"{scope['path']}/".startswith(f"{prefix}/"):  # the proxy has not removed it
+            scope["path"] = scope["path"][len(prefix) :] or "/"
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
         self.request_id = request_id(self._headers)
         scope.setdefault("state", {})["request_id"] = self.request_id
@@ -323,7 +326,7 @@ class _Exchange:
             self._set_gone()
             return
         self._error = error
-        content_type, body = error_body(error, self._scope["path"], self.request_id)
+        content_type, body = error_body(error, self._scope["path"], self.request_id, self._settings.root_path)
         headers = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
         headers += [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in error.headers.items()]
         if not self._body_ended and self._scope["method"] in ("POST", "PUT", "PATCH"):
@@ -395,12 +398,12 @@ def _origin(error: ServiceError) -> ServiceError:
     return error
 
 
-def error_body(error: ServiceError, path: str, request_id: str) -> tuple[bytes, bytes]:
+def error_body(error: ServiceError, path: str, request_id: str, root_path: str = "") -> tuple[bytes, bytes]:
     """Return the content type and the body of the response for an error. If `path` is in OPENAI_PATHS, the body has
-    OpenAI's format. Otherwise it has the format of RFC 9457."""
+    OpenAI's format. Otherwise it has the format of RFC 9457. `root_path` is the prefix that clients see."""
     if path.removesuffix("/") in OPENAI_PATHS:
         return b"application/json", _json(openai_body(error, request_id=request_id))
-    return b"application/problem+json", _json(problem_body(error, instance=path, request_id=request_id))
+    return b"application/problem+json", _json(problem_body(error, instance=root_path + path, request_id=request_id))
 
 
 def _json(body: dict[str, Any]) -> bytes:

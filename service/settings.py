@@ -20,7 +20,15 @@ from model.cpus import available_cpus
 from model.files import expanded
 from model.messages import in_words
 from model.zoo import HUGGING_FACE_URL, META_URL
-from service.addresses import masked_milvus_url, masked_url, milvus_parts, otlp_traces_url, redis_parts
+from service.addresses import (
+    masked_milvus_url,
+    masked_url,
+    milvus_parts,
+    otlp_traces_url,
+    redis_parts,
+    secret_in,
+    with_redis_password,
+)
 from service.cors import parse_origins
 
 PREFIX = "DINOV2_"
@@ -29,6 +37,9 @@ READ_BY_COMPOSE = frozenset({"DINOV2_PUBLISH", "DINOV2_MEMORY"})
 them to it."""
 _SECRET: Final = ("redis_url", "originals_url", "vector_store")
 """Settings whose values may contain a password, so error messages do not show them."""
+_OWN_PATHS: Final = frozenset({"v1", "livez", "readyz", "metrics", "docs", "redoc", "openapi.json"})
+"""The first parts of the paths of all routes. With one of them as the prefix, it would be ambiguous whether a proxy has
+removed the prefix."""
 
 
 class Settings(BaseSettings):
@@ -40,6 +51,11 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free port")
+    root_path: str = Field(
+        "",
+        description="path prefix under which a proxy publishes the service, such as /images; links contain it, and "
+        "requests may come with or without it",
+    )
     data_dir: Path = Field(Path("data"), description="folder for collections, artifacts and derived files")
     model: str = Field(
         "auto", description="model to serve: auto, an artifact folder or its URL, or the name of a published model"
@@ -61,6 +77,9 @@ class Settings(BaseSettings):
 
     redis_url: str | None = Field(
         None, description="Redis server for the cache: redis://[:password@]host:port/db; unset: cache in the process"
+    )
+    redis_password_file: Path | None = Field(
+        None, description="file with the password for redis_url, which then must not contain one"
     )
     cache_bytes: int = Field(
         256 * 2**20, ge=0, description="memory limit of the cache in the process; 0: no cache, not even in Redis"
@@ -174,7 +193,29 @@ class Settings(BaseSettings):
     def _log_level_in_any_case(cls, value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value
 
-    @field_validator("data_dir", "engine_photos")
+    @model_validator(mode="before")
+    @classmethod
+    def _redis_password_is_read(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Add the password from `redis_password_file` to `redis_url`, and return the settings."""
+        url, file = values.get("redis_url"), values.get("redis_password_file")
+        if not url or not file:
+            return values
+        try:
+            return {**values, "redis_url": with_redis_password(str(url), secret_in(expanded(Path(file))))}
+        except ValueError as error:
+            raise ValueError(f"redis_url with redis_password_file: {error}") from None
+
+    @field_validator("root_path")
+    @classmethod
+    def _root_path_is_a_prefix(cls, value: str) -> str:
+        prefix = value.rstrip("/")
+        if prefix and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", prefix):
+            raise ValueError("must be empty or like /images: each part begins with / and has only A-Z a-z 0-9 . _ ~ -")
+        if prefix and (first := prefix.split("/")[1]) in _OWN_PATHS:
+            raise ValueError(f"must not begin with /{first}, because the service has routes there")
+        return prefix
+
+    @field_validator("data_dir", "engine_photos", "redis_password_file")
     @classmethod
     def _home_is_expanded(cls, value: Path | None) -> Path | None:
         return None if value is None else expanded(value)

@@ -45,6 +45,18 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_reference(name: str) -> str:
+    """Return the name of a collection, or a reference to a version of it (`CollectionInfo.ref`), if it is allowed.
+
+    Raises:
+        InvalidRequest: the name is not allowed.
+    """
+    bare, at, key = name.partition("@")
+    if not at or not key.isdigit():
+        check_name(name if at else bare)
+    return name
+
+
 def check_id(item_id: str, where: str = "id") -> str:
     """Return the id of an item if it is allowed, or raise InvalidRequest. `where` is the name of the request field, for
     the error message."""

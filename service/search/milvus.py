@@ -191,7 +191,13 @@ class MilvusStore:
     # ---- items
 
     async def upsert(
-        self, collection: str, items: Sequence[Item], *, tag: str, request_key: str | None = None
+        self,
+        collection: str,
+        items: Sequence[Item],
+        *,
+        tag: str,
+        request_key: str | None = None,
+        other: tuple[str, Sequence[Item]] | None = None,
     ) -> CollectionInfo:
         check_name(collection)
         checked, dimension = checked_items(items)
