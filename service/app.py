@@ -8,6 +8,7 @@ need a running event loop. So they are opened when the application starts, and c
 """
 
 import logging
+import platform
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ from service.search.store import VectorStore
 from service.settings import Settings
 from service.state import Lifecycle, Service
 from service.telemetry import Metrics
+from service.tracing import open_tracing
 
 log = logging.getLogger(__name__)
 
@@ -78,11 +80,20 @@ def create_app(
         record: the record of generations, which can change the model while the application runs. If None, the model
             stays the same.
     """
-    start = _Start(settings, artifact, engine, tried, cache, open_store, record)
+    metrics = Metrics()
+    tracing = open_tracing(
+        settings.otlp_traces_url,
+        settings.trace_ratio,
+        _version(),
+        on_spans=lambda result, count: metrics.spans.labels(result).inc(count),
+    )
+    start = _Start(settings, artifact, engine, tried, cache, open_store, metrics, record)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
+            if tracing is not None:
+                stack.push_async_callback(tracing.close)
             app.state.service = await start.service(stack)
             if record is not None:
                 models = LiveModels(app.state.service, record, lambda service: setattr(app.state, "service", service))
@@ -98,7 +109,8 @@ def create_app(
         lifespan=lifespan,
         redirect_slashes=False,  # a redirect would repeat the Host header, which the client chooses
     )
-    app.state.border = partial(Border, settings=settings, metrics=start.metrics, lifecycle=start.lifecycle)
+    app.state.border = partial(Border, settings=settings, metrics=metrics, lifecycle=start.lifecycle, tracing=tracing)
+    app.state.tracing = tracing
     app.state.lifecycle = start.lifecycle
     app.state.cache_status = "ok"  # the status that /readyz logged last
     resources = (
@@ -155,8 +167,8 @@ class _Start:
     tried: tuple[Tried, ...]
     cache: Cache | None
     open_store: Callable[[], Awaitable[VectorStore]] | None
+    metrics: Metrics
     record: Record | None = None
-    metrics: Metrics = field(default_factory=Metrics)
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
 
     async def service(self, stack: AsyncExitStack) -> Service:
@@ -177,6 +189,7 @@ class _Start:
         service = await stack.enter_async_context(parts)
         await service.pipeline.warm_up()
         self.lifecycle.warm = True
+        self.metrics.build_info.labels(_version(), platform.python_version()).set(1)
         manifest, engine = self.artifact.manifest, self.engine
         self.metrics.model_info.labels(manifest.name, manifest.fingerprint, engine.name, engine.precision, "live").set(
             1

@@ -8,6 +8,7 @@ call. If `on_error` is "partial", an item with an error does not affect the othe
 import asyncio
 import hashlib
 import reprlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -35,6 +36,7 @@ from service.search.store import CollectionInfo, CollectionSpec, Item
 from service.state import Service
 from service.tags import tag_parts
 from service.timings import slowest
+from service.tracing import record_stage
 
 _NO_VECTOR: Final = np.empty(0, np.float32)
 
@@ -105,13 +107,12 @@ async def _add(
     """Write items to a collection with vectors of the model of `service`. The arguments are those of `add_items`."""
     ready = await _ready(service, collection, items)
     good, errors = split_items(ready, on_error, "items")
+    other = await _other_vectors(service, collection, good)
+    started = time.perf_counter()
     info = await service.store.upsert(
-        collection.name,
-        [new.item for _, new in good],
-        tag=collection.tag,
-        request_key=request_key,
-        other=await _other_vectors(service, collection, good),
+        collection.name, [new.item for _, new in good], tag=collection.tag, request_key=request_key, other=other
     )
+    record_stage("store", started, time.perf_counter())
     timings = slowest(new.embedded for _, new in good if new.embedded is not None)
     return Added(info, {index: new.item.id for index, new in good}, errors, timings)
 

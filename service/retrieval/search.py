@@ -24,6 +24,7 @@ from service.retrieval.rerank import Comparison, reranked
 from service.search.store import MAX_DEPTH, Floats, Hit
 from service.state import Service
 from service.timings import ms_since
+from service.tracing import record_stage
 
 
 @dataclass
@@ -74,6 +75,7 @@ async def search(service: Service, name: str, request: SearchRequest) -> SearchR
     started = time.perf_counter()
     results = await _find(service, target, request, origins)
     timings["search"] = ms_since(started)
+    record_stage("search", started, time.perf_counter())
     await _add_vectors(service, target, request, results)
     return SearchResults(results, target.info.tag, timings)
 
@@ -104,6 +106,7 @@ async def _by_one_vector(service: Service, name: str, request: SearchRequest) ->
     except ModelMismatch:
         return None
     timings = {"search": ms_since(started)}
+    record_stage("search", started, time.perf_counter())
     return SearchResults([Outcome(0, QueryResults(_cut(query, hits)))], tag, timings)
 
 

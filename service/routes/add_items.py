@@ -22,7 +22,7 @@ from service.ingest.items import add_items as add_to_collection
 from service.off_loop import off_loop
 from service.options import parse_options
 from service.outcomes import Outcome, attempt, successes
-from service.routes.answers import JsonAnswer, json_response
+from service.routes.answers import JsonAnswer, item_errors, json_response
 from service.routes.bodies import media_type, read_exact_json, read_upload
 from service.routes.describe import IMAGES, Operation, Upload, describe
 from service.routes.direct import DirectRoute, service_of
@@ -74,7 +74,7 @@ async def add_items(request: Request, name: str) -> JsonAnswer[AddedItems]:
             "collection": name,
             "count": added.collection.count,
             "items": [{"index": index, "id": item_id} for index, item_id in added.ids.items()],
-            "errors": [error.body() for error in added.errors],
+            "errors": item_errors(request, added.errors),
             **service.identity(added.collection.tag),
             "timings": added.timings | {"total": ms_since(started)},
         }

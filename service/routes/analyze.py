@@ -51,6 +51,7 @@ async def _answer(request: Request, task: Task[AnalyzeOptions, Any], key: str) -
     asked = await _read_class(options, service)
     if asked is not None:
         service = await service_for(service, asked.options)
+    request.state.collection = None if asked is None else asked.options.collection
     others = options.model_copy(update={"outputs": [name for name in options.outputs if name != "class"]})
     view = task.view(others, service.model)
     class_names = () if asked is None else await class_outputs(service, asked)
