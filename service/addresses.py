@@ -1,4 +1,5 @@
-"""Parse and check the addresses of Redis and Milvus servers, and remove user names and passwords before logging.
+"""Parse and check the addresses of Redis and Milvus servers and of OpenTelemetry collectors, and remove user names and
+passwords before logging.
 
 If a password contains an unencoded `/`, `?` or `#`, urllib parses pieces of the password as other parts of the URL, for
 instance as the path. So every part is checked, and error messages contain no part of the URL except the scheme.
@@ -18,6 +19,8 @@ _MILVUS_FORM: Final = (
     "not a valid URL: {}; the form is milvus://[user:password@]host[:port][/database], with special characters of the "
     "password percent-encoded"
 )
+
+_OTLP_FORM: Final = "not a valid URL: {}; the form is http://host[:port][/path]"
 
 
 def redis_parts(url: str) -> SplitResult:
@@ -90,6 +93,23 @@ def milvus_parts(url: str) -> SplitResult:
     if not re.fullmatch(r"/?|/[A-Za-z_][A-Za-z0-9_]*", parts.path):
         raise ValueError(_MILVUS_FORM.format("the part after the host is not a database name"))
     return parts
+
+
+def otlp_traces_url(url: str) -> str:
+    """Return the URL to which OTLP over HTTP posts spans. `url` is the address of a collector.
+
+    Raises:
+        ValueError: `url` is not a valid address. The message contains no part of `url`.
+    """
+    scheme, separator, _ = url.partition("://")
+    if not separator or scheme not in ("http", "https"):
+        raise ValueError("must start with http:// or https://")
+    parts = _split(url, _OTLP_FORM)
+    if not parts.hostname:
+        raise ValueError(_OTLP_FORM.format("the host is missing"))
+    if parts.username is not None:
+        raise ValueError(_OTLP_FORM.format("put credentials into OTEL_EXPORTER_OTLP_HEADERS"))
+    return f"{url.rstrip('/')}/v1/traces"
 
 
 def masked_url(url: str) -> str:

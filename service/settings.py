@@ -21,7 +21,15 @@ from model.cpus import available_cpus
 from model.files import expanded
 from model.messages import in_words
 from model.zoo import HUGGING_FACE_URL, META_URL
-from service.addresses import masked_milvus_url, masked_url, milvus_parts, redis_parts, secret_in, with_redis_password
+from service.addresses import (
+    masked_milvus_url,
+    masked_url,
+    milvus_parts,
+    otlp_traces_url,
+    redis_parts,
+    secret_in,
+    with_redis_password,
+)
 from service.cors import parse_origins
 
 PREFIX = "DINOV2_"
@@ -187,6 +195,20 @@ class Settings(BaseSettings):
         "info", description="lowest level of messages that are logged"
     )
 
+    otlp_endpoint: str | None = Field(
+        None,
+        description="OpenTelemetry collector to which traces are sent with OTLP over HTTP, for instance "
+        "http://collector:4318; needs the extra otel; unset: no traces",
+    )
+    trace_ratio: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="share of the requests without a traceparent header that are traced; if a request has this header, "
+        "its sampled flag decides",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _empty_means_default(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -251,6 +273,13 @@ class Settings(BaseSettings):
         except (ZoneInfoNotFoundError, OSError) as error:
             raise ValueError("must be UTC or a name of the IANA database, such as Europe/Berlin") from error
 
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _otlp_endpoint_is_an_address(cls, value: str | None) -> str | None:
+        if value is not None:
+            otlp_traces_url(value)
+        return value
+
     @field_validator("vector_store")
     @classmethod
     def _vector_store_is_known(cls, value: str) -> str:
@@ -291,6 +320,11 @@ class Settings(BaseSettings):
     def patch_store_file(self) -> Path:
         """The file that keeps patch features."""
         return self.data_dir / "patches" / "patches.sqlite3"
+
+    @property
+    def otlp_traces_url(self) -> str | None:
+        """The URL to which spans are posted, or None if there are no traces."""
+        return None if self.otlp_endpoint is None else otlp_traces_url(self.otlp_endpoint)
 
     def shown(self) -> dict[str, Any]:
         """Return the settings as a dictionary for the log, without secrets."""
