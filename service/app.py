@@ -7,6 +7,7 @@ The engine, the cache and the store can be passed in, so that tests can use fake
 need a running event loop. So they are opened when the application starts, and closed in reverse order when it stops.
 """
 
+import asyncio
 import logging
 import platform
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -25,6 +26,7 @@ from model.engines.protocol import Engine, Tried
 from service.assembly import opened_service
 from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
 from service.features.cache import Cache
+from service.jobs.opened import OpenedJobs
 from service.live_models import LiveModels, Record
 from service.middleware import Border, error_body
 from service.routes import (
@@ -38,8 +40,11 @@ from service.routes import (
     find_region,
     health,
     items,
+    job_events,
+    jobs,
     models,
     openapi,
+    schedules,
     search,
     vision,
 )
@@ -94,6 +99,7 @@ def create_app(
         async with AsyncExitStack() as stack:
             if tracing is not None:
                 stack.push_async_callback(tracing.close)
+            stack.push_async_callback(asyncio.to_thread, app.state.jobs.close)
             app.state.service = await start.service(stack)
             if record is not None:
                 models = LiveModels(app.state.service, record, lambda service: setattr(app.state, "service", service))
@@ -112,6 +118,8 @@ def create_app(
     app.state.border = partial(Border, settings=settings, metrics=metrics, lifecycle=start.lifecycle, tracing=tracing)
     app.state.tracing = tracing
     app.state.lifecycle = start.lifecycle
+    app.state.jobs = OpenedJobs(settings)
+    app.state.streams = job_events.OpenStreams()
     app.state.cache_status = "ok"  # the status that /readyz logged last
     resources = (
         search,
@@ -126,6 +134,9 @@ def create_app(
         vision,
         analyze,
         classify,
+        job_events,  # before `jobs`, because "events" would be the id of a job
+        jobs,
+        schedules,
         health,
     )
     routes = [route for resource in resources for route in resource.router.routes]
