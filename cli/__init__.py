@@ -18,6 +18,7 @@ from cli import (
     export,
     find_region,
     heads,
+    jobs,
     search,
     serving,
     train_head,
@@ -73,6 +74,7 @@ for command in (
     app.command()(command)
 app.add_typer(collection.app, name="collections")
 app.add_typer(heads.app, name="heads")
+app.add_typer(jobs.app, name="jobs")
 app.command("eval")(evaluate.evaluate)
 app.command("build-engine")(engines.build_engine)
 
