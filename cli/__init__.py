@@ -19,6 +19,7 @@ from cli import (
     find_region,
     heads,
     jobs,
+    models,
     search,
     serving,
     train_head,
@@ -66,7 +67,7 @@ for command in (
     training.average,
     training.report,
     export.export,
-    serving.models,
+    models.reindex,
     verify.verify,
     train_head.train_head,
     worker.worker,
@@ -74,6 +75,7 @@ for command in (
     app.command()(command)
 app.add_typer(collection.app, name="collections")
 app.add_typer(heads.app, name="heads")
+app.add_typer(models.app, name="models")
 app.add_typer(jobs.app, name="jobs")
 app.command("eval")(evaluate.evaluate)
 app.command("build-engine")(engines.build_engine)

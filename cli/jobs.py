@@ -1,367 +1,256 @@
-"""The commands `dinov2 jobs ...`, which create, show and control jobs.
+"""The commands `dinov2 jobs ...`, which start, watch and cancel jobs in the data folder, and manage schedules.
 
-They use the data folder directly, like a running service. `dinov2 worker` runs the jobs.
+They open the job store themselves, so they need no running server. A worker runs the jobs (`dinov2 worker`, or the
+worker that the service starts).
 """
 
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli.shared import DATA, DataDirOption, JsonOption, fail, settings_for
 
 if TYPE_CHECKING:
-    from service.jobs.opened import OpenedJobs
-    from service.jobs.records import Event, Job, Schedule
+    from pathlib import Path
+
+    from service.jobs.queue import JobQueue
+    from service.jobs.records import Job
     from service.jobs.store import JobStore
+    from service.settings import Settings
 
-app = typer.Typer(no_args_is_help=True, help="Create, show and control jobs such as trainings.")
-
-IdArgument = Annotated[str, typer.Argument(metavar="ID", help="Id of the job; `dinov2 jobs list` shows it.")]
-PARAMS_HELP: Final = (
-    "Parameters of the job as name=value. A value that is JSON is used as JSON, and any other value as text. To send a "
-    "list, repeat the name, as in data=a data=b."
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Start, watch and cancel jobs such as trainings, and schedule them.",
 )
-EveryOption = Annotated[
-    str | None, typer.Option(help="When: `sunday 03:00`, `daily 02:30`, or an interval such as 6 h.")
+
+JobArgument = Annotated[str, typer.Argument(help="Id of the job.", metavar="JOB")]
+KindArgument = Annotated[str, typer.Argument(help="Kind of the job: train, export, build-engine or evaluate.")]
+ParamsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(help="Parameters of the job. Repeat a name to give several values.", metavar="NAME=VALUE"),
 ]
-ZoneOption = Annotated[
-    str | None, typer.Option(help="Time zone of the time of day, e.g. Europe/Berlin [DINOV2_SCHEDULE_ZONE].")
-]
-POLL_S: Final = 0.25
-STATUSES: Final = {"succeeded": 0, "failed": 1, "cancelled": 3}
-"""The exit status of `dinov2 jobs watch` for each end state of a job. The status of errors is 2."""
-
-
-@app.command("list")
-def list_(
-    state: Annotated[str | None, typer.Option(help="Only jobs in these states, e.g. queued,running.")] = None,
-    kind: Annotated[str | None, typer.Option(help="Only jobs of these kinds, e.g. train,export.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=100_000, help="Highest number of jobs.")] = 50,
-    data_dir: DataDirOption = DATA,
-    as_json: JsonOption = False,
-) -> None:
-    """List jobs, newest first."""
-    from service.jobs.records import STATES
-    from service.routes.job_schemas import job_answer
-
-    with _opened(data_dir) as (_, store):
-        states, kinds = _split(state), _split(kind)
-        for wrong in set(states or ()) - set(STATES):
-            raise ValueError(f"--state: unknown state {wrong!r}; use some of {', '.join(STATES)}")
-        found = store.jobs(states=[each for each in STATES if each in (states or STATES)], kinds=kinds, limit=limit)
-        idle = any(job.state == "queued" for job in found) and not store.workers.alive()
-    if as_json:
-        _print_json([job_answer(job) for job in found])
-        return
-    width = max([2, *(len(job.id) for job in found)])
-    typer.echo(f"{'id':<{width}}  {'state':<9}  {'done':>5}  {'created (UTC)':<16}  details")
-    for job in found:
-        details = job.error or (f"waits for approval of {job.waiting_for}" if job.state == "waiting" else job.text)
-        typer.echo(
-            f"{job.id:<{width}}  {job.state:<9}  {job.progress:>5.0%}  {_minute(job.created)}  {_one_line(details)}"
-        )
-    if idle:
-        typer.echo("no worker is running: `dinov2 worker` starts one", err=True)
-
-
-@app.command()
-def show(
-    job_id: IdArgument,
-    log: Annotated[int, typer.Option(min=0, help="Also print this many bytes of the end of the log.")] = 0,
-    data_dir: DataDirOption = DATA,
-) -> None:
-    """Print a job as JSON."""
-    from service.routes.job_schemas import job_answer
-
-    with _opened(data_dir) as (_, store):
-        answer: dict[str, Any] = {**job_answer(store.get(job_id))}
-        if log:
-            text, position = store.read_log(job_id, limit=log)
-            answer["log"] = {"text": text.decode(errors="replace"), "position": position}
-    _print_json(answer)
-
-
-@app.command()
-def create(
-    kind: Annotated[str, typer.Argument(help="Kind of the job, e.g. train.")],
-    params: Annotated[list[str] | None, typer.Argument(metavar="NAME=VALUE", help=PARAMS_HELP)] = None,
-    not_before: Annotated[
-        str | None, typer.Option(help="Earliest start, as an ISO 8601 time. Default: now. Without a zone: local time.")
-    ] = None,
-    watch_it: Annotated[bool, typer.Option("--watch", help="Wait until the job has ended, like `watch`.")] = False,
-    data_dir: DataDirOption = DATA,
-    as_json: JsonOption = False,
-) -> None:
-    """Create a job and print its id. A worker starts the job as soon as it is free."""
-    from service.jobs.kinds import checked_params
-    from service.jobs.records import NewJob
-    from service.routes.job_schemas import job_answer
-
-    with _opened(data_dir, makes=True) as (jobs, store):
-        given = _parsed(params or [])
-        checked_params(kind, given, jobs.settings)
-        job = jobs.announce(store.create(NewJob(kind, given, not_before=_moment(not_before))))
-        if as_json:
-            _print_json(job_answer(job))
-        else:
-            typer.echo(job.id)
-        if watch_it:
-            raise typer.Exit(_watch(store, job.id, as_json))
-
-
-@app.command()
-def log(
-    job_id: IdArgument,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new lines until the job has ended.")] = False,
-    size: Annotated[
-        int | None, typer.Option("--bytes", min=0, help="Print only this many bytes of the end. Default: everything.")
-    ] = None,
-    data_dir: DataDirOption = DATA,
-) -> None:
-    """Print the log of a job. The beginning of a very long log is not kept."""
-    with _opened(data_dir) as (_, store):
-        total = store.get(job_id).log_bytes
-        position = 0 if size is None else max(total - size, 0)
-        seen = None
-        while True:
-            stamp, ended = store.stamp.read(), _has_ended(store.get(job_id))
-            if stamp != seen:
-                seen = stamp
-                position = _print_log(store, job_id, position)
-            if not follow or ended:
-                return
-            time.sleep(POLL_S)
-
-
-@app.command()
-def watch(job_id: IdArgument, data_dir: DataDirOption = DATA, as_json: JsonOption = False) -> None:
-    """Print the progress of a job until it has ended. The exit status is 0 if the job has succeeded, 1 if it has failed
-    and 3 if it was cancelled."""
-    with _opened(data_dir) as (_, store):
-        store.get(job_id)
-        raise typer.Exit(_watch(store, job_id, as_json))
-
-
-@app.command()
-def cancel(job_id: IdArgument, data_dir: DataDirOption = DATA, as_json: JsonOption = False) -> None:
-    """Cancel a job. The worker of a running job stops it within seconds."""
-    _change(data_dir, as_json, lambda jobs, store: store.request_cancel(job_id))
-
-
-@app.command()
-def approve(job_id: IdArgument, data_dir: DataDirOption = DATA, as_json: JsonOption = False) -> None:
-    """Approve the step for which a job waits. A worker then goes on with the job."""
-    _change(data_dir, as_json, lambda jobs, store: jobs.announce(store.approve(job_id)))
-
-
-@app.command()
-def retry(job_id: IdArgument, data_dir: DataDirOption = DATA, as_json: JsonOption = False) -> None:
-    """Queue a failed or cancelled job again. Its finished steps are not repeated."""
-    _change(data_dir, as_json, lambda jobs, store: jobs.announce(store.retry(job_id)))
-
-
-@app.command()
-def remove(
-    job_id: IdArgument,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
-    data_dir: DataDirOption = DATA,
-) -> None:
-    """Remove a job that has ended, with its log and its folder, which may contain a trained network."""
-    with _opened(data_dir) as (_, store):
-        store.get(job_id)
-        if not yes:
-            typer.confirm(f"Remove {job_id} and everything in {store.folder(job_id)}?", abort=True)
-        store.remove(job_id)
-    typer.echo(f"removed {job_id}")
-
-
-@app.command()
-def schedule(
-    name: Annotated[str | None, typer.Argument(help="Name of the schedule. Default: list all schedules.")] = None,
-    kind: Annotated[str | None, typer.Argument(help="Kind of the jobs.")] = None,
-    params: Annotated[list[str] | None, typer.Argument(metavar="NAME=VALUE", help=PARAMS_HELP)] = None,
-    every: EveryOption = None,
-    zone: ZoneOption = None,
-    drop: Annotated[bool, typer.Option("--remove", help="Remove the schedule. Its jobs stay.")] = False,
-    data_dir: DataDirOption = DATA,
-    as_json: JsonOption = False,
-) -> None:
-    """List the schedules, create or replace one, or remove one. A schedule creates jobs at certain times."""
-    if name is None:
-        with _opened(data_dir) as (_, store):
-            _show_schedules(store.schedules.all(), as_json)
-        return
-    if drop:
-        if kind is not None or every is not None:
-            raise fail("--remove needs only the name of the schedule")
-        with _opened(data_dir) as (_, store):
-            store.schedules.remove(name)
-        typer.echo(f"removed {name}")
-        return
-    if kind is None or every is None:
-        raise fail("give the kind of the jobs and --every, or --remove")
-    from service.jobs.kinds import checked_params
-
-    with _opened(data_dir, makes=True) as (jobs, store):
-        given = _parsed(params or [])
-        checked_params(kind, given, jobs.settings)
-        zone = zone or jobs.settings.schedule_zone
-        _show_schedules([store.schedules.put(name, kind, given, every=every, zone=zone)], as_json)
+POLL_S = 0.5
 
 
 @contextmanager
-def _opened(data_dir: Path, *, makes: bool = False) -> "Iterator[tuple[OpenedJobs, JobStore]]":
-    """Open the jobs of a data folder for the `with` block. Print an expected error and end the command with status 2.
-    If `makes` is False, a missing store is an error, so that a mistyped folder does not become an empty store."""
+def _opened(data_dir: "Path") -> Iterator[tuple["JobStore", "JobQueue", "Settings"]]:
+    """Yield the job store, the queue and the settings. Print expected errors, and exit with status 2."""
     from service.errors import ServiceError
-    from service.jobs.opened import OpenedJobs
+    from service.jobs.queue import open_jobs, open_queue
 
     try:
-        jobs = OpenedJobs(settings_for(None, data_dir))
-        store = jobs.store() if makes else jobs.existing()
-        if store is None:
-            raise ValueError(f"no jobs in {data_dir.absolute()}: set the folder with --data-dir or DINOV2_DATA_DIR")
-        try:
-            yield jobs, store
-        finally:
-            jobs.close()
+        settings = settings_for(None, data_dir)
+        yield open_jobs(settings), open_queue(settings), settings
     except (ServiceError, ValueError, OSError, ImportError) as error:
         raise fail(error) from error
 
 
-def _change(data_dir: Path, as_json: bool, change: "Callable[[OpenedJobs, JobStore], Job]") -> None:
-    """Change a job, and print its new state."""
-    from service.routes.job_schemas import job_answer
+@app.command()
+def start(
+    kind: KindArgument,
+    params: ParamsArgument = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Show the log until the job has ended.")] = False,
+    data_dir: DataDirOption = DATA,
+) -> None:
+    """Start a job. It is queued until a worker is free."""
+    from service.jobs.kinds import checked_params
+    from service.jobs.records import NewJob
 
-    with _opened(data_dir) as (jobs, store):
-        job = change(jobs, store)
+    with _opened(data_dir) as (store, queue, settings):
+        given = _values(params or [])
+        checked_params(kind, given, settings)
+        job = store.create(NewJob(kind, given, requested_by="command line"))
+        queue.announce(job)
+        typer.echo(job.id)
+        if wait:
+            _follow(store, job.id)
+
+
+@app.command("list")
+def list_jobs(
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Highest number of jobs.")] = 20,
+    as_json: JsonOption = False,
+    data_dir: DataDirOption = DATA,
+) -> None:
+    """List jobs, newest first, and the running workers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    with _opened(data_dir) as (store, _, _):
+        jobs, workers = store.jobs(limit=limit), store.workers.alive()
     if as_json:
-        _print_json(job_answer(job))
-    else:
-        typer.echo(f"{job.id}: {job.state}{', cancelling' if job.cancel_requested and job.state == 'running' else ''}")
-
-
-def _watch(store: "JobStore", job_id: str, as_json: bool) -> int:
-    """Print the events of a job until it has ended, and return the exit status."""
-    after, seen = 0, None
-    while True:
-        stamp = store.stamp.read()
-        if stamp != seen:
-            seen = stamp
-            job = store.get(job_id)  # before the events, so that no event is missing if the job has ended
-            while events := store.events(after, job_id):
-                for event in events:
-                    _show_event(event, as_json)
-                after = events[-1].number
-            if _has_ended(job):
-                return STATUSES[job.state]
-        time.sleep(POLL_S)
-
-
-def _show_event(event: "Event", as_json: bool) -> None:
-    """Print an event as a line of text or JSON."""
-    from service.routes.job_schemas import event_answer
-
-    if as_json:
-        typer.echo(json.dumps(event_answer(event)))
+        typer.echo(json.dumps({"jobs": [asdict(job) for job in jobs], "workers": [asdict(row) for row in workers]}))
         return
-    data = event.data
-    texts: dict[str, Callable[[], str]] = {
-        "state": lambda: f"{data['state']}{': ' + data['error'] if data.get('error') else ''}",
-        "progress": lambda: f"{data['progress']:.0%} {data['text']}",
-        "step": lambda: f"finished step {data['name']}",
-        "cancel": lambda: "cancellation was requested",
-        "removed": lambda: "removed",
-    }
-    if event.kind in texts:
-        clock = datetime.fromtimestamp(event.time).strftime("%H:%M:%S")
-        typer.echo(f"{clock}  {_one_line(texts[event.kind]())}")
+    table = Table("job", "state", "done", "started", "what it does")
+    for job in jobs:
+        table.add_row(job.id, job.state, f"{job.progress:.0%}", _time(job.started), job.error or job.text)
+    Console().print(table)
+    for row in workers:
+        typer.echo(f"worker {row.id}: {row.job or 'no job'}; runs {', '.join(row.kinds)}")
+    if not workers:
+        typer.echo("no worker is running: start one with `dinov2 worker`")
 
 
-def _print_log(store: "JobStore", job_id: str, position: int) -> int:
-    """Print a log from a position on, and return the position at its end."""
-    while True:
-        text, position = store.read_log(job_id, position)
-        if not text:
-            sys.stdout.flush()
-            return position
-        sys.stdout.buffer.write(text)
+@app.command()
+def show(job: JobArgument, data_dir: DataDirOption = DATA) -> None:
+    """Print everything that is stored about a job, as JSON."""
+    with _opened(data_dir) as (store, _, _):
+        typer.echo(json.dumps(asdict(store.get(job)), indent=1))
 
 
-def _show_schedules(schedules: "list[Schedule]", as_json: bool) -> None:
-    """Print schedules as a table or as JSON."""
-    from service.routes.job_schemas import schedule_answer
+@app.command()
+def log(
+    job: JobArgument,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
+    data_dir: DataDirOption = DATA,
+) -> None:
+    """Print the log of a job."""
+    with _opened(data_dir) as (store, _, _):
+        if follow:
+            _follow(store, job)
+        else:
+            _print_log(store, job, 0)
 
+
+@app.command()
+def cancel(job: JobArgument, data_dir: DataDirOption = DATA) -> None:
+    """Cancel a job. A running job is stopped by its worker within a few seconds."""
+    with _opened(data_dir) as (store, _, _):
+        typer.echo(_line(store.request_cancel(job, "command line")))
+
+
+@app.command()
+def retry(job: JobArgument, data_dir: DataDirOption = DATA) -> None:
+    """Queue a failed or cancelled job again. Its finished steps are not repeated."""
+    with _opened(data_dir) as (store, queue, _):
+        again = store.retry(job)
+        queue.announce(again)
+        typer.echo(_line(again))
+
+
+@app.command()
+def approve(job: JobArgument, data_dir: DataDirOption = DATA) -> None:
+    """Approve the step for which a job waits."""
+    with _opened(data_dir) as (store, queue, _):
+        approved = store.approve(job, "command line")
+        queue.announce(approved)
+        typer.echo(_line(approved))
+
+
+@app.command()
+def remove(job: JobArgument, data_dir: DataDirOption = DATA) -> None:
+    """Remove a finished job with its folder, which contains the run of a training."""
+    with _opened(data_dir) as (store, _, _):
+        store.remove(job)
+        typer.echo(f"removed {job}")
+
+
+@app.command()
+def schedule(
+    name: Annotated[str, typer.Argument(help="Name of the schedule. An existing one is replaced.")],
+    kind: KindArgument,
+    params: ParamsArgument = None,
+    every: Annotated[str, typer.Option(help="When: 'sunday 03:00', 'daily 02:30' or '6 h'.")] = "",
+    zone: Annotated[
+        str | None, typer.Option(help="Time zone, e.g. Europe/Berlin. Default: DINOV2_SCHEDULE_ZONE.")
+    ] = None,
+    data_dir: DataDirOption = DATA,
+) -> None:
+    """Create a job at certain times."""
+    from service.jobs.kinds import checked_params
+
+    with _opened(data_dir) as (store, _, settings):
+        given = _values(params or [])
+        checked_params(kind, given, settings)
+        stored = store.schedules.put(
+            name, kind, given, every=every, zone=zone or settings.schedule_zone, requested_by="command line"
+        )
+        typer.echo(f"{name}: the next job is created at {_time(stored.next_at)} UTC")
+
+
+@app.command()
+def schedules(as_json: JsonOption = False, data_dir: DataDirOption = DATA) -> None:
+    """List the schedules."""
+    with _opened(data_dir) as (store, _, _):
+        found = store.schedules.all()
     if as_json:
-        _print_json([schedule_answer(schedule) for schedule in schedules])
+        typer.echo(json.dumps([asdict(one) for one in found]))
         return
-    width = max([4, *(len(schedule.name) for schedule in schedules)])
-    typer.echo(f"{'name':<{width}}  {'kind':<12}  {'every':<16}  {'zone':<16}  next (UTC)")
-    for each in schedules:
-        typer.echo(f"{each.name:<{width}}  {each.kind:<12}  {each.every:<16}  {each.zone:<16}  {_minute(each.next_at)}")
+    for one in found:
+        typer.echo(f"{one.name}: {one.kind}, {one.every} ({one.zone}), next at {_time(one.next_at)} UTC")
 
 
-def _parsed(words: list[str]) -> dict[str, Any]:
-    """Return parameters that were given as `name=value`.
+@app.command()
+def unschedule(
+    name: Annotated[str, typer.Argument(help="Name of the schedule.")], data_dir: DataDirOption = DATA
+) -> None:
+    """Remove a schedule. Jobs that it has created are not changed."""
+    with _opened(data_dir) as (store, _, _):
+        store.schedules.remove(name)
+        typer.echo(f"removed {name}")
+
+
+def _values(arguments: list[str]) -> dict[str, Any]:
+    """Return the parameters in NAME=VALUE arguments. A value is JSON, or else text. A repeated name makes a list.
 
     Raises:
-        ValueError: a word has no `=`.
+        ValueError: an argument has no `=`.
     """
-    params: dict[str, Any] = {}
-    for word in words:
-        name, equals, text = word.partition("=")
-        if not (name and equals):
-            raise ValueError(f"{word!r} is not a parameter: write name=value")
+    values: dict[str, Any] = {}
+    for argument in arguments:
+        name, separator, text = argument.partition("=")
+        if not separator:
+            raise ValueError(f"{argument!r} must look like name=value")
         try:
             value = json.loads(text)
         except ValueError:
             value = text
-        if name not in params:
-            params[name] = value
-        elif isinstance(params[name], list):
-            params[name].append(value)
-        else:
-            params[name] = [params[name], value]
-    return params
+        if name in values:
+            earlier = values[name] if isinstance(values[name], list) else [values[name]]
+            value = [*earlier, value]
+        values[name] = value
+    return values
 
 
-def _moment(text: str | None) -> float | None:
-    """Return an ISO 8601 time in seconds since 1970.
-
-    Raises:
-        ValueError: the text is not a time.
-    """
-    if text is None:
-        return None
-    try:
-        return datetime.fromisoformat(text).timestamp()
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"--not-before {text!r} is not an ISO 8601 time such as 2026-12-24T03:00") from error
-
-
-def _split(text: str | None) -> list[str] | None:
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+def _follow(store: "JobStore", job_id: str) -> None:
+    """Print the log of a job until it has ended or waits. Exit with status 1 if it did not succeed."""
+    position = 0
+    while True:
+        job = store.get(job_id)
+        position = _print_log(store, job_id, position)
+        if job.state in ("succeeded", "failed", "cancelled", "waiting"):
+            break
+        time.sleep(POLL_S)
+    typer.echo(_line(job), err=True)
+    if job.state in ("failed", "cancelled"):
+        raise typer.Exit(code=1)
 
 
-def _has_ended(job: "Job") -> bool:
-    return job.state in STATUSES
+def _print_log(store: "JobStore", job_id: str, position: int) -> int:
+    """Print a log from a position on, and return the position of its end."""
+    while True:
+        text, end = store.read_log(job_id, position)
+        if not text:
+            return position
+        sys.stdout.write(text.decode(errors="replace"))
+        sys.stdout.flush()
+        position = end
 
 
-def _minute(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")
+def _line(job: "Job") -> str:
+    """Return the state of a job in one line."""
+    asked = "; its worker will stop it" if job.state == "running" and job.cancel_requested else ""
+    why = job.error or (f"{job.text} (dinov2 jobs approve {job.id})" if job.state == "waiting" else "")
+    return f"{job.id}: {job.state}{asked}{': ' if why else ''}{why}"
 
 
-def _one_line(text: str) -> str:
-    """Return a text without line breaks and control characters, which could change the terminal."""
-    return "".join(char if char.isprintable() else " " for char in " ".join(text.split()))
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))
+def _time(moment: float | None) -> str:
+    return "" if moment is None else datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%d %H:%M")

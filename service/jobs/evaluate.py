@@ -1,6 +1,6 @@
 """Jobs of the kind `evaluate`: evaluate a model on one task, and store the report."""
 
-from typing import Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field
 
@@ -8,6 +8,7 @@ from service.jobs.context import Context
 from service.jobs.kind import JobParams
 from service.jobs.roots import data_source, model_source
 from service.jobs.train import Override, read_object
+from service.schema_base import ONE_OR_MORE
 from service.settings import Settings
 
 REPORT: Final = "evaluation.json"
@@ -23,7 +24,9 @@ class EvaluateParams(JobParams):
     )
     task: Task = Field(description="task to evaluate the model on")
     data: str = Field(description="data of the task, below DINOV2_JOB_ROOTS")
-    settings: list[Override] = Field(default=[], max_length=100, description="settings of the task, as key=value")
+    settings: Annotated[list[Override], ONE_OR_MORE] = Field(
+        default=[], max_length=100, description="settings of the task, as key=value"
+    )
 
     def resolved(self, settings: Settings) -> Self:
         """Return the parameters with absolute paths without links. See `JobParams.resolved`."""

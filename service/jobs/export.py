@@ -2,7 +2,7 @@
 the service goes on serving the live model."""
 
 import re
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field
 
@@ -10,6 +10,7 @@ from model.files import NAME_PATTERN
 from service.jobs.context import Context, JobFailed
 from service.jobs.kind import JobParams
 from service.jobs.roots import model_source
+from service.schema_base import ONE_OR_MORE
 from service.settings import Settings
 
 
@@ -20,10 +21,12 @@ class ExportParams(JobParams):
         description="id of a training job, name of a published model, or path of a checkpoint, run or artifact"
     )
     name: str | None = Field(None, pattern=NAME_PATTERN, description="name of the model; unset: the name in the source")
-    precision: list[Literal["fp32", "fp16", "bf16", "int8"]] = Field(
+    precision: Annotated[list[Literal["fp32", "fp16", "bf16", "int8"]], ONE_OR_MORE] = Field(
         default=[], description="precisions of additional graphs"
     )
-    sizes: list[str] = Field(default=[], max_length=20, description="input sizes of additional graphs, such as 518")
+    sizes: Annotated[list[str], ONE_OR_MORE] = Field(
+        default=[], max_length=20, description="input sizes of additional graphs, such as 518"
+    )
     weights_dtype: Literal["float32", "float16"] = Field("float32", description="number format of the stored weights")
 
     def resolved(self, settings: Settings) -> Self:

@@ -48,7 +48,7 @@ class TrainParams(JobParams):
     recipe: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$", description="name of a recipe, such as continue or smoke"
     )
-    overrides: list[Override] = Field(
+    overrides: Annotated[list[Override], ONE_OR_MORE] = Field(
         default=[], max_length=200, description="settings that override the recipe, as key=value"
     )
     hours: float | None = Field(None, gt=0, le=10_000, description="approximate time for the run in hours")
