@@ -13,6 +13,7 @@ from cli import (
     backup,
     classify,
     collection,
+    compare,
     engines,
     evaluate,
     export,
@@ -73,6 +74,7 @@ app.add_typer(collection.app, name="collections")
 app.add_typer(heads.app, name="heads")
 app.command("eval")(evaluate.evaluate)
 app.command("build-engine")(engines.build_engine)
+app.command("compare-models")(compare.compare)
 
 
 def main() -> None:
