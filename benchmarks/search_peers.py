@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from model.artifact import read_manifest
 from model.cpus import available_cpus
-from service.search import database, sqlite_file
+from service import sqlite
+from service.search import database
 from service.search.database import SegmentRow
 from service.search.embedded import EmbeddedStore, open_embedded
 from service.search.filters import Between
@@ -134,7 +135,7 @@ async def build_ours(folder: Path, kind: str, vectors: np.ndarray, keys: dict[st
 
 
 def segment_row(folder: Path, kind: str) -> SegmentRow:
-    with closing(sqlite_file.connect(folder / kind / "search.sqlite3", read_only=True)) as db:
+    with closing(sqlite.connect(folder / kind / "search.sqlite3", read_only=True)) as db:
         [row] = database.segments(db, database.find(db, NAME).key)
     return row
 

@@ -1,1 +1,1 @@
-"""Jobs: work that outlives a request, such as a retraining."""
+"""Jobs: training, export and other work that takes minutes to days, run by worker processes beside the service."""

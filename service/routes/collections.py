@@ -45,8 +45,8 @@ from service.routes.files import RangedFile
 from service.schemas import CollectionIn, CollectionPatchIn, RestoreIn, SnapshotIn
 from service.search.checks import check_name
 from service.search.specs import check_spec
-from service.search.sqlite_file import translated as storage_errors
 from service.search.store import CollectionInfo, CollectionSpec, IndexSpec, SnapshotInfo, SnapshotStore, StatsStore
+from service.sqlite import translated as storage_errors
 from service.state import Service
 from service.tags import tag_parts
 
@@ -85,7 +85,7 @@ async def put_collection(request: Request, name: str) -> JsonAnswer[CollectionAn
     if isinstance(fields.get("index"), dict):
         check_fields(fields["index"], "index")
     body = parse_options(CollectionIn, fields)
-    service.check_model(body.model)
+    service = service.named(body.model)
     spec = _spec(service, body)
     before = await _existing(service, name)
     try:

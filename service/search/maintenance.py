@@ -44,10 +44,10 @@ from service.search.database import Chunk, Point, Row, SegmentRow
 from service.search.indexes import INDEX_FILE, structure_of
 from service.search.kinds import EXACT, kind_named
 from service.search.segments import LivePart, Positions
-from service.search.sqlite_file import snapshot, transaction
-from service.search.stamp import Stamp
 from service.search.store import Floats, SearchParams
 from service.search.view import View, Views
+from service.sqlite import snapshot, transaction
+from service.stamp import Stamp
 
 log = logging.getLogger(__name__)
 
@@ -262,7 +262,7 @@ class Maintenance:
 
     def _tidy(self, db: sqlite3.Connection, *, idle: bool) -> None:
         with snapshot(db):
-            rows = database.every(db)
+            rows = database.with_partners(db)
             used = database.folders(db)
         self._views.forget(self._views.keys() - {row.key for row in rows})
         self._remove_orphans(used)

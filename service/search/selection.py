@@ -18,8 +18,8 @@ from service.search.database import Numbers, Row, check_exists
 from service.search.filter_sql import to_sql
 from service.search.filters import Filter, Scalar
 from service.search.segments import Allowed
-from service.search.sqlite_file import snapshot
 from service.search.view import View
+from service.sqlite import snapshot
 
 MAX_KEPT_BYTES: Final = 64 * 2**20
 MAX_KEPT: Final = 256

@@ -23,13 +23,15 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from model.files import lock_file, publish
+from service import sqlite
 from service.errors import InvalidRequest, NotFound, StorageFailed
-from service.search import database, sqlite_file
+from service.search import database
 from service.search.checks import check_id, check_source, metadata_text
 from service.search.database import Row
+from service.search.schema import SCHEMA
 from service.search.specs import check_spec
-from service.search.sqlite_file import transaction, translated
 from service.search.store import Item, SnapshotInfo
+from service.sqlite import transaction, translated
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ def take(source: Path, collection: str, root: Path) -> SnapshotInfo:
     """
     name = _name_at(time.time())
     with translated("the snapshot"):
-        with closing(sqlite_file.connect(source, read_only=True)) as db:
+        with closing(sqlite.connect(source, read_only=True)) as db:
             collection = database.find(db, collection).name
         folder = root / collection
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,13 +78,13 @@ def take(source: Path, collection: str, root: Path) -> SnapshotInfo:
 
 
 def _write(source: Path, collection: str, target: Path) -> None:
-    sqlite_file.prepare(target, mode="DELETE", what="the snapshot")  # a single file without a write-ahead log
+    sqlite.prepare(target, SCHEMA, mode="DELETE", what="the snapshot")  # a single file without a write-ahead log
     with closing(sqlite3.connect(target, isolation_level=None, uri=True)) as db:
         # The source is attached read-only. Otherwise, BEGIN IMMEDIATE would block its writers.
         db.execute("ATTACH ? AS source", (_read_only(source),))
         with transaction(db):
             copied = database.find(db, collection, schema="source")
-            made = database.make(db, collection, copied.spec)
+            made = database.make(db, collection, copied.spec, earlier=copied.earlier)
             for table in ("items", "vectors"):
                 db.execute(f"INSERT INTO main.{table}_{made.key} SELECT * FROM source.{table}_{copied.key}")
             db.execute("UPDATE main.collections SET count = ?", (copied.count,))
@@ -275,8 +277,9 @@ def _check_schema(db: sqlite3.Connection, what: str) -> None:
 
 def _only_collection(db: sqlite3.Connection, what: str) -> Row:
     try:
-        (row,) = database.every(db)
+        (row,) = database.in_snapshot(db)
         check_spec(row.spec)
+        database.earlier_of(row.earlier)  # raises an error if the text is damaged
     except InvalidRequest as error:
         raise InvalidRequest(f"{what} cannot be restored: {error.detail}") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # invalid JSON settings
@@ -396,7 +399,7 @@ def _opened(path: Path, what: str | None = None) -> sqlite3.Connection:
     what = what or f"snapshot {path.stem}"
     try:
         try:
-            sqlite_file.check_ours(db, what)
+            sqlite.check_ours(db, SCHEMA, what)
         except StorageFailed as error:
             raise InvalidRequest(error.detail) from error  # the snapshot is wrong, not this server's storage
         _check_schema(db, what)

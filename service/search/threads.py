@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
 from service.errors import ServiceError, StorageFailed
-from service.search.sqlite_file import transaction, translated
+from service.sqlite import transaction, translated
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def commit_together(db: sqlite3.Connection, writes: Sequence[Write]) -> list[Any
     Raises:
         StorageFailed: the whole transaction failed, and nothing was written.
     """
-    with translated(), transaction(db):
+    with translated("the vector store"), transaction(db):
         return [_carry_out(db, write) for write in writes]
 
 

@@ -21,8 +21,9 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from service import sqlite
 from service.errors import StorageFailed
-from service.search import database, sqlite_file
+from service.search import database
 from service.search.database import Chunk, Numbers, Point, Row, SegmentRow
 from service.search.indexes import Effort, search, structure_of
 from service.search.segment_files import in_memory, open_segment
@@ -253,7 +254,7 @@ class Views:
         if view is not None and view.row.version >= row.version:
             return view
         while True:
-            with sqlite_file.snapshot(db):
+            with sqlite.snapshot(db):
                 view = self.at(db, database.by_key(db, row.key))
             if view is not None:
                 return view

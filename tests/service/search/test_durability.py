@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from model.files import lock_file
+from service import sqlite
 from service.errors import CollectionNotFound, Conflict, StorageFailed
-from service.search import building, database, maintenance, reading, snapshots, sqlite_file
+from service.search import building, database, maintenance, reading, snapshots
 from service.search.embedded import EmbeddedStore
 from service.search.filters import parse_filter
 from service.search.store import CollectionSpec, IndexSpec, Item, SearchParams
@@ -256,7 +257,7 @@ async def test_another_store_learns_of_changes_to_its_tail_when_they_are_sealed_
     assert sealed == 0
     db = one._connect()
     new = _segment_of(one, db, view.last)
-    with sqlite_file.transaction(db):
+    with sqlite.transaction(db):
         assert database.swap_segments(db, now.row, [], new, sealed=view.last, point=now.point)
     one.stamp.bump()
     await same(two, plain, 3, k=100)
@@ -283,12 +284,12 @@ async def test_a_segment_of_outdated_ones_is_not_taken(store: EmbeddedStore) -> 
     db = store._connect()
     before = database.find(db, "c")
     new = _segment_of(store, db, 20)
-    with sqlite_file.transaction(db):
+    with sqlite.transaction(db):
         assert database.swap_segments(db, before, [], new, sealed=20, point=database.Point())
         assert not database.swap_segments(db, before, [], new, sealed=20, point=database.Point())
     now = database.find(db, "c")
     old = database.segments(db, now.key)
-    with sqlite_file.transaction(db):
+    with sqlite.transaction(db):
         assert database.swap_segments(db, now, old, new, sealed=20, point=database.Point())
         assert not database.swap_segments(db, now, old, new, sealed=20, point=database.Point())
     assert len(database.segments(db, now.key)) == 1
@@ -457,7 +458,7 @@ async def test_a_page_is_of_one_moment(store: EmbeddedStore, monkeypatch: pytest
     read = reading.items_of
 
     def items_of(reader: sqlite3.Connection, row: Any, rows: Any) -> Any:
-        with sqlite_file.transaction(db):
+        with sqlite.transaction(db):
             database.remove(db, 1, [2])
         return read(reader, row, rows)
 
@@ -474,7 +475,7 @@ async def test_a_snapshot_is_of_one_moment(store: EmbeddedStore, monkeypatch: py
 
     def between(*given: Any) -> database.Row:
         row = make(*given)
-        with sqlite_file.transaction(db):
+        with sqlite.transaction(db):
             database.remove(db, 1, [2])
         return row
 

@@ -23,14 +23,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from model.files import lock_file
+from service import sqlite
 from service.errors import CollectionNotFound, Conflict, InvalidRequest, NotFound, StorageFailed
-from service.search import building, database, maintenance, searcher, snapshots, sqlite_file
+from service.search import building, database, maintenance, searcher, snapshots
 from service.search.embedded import EmbeddedStore, open_embedded
 from service.search.filters import parse_filter
 from service.search.selection import Selections
-from service.search.stamp import Stamp
 from service.search.store import CollectionSpec, IndexSpec, Item, SearchParams
 from service.search.view import View
+from service.stamp import Stamp
 from tests.dict_store import DictStore
 from tests.service.search.embedded_store import TAG, D, build_one, clustered, items, opened, same
 
@@ -378,7 +379,7 @@ async def test_what_a_crash_left_of_snapshots_and_restores_is_removed(store: Emb
     db = store._connect()
     with snapshots.restoring(tmp_path / "snapshots") as living:
         files = {tmp_path / "snapshots" / f".{living}.lock"}
-        with sqlite_file.transaction(db):
+        with sqlite.transaction(db):
             for name in (living, f"{database.HIDDEN}dead"):
                 database.make(db, name, CollectionSpec(TAG, D))
         folder = tmp_path / "snapshots" / "c"
@@ -425,7 +426,7 @@ async def test_a_restore_says_why_it_failed_also_when_its_remains_cannot_be_remo
 
 async def test_a_snapshot_that_fails_names_no_path(store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch) -> None:
     await store.upsert("c", items(20), tag=TAG)
-    monkeypatch.setattr(sqlite_file, "_SCHEMA", "CREATE TABLE broken (")
+    monkeypatch.setattr(snapshots, "SCHEMA", replace(snapshots.SCHEMA, scripts=("CREATE TABLE broken (",)))
     with pytest.raises(StorageFailed, match=r"^the snapshot: ") as caught:
         await store.snapshot("c")
     assert str(store.path.parent) not in str(caught.value)
@@ -876,7 +877,7 @@ async def test_a_store_that_another_process_keeps_locked_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """tests/service/test_server.py tests that a failed start prints the same words on one line."""
-    monkeypatch.setattr(sqlite_file, "_BUSY_MS", 20)
+    monkeypatch.setattr(sqlite, "_BUSY_MS", 20)
     with closing(sqlite3.connect(tmp_path / "search.sqlite3", isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(StorageFailed, match="in use by another process"):

@@ -14,14 +14,15 @@ import faiss
 import numpy as np
 import pytest
 
-from service.search import building, database, indexes, reading, searcher, sqlite_file, view
+from service import sqlite
+from service.search import building, database, indexes, reading, searcher, view
 from service.search.embedded import EmbeddedStore
 from service.search.filters import parse_filter
 from service.search.segments import OnDisk, Segment
 from service.search.selection import Selections
-from service.search.stamp import Stamp
 from service.search.store import CollectionSpec, IndexSpec, Item, SearchParams
 from service.search.view import Views
+from service.stamp import Stamp
 from tests.service.search.embedded_store import TAG, D, clustered, items, maintained_by_the_test
 
 EVEN = parse_filter({"key": "even", "eq": True})
@@ -266,7 +267,7 @@ async def test_an_index_has_the_parameters_of_its_collection() -> None:
 async def test_an_older_transaction_does_not_take_a_newer_view_away(store: EmbeddedStore) -> None:
     await store.upsert("c", items(3), tag=TAG)
     db = store._connect()
-    with sqlite_file.snapshot(db):
+    with sqlite.snapshot(db):
         row = database.find(db, "c")
         await store.delete("c", ["i0"])
         await store.upsert("c", items(2, seed=1, prefix="more"), tag=TAG)
@@ -305,7 +306,7 @@ async def test_what_is_written_while_a_view_is_read_is_found_by_the_next_search(
         made = newest(views, reader, row)
         if not late:
             late.append(1)
-            with sqlite_file.transaction(db):
+            with sqlite.transaction(db):
                 vector = np.ones(D, "<f4") / np.float32(np.sqrt(D))
                 database.upsert(db, row.key, [(Item("late", vector), vector.tobytes(), "{}")])
             store.stamp.bump()
@@ -332,7 +333,7 @@ async def test_an_item_that_is_changed_while_it_is_searched_for_is_not_given_out
         answer = allowed(kept, reader, *given)
         if not changed:
             changed.append(1)
-            with sqlite_file.transaction(db):
+            with sqlite.transaction(db):
                 database.edit(db, 1, 1, '{"n": 0, "even": false}', None)
             store.stamp.bump()
             store._maintenance._current(db, "c")

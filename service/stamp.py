@@ -12,14 +12,14 @@ import mmap
 import os
 from pathlib import Path
 
-from service.search.sqlite_file import translated
+from service.sqlite import translated
 
 
 class Stamp:
     """A 64-bit number in a memory-mapped file."""
 
     def __init__(self, path: Path) -> None:
-        with translated(f"vector store {path}"):
+        with translated(str(path)):
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 if os.fstat(handle).st_size < mmap.PAGESIZE:
