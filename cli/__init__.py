@@ -13,6 +13,7 @@ from cli import (
     backup,
     classify,
     collection,
+    compare,
     engines,
     evaluate,
     export,
@@ -79,6 +80,7 @@ app.add_typer(models.app, name="models")
 app.add_typer(jobs.app, name="jobs")
 app.command("eval")(evaluate.evaluate)
 app.command("build-engine")(engines.build_engine)
+app.command("compare-models")(compare.compare)
 
 
 def main() -> None:
