@@ -13,7 +13,6 @@ from cli import (
     backup,
     classify,
     collection,
-    compare,
     engines,
     evaluate,
     export,
@@ -80,7 +79,6 @@ app.add_typer(models.app, name="models")
 app.add_typer(jobs.app, name="jobs")
 app.command("eval")(evaluate.evaluate)
 app.command("build-engine")(engines.build_engine)
-app.command("compare-models")(compare.compare)
 
 
 def main() -> None:
