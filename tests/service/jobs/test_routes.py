@@ -293,6 +293,17 @@ async def test_hostile_bodies_and_queries(tmp_path):
             assert len(answer.content) < 4000
 
 
+@pytest.mark.parametrize(("depth", "status"), [(20, 202), (40, 422), (900, 422)])
+async def test_deep_parameters_are_refused_or_can_be_shown(tmp_path, depth, status):
+    (tmp_path / "datasets" / "shop").mkdir(parents=True)
+    rules = b'{"a": ' * depth + b"1" + b"}" * depth
+    body = b'{"kind": "retrain", "data": "shop", "gate_rules": ' + rules + b"}"
+    async with running(tmp_path) as run:
+        answer = await run.client.post(JOBS, content=body, headers={"Content-Type": "application/json"})
+        listed = await run.client.get(JOBS)
+    assert (answer.status_code, listed.status_code) == (status, 200)
+
+
 async def test_unicode_in_parameters_is_kept(tmp_path):
     code = "print('größe 🙂 \u2028 \x00')"
     async with service(tmp_path) as run:
