@@ -21,6 +21,7 @@ from service.settings import Settings
 from service.shared_results import SharedResults
 from service.tags import make_tag, tag_parts
 from service.telemetry import Metrics
+from service.web_images import WebImages
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Service:
     originals: Originals
     pipeline: Pipeline
     model: ServedModel
+    web_images: WebImages
     shared: SharedResults = field(default_factory=SharedResults)
     rankings: Rankings = field(default_factory=Rankings)
 

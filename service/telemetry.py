@@ -75,6 +75,9 @@ class Metrics:
         self.coalesced = counter(
             "coalesced_images_total", "Images that shared the running computation of an identical image."
         )
+        self.image_urls = counter(
+            "image_urls_total", "URLs of images that were requested: fetched or failed.", "result"
+        )
         self.index_recall = gauge(
             "index_recall_ratio", "Share of the true ten nearest items that sampled live searches found.", "collection"
         )
