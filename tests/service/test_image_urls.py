@@ -45,6 +45,23 @@ def test_hostile_forms_are_refused(name):
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("user", "user name or a password"),
+        ("fragment", "fragment"),
+        ("tab", "backslash, a space or a control character"),
+        ("loopback, decimal", "the host '2130706433' is not a name"),
+        ("IPv6 loopback", "the host and the port are invalid"),
+        ("large port", "the port 65979 is not from 1 to 65535"),
+        ("http", "must begin with https://"),
+    ],
+)
+def test_error_says_what_is_wrong_with_a_url(name, words):
+    with pytest.raises(ValueError, match=words):
+        parse_image_url(FORMS[name])
+
+
 def test_other_ports_must_be_in_the_list():
     url = parse_image_url(FORMS["another port"])
     assert url.port == 22
