@@ -18,6 +18,7 @@
     ├── RangeNotSatisfiable             416 range_not_satisfiable
     ├── InvalidRequest                  422 invalid_request
     │   ├── BrokenImage                 422 broken_image
+    │   ├── ImageUrlFailed              422 image_url_failed
     │   └── InvalidItems                422 invalid_items (or the status and code of an item)
     ├── HeadTooLarge                    431 head_too_large
     ├── ClientGone                      499 client_closed_request (only logged)
@@ -140,6 +141,9 @@ class InvalidRequest(ServiceError): ...
 class BrokenImage(InvalidRequest): ...
 
 
+class ImageUrlFailed(InvalidRequest): ...
+
+
 class ItemErrorBody(TypedDict):
     """The error of one item, as an answer lists it. `index` is the position of the item in the request."""
 
@@ -256,6 +260,7 @@ ERRORS: dict[type[ServiceError], ErrorKind] = {
     RangeNotSatisfiable: ErrorKind(416, "range_not_satisfiable", "Range not satisfiable"),
     InvalidRequest: ErrorKind(422, "invalid_request", "Invalid request"),
     BrokenImage: ErrorKind(422, "broken_image", "Broken image"),
+    ImageUrlFailed: ErrorKind(422, "image_url_failed", "Image URL failed"),
     InvalidItems: ErrorKind(422, "invalid_items", "Invalid items"),
     HeadTooLarge: ErrorKind(431, "head_too_large", "Head too large"),
     ClientGone: ErrorKind(499, "client_closed_request", "Client closed request"),

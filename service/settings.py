@@ -31,6 +31,7 @@ from service.addresses import (
     with_redis_password,
 )
 from service.cors import parse_origins
+from service.image_urls import parse_hosts
 
 PREFIX = "DINOV2_"
 READ_BY_COMPOSE = frozenset({"DINOV2_PUBLISH", "DINOV2_MEMORY"})
@@ -135,8 +136,19 @@ class Settings(BaseSettings):
         description="limit of width x height of one image, checked before decoding",
     )
     max_batch_items: int = Field(64, ge=1, le=2048, description="highest number of images in one request")
-    max_body_bytes: int = Field(64 * 2**20, ge=1, description="size limit of one request body")
-    max_buffered_bytes: int = Field(2**30, ge=1, description="limit on the total size of all request bodies in memory")
+    max_body_bytes: int = Field(
+        64 * 2**20, ge=1, description="size limit of one request body, and of the images that are fetched for a request"
+    )
+    max_buffered_bytes: int = Field(
+        2**30, ge=1, description="limit on the total size of all request bodies and fetched images in memory"
+    )
+
+    image_urls: str | None = Field(
+        None,
+        description="hosts from which clients may let the service fetch images: comma-separated names such as "
+        "images.example.com, *.example.com or images.example.com:8443, or * for all public hosts; unset: none; see "
+        "docs/image-urls.md",
+    )
 
     queue_max_images: int = Field(
         256,
@@ -285,6 +297,13 @@ class Settings(BaseSettings):
     def _vector_store_is_known(cls, value: str) -> str:
         if value != "embedded":
             milvus_parts(value)
+        return value
+
+    @field_validator("image_urls")
+    @classmethod
+    def _image_urls_are_hosts(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_hosts(value)
         return value
 
     @field_validator("cors_origins")

@@ -145,6 +145,9 @@ class Metrics:
         self.coalesced = counter(
             "coalesced_images_total", "Images that shared the running computation of an identical image."
         )
+        self.image_urls = counter(
+            "image_urls_total", "URLs of images that were requested: fetched or failed.", "result"
+        )
 
     def _add_store(self, gauge: _Make[Gauge]) -> None:
         self.index_recall = gauge(

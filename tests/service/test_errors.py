@@ -24,6 +24,7 @@ from service.errors import (
 )
 from service.search.store import CollectionSpec
 from service.telemetry import JsonLines
+from service.web_images import WebImages
 from tests.dict_store import DictStore
 from tests.fakes import FakeEngine, Running, photo, plain_photo, running, until
 
@@ -129,6 +130,15 @@ async def _mismatch(tmp_path: Path) -> httpx.Response:
         other = run.service.tag("b" * 64)
         await run.service.store.create("shop", CollectionSpec(other, 8))
         return await run.client.post("/v1/collections/shop/items", files={"file": photo()})
+
+
+@provokes("image_url_failed")
+async def _image_url(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path, image_urls="*") as run:
+        run.service.web_images = WebImages(
+            run.service.settings, run.service.lifecycle, resolve=lambda host, port: ["127.0.0.1"]
+        )
+        return await run.client.post(EMBED, json={"input": "https://images.example.com/a.jpg"})
 
 
 @provokes("range_not_satisfiable")
