@@ -253,13 +253,14 @@ def collector() -> Iterator[Collector]:
 async def test_spans_reach_a_collector_when_the_service_stops(tmp_path, collector, monkeypatch):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "Authorization=Bearer%20abc")
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "shop-features")
     async with running(tmp_path, otlp_endpoint=f"http://127.0.0.1:{collector.server_port}/") as run:
         await run.client.post(EMBED, content=photo(), headers=PNG | SAMPLED)
         assert collector.posted == []  # spans are sent in the background
     assert {(path, key) for path, key, _ in collector.posted} == {("/v1/traces", "Bearer abc")}
     sent = b"".join(body for _, _, body in collector.posted)
     assert bytes.fromhex(TRACE) in sent
-    for word in (b"POST /v1/embeddings", b"decode", b"batch", b"dinov2-service", b"deployment.environment.name"):
+    for word in (b"POST /v1/embeddings", b"decode", b"batch", b"shop-features", b"deployment.environment.name"):
         assert word in sent
 
 
