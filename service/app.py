@@ -25,6 +25,7 @@ from model.engines.protocol import Engine, Tried
 from service.assembly import opened_service
 from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
 from service.features.cache import Cache
+from service.live_models import LiveModels, Record
 from service.middleware import Border, error_body
 from service.routes import (
     add_items,
@@ -65,6 +66,7 @@ def create_app(
     tried: tuple[Tried, ...] = (),
     cache: Cache | None = None,
     open_store: Callable[[], Awaitable[VectorStore]] | None = None,
+    record: Record | None = None,
 ) -> "App":
     """Build and return the application.
 
@@ -75,6 +77,8 @@ def create_app(
         tried: the engines that were tried at startup. /v1/models lists them.
         cache: the vector cache. If None, the cache that the settings specify is created.
         open_store: a function that opens the vector store. If None, the store that the settings specify is opened.
+        record: the record of generations, which can change the model while the application runs. If None, the model
+            stays the same.
     """
     metrics = Metrics()
     tracing = open_tracing(
@@ -83,7 +87,7 @@ def create_app(
         _version(),
         on_spans=lambda result, count: metrics.spans.labels(result).inc(count),
     )
-    start = _Start(settings, artifact, engine, tried, cache, open_store, metrics)
+    start = _Start(settings, artifact, engine, tried, cache, open_store, metrics, record)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -91,6 +95,10 @@ def create_app(
             if tracing is not None:
                 stack.push_async_callback(tracing.close)
             app.state.service = await start.service(stack)
+            if record is not None:
+                models = LiveModels(app.state.service, record, lambda service: setattr(app.state, "service", service))
+                stack.push_async_callback(models.close)
+                await models.start()
             yield
             start.lifecycle.draining = True
 
@@ -160,6 +168,7 @@ class _Start:
     cache: Cache | None
     open_store: Callable[[], Awaitable[VectorStore]] | None
     metrics: Metrics
+    record: Record | None = None
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
 
     async def service(self, stack: AsyncExitStack) -> Service:
@@ -182,7 +191,9 @@ class _Start:
         self.lifecycle.warm = True
         self.metrics.build_info.labels(_version(), platform.python_version()).set(1)
         manifest, engine = self.artifact.manifest, self.engine
-        self.metrics.model_info.labels(manifest.name, manifest.fingerprint, engine.name, engine.precision).set(1)
+        self.metrics.model_info.labels(manifest.name, manifest.fingerprint, engine.name, engine.precision, "live").set(
+            1
+        )
         log.info("ready", extra={"fields": {**service.identity(), "settings": self.settings.shown()}})
         return service
 

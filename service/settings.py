@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, Self
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -35,7 +36,7 @@ PREFIX = "DINOV2_"
 READ_BY_COMPOSE = frozenset({"DINOV2_PUBLISH", "DINOV2_MEMORY"})
 """Variables that docker-compose.yml reads on the host. They are not settings of the service, but an .env file may pass
 them to it."""
-_SECRET: Final = ("redis_url", "originals_url", "vector_store")
+_SECRET: Final = ("redis_url", "jobs_redis_url", "originals_url", "vector_store")
 """Settings whose values may contain a password, so error messages do not show them."""
 _OWN_PATHS: Final = frozenset({"v1", "livez", "readyz", "metrics", "docs", "redoc", "openapi.json"})
 """The first parts of the paths of all routes. With one of them as the prefix, it would be ambiguous whether a proxy has
@@ -97,6 +98,34 @@ class Settings(BaseSettings):
         description="where vectors are stored: embedded (in data_dir), or milvus://[user:password@]host[:port][/database]",
     )
     originals_url: str | None = Field(None, description="URL where original images are stored; unset: in data_dir")
+
+    local_worker: bool = Field(
+        True, description="whether the service starts a worker process for jobs, which ends with the service"
+    )
+    jobs_redis_url: str | None = Field(
+        None,
+        description="Redis server that announces jobs to workers, with RQ: redis://[:password@]host:port/db; unset: "
+        "workers look into data_dir",
+    )
+    jobs_kept: int = Field(
+        1000,
+        ge=1,
+        le=100_000,
+        description="highest number of finished jobs that are kept; the oldest are removed first",
+    )
+    job_roots: str | None = Field(
+        None,
+        description="folders, and URLs such as s3://bucket/images, below which jobs may read data: comma-separated; "
+        "unset: data_dir/datasets",
+    )
+    job_stop_grace_s: float = Field(
+        60.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="time limit for the process of a job to save its state and end after SIGTERM, after which it is "
+        "killed",
+    )
+    schedule_zone: str = Field("UTC", description="time zone of schedules that name none, for example Europe/Berlin")
 
     max_image_bytes: int = Field(20 * 2**20, ge=1, description="size limit of one image, as it is sent")
     max_image_pixels: int = Field(
@@ -229,12 +258,20 @@ class Settings(BaseSettings):
             parse_engine(value)
         return value
 
-    @field_validator("redis_url")
+    @field_validator("redis_url", "jobs_redis_url")
     @classmethod
     def _redis_url_is_whole(cls, value: str | None) -> str | None:
         if value is not None:
             redis_parts(value)
         return value
+
+    @field_validator("schedule_zone")
+    @classmethod
+    def _zone_is_known(cls, value: str) -> str:
+        try:
+            return value if value == "UTC" else ZoneInfo(value).key
+        except (ZoneInfoNotFoundError, OSError) as error:
+            raise ValueError("must be UTC or a name of the IANA database, such as Europe/Berlin") from error
 
     @field_validator("otlp_endpoint")
     @classmethod
@@ -292,10 +329,11 @@ class Settings(BaseSettings):
     def shown(self) -> dict[str, Any]:
         """Return the settings as a dictionary for the log, without secrets."""
         values = self.model_dump(mode="json")
-        masked = masked_url(self.redis_url) if self.redis_url else None
+        urls = {"redis_url": self.redis_url, "jobs_redis_url": self.jobs_redis_url}
+        redis = {name: url and masked_url(url) for name, url in urls.items()}
         originals = self.originals_url and re.sub(r"://.*", "://...", self.originals_url, flags=re.DOTALL)
         vectors = self.vector_store if self.vector_store == "embedded" else masked_milvus_url(self.vector_store)
-        return {**values, "redis_url": masked, "originals_url": originals, "vector_store": vectors}
+        return {**values, **redis, "originals_url": originals, "vector_store": vectors}
 
 
 def load_settings(overrides: Mapping[str, Any] | None = None) -> Settings:

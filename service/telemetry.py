@@ -175,11 +175,24 @@ class Metrics:
         self.spans = counter("trace_spans_total", "Spans that were sent to the collector, or that were lost.", "result")
         self.model_info = gauge(
             "model_info",
-            "The served model and its engine; the value is always 1.",
+            "A loaded model, its engine, and its role: live, candidate or former; the value is always 1.",
             "name",
             "fingerprint",
             "engine",
             "precision",
+            "role",
+        )
+        self.generation = gauge("generation", "Number of the live generation in this process; 0: there is no record.")
+        self.unsearchable_collections = gauge(
+            "unsearchable_collections", "Collections whose model is not loaded, so they cannot be searched by image."
+        )
+        self.items_without_live_vector = gauge(
+            "items_without_live_vector",
+            "Items of a collection that have no vector of the live model; collections without such items are left out.",
+            "collection",
+        )
+        self.migration_pending_items = gauge(
+            "migration_pending_items", "Items that a running migration has not embedded with the new model yet."
         )
 
     def count_request(

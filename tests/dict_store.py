@@ -206,6 +206,7 @@ class DictStore:
         tag: str,
         where: Filter | None = None,
         params: SearchParams | None = None,
+        assumed: bool = False,
     ) -> list[list[Hit]]:
         check_k(k)
         queries = normalised_rows(vectors)

@@ -68,8 +68,7 @@ async def add_items(request: Request, name: str) -> JsonAnswer[AddedItems]:
     check_name(name)
     request_key = _request_key(request, service)
     items, options = await _read(request, service.settings)
-    service.check_model(options.model)
-    added = await add_to_collection(service, name, items, options.on_error, request_key)
+    added = await add_to_collection(service, name, items, options.on_error, request_key, model=options.model)
     return json_response(
         {
             "collection": name,
@@ -105,10 +104,10 @@ async def put_item(request: Request, name: str, item_id: str) -> JsonAnswer[PutI
             param="id",
         )
     item, model = await _read_one(request, item_id, service.settings)
-    service.check_model(model)
+    service.named(model)  # raises an error before anything is read
     is_new = not await _exists(service, name, item_id)
     try:
-        added = await add_to_collection(service, name, [attempt(0, lambda: item)], "fail")
+        added = await add_to_collection(service, name, [attempt(0, lambda: item)], "fail", model=model)
     except InvalidItems as error:
         raise error.items[0].error from error  # there is only one item, so its index means nothing
     answer: PutItem = {

@@ -37,7 +37,7 @@ async def create_embeddings(request: Request) -> JsonAnswer[EmbeddingsAnswer]:
     upload = await read_upload(request, service.settings, key="input")
     refuse_query_options(request, EmbeddingOptions)
     options = parse_options(EmbeddingOptions, upload.fields)
-    service.check_model(options.model)
+    service = service.named(options.model)
     _check_dimensions(options, service)
     started = time.perf_counter()
     good, bad = split_items(await service.pipeline.embed(upload.images), options.on_error, "input")

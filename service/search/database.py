@@ -15,6 +15,7 @@ reads all metadata does not read the vectors, and the numbers of a collection ha
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -98,6 +99,7 @@ class SegmentRow:
     files: dict[str, tuple[int, str]]
 
 
+@functools.cache
 def earlier_of(text: str) -> tuple[tuple[str, int], ...]:
     """Parse the column `earlier`. Raises ValueError or TypeError if the text is damaged."""
     return tuple((str(fingerprint), int(dimension)) for fingerprint, dimension in json.loads(text))

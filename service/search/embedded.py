@@ -161,7 +161,7 @@ class EmbeddedStore:
 
     async def info(self, collection: str) -> CollectionInfo:
         check_reference(collection)
-        return await self._read(lambda db: database.find(db, collection).info)
+        return await self._read(lambda db: partners.info_of(db, database.find(db, collection)))
 
     async def set_indexed(self, collection: str, indexed: Sequence[str]) -> CollectionInfo:
         check_name(collection)
@@ -447,8 +447,9 @@ class EmbeddedStore:
         tag: str,
         where: Filter | None = None,
         params: SearchParams | None = None,
+        assumed: bool = False,
     ) -> list[list[Hit]]:
-        return await self._searcher.search(collection, vectors, k, tag=tag, where=where, params=params)
+        return await self._searcher.search(collection, vectors, k, tag=tag, where=where, params=params, assumed=assumed)
 
     # ---- threads
 

@@ -21,14 +21,14 @@ import json
 import sqlite3
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeVar, cast
 
 from service.errors import Conflict
 from service.search import database
 from service.search.checks import check_match, check_name, normalised
 from service.search.database import Role, Row
 from service.search.specs import check_spec
-from service.search.store import CollectionInfo, Floats, Item
+from service.search.store import CollectionInfo, Floats, Item, VectorStore
 from service.tags import tag_parts
 
 T = TypeVar("T")
@@ -77,6 +77,9 @@ class Migrations(Protocol):
     async def partnerships(self) -> list[Partnership]:
         """Return all collections that have a partner, sorted by name."""
 
+    async def former(self, collection: str) -> CollectionInfo | None:
+        """Return the description of the former of a collection, or None if it has none. A candidate does not count."""
+
     async def missing(self, collection: str, *, after: int = 0, limit: int = 256) -> list[Missing]:
         """Return items that the partner lacks, in ascending order of their numbers, from the first number above
         `after`."""
@@ -102,6 +105,18 @@ class Migrations(Protocol):
         """Delete the partner of a collection. If there is none, change nothing."""
 
 
+def migrations_of(store: VectorStore) -> Migrations:
+    """Return the `Migrations` of a store that has the capability `migrations`."""
+    assert "migrations" in store.capabilities
+    return cast(MigratingStore, store).migrations
+
+
+class MigratingStore(VectorStore, Protocol):
+    """A store that can re-embed its collections (capability `migrations`)."""
+
+    migrations: Migrations
+
+
 class EmbeddedMigrations:
     """The `Migrations` of the embedded store. `read` and `write` run a function on its database, `forget` drops the
     views of deleted collections, and `wake` starts the maintenance of segments."""
@@ -122,6 +137,14 @@ class EmbeddedMigrations:
     async def partnerships(self) -> list[Partnership]:
         result: list[Partnership] = await self._read(_partnerships)
         return result
+
+    async def former(self, collection: str) -> CollectionInfo | None:
+        def work(db: sqlite3.Connection) -> CollectionInfo | None:
+            partner = partner_of(db, database.find(db, check_name(collection)))
+            return None if partner is None or partner.role != "former" else partner.info
+
+        info: CollectionInfo | None = await self._read(work)
+        return info
 
     async def missing(self, collection: str, *, after: int = 0, limit: int = 256) -> list[Missing]:
         result: list[Missing] = await self._read(
@@ -148,6 +171,12 @@ class EmbeddedMigrations:
 def partner_of(db: sqlite3.Connection, row: Row) -> Row | None:
     """Return the partner of a collection, under the name of the collection, or None if it has none."""
     return None if row.partner is None else dataclasses.replace(database.by_key(db, row.partner), name=row.name)
+
+
+def info_of(db: sqlite3.Connection, row: Row) -> CollectionInfo:
+    """Return the description of a collection, with the tag of its partner."""
+    partner = partner_of(db, row)
+    return row.info if partner is None else dataclasses.replace(row.info, partner=partner.spec.tag)
 
 
 def version_with(db: sqlite3.Connection, name: str, tag: str) -> Row:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import orjson
 
 from service.errors import StorageFailed
-from service.search.checks import check_k, check_match, check_reference, normalised_rows
+from service.search.checks import check_k, check_match, check_named, check_reference, normalised_rows
 from service.search.filters import Filter, matches
 from service.search.maintenance import Maintenance
 from service.search.partners import version_with
@@ -66,6 +66,7 @@ class _Query(NamedTuple):
     tag: str
     where: Filter | None
     params: SearchParams
+    assumed: bool
 
 
 class Searcher:
@@ -106,8 +107,11 @@ class Searcher:
         tag: str,
         where: Filter | None = None,
         params: SearchParams | None = None,
+        assumed: bool = False,
     ) -> list[list[Hit]]:
-        query = _Query(check_reference(collection), normalised_rows(vectors), check_k(k), tag, where, params or _USUAL)
+        query = _Query(
+            check_reference(collection), normalised_rows(vectors), check_k(k), tag, where, params or _USUAL, assumed
+        )
         answers: list[list[Hit]]
         if where is not None:
             answers = await self._filtering.do(query, object())
@@ -116,7 +120,7 @@ class Searcher:
             return hits
         self._searching += 1
         try:
-            answers = await self._workers.do(query, (collection, k, tag, query.params, query.vectors.shape[1]))
+            answers = await self._workers.do(query, (collection, k, tag, query.params, query.vectors.shape[1], assumed))
             return answers
         finally:
             self._searching -= 1
@@ -197,7 +201,10 @@ class Searcher:
         self, view: View, query: _Query, vectors: Floats, allowed: Allowed | None, *, at_once: bool = False
     ) -> list[list[Hit]]:
         row = view.row
-        check_match(row.info, tag=query.tag, dimension=vectors.shape[1])
+        info = row.info
+        check_match(info, tag=query.tag, dimension=vectors.shape[1])
+        if query.assumed:
+            check_named(info)
         if not row.count:
             return [[] for _ in vectors]
         widen = self._maintenance.boost(row)

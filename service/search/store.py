@@ -91,6 +91,8 @@ class CollectionInfo:
         re-embedded with another model. None in other stores.
     earlier: the models that made the collection's vectors before it was re-embedded: their fingerprints and the
         dimensions of their vectors.
+    partner: the tag of the second set of vectors that the collection has while it is re-embedded and until the window
+        for a rollback ends. Writers that can embed with that model too pass both vectors to `upsert`.
     """
 
     name: str
@@ -99,6 +101,7 @@ class CollectionInfo:
     version: str | None = field(default=None, compare=False)
     key: int | None = field(default=None, compare=False)
     earlier: tuple[tuple[str, int], ...] = field(default=(), compare=False)
+    partner: str | None = field(default=None, compare=False)
 
     @property
     def ref(self) -> str:
@@ -331,11 +334,16 @@ class VectorStore(Protocol):
         tag: str,
         where: Filter | None = None,
         params: SearchParams | None = None,
+        assumed: bool = False,
     ) -> list[list[Hit]]:
         """Return the k nearest items for each of the query vectors [n, D], best first. The result has one list of hits
         for each vector. Hits with equal scores are sorted by id. k is at most MAX_DEPTH.
 
         The query vectors may have any norm except 0. If fewer than k items match the filter, fewer hits are returned.
+
+        `assumed` says that the client did not name the model of the vectors, so `tag` is only assumed. Such a search of
+        a collection whose vectors were once made by another model raises ModelMismatch, because a client that still has
+        vectors of that model would get wrong results.
         """
 
     async def close(self) -> None: ...
