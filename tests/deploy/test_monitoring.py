@@ -25,10 +25,6 @@ GRAFANA = ROOT / "deploy" / "grafana"
 RUNBOOK = ROOT / "deploy" / "RUNBOOK.md"
 UNIT_TESTS = ("alerts_test.yml", "alerts_days_test.yml")
 PLANNED: dict[str, set[str]] = {
-    "dinov2_generation": set(),
-    "dinov2_items_without_live_vector": {"collection"},
-    "dinov2_unsearchable_collections": set(),
-    "dinov2_migration_pending_items": set(),
     "dinov2_jobs": {"state"},
     "dinov2_job_seconds_since_progress": set(),
     "dinov2_worker_heartbeat_age_seconds": set(),

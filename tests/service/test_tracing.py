@@ -176,6 +176,7 @@ async def test_a_failure_is_named_and_only_faults_of_the_service_are_errors(tmp_
     assert fault.attributes["error.type"] == "engine_failed"
     assert "secret" not in str(fault.attributes) + str(fault.status.description)
     assert absent.status.status_code.name == "UNSET"
+    assert "error.type" not in absent.attributes
     assert absent.attributes["dinov2.code"] == "collection_not_found"
     assert absent.attributes["dinov2.collection"] == "none"
     assert (unmatched.name, "http.route" in unmatched.attributes) == ("GET", False)
