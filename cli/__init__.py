@@ -13,16 +13,20 @@ from cli import (
     backup,
     classify,
     collection,
+    compare,
     engines,
     evaluate,
     export,
     find_region,
     heads,
+    jobs,
+    models,
     search,
     serving,
     train_head,
     training,
     verify,
+    worker,
 )
 from cli.shared import fail
 from cli.vision import Commands
@@ -64,15 +68,19 @@ for command in (
     training.average,
     training.report,
     export.export,
-    serving.models,
+    models.reindex,
     verify.verify,
     train_head.train_head,
+    worker.worker,
 ):
     app.command()(command)
 app.add_typer(collection.app, name="collections")
 app.add_typer(heads.app, name="heads")
+app.add_typer(models.app, name="models")
+app.add_typer(jobs.app, name="jobs")
 app.command("eval")(evaluate.evaluate)
 app.command("build-engine")(engines.build_engine)
+app.command("compare-models")(compare.compare)
 
 
 def main() -> None:
