@@ -46,7 +46,7 @@ MAX_LOGGED_CHARS: Final = 500
 _TRACEPARENT: Final = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
 access_log = logging.getLogger("service.access")
-disable_created_metrics()  # type: ignore[no-untyped-call]  # the time at which each counter was created, a third of all series
+disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each counter and histogram, and no query uses it
 M = TypeVar("M", covariant=True)
 
 
@@ -124,9 +124,7 @@ class Metrics:
         self.images = counter("images_total", "Images that the engine processed.")
         self.dropped = counter("dropped_images_total", "Images whose clients disconnected while they were queued.")
         self.engine_errors = counter("engine_errors_total", "Forward passes that failed.")
-        self.engine_up = gauge(
-            "engine_up", "1 if the thread that runs the network works; 0 if it has died or hangs (/livez fails)."
-        )
+        self.engine_up = gauge("engine_up", "1 if the thread of each loaded model works; 0 if one has died or hangs.")
         self.failed_images = counter(
             "failed_images_total",
             "Images that were refused or could not be processed, by the code of the error.",
