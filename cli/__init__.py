@@ -18,6 +18,8 @@ from cli import (
     export,
     find_region,
     heads,
+    keys,
+    originals,
     search,
     serving,
     train_head,
@@ -71,6 +73,8 @@ for command in (
     app.command()(command)
 app.add_typer(collection.app, name="collections")
 app.add_typer(heads.app, name="heads")
+app.add_typer(keys.app, name="keys")
+app.add_typer(originals.app, name="originals")
 app.command("eval")(evaluate.evaluate)
 app.command("build-engine")(engines.build_engine)
 

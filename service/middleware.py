@@ -43,6 +43,7 @@ from service.errors import (
     problem_body,
 )
 from service.off_loop import off_loop
+from service.security import Security, audit, is_audited
 from service.settings import Settings
 from service.state import Lifecycle
 from service.telemetry import Metrics, access_log, client_address, log_request, shortened, trace_id
@@ -68,8 +69,16 @@ class Border:
     """The ASGI middleware around the application. It handles request ids, size limits, compression, deadlines,
     disconnects, errors, CORS, metrics and the access log."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, lifecycle: Lifecycle) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        metrics: Metrics,
+        lifecycle: Lifecycle,
+        security: Security | None = None,
+    ) -> None:
         self.app = app
+        self.security = security  # None while the service starts and every request gets the same answer
         self.settings = settings
         self.metrics = metrics
         self.lifecycle = lifecycle
@@ -88,7 +97,7 @@ class _Exchange:
     def __init__(self, border: Border, scope: Scope, receive: Receive, send: Send) -> None:
         self._app, self._scope, self._receive, self._send = border.app, scope, receive, send
         self._settings, self._metrics, self._lifecycle = border.settings, border.metrics, border.lifecycle
-        self._cors = border.cors
+        self._cors, self._security = border.cors, border.security
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
         self.request_id = request_id(self._headers)
         scope.setdefault("state", {})["request_id"] = self.request_id
@@ -127,6 +136,8 @@ class _Exchange:
                 raise self._scope["refusal"]
             if self._cors is not None and await self._answer_preflight(self._cors):
                 return
+            if self._security is not None:
+                self._security.admit(self._scope, self._headers)
             if counted and self._lifecycle.draining:
                 raise ShuttingDown("the service is shutting down", retry_after_s=1)
             _check_target(self._scope)
@@ -321,26 +332,40 @@ class _Exchange:
         method = self._scope["method"] if self._scope["method"] in _METHODS else "other"
         self._metrics.requests.labels(method, route, str(self._status)).inc()
         self._metrics.request_seconds.labels(route).observe(seconds)
+        if is_audited(self._scope, self._final_error):
+            audit(self._scope, self._status, self._final_error, self.request_id, self._client)
         if access_log.isEnabledFor(logging.INFO):
             log_request(method, route, self._status, seconds, self.request_id, **self._facts(route))
 
     def _facts(self, route: str) -> dict[str, str | int]:
         """Return the fields of the access log that are not parameters of `log_request`."""
         scope, headers = self._scope, self._headers
-        proxies = self._settings.trusted_proxies
-        forwarded = _joined(scope["headers"], b"x-forwarded-for") if proxies else b""
+        principal = scope["state"].get("principal")
         facts: dict[str, str | int | None] = {
             "path": shortened(scope["path"]),
             "bytes": self._received_bytes,
-            "client": client_address((scope.get("client") or ("",))[0], forwarded, proxies) or None,
+            "client": self._client or None,
+            "key_id": None if principal is None else principal.key_id,
             "trace_id": trace_id(headers[b"traceparent"]) if b"traceparent" in headers else None,
         }
         if route.startswith(_COLLECTION_ROUTES):
             facts["collection"] = shortened(scope["path_params"]["name"])
-        error = self._error or scope["state"].get("error")
+        error = self._final_error
         if error is not None:
             facts |= {"code": error.code, "detail": shortened(error.detail)}
         return {name: value for name, value in facts.items() if value is not None}
+
+    @property
+    def _final_error(self) -> ServiceError | None:
+        """The error that the answer reports, or None."""
+        return self._error or self._scope["state"].get("error")
+
+    @property
+    def _client(self) -> str:
+        """The address of the client, or an empty text if it is unknown."""
+        proxies = self._settings.trusted_proxies
+        forwarded = _joined(self._scope["headers"], b"x-forwarded-for") if proxies else b""
+        return client_address((self._scope.get("client") or ("",))[0], forwarded, proxies)
 
 
 async def _compressed(start: Message, body: Message) -> tuple[Message, Message]:
