@@ -9,7 +9,8 @@
     ├── NotFound                        404 not_found
     │   ├── ModelNotFound               404 model_not_found
     │   ├── CollectionNotFound          404 collection_not_found
-    │   └── ItemNotFound                404 item_not_found
+    │   ├── ItemNotFound                404 item_not_found
+    │   └── JobNotFound                 404 job_not_found
     ├── MethodNotAllowed                405 method_not_allowed
     ├── Conflict                        409 conflict
     │   └── ModelMismatch               409 model_mismatch
@@ -123,6 +124,9 @@ class CollectionNotFound(NotFound): ...
 
 
 class ItemNotFound(NotFound): ...
+
+
+class JobNotFound(NotFound): ...
 
 
 class MethodNotAllowed(ServiceError): ...
@@ -263,6 +267,7 @@ ERRORS: dict[type[ServiceError], ErrorKind] = {
     ModelNotFound: ErrorKind(404, "model_not_found", "Model not found"),
     CollectionNotFound: ErrorKind(404, "collection_not_found", "Collection not found"),
     ItemNotFound: ErrorKind(404, "item_not_found", "Item not found"),
+    JobNotFound: ErrorKind(404, "job_not_found", "Job not found"),
     MethodNotAllowed: ErrorKind(405, "method_not_allowed", "Method not allowed"),
     Conflict: ErrorKind(409, "conflict", "Conflict"),
     ModelMismatch: ErrorKind(409, "model_mismatch", "Vectors of another model"),

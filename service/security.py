@@ -289,16 +289,18 @@ def is_audited(scope: Mapping[str, Any], error: ServiceError | None) -> bool:
     return scope["state"].get("need") == "admin" or isinstance(error, _DENIALS)
 
 
-def audit(scope: Mapping[str, Any], status: int, error: ServiceError | None, request_id: str, client: str) -> None:
+def audit(
+    scope: Mapping[str, Any], status: int, error: ServiceError | None, request_id: str, client: str | int | None
+) -> None:
     """Write one line to the audit log. It never contains the key, only its id. `client` is the address of the client,
-    or an empty text if it is unknown."""
+    or None if it is unknown."""
     state = scope["state"]
     principal: Principal | None = state.get("principal")
     fields = {
         "request_id": request_id,
         "key_id": getattr(error, "key_id", None) or (principal and principal.key_id),
         "key_name": principal and principal.name,
-        "client": client or None,
+        "client": client,
         "method": scope["method"],
         "route": getattr(scope.get("route"), "path", "unmatched"),
         "path_params": scope.get("path_params") or None,

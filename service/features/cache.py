@@ -5,33 +5,26 @@ never becomes outdated, and a cache can contain entries for several models. The 
 used entries. Redis removes an entry when its time to live (TTL) ends.
 
 A cache may lose entries, but it must never cause a request to fail. `RedisCache` treats every fault as a cache miss.
-Each call has a time limit. After a fault, a circuit breaker opens, and the following calls skip Redis without waiting.
-While the breaker is open, one call is sent to Redis from time to time, at increasing intervals. When such a call
-succeeds, the breaker closes and Redis is used again. A value is stored with its length and checksum, so a truncated or
-damaged value is also a cache miss.
+service/redis_guard.py limits the time of each call, and skips Redis while it is down. A value is stored with its length
+and checksum, so a truncated or damaged value is also a cache miss.
 """
 
-import asyncio
 import hashlib
 import json
 import struct
-import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Final, Literal, Protocol, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Final, Literal, Protocol
 
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, AuthorizationError, InvalidResponse, RedisError, ResponseError
+from redis.exceptions import InvalidResponse
 
-CacheEvent = Literal["error", "skipped", "corrupt", "recovered"]
-"""An event of a cache: a call failed ("error"), a call was not made because the circuit breaker was open ("skipped"), a
-stored value was invalid ("corrupt"), or the circuit breaker closed ("recovered")."""
+from service.redis_guard import RedisEvent, RedisGuard
+
+CacheEvent = RedisEvent | Literal["corrupt"]
+"""An event of a cache: an event of its Redis server, or a stored value was invalid ("corrupt")."""
 
 OnEvent = Callable[[CacheEvent], None]
-T = TypeVar("T")
 
 ENTRY_OVERHEAD_BYTES: Final = 330
 """The memory in bytes that an entry of `MemoryCache` uses in addition to its key and its value. It was measured with
@@ -162,35 +155,40 @@ class RedisCache:
         if ttl_s < 1:
             raise ValueError(f"ttl_s={ttl_s} must be at least 1")
         self._prefix = f"{prefix}:{_FORMAT}:"
-        self._ttl_s, self._timeout_s, self._on_event = ttl_s, timeout_s, on_event
-        self._breaker = _Breaker(retry_s, max_retry_s)
-        self._faults: dict[str, str] = {}  # call -> reason of its last failure
-        self._redis = _client(url, timeout_s, max_connections)
+        self._ttl_s, self._on_event = ttl_s, on_event
+        self._guard = RedisGuard(
+            url,
+            on_event=on_event,
+            timeout_s=timeout_s,
+            retry_s=retry_s,
+            max_retry_s=max_retry_s,
+            max_connections=max_connections,
+        )
 
     async def get_many(self, keys: list[str]) -> list[bytes | None]:
         if not keys:
             return []
-        framed = await self._guarded("get", lambda: self._mget([self._prefix + key for key in keys]))
+        framed = await self._guard.call("get", lambda: self._mget([self._prefix + key for key in keys]))
         return [None] * len(keys) if framed is None else [self._unframe(value) for value in framed]
 
     async def set_many(self, items: dict[str, bytes]) -> None:
         if items:
-            await self._guarded("set", lambda: self._set(items))
+            await self._guard.call("set", lambda: self._set(items))
 
     async def status(self) -> str:
         """Read a value from Redis and return the status: "ok", or "degraded: " followed by the reasons. The read
         detects that Redis has failed or recovered even if the service has no traffic. A PING is not enough, because a
         Redis server that answers PING may still refuse reads."""
         await self.get_many(["status"])
-        if not self._faults:
+        if not self._guard.faults:
             return "ok"
-        return "degraded: redis: " + "; ".join(f"{call}: {why}" for call, why in sorted(self._faults.items()))
+        return "degraded: redis: " + "; ".join(f"{call}: {why}" for call, why in sorted(self._guard.faults.items()))
 
     async def close(self) -> None:
-        await self._redis.aclose(close_connection_pool=True)
+        await self._guard.close()
 
     async def _mget(self, keys: list[str]) -> list[bytes | None]:
-        values = await self._redis.mget(keys)
+        values = await self._guard.redis.mget(keys)
         if not isinstance(values, list) or len(values) != len(keys):
             raise InvalidResponse("the answer to MGET is not a list of one value for each key")
         strings = [value for value in values if value is None or isinstance(value, bytes)]
@@ -199,42 +197,11 @@ class RedisCache:
         return strings
 
     async def _set(self, items: dict[str, bytes]) -> bool:
-        async with self._redis.pipeline(transaction=False) as pipeline:
+        async with self._guard.redis.pipeline(transaction=False) as pipeline:
             for key, value in items.items():
                 pipeline.set(self._prefix + key, frame(value), ex=self._ttl_s)
             await pipeline.execute()
         return True
-
-    async def _guarded(self, call: str, action: Callable[[], Awaitable[T]]) -> T | None:
-        """Run `action` within the time limit and return its result. If the action fails or the circuit breaker is open,
-        report an event and return None."""
-        if not self._breaker.try_enter():
-            self._on_event("skipped")
-            return None
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                result = await action()
-        except (RedisError, OSError, TimeoutError, ValueError) as error:  # ValueError: this is no Redis server
-            self._failed(call, error)
-            return None
-        except BaseException:  # the caller was cancelled, which is no fault of Redis
-            self._breaker.abandon()
-            raise
-        if self._breaker.succeed():
-            self._faults.clear()
-            self._on_event("recovered")
-        self._faults.pop(call, None)
-        return result
-
-    def _failed(self, call: str, error: Exception) -> None:
-        self._on_event("error")
-        words = str(error).split("\n", 1)[0][:120] or f"no answer within {self._timeout_s:g} s"
-        self._faults[call] = f"{type(error).__name__}: {words}"
-        refused = isinstance(error, ResponseError) and not isinstance(error, AuthenticationError | AuthorizationError)
-        if refused and not str(error).startswith(("NOAUTH", "WRONGPASS")):
-            self._breaker.abandon()  # Redis works but refused this call, for instance a write when it is out of memory
-        else:
-            self._breaker.fail()
 
     def _unframe(self, framed: bytes | None) -> bytes | None:
         if framed is None:
@@ -243,62 +210,6 @@ class RedisCache:
         if value is None:
             self._on_event("corrupt")
         return value
-
-
-class _Breaker:
-    """A circuit breaker for calls to Redis. While it is closed, every call may be made. While it is open, one call may
-    be made after each interval, to check whether Redis works again."""
-
-    def __init__(self, first_s: float, longest_s: float) -> None:
-        self._first_s, self._longest_s = first_s, longest_s
-        self._interval_s = 0.0  # 0: closed
-        self._next_probe = 0.0
-        self._probing = False
-
-    def try_enter(self) -> bool:
-        if not self._interval_s:
-            return True
-        if self._probing or time.monotonic() < self._next_probe:
-            return False
-        self._probing = True
-        return True
-
-    def succeed(self) -> bool:
-        """Close the breaker. Return True if it was open."""
-        was_open = bool(self._interval_s)
-        self._interval_s, self._probing = 0.0, False
-        return was_open
-
-    def fail(self) -> None:
-        if self._probing or not self._interval_s:  # calls that began before the breaker opened do not count
-            self._interval_s = min(self._longest_s, max(self._first_s, 2 * self._interval_s))
-            self._next_probe = time.monotonic() + self._interval_s
-        self._probing = False
-
-    def abandon(self) -> None:
-        self._probing = False
-
-
-def _client(url: str, timeout_s: float, max_connections: int) -> Redis:
-    """Return a Redis client with a connection pool. The client does not retry failed calls, because the circuit breaker
-    determines when Redis is tried again."""
-    try:
-        pool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=max_connections,
-            timeout=timeout_s,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 0),
-        )
-    except (ValueError, TypeError):
-        # urllib's messages quote parts of the URL, and a part may belong to the password
-        scheme = url.split("://", 1)[0] if "://" in url else "?"
-        raise ValueError(
-            f"the Redis URL (scheme {scheme!r}) is not valid: the form is redis://[:password@]host:port/db; "
-            "percent-encode special characters of the password"
-        ) from None
-    return Redis.from_pool(pool)  # the client closes the pool
 
 
 def frame(value: bytes) -> bytes:

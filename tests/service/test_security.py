@@ -464,7 +464,7 @@ async def test_requests_that_need_admin_and_denied_requests_are_audited(tmp_path
         assert key not in everything
         assert key[15:58] not in everything
     access = [json.loads(JsonLines().format(record)) for record in caplog.records if record.name == "service.access"]
-    assert access[0]["key_id"] == ids["write"]
+    assert access[0]["key"] == ids["write"]
 
 
 async def test_admin_requests_are_audited_without_keys_too(tmp_path, caplog):

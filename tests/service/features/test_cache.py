@@ -16,7 +16,7 @@ import pytest
 from redis.exceptions import AuthenticationError, AuthorizationError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from service.features import cache
+from service import redis_guard
 from service.features.cache import MemoryCache, RedisCache, cache_key, frame, make_cache, unframe
 
 # ---- keys
@@ -116,7 +116,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr("service.features.cache.time", made)
+    monkeypatch.setattr("service.redis_guard.time", made)
     return made
 
 
@@ -134,19 +134,19 @@ async def test_probes_come_at_growing_intervals(clock: Clock) -> None:
     probes = []
     while len(probes) < 7:
         events.clear()
-        await cache._guarded("get", lambda: fails(OSError("away")))
+        await cache._guard.call("get", lambda: fails(OSError("away")))
         if events == ["error"]:
             probes.append(clock.now)
         clock.now += 0.25
     assert [b - a for a, b in itertools.pairwise(probes)] == [0.5, 1, 2, 4, 5, 5]
     clock.now += 5
-    assert await cache._guarded("get", works) == 1
+    assert await cache._guard.call("get", works) == 1
     assert events[-1] == "recovered"
-    assert await cache._guarded("get", works) == 1  # closed again
-    await cache._guarded("get", lambda: fails(OSError("away")))
+    assert await cache._guard.call("get", works) == 1  # closed again
+    await cache._guard.call("get", lambda: fails(OSError("away")))
     events.clear()
     clock.now += 0.5  # the first interval again
-    assert await cache._guarded("get", works) == 1
+    assert await cache._guard.call("get", works) == 1
     assert events == ["recovered"]
     await cache.close()
 
@@ -160,13 +160,13 @@ async def test_calls_that_were_under_way_do_not_lengthen_the_interval(clock: Clo
         await gate.wait()
         raise OSError("away")
 
-    calls = [asyncio.create_task(cache._guarded("get", under_way)) for _ in range(10)]
+    calls = [asyncio.create_task(cache._guard.call("get", under_way)) for _ in range(10)]
     await asyncio.sleep(0)
     gate.set()
     await asyncio.gather(*calls)
     assert events == ["error"] * 10
     clock.now += 0.5
-    assert await cache._guarded("get", works) == 1
+    assert await cache._guard.call("get", works) == 1
     await cache.close()
 
 
@@ -174,11 +174,11 @@ async def test_a_recovery_clears_every_fault(clock: Clock) -> None:
     """It also clears faults of calls that are not repeated."""
     cache = RedisCache("redis://localhost", ttl_s=1, retry_s=0.5, max_retry_s=5)
     for call in ("get", "set"):
-        await cache._guarded(call, lambda: fails(OSError("away")))
+        await cache._guard.call(call, lambda: fails(OSError("away")))
         clock.now += 5
-    assert sorted(cache._faults) == ["get", "set"]
-    await cache._guarded("get", works)
-    assert cache._faults == {}
+    assert sorted(cache._guard.faults) == ["get", "set"]
+    await cache._guard.call("get", works)
+    assert cache._guard.faults == {}
     await cache.close()
 
 
@@ -198,8 +198,8 @@ async def test_which_faults_stop_the_next_call(error: Exception, opens: bool, cl
     """A server that refuses one command may accept others. A server that rejects our password refuses all commands."""
     events: list[str] = []
     cache = RedisCache("redis://localhost", ttl_s=1, on_event=events.append)
-    await cache._guarded("set", lambda: fails(error))
-    assert await cache._guarded("get", works) == (None if opens else 1)
+    await cache._guard.call("set", lambda: fails(error))
+    assert await cache._guard.call("get", works) == (None if opens else 1)
     assert events == (["error", "skipped"] if opens else ["error"])
     await cache.close()
 
@@ -350,8 +350,8 @@ async def test_status_alone_notices_fault_and_recovery(redis_server) -> None:
 
 def test_probes_are_rarer_each_time_up_to_a_limit(monkeypatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(cache.time, "monotonic", lambda: now[0])
-    breaker = cache._Breaker(0.5, 3.0)
+    monkeypatch.setattr(redis_guard.time, "monotonic", lambda: now[0])
+    breaker = redis_guard.Breaker(0.5, 3.0)
     assert breaker.try_enter()
     for _ in range(4):  # calls that were under way together lengthen nothing
         breaker.fail()
@@ -374,7 +374,7 @@ async def test_a_recovery_ends_every_fault() -> None:
     found = RedisCache("redis://127.0.0.1:1", ttl_s=1, on_event=events.append, retry_s=0.001)
     both = [found.get_many(["k"]), found.set_many({"k": b"v"})]  # begun before either fails
     await asyncio.gather(*both)
-    assert {"get", "set"} <= set(found._faults)
+    assert {"get", "set"} <= set(found._guard.faults)
 
     async def answer(keys: list[str]) -> list[bytes | None]:
         return [None] * len(keys)
