@@ -12,6 +12,7 @@ All remembered headers are forgotten as soon as a key changes, in every process 
 import contextlib
 import hmac
 import ipaddress
+import logging
 import re
 import time
 from collections.abc import Callable, Collection, Mapping, MutableMapping
@@ -82,6 +83,7 @@ ROUTES: Final[dict[tuple[str, str], Need]] = {
 MAX_HEADER_BYTES: Final = 512
 """The size limit of the header `Authorization`. A key takes less than 100 bytes."""
 _MAX_REMEMBERED: Final = 4096
+log = logging.getLogger(__name__)
 _BEARER: Final = re.compile(rb"bearer +(\S+)", re.IGNORECASE)
 _CHALLENGE: Final = 'Bearer realm="dinov2-service"'
 _DENIALS: Final = (Unauthenticated, MissingScope, CrossOrigin)
@@ -91,11 +93,11 @@ _SEND_A_KEY: Final = 'send an API key in the header "Authorization: Bearer KEY"'
 @dataclass(frozen=True, slots=True)
 class Principal:
     """The sender of a request. `key_id` and `name` are those of the API key, or None if the request has no valid key.
-    `needs` contains everything that the sender may call."""
+    `scopes` contains everything that the sender may call."""
 
     key_id: str | None
     name: str | None
-    needs: frozenset[Need]
+    scopes: frozenset[Need]
 
 
 def _denied(detail: str, reason: str, key_id: str | None = None) -> Unauthenticated:
@@ -130,6 +132,9 @@ class Security:
         if self._settings.auth != "off":
             self._ring = KeyRing(KeyStore(self._settings.data_dir), self._everyone, self._clock)
             self._ring.refresh()
+        if not self.requires_keys:
+            level = logging.WARNING if self._settings.trusted_proxies else logging.INFO  # a proxy lets others in
+            log.log(level, "requests need no API key: everyone who reaches the service may call every route")
 
     @property
     def requires_keys(self) -> bool:
@@ -273,7 +278,7 @@ def require(state: MutableMapping[str, Any], need: Need) -> None:
     """
     state["need"] = need
     principal: Principal = state["principal"]
-    if need in principal.needs:
+    if need in principal.scopes:
         return
     if "denial" in state:
         raise state["denial"]
@@ -352,6 +357,6 @@ def _authorization(scope: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> 
     value = headers.get(b"authorization")
     if value is None:
         return b""
-    if sum(name == b"authorization" for name, _ in scope["headers"]) > 1:
+    if [name for name, _ in scope["headers"]].count(b"authorization") > 1:
         raise _denied("the request has several Authorization headers: send exactly one", "several keys")
     return value
