@@ -235,14 +235,14 @@ async def _save_last_used(security: Security) -> None:
     while True:
         await asyncio.sleep(SAVE_LAST_USED_S)
         with suppress(StorageFailed):  # the times are only information
-            await asyncio.to_thread(security.save_last_used)
+            await security.save_last_used()
 
 
 async def _stop_saving(task: asyncio.Task[None], security: Security) -> None:
     """Stop the task that `_save_last_used` runs in, and store the times a last time."""
     task.cancel()
     with suppress(StorageFailed):
-        await asyncio.to_thread(security.save_last_used)
+        await security.save_last_used()
 
 
 async def _framework_error(request: Request, error: Exception) -> Response:

@@ -9,6 +9,7 @@ A verified `Authorization` header is remembered, so that the next request with i
 All remembered headers are forgotten as soon as a key changes, in every process with the same data folder.
 """
 
+import asyncio
 import contextlib
 import hmac
 import ipaddress
@@ -167,10 +168,10 @@ class Security:
         except ServiceError as error:  # StorageFailed too: without the keys, nobody gets in
             state["denial"] = error
 
-    def save_last_used(self) -> None:
-        """Store when keys were last used. This blocks while it writes."""
+    async def save_last_used(self) -> None:
+        """Store when keys were last used."""
         if self._ring is not None:
-            self._ring.save_last_used()
+            await self._ring.save_last_used()
 
 
 class KeyRing:
@@ -252,11 +253,11 @@ class KeyRing:
         self._verified[header] = principal, key
         return principal, key
 
-    def save_last_used(self) -> None:
+    async def save_last_used(self) -> None:
         """Store when keys were last used."""
-        used, self._used = self._used, {}
+        used, self._used = self._used, {}  # here and not in the thread, so that no request changes what is written
         if used:
-            self._store.set_last_used(used)
+            await asyncio.to_thread(self._store.set_last_used, used)
 
 
 _INVALID: Final = "the API key is not valid: it is unknown, expired or revoked"

@@ -199,7 +199,7 @@ def test_a_rotation_never_prolongs_a_key(store: KeyStore, clock: Clock) -> None:
         store.rotate("a", DAY)
 
 
-def test_the_last_use_is_stored_later_and_no_earlier_time_replaces_it(
+async def test_the_last_use_is_stored_later_and_no_earlier_time_replaces_it(
     store: KeyStore, clock: Clock, tmp_path: Path
 ) -> None:
     text, key = store.create("a", ["read"])
@@ -209,8 +209,8 @@ def test_the_last_use_is_stored_later_and_no_earlier_time_replaces_it(
     clock.now += 5
     assert is_valid(other, text)
     assert store.all_keys() == [key]
-    other.save_last_used()
-    one.save_last_used()
+    await other.save_last_used()
+    await one.save_last_used()
     assert store.all_keys()[0].last_used == clock.now
     assert store.stamp.read() == seen, "other processes would forget what they have verified"
 
