@@ -19,6 +19,7 @@ from cli import (
     find_region,
     heads,
     keys,
+    models,
     originals,
     search,
     serving,
@@ -66,7 +67,7 @@ for command in (
     training.average,
     training.report,
     export.export,
-    serving.models,
+    models.reindex,
     verify.verify,
     train_head.train_head,
 ):
@@ -74,6 +75,7 @@ for command in (
 app.add_typer(collection.app, name="collections")
 app.add_typer(heads.app, name="heads")
 app.add_typer(keys.app, name="keys")
+app.add_typer(models.app, name="models")
 app.add_typer(originals.app, name="originals")
 app.command("eval")(evaluate.evaluate)
 app.command("build-engine")(engines.build_engine)

@@ -39,6 +39,8 @@ ROUTES: Final[dict[tuple[str, str], Need]] = {
     ("GET", "/redoc"): "open",
     ("GET", "/v1/models"): "read",
     ("GET", "/v1/models/{name:path}"): "read",
+    ("DELETE", "/v1/models/{name:path}"): "admin",
+    ("POST", "/v1/models/rollback"): "admin",
     ("POST", "/v1/embeddings"): "read",
     ("POST", "/v1/attention"): "read",
     ("POST", "/v1/features"): "read",
