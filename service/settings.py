@@ -242,7 +242,7 @@ class Settings(BaseSettings):
     @classmethod
     def _redis_password_is_read(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Add the password from `redis_password_file` to `redis_url`, and return the settings."""
-        url, file = values.get("redis_url"), values.get("redis_password_file", "audit_log")
+        url, file = values.get("redis_url"), values.get("redis_password_file")
         if not url or not file:
             return values
         try:
