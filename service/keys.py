@@ -15,7 +15,7 @@ import secrets
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -26,6 +26,7 @@ from service.stamp import Stamp
 Scope = Literal["read", "write", "admin"]
 SCOPES: Final[tuple[Scope, ...]] = get_args(Scope)
 """The scopes, lowest first. Each scope includes the scopes before it."""
+FileState = tuple[tuple[int, int, int], ...]
 FILE: Final = "keys.sqlite3"
 MAX_NAME_CHARACTERS: Final = 64
 
@@ -83,6 +84,14 @@ class KeyStore:
         self._clock = clock
         prepare(self.path, _SCHEMA)
         self.stamp = Stamp(self.path.with_suffix(".stamp"))
+
+    def file_state(self) -> FileState:
+        """Return values that change when the file of the keys is written or replaced."""
+        with translated(str(self.path)):
+            stats = [self.path.stat()]
+            with suppress(FileNotFoundError):
+                stats.append(Path(f"{self.path}-wal").stat())  # SQLite writes here first
+        return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
 
     def all_keys(self) -> list[Key]:
         """Return all keys, including expired and revoked ones, oldest first."""

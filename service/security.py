@@ -22,7 +22,7 @@ from typing import Any, Final, Literal
 
 from service.cors import SAFE_METHODS, Cors, is_foreign, parse_origins
 from service.errors import CrossOrigin, MissingScope, ServiceError, Unauthenticated
-from service.keys import FILE, Key, KeyStore, digest_of_key, granted, key_id_of
+from service.keys import FILE, FileState, Key, KeyStore, digest_of_key, granted, key_id_of
 from service.settings import Settings
 from service.telemetry import audit_log
 
@@ -85,6 +85,7 @@ ROUTES: Final[dict[tuple[str, str], Need]] = {
 
 MAX_HEADER_BYTES: Final = 512
 """The size limit of the header `Authorization`. A key takes less than 100 bytes."""
+LOOK_EVERY_S: Final = 1.0
 _MAX_REMEMBERED: Final = 4096
 log = logging.getLogger(__name__)
 _BEARER: Final = re.compile(rb"bearer +(\S+)", re.IGNORECASE)
@@ -191,27 +192,38 @@ class KeyRing:
         self._clock = clock
         self._stamp = store.stamp
         self._seen: int | None = None  # the stamp when the keys were read
+        self._file_state: FileState = ()  # the state of the file when the keys were read
+        self._next_look = 0.0  # when to look at the file again, in seconds of the monotonic clock
         self._keys: dict[str, Key] = {}
         self._verified: dict[bytes, tuple[Principal, Key]] = {}  # by the value of the header
+        self._has_keys = False
         self._used: dict[str, float] = {}  # by key id; times of the last use that are not stored yet
 
     @property
     def has_keys(self) -> bool:
         """Whether a key was ever created. A revoked or expired key counts: if it did not, revoking the last key would
-        let everyone in."""
-        return bool(self._keys)
+        let everyone in. For the same reason, the answer stays true if all keys disappear from the file."""
+        return self._has_keys
 
     def refresh(self) -> None:
         """Read the keys again if one of them has changed since they were last read.
 
+        The stamp tells this at once. Once a second, the state of the file is compared too, because the stamp stays the
+        same if a process is killed between its change and the new stamp, or if an operator replaces the files.
+
         Raises:
             StorageFailed: the keys cannot be read. The next call tries again.
         """
-        stamp = self._stamp.read()  # before the keys are read: a change in between is noticed by the next call
-        if stamp != self._seen:
+        stamp, now = self._stamp.read(), time.monotonic()
+        if stamp == self._seen and now < self._next_look:
+            return
+        state = self._store.file_state()  # like the stamp, before the keys: the next call notices a change in between
+        if stamp != self._seen or state != self._file_state:
             self._keys = {key.id: key for key in self._store.all_keys()}
+            self._has_keys = self._has_keys or bool(self._keys)
             self._verified.clear()
-            self._seen = stamp
+            self._seen, self._file_state = stamp, state
+        self._next_look = now + LOOK_EVERY_S
 
     def principal(self, header: bytes) -> Principal:
         """Return the sender that an `Authorization` header stands for.

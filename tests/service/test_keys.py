@@ -156,6 +156,49 @@ def test_a_revocation_by_a_process_of_its_own(store: KeyStore, clock: Clock, tmp
     assert not is_valid(opened, text)
 
 
+def test_a_revocation_without_a_new_stamp_is_noticed_within_a_second(
+    store: KeyStore, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that was killed after it revoked a key, and before it changed the stamp."""
+    seconds = [100.0]
+    monkeypatch.setattr("service.security.time.monotonic", lambda: seconds[0])
+    text, key = store.create("a", ["read"])
+    opened = ring(tmp_path, clock)
+    assert is_valid(opened, text)
+    monkeypatch.setattr(store.stamp, "bump", lambda: None)
+    store.revoke(key.id)
+    assert is_valid(opened, text)  # not yet
+    seconds[0] += 1.0
+    assert not is_valid(opened, text)
+
+
+def test_replaced_files_are_noticed_within_a_second_and_never_let_everyone_in(
+    store: KeyStore, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = [100.0]
+    monkeypatch.setattr("service.security.time.monotonic", lambda: seconds[0])
+    text, _ = store.create("a", ["read"])
+    opened = ring(tmp_path, clock)
+    assert is_valid(opened, text)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    seconds[0] += 1.0
+    with pytest.raises(StorageFailed, match="No such file"):
+        is_valid(opened, text)
+    assert not (tmp_path / FILE).exists()
+    new, key = KeyStore(tmp_path, clock).create("b", ["read"])
+    assert not is_valid(opened, text)
+    assert is_valid(opened, new)
+    KeyStore(tmp_path, clock).revoke(key.id)
+    seconds[0] += 1.0
+    assert not is_valid(opened, new)
+    (tmp_path / FILE).unlink()
+    KeyStore(tmp_path, clock)
+    seconds[0] += 1.0
+    opened.refresh()
+    assert opened.has_keys
+
+
 def test_a_whole_key_can_be_revoked(store: KeyStore) -> None:
     text, key = store.create("a", ["read"])
     assert store.revoke(text).id == key.id
