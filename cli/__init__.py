@@ -18,6 +18,7 @@ from cli import (
     export,
     find_region,
     heads,
+    jobs,
     keys,
     models,
     originals,
@@ -26,6 +27,7 @@ from cli import (
     train_head,
     training,
     verify,
+    worker,
 )
 from cli.shared import fail
 from cli.vision import Commands
@@ -70,6 +72,7 @@ for command in (
     models.reindex,
     verify.verify,
     train_head.train_head,
+    worker.worker,
 ):
     app.command()(command)
 app.add_typer(collection.app, name="collections")
@@ -77,6 +80,7 @@ app.add_typer(heads.app, name="heads")
 app.add_typer(keys.app, name="keys")
 app.add_typer(models.app, name="models")
 app.add_typer(originals.app, name="originals")
+app.add_typer(jobs.app, name="jobs")
 app.command("eval")(evaluate.evaluate)
 app.command("build-engine")(engines.build_engine)
 
