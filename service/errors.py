@@ -3,6 +3,9 @@
     ServiceError                        500 internal_error
     ├── BadRequest                      400 bad_request
     │   └── UnsupportedDimensions       400 unsupported_dimensions
+    ├── Unauthenticated                 401 unauthenticated (WWW-Authenticate)
+    ├── MissingScope                    403 missing_scope (WWW-Authenticate)
+    ├── CrossOrigin                     403 cross_origin
     ├── NotFound                        404 not_found
     │   ├── ModelNotFound               404 model_not_found
     │   ├── CollectionNotFound          404 collection_not_found
@@ -94,6 +97,22 @@ class BadRequest(ServiceError): ...
 
 
 class UnsupportedDimensions(BadRequest): ...
+
+
+class Unauthenticated(ServiceError):
+    """The error for a request without a valid API key. Only the audit log shows `reason` and `key_id`, because a client
+    must not learn whether a key exists. `challenge` is the value of the header WWW-Authenticate."""
+
+    def __init__(self, detail: str, *, challenge: str, reason: str, key_id: str | None = None) -> None:
+        super().__init__(detail, headers={"WWW-Authenticate": challenge})
+        self.reason = reason
+        self.key_id = key_id
+
+
+class MissingScope(ServiceError): ...
+
+
+class CrossOrigin(ServiceError): ...
 
 
 class NotFound(ServiceError): ...
@@ -245,6 +264,9 @@ ERRORS: dict[type[ServiceError], ErrorKind] = {
     ServiceError: ErrorKind(500, "internal_error", "Internal error"),
     BadRequest: ErrorKind(400, "bad_request", "Bad request"),
     UnsupportedDimensions: ErrorKind(400, "unsupported_dimensions", "Dimensions not supported"),
+    Unauthenticated: ErrorKind(401, "unauthenticated", "No valid API key"),
+    MissingScope: ErrorKind(403, "missing_scope", "Scope missing"),
+    CrossOrigin: ErrorKind(403, "cross_origin", "Page of another origin"),
     NotFound: ErrorKind(404, "not_found", "Not found"),
     ModelNotFound: ErrorKind(404, "model_not_found", "Model not found"),
     CollectionNotFound: ErrorKind(404, "collection_not_found", "Collection not found"),

@@ -304,6 +304,24 @@ class RestoreIn(Body):
     )
 
 
+# Stored images
+
+
+class EraseImageQuery(Schema):
+    """The query parameters of `DELETE /v1/originals/{digest}`."""
+
+    items: Literal["refuse", "keep", "delete"] = Field(
+        "refuse",
+        description="if items refer to the image: refuse to erase it, keep the items without it, or delete them too",
+    )
+
+
+class EraseImagesIn(Body):
+    """The body of `POST /v1/originals/erase-unreferenced`."""
+
+    dry_run: bool = Field(False, description="erase nothing, and only count the images")
+
+
 # Searching
 
 

@@ -34,7 +34,7 @@ from service.cors import parse_origins
 from service.image_urls import parse_hosts
 
 PREFIX = "DINOV2_"
-READ_BY_COMPOSE = frozenset({"DINOV2_PUBLISH", "DINOV2_MEMORY"})
+READ_BY_COMPOSE = frozenset({"DINOV2_MEMORY"})
 """Variables that docker-compose.yml reads on the host. They are not settings of the service, but an .env file may pass
 them to it."""
 _SECRET: Final = ("redis_url", "jobs_redis_url", "originals_url", "vector_store")
@@ -53,6 +53,22 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free port")
+    publish: str | None = Field(
+        None,
+        description="in a container: the address and port on the host at which others reach the service; only used to "
+        "decide whether other machines reach it; unset: host",
+    )
+    auth: Literal["auto", "off", "on"] = Field(
+        "auto",
+        description="whether requests need an API key; auto: as soon as a key has been created, and without any key "
+        "the service does not start on an address that other machines reach; see docs/security.md",
+    )
+    metrics_auth: bool = Field(
+        True, description="whether /metrics needs an API key with the scope read, if requests need keys"
+    )
+    audit_log: Path | None = Field(
+        None, description="file to which the audit log is also appended; unset: only to standard error"
+    )
     root_path: str = Field(
         "",
         description="path prefix under which a proxy publishes the service, such as /images; links contain it, and "
@@ -229,9 +245,9 @@ class Settings(BaseSettings):
         folder."""
         return {name: value for name, value in values.items() if value != ""}
 
-    @field_validator("log_level", mode="before")
+    @field_validator("log_level", "auth", mode="before")
     @classmethod
-    def _log_level_in_any_case(cls, value: Any) -> Any:
+    def _word_in_any_case(cls, value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value
 
     @model_validator(mode="before")
@@ -256,7 +272,7 @@ class Settings(BaseSettings):
             raise ValueError(f"must not begin with /{first}, because the service has routes there")
         return prefix
 
-    @field_validator("data_dir", "engine_photos", "redis_password_file")
+    @field_validator("data_dir", "engine_photos", "redis_password_file", "audit_log")
     @classmethod
     def _home_is_expanded(cls, value: Path | None) -> Path | None:
         return None if value is None else expanded(value)

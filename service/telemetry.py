@@ -11,6 +11,8 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from logging.handlers import WatchedFileHandler
+from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
 from prometheus_client import (
@@ -46,6 +48,7 @@ MAX_LOGGED_CHARS: Final = 500
 _TRACEPARENT: Final = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
 access_log = logging.getLogger("service.access")
+audit_log = logging.getLogger("audit")
 disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each counter and histogram, and no query uses it
 M = TypeVar("M", covariant=True)
 
@@ -265,13 +268,26 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
-def configure_logging(level: str) -> None:
-    """Write all log records of at least this level to standard error, as lines of JSON."""
+def configure_logging(level: str, audit_file: Path | None = None) -> None:
+    """Write all log records of at least this level to standard error, as lines of JSON. Lines of the audit log are
+    written at every level, and also appended to `audit_file` if it is given. If another program moves this file away,
+    a new one is created.
+
+    Raises:
+        OSError: `audit_file` cannot be opened.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    audit_log.setLevel(logging.INFO)
+    audit_log.handlers[:] = []
+    if audit_file is not None:
+        audit_file.parent.mkdir(parents=True, exist_ok=True)
+        audit_handler = WatchedFileHandler(audit_file, encoding="utf-8")
+        audit_handler.setFormatter(JsonLines())
+        audit_log.addHandler(audit_handler)
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").setLevel(logging.ERROR)  # Pillow warns about every unusual image
 

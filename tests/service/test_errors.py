@@ -22,6 +22,7 @@ from service.errors import (
     QueueFull,
     UnsupportedImage,
 )
+from service.keys import KeyStore
 from service.search.store import CollectionSpec
 from service.telemetry import JsonLines
 from service.web_images import WebImages
@@ -84,6 +85,25 @@ async def _bad_request(tmp_path: Path) -> httpx.Response:
 async def _dimensions(tmp_path: Path) -> httpx.Response:
     async with running(tmp_path) as run:
         return await run.client.post(EMBED, json={"input": base64_of(photo()), "dimensions": 4})
+
+
+@provokes("unauthenticated")
+async def _unauthenticated(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path, auth="on") as run:
+        return await run.client.post(EMBED, json={"input": base64_of(photo())})
+
+
+@provokes("missing_scope")
+async def _scope(tmp_path: Path) -> httpx.Response:
+    key, _ = KeyStore(tmp_path).create("reader", ["read"])
+    async with running(tmp_path) as run:
+        return await run.client.put("/v1/collections/shop", headers={"Authorization": f"Bearer {key}"})
+
+
+@provokes("cross_origin")
+async def _origin(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        return await run.client.put("/v1/collections/shop", headers={"Origin": "https://other.example"})
 
 
 @provokes("not_found")
