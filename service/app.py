@@ -24,6 +24,7 @@ from model.engines.protocol import Engine, Tried
 from service.assembly import opened_service
 from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
 from service.features.cache import Cache
+from service.limits import Limits
 from service.middleware import Border, error_body
 from service.routes import (
     add_items,
@@ -74,7 +75,8 @@ def create_app(
         cache: the vector cache. If None, the cache that the settings specify is created.
         open_store: a function that opens the vector store. If None, the store that the settings specify is opened.
     """
-    start = _Start(settings, artifact, engine, tried, cache, open_store)
+    metrics = Metrics()
+    start = _Start(settings, artifact, engine, tried, cache, open_store, metrics, Limits.of(settings, metrics))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -90,7 +92,9 @@ def create_app(
         lifespan=lifespan,
         redirect_slashes=False,  # a redirect would repeat the Host header, which the client chooses
     )
-    app.state.border = partial(Border, settings=settings, metrics=start.metrics, lifecycle=start.lifecycle)
+    app.state.border = partial(
+        Border, settings=settings, metrics=start.metrics, lifecycle=start.lifecycle, limits=start.limits
+    )
     app.state.lifecycle = start.lifecycle
     app.state.cache_status = "ok"  # the status that /readyz logged last
     resources = (
@@ -144,12 +148,15 @@ class _Start:
     tried: tuple[Tried, ...]
     cache: Cache | None
     open_store: Callable[[], Awaitable[VectorStore]] | None
-    metrics: Metrics = field(default_factory=Metrics)
+    metrics: Metrics
+    limits: Limits | None
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
 
     async def service(self, stack: AsyncExitStack) -> Service:
         """Create the parts that need the event loop, warm up the engine, and return the service. Push callbacks that
         close these parts onto `stack`."""
+        if self.limits is not None:
+            stack.push_async_callback(self.limits.close)
         store = await self._store()
         stack.push_async_callback(store.close)
         parts = opened_service(

@@ -1,5 +1,5 @@
-"""The middleware that handles every request: request ids, size limits, compression, deadlines, disconnects, errors,
-CORS, metrics and the access log.
+"""The middleware that handles every request: request ids, size and rate limits, compression, deadlines, disconnects,
+errors, CORS, metrics and the access log.
 
 The class `Border` is this middleware. `Border` answers every request exactly once, unless the client has disconnected.
 Every answer has a request id. Every request is counted once in the metrics and logged in one line. `Border` is a plain
@@ -28,6 +28,7 @@ from urllib.parse import unquote_to_bytes
 import orjson
 
 from service.cors import Cors, parse_origins
+from service.costs import current_cost
 from service.encodings import BodyDecoder, accepts_gzip, body_decoder, gzipped
 from service.errors import (
     OPENAI_PATHS,
@@ -42,6 +43,7 @@ from service.errors import (
     openai_body,
     problem_body,
 )
+from service.limits import Admission, Limits
 from service.off_loop import off_loop
 from service.settings import Settings
 from service.state import Lifecycle
@@ -68,11 +70,19 @@ class Border:
     """The ASGI middleware around the application. It handles request ids, size limits, compression, deadlines,
     disconnects, errors, CORS, metrics and the access log."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, lifecycle: Lifecycle) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        metrics: Metrics,
+        lifecycle: Lifecycle,
+        limits: Limits | None = None,
+    ) -> None:
         self.app = app
         self.settings = settings
         self.metrics = metrics
         self.lifecycle = lifecycle
+        self.limits = limits
         self.cors = Cors(parse_origins(settings.cors_origins)) if settings.cors_origins else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,7 +98,8 @@ class _Exchange:
     def __init__(self, border: Border, scope: Scope, receive: Receive, send: Send) -> None:
         self._app, self._scope, self._receive, self._send = border.app, scope, receive, send
         self._settings, self._metrics, self._lifecycle = border.settings, border.metrics, border.lifecycle
-        self._cors = border.cors
+        self._cors, self._limits = border.cors, border.limits
+        self._admission: Admission | None = None
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
         self.request_id = request_id(self._headers)
         scope.setdefault("state", {})["request_id"] = self.request_id
@@ -116,6 +127,9 @@ class _Exchange:
                 self._watch_soon.cancel()
             if self._watcher is not None:
                 self._watcher.cancel()
+            if self._admission is not None and self._limits is not None:
+                current_cost.set(None)
+                self._limits.settle(self._admission)
             lifecycle.in_flight -= counted
             lifecycle.buffered_bytes -= self._body_bytes
             self._metrics.requests_in_flight.set(lifecycle.in_flight)
@@ -131,6 +145,8 @@ class _Exchange:
                 raise ShuttingDown("the service is shutting down", retry_after_s=1)
             _check_target(self._scope)
             self._check_length()
+            if counted and self._limits is not None:
+                await self._admit(self._limits)
             async with asyncio.timeout(self._settings.request_deadline_s) as deadline:
                 self._scope["state"]["deadline"] = deadline
 
@@ -159,6 +175,15 @@ class _Exchange:
             self._set_gone()
         except Exception:  # noqa: BLE001  no exception may reach uvicorn
             await self._unhandled()
+
+    async def _admit(self, limits: Limits) -> None:
+        """Charge the fixed cost of the request to its client. Routes outside of /v1/ are not limited.
+
+        Raises:
+            RateLimited: the client has used its limit.
+        """
+        self._admission = await limits.admit(self._scope["state"].get("principal"), self._client_address())
+        current_cost.set(self._admission.cost)
 
     async def _unhandled(self) -> None:
         if self._gone.is_set():  # the client disconnected while it was sending the body
@@ -275,6 +300,8 @@ class _Exchange:
             headers.append((b"x-request-id", self.request_id.encode()))
             if self._cors is not None:
                 headers += self._cors.headers(self._headers)
+            if self._admission is not None:
+                headers += self._admission.headers()
             message = {**message, "headers": headers}
             if b"accept-encoding" in self._headers and self._is_compressible(headers):
                 self._held = message
@@ -324,15 +351,19 @@ class _Exchange:
         if access_log.isEnabledFor(logging.INFO):
             log_request(method, route, self._status, seconds, self.request_id, **self._facts(route))
 
+    def _client_address(self) -> str:
+        """Return the address of the client, or an empty text if it is unknown."""
+        proxies = self._settings.trusted_proxies
+        forwarded = _joined(self._scope["headers"], b"x-forwarded-for") if proxies else b""
+        return client_address((self._scope.get("client") or ("",))[0], forwarded, proxies)
+
     def _facts(self, route: str) -> dict[str, str | int]:
         """Return the fields of the access log that are not parameters of `log_request`."""
         scope, headers = self._scope, self._headers
-        proxies = self._settings.trusted_proxies
-        forwarded = _joined(scope["headers"], b"x-forwarded-for") if proxies else b""
         facts: dict[str, str | int | None] = {
             "path": shortened(scope["path"]),
             "bytes": self._received_bytes,
-            "client": client_address((scope.get("client") or ("",))[0], forwarded, proxies) or None,
+            "client": self._client_address() or None,
             "trace_id": trace_id(headers[b"traceparent"]) if b"traceparent" in headers else None,
         }
         if route.startswith(_COLLECTION_ROUTES):

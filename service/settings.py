@@ -60,7 +60,9 @@ class Settings(BaseSettings):
     )
 
     redis_url: str | None = Field(
-        None, description="Redis server for the cache: redis://[:password@]host:port/db; unset: cache in the process"
+        None,
+        description="Redis server for the cache and the rate limits, redis://[:password@]host:port/db; unset: each "
+        "process has its own",
     )
     cache_bytes: int = Field(
         256 * 2**20, ge=0, description="memory limit of the cache in the process; 0: no cache, not even in Redis"
@@ -89,6 +91,19 @@ class Settings(BaseSettings):
     max_batch_items: int = Field(64, ge=1, le=2048, description="highest number of images in one request")
     max_body_bytes: int = Field(64 * 2**20, ge=1, description="size limit of one request body")
     max_buffered_bytes: int = Field(2**30, ge=1, description="limit on the total size of all request bodies in memory")
+
+    rate_pixels_per_s: int | None = Field(
+        None,
+        ge=1,
+        le=10**12,
+        description="rate limit of each API key, or of each address without a key; unset: no limit; see docs/limits.md",
+    )
+    rate_burst_pixels: int | None = Field(
+        None, ge=1, le=10**15, description="what a client may use at once; unset: the rate limit of 60 seconds"
+    )
+    rate_request_pixels: int = Field(
+        50_000, ge=0, description="cost of a request in addition to its images, as a number of pixels"
+    )
 
     queue_max_images: int = Field(
         256,
@@ -206,6 +221,29 @@ class Settings(BaseSettings):
                 f"max_body_bytes={self.max_body_bytes} must not exceed max_buffered_bytes={self.max_buffered_bytes}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _rate_and_burst_fit(self) -> Self:
+        rate, burst = self.rate_pixels_per_s, self.rate_burst_pixels
+        if rate is None:
+            if burst is not None:
+                raise ValueError(f"rate_burst_pixels={burst} needs a rate limit: set rate_pixels_per_s too")
+            return self
+        if self.burst_pixels < self.rate_request_pixels:
+            raise ValueError(
+                f"rate_request_pixels={self.rate_request_pixels} must not exceed the burst, which is "
+                f"{self.burst_pixels} pixels: no request could ever be answered"
+            )
+        if self.burst_pixels > rate * 24 * 3600:
+            raise ValueError(
+                f"rate_burst_pixels={burst} must not exceed the rate limit of one day, which is {rate * 24 * 3600}"
+            )
+        return self
+
+    @property
+    def burst_pixels(self) -> int:
+        """What a client may use at once, in pixels. 0 if there is no rate limit."""
+        return self.rate_burst_pixels or 60 * (self.rate_pixels_per_s or 0)
 
     @property
     def items_per_request(self) -> int:

@@ -75,6 +75,25 @@ class Metrics:
         self.coalesced = counter(
             "coalesced_images_total", "Images that shared the running computation of an identical image."
         )
+        self.rate_limited = counter(
+            "rate_limited_requests_total",
+            'Requests that a rate limit refused: all of them ("rate"), or images of a single costly request ("cost").',
+            "reason",
+        )
+        self.rate_limit_pixels = counter(
+            "rate_limit_pixels_total",
+            "Pixels that rate limits charged, by API key. Clients without a key are added up as _addresses, and keys "
+            f"beyond the first 100 as {OTHERS}.",
+            "client",
+        )
+        self.rate_limit_shared = gauge(
+            "rate_limit_shared", "1 if Redis shares the rate limits between processes; 0 if this process is alone."
+        )
+        self.rate_limit_events = counter(
+            "rate_limit_redis_events_total",
+            "Events of the rate limits in Redis: failed calls, skipped calls and recoveries.",
+            "event",
+        )
         self.index_recall = gauge(
             "index_recall_ratio", "Share of the true ten nearest items that sampled live searches found.", "collection"
         )

@@ -17,7 +17,7 @@ from starlette.routing import BaseRoute
 
 from service.errors import ERRORS, OPENAI_PATHS, OpenAIError, Problem, ServiceError
 from service.routes.answers import JsonAnswer
-from service.routes.describe import ALWAYS, Operation, Upload, operation_of
+from service.routes.describe import ALWAYS, LIMITED, Operation, Upload, operation_of
 from service.routes.direct import DirectRoute
 from service.schema_base import NULL, Schema
 from service.search.checks import NAME_PATTERN
@@ -45,6 +45,8 @@ _ANSWER_HEADERS: Final[dict[str, str]] = {
     "X-Request-ID": "id of the request",
     "Server-Timing": "duration of each stage in milliseconds",
     "Retry-After": "number of seconds after which the client should try again",
+    "RateLimit": "what the client may still use, in pixels (draft-ietf-httpapi-ratelimit-headers)",
+    "RateLimit-Policy": "the client's limit (draft-ietf-httpapi-ratelimit-headers)",
     "X-Model": "name of the model",
     "X-Model-Fingerprint": "fingerprint of the model",
     "Content-Range": "position of the part in the file",
@@ -52,6 +54,8 @@ _ANSWER_HEADERS: Final[dict[str, str]] = {
     "X-Depth-Max": "largest depth in the picture, in metres",
     "X-Depth-Units-Per-Metre": "value in a 16-bit PNG that stands for one metre: 1000 or 256",
 }
+
+_FAILURE_HEADERS: Final = {429: ("Retry-After", "RateLimit", "RateLimit-Policy"), 503: ("Retry-After",)}
 
 
 class _Generator(GenerateJsonSchema):
@@ -237,14 +241,15 @@ def _successes(route: DirectRoute, operation: Operation, schemas: _Schemas) -> d
 
 def _failures(errors: Iterable[type[ServiceError]], path: str, schemas: _Schemas) -> dict[str, Json]:
     codes = defaultdict[int, list[str]](list)
-    for kind in sorted({ERRORS[error] for error in (*errors, *ALWAYS)}):
+    limited = LIMITED if path.startswith("/v1/") else ()
+    for kind in sorted({ERRORS[error] for error in (*errors, *ALWAYS, *limited)}):
         codes[kind.status].append(kind.code)
     openai = path in OPENAI_PATHS
     media_type, schema = ("application/json", OpenAIError) if openai else ("application/problem+json", Problem)
     return {
         str(status): {
             "description": f"Error: {', '.join(names)}",
-            "headers": _headers("X-Request-ID", *(["Retry-After"] if status == 503 else [])),
+            "headers": _headers("X-Request-ID", *_FAILURE_HEADERS.get(status, ())),
             "content": {media_type: {"schema": schemas.of(schema)}},
         }
         for status, names in sorted(codes.items())
