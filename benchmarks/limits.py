@@ -56,7 +56,7 @@ def redis_server() -> Iterator[str]:
     )
     time.sleep(1)
     try:
-        yield f"redis://127.0.0.1:{port}/0"
+        yield f"redis://127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait()
@@ -185,8 +185,12 @@ def main() -> None:
     with ExitStack() as stack:
         url = stack.enter_context(redis_server())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        redis = {"DINOV2_REDIS_URL": url}
-        settings = {"no limits": {}, "limits": LIMITED, "no limits, Redis": redis, "limits, Redis": LIMITED | redis}
+        settings = {
+            "no limits": {},
+            "limits": LIMITED,
+            "no limits, Redis": {"DINOV2_REDIS_URL": f"{url}/1"},  # an own database, so that no cache is shared
+            "limits, Redis": LIMITED | {"DINOV2_REDIS_URL": f"{url}/0"},
+        }
         services = {name: Service(folder / name, values, stack) for name, values in settings.items()}
         vectors = RNG.standard_normal((5000, 192)).astype(np.float32)
         for service in services.values():

@@ -128,7 +128,8 @@ def _kind(annotation: Any) -> str:
     """Return the words for a type, for instance "a number" for `float` or `float | None`."""
     if get_origin(annotation) in (Union, UnionType):
         [annotation] = [part for part in get_args(annotation) if part is not type(None)]
-    return {str: "text", int: "an integer", float: "a number", Path: "a path"}[annotation]
+    words = {str: "text", int: "an integer", float: "a number", bool: "`true`, `false`", Path: "a path"}
+    return words[annotation]
 
 
 def metrics_page() -> str:

@@ -32,13 +32,13 @@ from typing import Any, Final
 import uvicorn
 from PIL import Image
 
-from model.artifact import BUNDLED_DIR, Artifact, load_artifact
-from model.engines.choice import PHOTOS_AT_LOAD, choose_engine
+from model.artifact import BUNDLED_DIR, Artifact
 from model.engines.protocol import Engine
 from service.app import App, create_app
-from service.artifact_choice import Report, choose_artifact, read_photos
+from service.artifact_choice import Report
 from service.blas import use_one_blas_thread
 from service.errors import ServiceError
+from service.first_model import load_first
 from service.http_protocol import BoundedHttpProtocol
 from service.settings import Settings, load_settings
 from service.starting import Starting
@@ -109,14 +109,11 @@ def load(settings: Settings, report: Report) -> Loaded:
         ModuleNotFoundError: the requested runtime is not installed.
     """
     settings.data_dir.mkdir(parents=True, exist_ok=True)
-    path = choose_artifact(settings.model, settings.data_dir, report)
-    report(f"loading {path.name}")
-    artifact = load_artifact(path, derived_dir=settings.data_dir / "derived")
-    photos = read_photos(settings.engine_photos, PHOTOS_AT_LOAD) if settings.engine_photos else None
-    choice = choose_engine(artifact, settings.engine, threads=settings.threads, photos=photos)
+    opened, record = load_first(settings, report)
     use_one_blas_thread()  # after the export, which may use numpy for the whole network
     report("opening the collections")
-    return Loaded(create_app(settings, artifact, choice.engine, tried=choice.tried), artifact, choice.engine)
+    app = create_app(settings, opened.artifact, opened.engine, tried=opened.tried, record=record)
+    return Loaded(app, opened.artifact, opened.engine)
 
 
 def make_server(settings: Settings) -> "DrainingServer":
@@ -140,7 +137,9 @@ def make_server(settings: Settings) -> "DrainingServer":
         timeout_graceful_shutdown=1,  # on_tick has already waited for running requests
         timeout_keep_alive=30,
     )
-    return DrainingServer(config, starting, partial(load, settings), grace_s=settings.shutdown_grace_s)
+    return DrainingServer(
+        config, starting, partial(load, settings), grace_s=settings.shutdown_grace_s, root_path=settings.root_path
+    )
 
 
 class _Unjoined(ThreadPoolExecutor):
@@ -158,9 +157,16 @@ class DrainingServer(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, starting: Starting, load: Callable[[Report], Loaded], *, grace_s: float
+        self,
+        config: uvicorn.Config,
+        starting: Starting,
+        load: Callable[[Report], Loaded],
+        *,
+        grace_s: float,
+        root_path: str = "",
     ) -> None:
         super().__init__(config)
+        self._root_path = root_path
         self._starting = starting
         self._load = load
         self._grace_s = grace_s
@@ -200,7 +206,7 @@ class DrainingServer(uvicorn.Server):
         self._starting.app = loaded.app
         gc.collect()
         gc.freeze()  # otherwise garbage collections would scan the objects made at startup and delay requests
-        print(greeting(loaded.artifact, loaded.engine, self._url()), flush=True)
+        print(greeting(loaded.artifact, loaded.engine, self._url() + self._root_path), flush=True)
 
     async def shutdown(self, sockets: Any = None) -> None:
         """Stop listening, cancel the requests that are still running, and close the application. After a second signal,

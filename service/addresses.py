@@ -1,4 +1,5 @@
-"""Parse and check the addresses of Redis and Milvus servers, and remove user names and passwords before logging.
+"""Parse and check the addresses of Redis and Milvus servers and of OpenTelemetry collectors, and remove user names and
+passwords before logging.
 
 If a password contains an unencoded `/`, `?` or `#`, urllib parses pieces of the password as other parts of the URL, for
 instance as the path. So every part is checked, and error messages contain no part of the URL except the scheme.
@@ -6,8 +7,9 @@ urllib's own error messages are not shown, because they may contain pieces of th
 """
 
 import re
+from pathlib import Path
 from typing import Final
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 _REDIS_FORM: Final = (
     "not a valid URL: {}; the form is redis://[[user]:password@]host[:port][/db], with special characters of the "
@@ -17,6 +19,8 @@ _MILVUS_FORM: Final = (
     "not a valid URL: {}; the form is milvus://[user:password@]host[:port][/database], with special characters of the "
     "password percent-encoded"
 )
+
+_OTLP_FORM: Final = "not a valid URL: {}; the form is http://host[:port][/path]"
 
 
 def redis_parts(url: str) -> SplitResult:
@@ -39,6 +43,37 @@ def redis_parts(url: str) -> SplitResult:
     return parts
 
 
+def with_redis_password(url: str, password: str) -> str:
+    """Return a Redis URL with the password added.
+
+    Raises:
+        ValueError: `url` is not a valid Redis URL, has a password already, or names a socket.
+    """
+    parts = redis_parts(url)
+    if parts.scheme == "unix":
+        raise ValueError("the URL names a socket, to which a password from a file cannot be added: add it to the URL")
+    if parts.password:
+        raise ValueError("the URL contains a password, and redis_password_file is set too: remove one of them")
+    user, _, place = parts.netloc.rpartition("@")
+    return parts._replace(netloc=f"{user.removesuffix(':')}:{quote(password, safe='')}@{place}").geturl()
+
+
+def secret_in(file: Path) -> str:
+    """Return the text in a file without the line break at its end.
+
+    Raises:
+        ValueError: the file cannot be read, is not UTF-8, or is empty.
+    """
+    try:
+        text = file.read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ValueError(f"{file} cannot be read: {reason}") from None
+    if not text:
+        raise ValueError(f"{file} is empty")
+    return text
+
+
 def milvus_parts(url: str) -> SplitResult:
     """Split a Milvus address into its parts, check each part, and return the parts.
 
@@ -58,6 +93,23 @@ def milvus_parts(url: str) -> SplitResult:
     if not re.fullmatch(r"/?|/[A-Za-z_][A-Za-z0-9_]*", parts.path):
         raise ValueError(_MILVUS_FORM.format("the part after the host is not a database name"))
     return parts
+
+
+def otlp_traces_url(url: str) -> str:
+    """Return the URL to which OTLP over HTTP posts spans. `url` is the address of a collector.
+
+    Raises:
+        ValueError: `url` is not a valid address. The message contains no part of `url`.
+    """
+    scheme, separator, _ = url.partition("://")
+    if not separator or scheme not in ("http", "https"):
+        raise ValueError("must start with http:// or https://")
+    parts = _split(url, _OTLP_FORM)
+    if not parts.hostname:
+        raise ValueError(_OTLP_FORM.format("the host is missing"))
+    if parts.username is not None:
+        raise ValueError(_OTLP_FORM.format("put credentials into OTEL_EXPORTER_OTLP_HEADERS"))
+    return f"{url.rstrip('/')}/v1/traces"
 
 
 def masked_url(url: str) -> str:

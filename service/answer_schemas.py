@@ -32,7 +32,7 @@ ListObject = Literal["list"]
 class Identity(TypedDict):
     """The model whose vectors an answer is about."""
 
-    model: Annotated[str | None, Field(description="name of the model; null if it is not the served model")]
+    model: Annotated[str | None, Field(description="name of the model; null if it is not loaded")]
     fingerprint: Annotated[str, Field(description="hash of the model's weights, architecture and preprocessing")]
 
 

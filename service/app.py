@@ -8,6 +8,7 @@ need a running event loop. So they are opened when the application starts, and c
 """
 
 import logging
+import platform
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from service.assembly import opened_service
 from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
 from service.features.cache import Cache
 from service.limits import Limits
+from service.live_models import LiveModels, Record
 from service.middleware import Border, error_body
 from service.routes import (
     add_items,
@@ -42,12 +44,13 @@ from service.routes import (
     search,
     vision,
 )
-from service.routes.direct import accept_trailing_slash, allowed_methods, answers_get, head_route
+from service.routes.direct import accept_trailing_slash, allowed_methods, answers_get, head_route, tell_root_path
 from service.search import opening
 from service.search.store import VectorStore
 from service.settings import Settings
 from service.state import Lifecycle, Service
 from service.telemetry import Metrics
+from service.tracing import open_tracing
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +67,7 @@ def create_app(
     tried: tuple[Tried, ...] = (),
     cache: Cache | None = None,
     open_store: Callable[[], Awaitable[VectorStore]] | None = None,
+    record: Record | None = None,
 ) -> "App":
     """Build and return the application.
 
@@ -74,14 +78,28 @@ def create_app(
         tried: the engines that were tried at startup. /v1/models lists them.
         cache: the vector cache. If None, the cache that the settings specify is created.
         open_store: a function that opens the vector store. If None, the store that the settings specify is opened.
+        record: the record of generations, which can change the model while the application runs. If None, the model
+            stays the same.
     """
     metrics = Metrics()
-    start = _Start(settings, artifact, engine, tried, cache, open_store, metrics, Limits.of(settings, metrics))
+    tracing = open_tracing(
+        settings.otlp_traces_url,
+        settings.trace_ratio,
+        _version(),
+        on_spans=lambda result, count: metrics.spans.labels(result).inc(count),
+    )
+    start = _Start(settings, artifact, engine, tried, cache, open_store, metrics, Limits.of(settings, metrics), record)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
+            if tracing is not None:
+                stack.push_async_callback(tracing.close)
             app.state.service = await start.service(stack)
+            if record is not None:
+                models = LiveModels(app.state.service, record, lambda service: setattr(app.state, "service", service))
+                stack.push_async_callback(models.close)
+                await models.start()
             yield
             start.lifecycle.draining = True
 
@@ -93,8 +111,14 @@ def create_app(
         redirect_slashes=False,  # a redirect would repeat the Host header, which the client chooses
     )
     app.state.border = partial(
-        Border, settings=settings, metrics=start.metrics, lifecycle=start.lifecycle, limits=start.limits
+        Border,
+        settings=settings,
+        metrics=metrics,
+        lifecycle=start.lifecycle,
+        limits=start.limits,
+        tracing=tracing,
     )
+    app.state.tracing = tracing
     app.state.lifecycle = start.lifecycle
     app.state.cache_status = "ok"  # the status that /readyz logged last
     resources = (
@@ -113,8 +137,10 @@ def create_app(
         health,
     )
     routes = [route for resource in resources for route in resource.router.routes]
+    app.state.root_path = settings.root_path
     for route in app.routes:  # the framework's own, for instance /docs
         accept_trailing_slash(route)
+        tell_root_path(route, settings.root_path)
     # Put the routes before the framework's own, without the wrappers that `include_router` would add.
     app.router.routes[:0] = [*routes, *(head_route(route) for route in routes if answers_get(route))]
     app.add_exception_handler(HTTPException, _framework_error)
@@ -130,6 +156,7 @@ class App(FastAPI):
         """Return the OpenAPI document, which /openapi.json serves."""
         if self.openapi_schema is None:
             about = {"title": self.title, "version": self.version, "description": self.description}
+            about["server"] = self.state.root_path or "/"
             self.openapi_schema = openapi.document(self.routes, **about)
         return self.openapi_schema
 
@@ -150,6 +177,7 @@ class _Start:
     open_store: Callable[[], Awaitable[VectorStore]] | None
     metrics: Metrics
     limits: Limits | None
+    record: Record | None = None
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
 
     async def service(self, stack: AsyncExitStack) -> Service:
@@ -172,8 +200,11 @@ class _Start:
         service = await stack.enter_async_context(parts)
         await service.pipeline.warm_up()
         self.lifecycle.warm = True
+        self.metrics.build_info.labels(_version(), platform.python_version()).set(1)
         manifest, engine = self.artifact.manifest, self.engine
-        self.metrics.model_info.labels(manifest.name, manifest.fingerprint, engine.name, engine.precision).set(1)
+        self.metrics.model_info.labels(manifest.name, manifest.fingerprint, engine.name, engine.precision, "live").set(
+            1
+        )
         log.info("ready", extra={"fields": {**service.identity(), "settings": self.settings.shown()}})
         return service
 
@@ -191,7 +222,7 @@ async def _framework_error(request: Request, error: Exception) -> Response:
     requested path. It has the same format as the responses for the service's own errors."""
     translated = _translated(request, error)
     request.state.error = translated  # for the access log
-    content_type, body = error_body(translated, request.url.path, request.state.request_id)
+    content_type, body = error_body(translated, request.url.path, request.state.request_id, request.app.state.root_path)
     return Response(
         body, status_code=translated.status, headers=translated.headers, media_type=content_type.decode("ascii")
     )

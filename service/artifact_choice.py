@@ -13,6 +13,7 @@ from model.decode import DecodeError, decode
 from model.files import expanded, publish, waiting_lock, working_folder
 from model.folder import walk
 from model.zoo import DownloadOptions, Hosts, resolve
+from service.generations import Generation, Generations
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +26,9 @@ def choose_artifact(model: str, data_dir: Path, report: Report = lambda line: No
     model is downloaded and exported first. This needs no torch.
 
     Args:
-        model: "auto" (the newest artifact in the data folder, or the bundled one if there is none), an artifact folder,
-            the URL of one (s3://bucket/artifact), the name of an artifact in the data folder, or the name of a
-            published model.
+        model: "auto" (the model that is live in the data folder; if none is, the newest artifact there, or the bundled
+            one if there is none), an artifact folder, the URL of one (s3://bucket/artifact), the name of an artifact in
+            the data folder, or the name of a published model.
         data_dir: the data folder. Its subfolder `artifacts` contains the artifacts.
         report: called with the current step of a download or export.
 
@@ -39,6 +40,9 @@ def choose_artifact(model: str, data_dir: Path, report: Report = lambda line: No
         return _fetch(model, data_dir, report)
     local = find_artifacts(data_dir)
     if model == "auto":
+        live = Generations(data_dir).live() if Generations.exists(data_dir) else None
+        if live is not None:
+            return artifact_of(live, data_dir)
         if not local:
             raise ArtifactError(
                 f"no artifact in {data_dir / 'artifacts'} and none is bundled: name a folder or a published model"
@@ -77,6 +81,23 @@ def artifact_with(fingerprint: str, data_dir: Path, tell: Callable[[str], object
         if fingerprint and manifest.fingerprint.startswith(fingerprint):
             return path
     return None
+
+
+def artifact_of(generation: Generation, data_dir: Path) -> Path:
+    """Return the artifact folder of a generation, which may have moved since it was recorded.
+
+    Raises:
+        ArtifactError: there is no artifact with its fingerprint.
+    """
+    if (generation.path / MANIFEST).is_file() and read_manifest(generation.path).fingerprint == generation.fingerprint:
+        return generation.path
+    path = artifact_with(generation.fingerprint, data_dir)
+    if path is None:
+        raise ArtifactError(
+            f"generation {generation.number} ({generation.name}) is {generation.state}, but its artifact is gone from "
+            f"{generation.path}: restore it"
+        )
+    return path
 
 
 def read_photo(path: Path, tell: Callable[[str], object] = log.warning) -> npt.NDArray[np.uint8] | None:

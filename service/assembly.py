@@ -3,6 +3,7 @@ does it without a web server."""
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 
 from model.artifact import Artifact
@@ -50,11 +51,7 @@ async def opened_service(
         stack.push_async_callback(originals.close)
         cache = _cache(settings, metrics) if cache is None else cache
         stack.push_async_callback(cache.close)
-        general = partial(open_general, artifact, engine, threads=settings.threads or available_cpus())
-        kept = settings.patch_store_bytes
-        patch_store = PatchStore(settings.patch_store_file, kept) if kept else None
-        limits = PipelineLimits.of(settings)
-        pipeline = Pipeline(artifact, engine, cache, metrics, limits, general, patch_store)
+        pipeline = make_pipeline(settings, artifact, engine, cache, metrics)
         stack.push_async_callback(pipeline.close)
         yield Service(
             settings=settings,
@@ -68,6 +65,21 @@ async def opened_service(
             pipeline=pipeline,
             model=ServedModel(artifact, pipeline.forward_zeros, pipeline.forward_pixels),
         )
+
+
+def make_pipeline(settings: Settings, artifact: Artifact, engine: Engine, cache: Cache, metrics: Metrics) -> Pipeline:
+    """Return a pipeline for one model. A running event loop is needed. The arguments are those of `opened_service`."""
+    general = partial(open_general, artifact, engine, threads=settings.threads or available_cpus())
+    kept = settings.patch_store_bytes
+    patch_store = PatchStore(settings.patch_store_file, kept) if kept else None
+    return Pipeline(artifact, engine, cache, metrics, PipelineLimits.of(settings), general, patch_store)
+
+
+def with_model(service: Service, artifact: Artifact, engine: Engine, tried: tuple[Tried, ...] = ()) -> Service:
+    """Return a service that shares everything with `service` except the model. The caller closes its pipeline."""
+    pipeline = make_pipeline(service.settings, artifact, engine, service.pipeline.cache, service.metrics)
+    model = ServedModel(artifact, pipeline.forward_zeros, pipeline.forward_pixels)
+    return replace(service, artifact=artifact, engine=engine, tried=tried, pipeline=pipeline, model=model)
 
 
 def _cache(settings: Settings, metrics: Metrics) -> Cache:

@@ -17,6 +17,7 @@ Artifacts (exported models) are not copied, because they can be large and never 
 
 import asyncio
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from service.search.transfer import Photos, copy_photos
 CONTENTS: Final = "backup.json"
 SNAPSHOTS: Final = "snapshots"
 ORIGINALS: Final = "originals"
+_LAST: Final = "last-backup.json"  # in the store's folder
 _LOCK: Final = ".lock"
 _WRITES: Final = 2  # of the bytes of a snapshot during a restore
 
@@ -141,7 +143,27 @@ async def _back_up(
     for path in (out / SNAPSHOTS).glob("*/*.sqlite3"):  # of the older backup, or of an interrupted one
         if path not in kept:
             path.unlink()
+    if not images.unreadable:
+        _note(store.folder, contents.created, out, report)
     return Saved(contents, images)
+
+
+def _note(folder: Path, created: str, out: Path, report: Report) -> None:
+    """Write to the store's folder when the last complete backup was made. The backup is usable without this note."""
+    try:
+        write_text(folder / _LAST, json.dumps({"created": created, "folder": str(out)}) + "\n")
+    except OSError as error:
+        report(f"{folder / _LAST} cannot be written, so metrics show an older backup as the last one: {error}")
+
+
+def last_backup(data_dir: Path) -> float | None:
+    """Return the time of the last complete backup of the collections in this data folder, in seconds since 1970. Return
+    None if there was no backup, or if the note about it is damaged."""
+    try:
+        note = json.loads((data_dir / _LAST).read_bytes())
+        return datetime.fromisoformat(note["created"]).timestamp()
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 async def restore(

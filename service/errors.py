@@ -6,7 +6,8 @@
     ├── NotFound                        404 not_found
     │   ├── ModelNotFound               404 model_not_found
     │   ├── CollectionNotFound          404 collection_not_found
-    │   └── ItemNotFound                404 item_not_found
+    │   ├── ItemNotFound                404 item_not_found
+    │   └── JobNotFound                 404 job_not_found
     ├── MethodNotAllowed                405 method_not_allowed
     ├── Conflict                        409 conflict
     │   └── ModelMismatch               409 model_mismatch
@@ -106,6 +107,9 @@ class CollectionNotFound(NotFound): ...
 
 
 class ItemNotFound(NotFound): ...
+
+
+class JobNotFound(NotFound): ...
 
 
 class MethodNotAllowed(ServiceError): ...
@@ -249,6 +253,7 @@ ERRORS: dict[type[ServiceError], ErrorKind] = {
     ModelNotFound: ErrorKind(404, "model_not_found", "Model not found"),
     CollectionNotFound: ErrorKind(404, "collection_not_found", "Collection not found"),
     ItemNotFound: ErrorKind(404, "item_not_found", "Item not found"),
+    JobNotFound: ErrorKind(404, "job_not_found", "Job not found"),
     MethodNotAllowed: ErrorKind(405, "method_not_allowed", "Method not allowed"),
     Conflict: ErrorKind(409, "conflict", "Conflict"),
     ModelMismatch: ErrorKind(409, "model_mismatch", "Vectors of another model"),

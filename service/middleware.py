@@ -1,5 +1,5 @@
 """The middleware that handles every request: request ids, size and rate limits, compression, deadlines, disconnects,
-errors, CORS, metrics and the access log.
+errors, CORS, metrics, traces and the access log.
 
 The class `Border` is this middleware. `Border` answers every request exactly once, unless the client has disconnected.
 Every answer has a request id. Every request is counted once in the metrics and logged in one line. `Border` is a plain
@@ -27,6 +27,7 @@ from urllib.parse import unquote_to_bytes
 
 import orjson
 
+from service.access_log import UNMATCHED, request_fields, span_attributes
 from service.cors import Cors, parse_origins
 from service.costs import current_cost
 from service.encodings import BodyDecoder, accepts_gzip, body_decoder, gzipped
@@ -47,7 +48,8 @@ from service.limits import Admission, Limits
 from service.off_loop import off_loop
 from service.settings import Settings
 from service.state import Lifecycle
-from service.telemetry import Metrics, access_log, client_address, log_request, shortened, trace_id
+from service.telemetry import Metrics, access_log, client_address, log_request
+from service.tracing import RequestTrace, Tracing
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -60,7 +62,6 @@ _numbers = itertools.count(1)  # cheaper than a random id, which costs a system 
 _NO_FAULTS = frozenset({503, 504})  # caused by load or shutdown, and too frequent to log a traceback for each
 _WATCH_AFTER_S = 0.02  # seconds; starting and cancelling a task for every request costs more than a search
 _COMPRESSIBLE = frozenset({b"application/json", b"application/problem+json", b"text/plain", b"text/html"})
-_COLLECTION_ROUTES = "/v1/collections/{name}"
 _HIGH_BYTE = re.compile(rb"%[89A-Fa-f][0-9A-Fa-f]|[\x80-\xff]")  # not ASCII
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:+/=@-]{1,128}")
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ log = logging.getLogger(__name__)
 
 class Border:
     """The ASGI middleware around the application. It handles request ids, size limits, compression, deadlines,
-    disconnects, errors, CORS, metrics and the access log."""
+    disconnects, errors, CORS, metrics, traces and the access log. If `tracing` is None, no request is traced."""
 
     def __init__(
         self,
@@ -77,12 +78,14 @@ class Border:
         metrics: Metrics,
         lifecycle: Lifecycle,
         limits: Limits | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.app = app
         self.settings = settings
         self.metrics = metrics
         self.lifecycle = lifecycle
         self.limits = limits
+        self.tracing = tracing
         self.cors = Cors(parse_origins(settings.cors_origins)) if settings.cors_origins else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -98,8 +101,11 @@ class _Exchange:
     def __init__(self, border: Border, scope: Scope, receive: Receive, send: Send) -> None:
         self._app, self._scope, self._receive, self._send = border.app, scope, receive, send
         self._settings, self._metrics, self._lifecycle = border.settings, border.metrics, border.lifecycle
-        self._cors, self._limits = border.cors, border.limits
+        self._cors, self._limits, self._tracing = border.cors, border.limits, border.tracing
         self._admission: Admission | None = None
+        prefix = self._settings.root_path
+        if prefix and f"{scope['path']}/".startswith(f"{prefix}/"):  # the proxy has not removed it
+            scope["path"] = scope["path"][len(prefix) :] or "/"
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
         self.request_id = request_id(self._headers)
         scope.setdefault("state", {})["request_id"] = self.request_id
@@ -114,12 +120,17 @@ class _Exchange:
         self._gone = asyncio.Event()
         self._watch_soon: asyncio.TimerHandle | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._trace: RequestTrace | None = None
 
     async def run(self) -> None:
         lifecycle, started = self._lifecycle, time.perf_counter()
         counted = self._scope["path"].startswith("/v1/")
         lifecycle.in_flight += counted
         self._metrics.requests_in_flight.set(lifecycle.in_flight)
+        if self._tracing is not None and counted:  # health checks and scrapes would outnumber other requests
+            self._trace = self._tracing.start(self._headers)
+            if self._trace is not None:
+                self._trace.enter()
         try:
             await self._answer(counted)
         finally:
@@ -182,7 +193,7 @@ class _Exchange:
         Raises:
             RateLimited: the client has used its limit.
         """
-        self._admission = await limits.admit(self._scope["state"].get("principal"), self._client_address())
+        self._admission = await limits.admit(self._scope["state"].get("principal"), self._client)
         current_cost.set(self._admission.cost)
 
     async def _unhandled(self) -> None:
@@ -198,7 +209,8 @@ class _Exchange:
 
     @property
     def _log_fields(self) -> dict[str, Any]:
-        return {"fields": {"request_id": self.request_id}}
+        trace = {} if self._trace is None else {"trace_id": self._trace.trace_id}
+        return {"fields": {"request_id": self.request_id, **trace}}
 
     async def _answer_preflight(self, cors: Cors) -> bool:
         """Answer the request if it is a preflight (service/cors.py) from an allowed origin. Return whether it was
@@ -335,7 +347,7 @@ class _Exchange:
             self._set_gone()
             return
         self._error = error
-        content_type, body = error_body(error, self._scope["path"], self.request_id)
+        content_type, body = error_body(error, self._scope["path"], self.request_id, self._settings.root_path)
         headers = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
         headers += [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in error.headers.items()]
         if not self._body_ended and self._scope["method"] in ("POST", "PUT", "PATCH"):
@@ -344,34 +356,31 @@ class _Exchange:
         await self._send_tagged({"type": "http.response.body", "body": body})
 
     def _account(self, seconds: float) -> None:
-        route = getattr(self._scope.get("route"), "path", "unmatched")
+        route = getattr(self._scope.get("route"), "path", UNMATCHED)
         method = self._scope["method"] if self._scope["method"] in _METHODS else "other"
-        self._metrics.requests.labels(method, route, str(self._status)).inc()
-        self._metrics.request_seconds.labels(route).observe(seconds)
-        if access_log.isEnabledFor(logging.INFO):
-            log_request(method, route, self._status, seconds, self.request_id, **self._facts(route))
+        error, trace = self._error or self._scope["state"].get("error"), self._trace
+        code = None if error is None else error.code
+        self._metrics.count_request(
+            method, route, self._status, seconds, self._received_bytes, code, None if trace is None else trace.trace_id
+        )
+        logged = access_log.isEnabledFor(logging.INFO)
+        if not logged and trace is None:
+            return
+        proxies = self._settings.trusted_proxies
+        fields = request_fields(self._scope, route, error, self._received_bytes, proxies, trace)
+        if logged:
+            log_request(method, route, self._status, seconds, self.request_id, **fields)
+        if trace is not None:
+            attributes = span_attributes(self._scope, method, route, self._status, self.request_id, fields)
+            name = method if route == UNMATCHED else f"{method} {route}"
+            trace.end(name, attributes, str(fields.get("detail", "")) if self._status >= 500 else None)
 
-    def _client_address(self) -> str:
-        """Return the address of the client, or an empty text if it is unknown."""
+    @property
+    def _client(self) -> str:
+        """The address of the client, or an empty text if it is unknown."""
         proxies = self._settings.trusted_proxies
         forwarded = _joined(self._scope["headers"], b"x-forwarded-for") if proxies else b""
         return client_address((self._scope.get("client") or ("",))[0], forwarded, proxies)
-
-    def _facts(self, route: str) -> dict[str, str | int]:
-        """Return the fields of the access log that are not parameters of `log_request`."""
-        scope, headers = self._scope, self._headers
-        facts: dict[str, str | int | None] = {
-            "path": shortened(scope["path"]),
-            "bytes": self._received_bytes,
-            "client": self._client_address() or None,
-            "trace_id": trace_id(headers[b"traceparent"]) if b"traceparent" in headers else None,
-        }
-        if route.startswith(_COLLECTION_ROUTES):
-            facts["collection"] = shortened(scope["path_params"]["name"])
-        error = self._error or scope["state"].get("error")
-        if error is not None:
-            facts |= {"code": error.code, "detail": shortened(error.detail)}
-        return {name: value for name, value in facts.items() if value is not None}
 
 
 async def _compressed(start: Message, body: Message) -> tuple[Message, Message]:
@@ -417,12 +426,12 @@ def _origin(error: ServiceError) -> ServiceError:
     return error
 
 
-def error_body(error: ServiceError, path: str, request_id: str) -> tuple[bytes, bytes]:
+def error_body(error: ServiceError, path: str, request_id: str, root_path: str = "") -> tuple[bytes, bytes]:
     """Return the content type and the body of the response for an error. If `path` is in OPENAI_PATHS, the body has
-    OpenAI's format. Otherwise it has the format of RFC 9457."""
+    OpenAI's format. Otherwise it has the format of RFC 9457. `root_path` is the prefix that clients see."""
     if path.removesuffix("/") in OPENAI_PATHS:
         return b"application/json", _json(openai_body(error, request_id=request_id))
-    return b"application/problem+json", _json(problem_body(error, instance=path, request_id=request_id))
+    return b"application/problem+json", _json(problem_body(error, instance=root_path + path, request_id=request_id))
 
 
 def _json(body: dict[str, Any]) -> bytes:

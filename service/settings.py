@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, Self
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -20,15 +21,26 @@ from model.cpus import available_cpus
 from model.files import expanded
 from model.messages import in_words
 from model.zoo import HUGGING_FACE_URL, META_URL
-from service.addresses import masked_milvus_url, masked_url, milvus_parts, redis_parts
+from service.addresses import (
+    masked_milvus_url,
+    masked_url,
+    milvus_parts,
+    otlp_traces_url,
+    redis_parts,
+    secret_in,
+    with_redis_password,
+)
 from service.cors import parse_origins
 
 PREFIX = "DINOV2_"
 READ_BY_COMPOSE = frozenset({"DINOV2_PUBLISH", "DINOV2_MEMORY"})
 """Variables that docker-compose.yml reads on the host. They are not settings of the service, but an .env file may pass
 them to it."""
-_SECRET: Final = ("redis_url", "originals_url", "vector_store")
+_SECRET: Final = ("redis_url", "jobs_redis_url", "originals_url", "vector_store")
 """Settings whose values may contain a password, so error messages do not show them."""
+_OWN_PATHS: Final = frozenset({"v1", "livez", "readyz", "metrics", "docs", "redoc", "openapi.json"})
+"""The first parts of the paths of all routes. With one of them as the prefix, it would be ambiguous whether a proxy has
+removed the prefix."""
 
 
 class Settings(BaseSettings):
@@ -40,6 +52,11 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free port")
+    root_path: str = Field(
+        "",
+        description="path prefix under which a proxy publishes the service, such as /images; links contain it, and "
+        "requests may come with or without it",
+    )
     data_dir: Path = Field(Path("data"), description="folder for collections, artifacts and derived files")
     model: str = Field(
         "auto", description="model to serve: auto, an artifact folder or its URL, or the name of a published model"
@@ -64,6 +81,9 @@ class Settings(BaseSettings):
         description="Redis server for the cache and the rate limits, redis://[:password@]host:port/db; unset: each "
         "process has its own",
     )
+    redis_password_file: Path | None = Field(
+        None, description="file with the password for redis_url, which then must not contain one"
+    )
     cache_bytes: int = Field(
         256 * 2**20, ge=0, description="memory limit of the cache in the process; 0: no cache, not even in Redis"
     )
@@ -80,6 +100,34 @@ class Settings(BaseSettings):
         description="where vectors are stored: embedded (in data_dir), or milvus://[user:password@]host[:port][/database]",
     )
     originals_url: str | None = Field(None, description="URL where original images are stored; unset: in data_dir")
+
+    local_worker: bool = Field(
+        True, description="whether the service starts a worker process for jobs, which ends with the service"
+    )
+    jobs_redis_url: str | None = Field(
+        None,
+        description="Redis server that announces jobs to workers, with RQ: redis://[:password@]host:port/db; unset: "
+        "workers look into data_dir",
+    )
+    jobs_kept: int = Field(
+        1000,
+        ge=1,
+        le=100_000,
+        description="highest number of finished jobs that are kept; the oldest are removed first",
+    )
+    job_roots: str | None = Field(
+        None,
+        description="folders, and URLs such as s3://bucket/images, below which jobs may read data: comma-separated; "
+        "unset: data_dir/datasets",
+    )
+    job_stop_grace_s: float = Field(
+        60.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="time limit for the process of a job to save its state and end after SIGTERM, after which it is "
+        "killed",
+    )
+    schedule_zone: str = Field("UTC", description="time zone of schedules that name none, for example Europe/Berlin")
 
     max_image_bytes: int = Field(20 * 2**20, ge=1, description="size limit of one image, as it is sent")
     max_image_pixels: int = Field(
@@ -162,6 +210,20 @@ class Settings(BaseSettings):
         "info", description="lowest level of messages that are logged"
     )
 
+    otlp_endpoint: str | None = Field(
+        None,
+        description="OpenTelemetry collector to which traces are sent with OTLP over HTTP, for instance "
+        "http://collector:4318; needs the extra otel; unset: no traces",
+    )
+    trace_ratio: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="share of the requests without a traceparent header that are traced; if a request has this header, "
+        "its sampled flag decides",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _empty_means_default(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +237,29 @@ class Settings(BaseSettings):
     def _log_level_in_any_case(cls, value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value
 
-    @field_validator("data_dir", "engine_photos")
+    @model_validator(mode="before")
+    @classmethod
+    def _redis_password_is_read(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Add the password from `redis_password_file` to `redis_url`, and return the settings."""
+        url, file = values.get("redis_url"), values.get("redis_password_file")
+        if not url or not file:
+            return values
+        try:
+            return {**values, "redis_url": with_redis_password(str(url), secret_in(expanded(Path(file))))}
+        except ValueError as error:
+            raise ValueError(f"redis_url with redis_password_file: {error}") from None
+
+    @field_validator("root_path")
+    @classmethod
+    def _root_path_is_a_prefix(cls, value: str) -> str:
+        prefix = value.rstrip("/")
+        if prefix and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", prefix):
+            raise ValueError("must be empty or like /images: each part begins with / and has only A-Z a-z 0-9 . _ ~ -")
+        if prefix and (first := prefix.split("/")[1]) in _OWN_PATHS:
+            raise ValueError(f"must not begin with /{first}, because the service has routes there")
+        return prefix
+
+    @field_validator("data_dir", "engine_photos", "redis_password_file")
     @classmethod
     def _home_is_expanded(cls, value: Path | None) -> Path | None:
         return None if value is None else expanded(value)
@@ -189,11 +273,26 @@ class Settings(BaseSettings):
             parse_engine(value)
         return value
 
-    @field_validator("redis_url")
+    @field_validator("redis_url", "jobs_redis_url")
     @classmethod
     def _redis_url_is_whole(cls, value: str | None) -> str | None:
         if value is not None:
             redis_parts(value)
+        return value
+
+    @field_validator("schedule_zone")
+    @classmethod
+    def _zone_is_known(cls, value: str) -> str:
+        try:
+            return value if value == "UTC" else ZoneInfo(value).key
+        except (ZoneInfoNotFoundError, OSError) as error:
+            raise ValueError("must be UTC or a name of the IANA database, such as Europe/Berlin") from error
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _otlp_endpoint_is_an_address(cls, value: str | None) -> str | None:
+        if value is not None:
+            otlp_traces_url(value)
         return value
 
     @field_validator("vector_store")
@@ -260,13 +359,19 @@ class Settings(BaseSettings):
         """The file that keeps patch features."""
         return self.data_dir / "patches" / "patches.sqlite3"
 
+    @property
+    def otlp_traces_url(self) -> str | None:
+        """The URL to which spans are posted, or None if there are no traces."""
+        return None if self.otlp_endpoint is None else otlp_traces_url(self.otlp_endpoint)
+
     def shown(self) -> dict[str, Any]:
         """Return the settings as a dictionary for the log, without secrets."""
         values = self.model_dump(mode="json")
-        masked = masked_url(self.redis_url) if self.redis_url else None
+        urls = {"redis_url": self.redis_url, "jobs_redis_url": self.jobs_redis_url}
+        redis = {name: url and masked_url(url) for name, url in urls.items()}
         originals = self.originals_url and re.sub(r"://.*", "://...", self.originals_url, flags=re.DOTALL)
         vectors = self.vector_store if self.vector_store == "embedded" else masked_milvus_url(self.vector_store)
-        return {**values, "redis_url": masked, "originals_url": originals, "vector_store": vectors}
+        return {**values, **redis, "originals_url": originals, "vector_store": vectors}
 
 
 def load_settings(overrides: Mapping[str, Any] | None = None) -> Settings:

@@ -11,7 +11,7 @@ from model.engines.protocol import Engine, Tried
 from model.pooling import DEFAULT_POOLING, Pooling
 from model.zoo import ENTRIES
 from service.answer_schemas import Identity
-from service.errors import ModelNotFound
+from service.errors import ModelNotFound, Unavailable
 from service.features.pipeline import Pipeline
 from service.features.served_model import ServedModel
 from service.originals import Originals
@@ -35,8 +35,19 @@ class Lifecycle:
 
 
 @dataclass
+class LoadedModels:
+    """The models that this process has loaded, as services by fingerprint and precision. `expected` are the models that
+    it should have loaded, and may still be loading."""
+
+    services: dict[tuple[str, str], "Service"] = field(default_factory=dict)
+    expected: frozenset[tuple[str, str]] = frozenset()
+
+
+@dataclass
 class Service:
-    """The objects that make up a running service."""
+    """The objects that make up a running service with one model. If the process has loaded several models, there is one
+    service for each of them, and `loaded` contains all of them. A request uses the same service from its beginning to
+    its end, so no answer contains results of two models."""
 
     settings: Settings
     artifact: Artifact
@@ -48,6 +59,7 @@ class Service:
     originals: Originals
     pipeline: Pipeline
     model: ServedModel
+    loaded: LoadedModels = field(default_factory=LoadedModels)
     shared: SharedResults = field(default_factory=SharedResults)
     rankings: Rankings = field(default_factory=Rankings)
 
@@ -67,23 +79,46 @@ class Service:
         entry = ENTRIES.get(manifest.name)
         return names + list(entry.aliases if entry else ())
 
-    def check_model(self, name: str) -> None:
-        """Check the field `model` of a request. It must be empty, "auto" or one of the served model's names.
+    def named(self, name: str) -> "Service":
+        """Return the service for the field `model` of a request. If it is empty or "auto", this is the service itself.
 
         Raises:
-            ModelNotFound: `name` is anything else.
+            ModelNotFound: no loaded model has this name.
         """
-        if name and name != "auto" and name not in self.model_names:
-            raise ModelNotFound(
-                f"model {name!r} is not served here; this service serves {self.artifact.name} (other names: auto, "
-                f"{', '.join(self.model_names[1:])})",
-                param="model",
-            )
+        if not name or name == "auto" or name in self.model_names:
+            return self
+        for other in self.loaded.services.values():
+            if name in other.model_names:
+                return other
+        raise ModelNotFound(
+            f"model {name!r} is not served here; this service serves {self.artifact.name} (other names: auto, "
+            f"{', '.join(self.model_names[1:])})",
+            param="model",
+        )
+
+    def for_tag(self, tag: str, name: str = "auto") -> "Service":
+        """Return the service of the model that made the vectors with this tag. If that model is not loaded, or if the
+        field `model` of the request names one (`name`), return the service that `named` returns.
+
+        Raises:
+            ModelNotFound: no loaded model has this name.
+            Unavailable: this process is still loading the model.
+        """
+        parts = tag_parts(tag)
+        model = (parts.fingerprint, parts.precision)
+        if name not in ("", "auto") or model == (self.artifact.fingerprint, self.engine.precision):
+            return self.named(name)
+        other = self.loaded.services.get(model)
+        if other is None and model in self.loaded.expected:
+            raise Unavailable(f"the model {parts.fingerprint[:8]} is being loaded", retry_after_s=2)
+        return other or self
 
     def identity(self, tag: str | None = None) -> Identity:
         """Return the fields `model` and `fingerprint` for an answer. Without `tag`, they describe the served model.
-        With the tag of a collection, they describe the model that computed the vectors in the collection. If this is
-        not the served model, `model` is None, because only its fingerprint is known."""
+        With the tag of a collection, they describe the model that computed the vectors in the collection. If this
+        model is not loaded, `model` is None, because only its fingerprint is known."""
         fingerprint = self.artifact.fingerprint if tag is None else tag_parts(tag).fingerprint
-        name = self.artifact.name if fingerprint == self.artifact.fingerprint else None
-        return {"model": name, "fingerprint": fingerprint}
+        for each in (self, *self.loaded.services.values()):
+            if fingerprint == each.artifact.fingerprint:
+                return {"model": each.artifact.name, "fingerprint": fingerprint}
+        return {"model": None, "fingerprint": fingerprint}

@@ -12,10 +12,11 @@ from model.pooling import POOLINGS, Pooling
 
 
 class TagParts(NamedTuple):
-    """The fingerprint and the pooling that a tag contains."""
+    """The parts of a tag that say which model made a vector and how."""
 
     fingerprint: str
     pooling: Pooling | None  # None if the tag has another form; the collection then accepts no images
+    precision: str = ""
 
 
 def make_tag(fingerprint: str, pooling: str, input_size: tuple[int, int], precision: str) -> str:
@@ -26,8 +27,9 @@ def make_tag(fingerprint: str, pooling: str, input_size: tuple[int, int], precis
 
 
 def tag_parts(tag: str) -> TagParts:
-    """Return the fingerprint and the pooling that a tag contains. The pooling is None if `tag` does not have the form
-    that `make_tag` produces."""
+    """Return the fingerprint, the pooling and the precision that a tag contains. If `tag` does not have the form that
+    `make_tag` produces, the pooling is None and the precision is empty."""
     parts = tag.split("/")
-    pooling = next((name for name in POOLINGS if name == parts[1]), None) if len(parts) == 5 else None
-    return TagParts(parts[0], pooling)
+    if len(parts) != 5:
+        return TagParts(parts[0], None)
+    return TagParts(parts[0], next((name for name in POOLINGS if name == parts[1]), None), parts[4])

@@ -10,32 +10,71 @@ import json
 import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, Protocol, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.exposition import choose_encoder
 
 STAGES: Final = ("decode", "preprocess", "queue", "infer", "post")
 SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+HTTP_SECONDS: Final = (
+    *(0.001, 0.0025),  # a search by vector
+    *(0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+    *(30.0, 60.0),  # the default deadline
+)
+"""The buckets of the duration of a request. The middle row has the buckets of OpenTelemetry's convention for HTTP."""
 BATCH: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+FILL: Final = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 MOST_COLLECTIONS: Final = 100
 """The highest number of collections that have their own values of the label `collection`. These are the collections
 with the most items."""
 OTHERS: Final = "_others"  # not allowed as the name of a collection
 _OTHERS_TEXT: Final = f"Collections beyond the {MOST_COLLECTIONS} largest are added up as {OTHERS}."
+_LAYERS_TEXT: Final = "Vectors: memory or redis. Patch features: patches_memory, then patches_disk."
 
 MAX_LOGGED_CHARS: Final = 500
 """The highest number of characters of a path or an error message in the access log."""
 _TRACEPARENT: Final = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
 access_log = logging.getLogger("service.access")
+disable_created_metrics()  # type: ignore[no-untyped-call]  # the time at which each counter was created, a third of all series
+M = TypeVar("M", covariant=True)
+
+
+class _Make(Protocol[M]):
+    """A function that creates a metric from its name, its text and its labels."""
+
+    def __call__(self, name: str, text: str, /, *labels: str) -> M: ...
+
+
+class _MakeHistogram(Protocol):
+    def __call__(self, name: str, text: str, buckets: tuple[float, ...], /, *labels: str) -> Histogram: ...
+
+
+class _Coded(Protocol):
+    @property
+    def code(self) -> str: ...
+
+
+class _Failing(Protocol):
+    """The outcome of an image, which may have an error."""
+
+    @property
+    def error(self) -> _Coded | None: ...
 
 
 class Metrics:
-    """The metrics of one service."""
-
-    content_type = CONTENT_TYPE_LATEST
+    """The metrics of one service. The requests update most of them. `service/scrape.py` sets the others when /metrics
+    is read."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -51,22 +90,54 @@ class Metrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             return Histogram(f"dinov2_{name}", text, labels, buckets=buckets, registry=self.registry)
 
+        self._add_requests(counter, gauge, histogram)
+        self._add_images(counter, gauge, histogram)
+        self._add_limits(counter, gauge)
+        self._add_store(gauge)
+        self._add_process(counter, gauge)
+        for stage in STAGES:
+            self.stage_seconds.labels(stage)
+
+    def _add_requests(self, counter: _Make[Counter], gauge: _Make[Gauge], histogram: _MakeHistogram) -> None:
         self.requests = counter("requests_total", "Requests that were answered.", "method", "route", "status")
         self.request_seconds = histogram(
-            "request_duration_seconds", "Time from a request to the end of its answer.", SECONDS, "route"
+            "request_duration_seconds", "Time from a request to the end of its answer.", HTTP_SECONDS, "route"
         )
         self.requests_in_flight = gauge("requests_in_flight", "Requests that are being answered.")
+        self.request_errors = counter(
+            "request_errors_total", "Requests that were refused or failed, by the code of the error.", "route", "code"
+        )
+        self.request_bytes = counter("request_bytes_total", "Bytes of request bodies, as they were sent.", "route")
+
+    def _add_images(self, counter: _Make[Counter], gauge: _Make[Gauge], histogram: _MakeHistogram) -> None:
         self.stage_seconds = histogram(
             "stage_duration_seconds", "Time that one image spends in one stage.", SECONDS, "stage"
         )
         self.batch_images = histogram("batch_images", "Images in one forward pass.", BATCH)
+        self.batch_fill = histogram(
+            "batch_fill_ratio", "Patches in one forward pass, as a share of the setting batch_max_patches.", FILL
+        )
         self.queue_images = gauge("queue_images", "Images that are accepted and not yet answered.")
+        self.queue_images_limit = gauge("queue_images_limit", "The setting queue_max_images.")
         self.queue_patches = gauge("queue_patches", "Patches that wait for the engine.")
+        self.queue_age = gauge("queue_oldest_seconds", "Time that the oldest image has waited for the engine.")
+        self.decode_workers = gauge("decode_workers", "Number of decoding threads.")
         self.images = counter("images_total", "Images that the engine processed.")
         self.dropped = counter("dropped_images_total", "Images whose clients disconnected while they were queued.")
         self.engine_errors = counter("engine_errors_total", "Forward passes that failed.")
-        self.cache_hits = counter("cache_hits_total", "Vectors that were found in the cache.")
-        self.cache_misses = counter("cache_misses_total", "Vectors that were not found in the cache.")
+        self.engine_up = gauge(
+            "engine_up", "1 if the thread that runs the network works; 0 if it has died or hangs (/livez fails)."
+        )
+        self.failed_images = counter(
+            "failed_images_total",
+            "Images that were refused or could not be processed, by the code of the error.",
+            "code",
+        )
+        self.cache_hits = counter("cache_hits_total", f"Results that were found in a cache. {_LAYERS_TEXT}", "layer")
+        self.cache_misses = counter(
+            "cache_misses_total", f"Results that were not found in a cache. {_LAYERS_TEXT}", "layer"
+        )
+        self.cache_up = gauge("cache_up", "1 if the cache of vectors works; 0 if /readyz reports it as degraded.")
         self.cache_events = counter(
             "cache_events_total",
             "Events of the cache in Redis: failed calls, skipped calls, invalid values and recoveries.",
@@ -75,6 +146,8 @@ class Metrics:
         self.coalesced = counter(
             "coalesced_images_total", "Images that shared the running computation of an identical image."
         )
+
+    def _add_limits(self, counter: _Make[Counter], gauge: _Make[Gauge]) -> None:
         self.rate_limited = counter(
             "rate_limited_requests_total",
             'Requests that a rate limit refused: all of them ("rate"), or images of a single costly request ("cost").',
@@ -94,6 +167,8 @@ class Metrics:
             "Events of the rate limits in Redis: failed calls, skipped calls and recoveries.",
             "event",
         )
+
+    def _add_store(self, gauge: _Make[Gauge]) -> None:
         self.index_recall = gauge(
             "index_recall_ratio", "Share of the true ten nearest items that sampled live searches found.", "collection"
         )
@@ -108,16 +183,65 @@ class Metrics:
             "Disk space of the vector store: the database of all collections, and snapshots.",
             "part",
         )
+        self.disk_free_bytes = gauge("data_dir_free_bytes", "Free space on the disk of the data folder.")
+        self.disk_bytes = gauge("data_dir_size_bytes", "Size of the disk of the data folder.")
+        self.last_backup = gauge(
+            "last_backup_timestamp_seconds",
+            "Time of the last complete `dinov2 backup`, in seconds since 1970; 0: there was none.",
+        )
+
+    def _add_process(self, counter: _Make[Counter], gauge: _Make[Gauge]) -> None:
+        self.build_info = gauge(
+            "build_info", "The version of the service and of Python; the value is always 1.", "version", "python"
+        )
+        self.spans = counter("trace_spans_total", "Spans that were sent to the collector, or that were lost.", "result")
         self.model_info = gauge(
             "model_info",
-            "The served model and its engine; the value is always 1.",
+            "A loaded model, its engine, and its role: live, candidate or former; the value is always 1.",
             "name",
             "fingerprint",
             "engine",
             "precision",
+            "role",
         )
-        for stage in STAGES:
-            self.stage_seconds.labels(stage)
+        self.generation = gauge("generation", "Number of the live generation in this process; 0: there is no record.")
+        self.unsearchable_collections = gauge(
+            "unsearchable_collections", "Collections whose model is not loaded, so they cannot be searched by image."
+        )
+        self.items_without_live_vector = gauge(
+            "items_without_live_vector",
+            "Items of a collection that have no vector of the live model; collections without such items are left out.",
+            "collection",
+        )
+        self.migration_pending_items = gauge(
+            "migration_pending_items", "Items that a running migration has not embedded with the new model yet."
+        )
+
+    def count_request(
+        self,
+        method: str,
+        route: str,
+        status: int,
+        seconds: float,
+        received_bytes: int,
+        code: str | None,
+        trace_id: str | None,
+    ) -> None:
+        """Count a finished request. `code` is the code of the error that was its answer. If `trace_id` is not None, it
+        becomes the exemplar of the request's bucket: a link from the histogram to one trace."""
+        self.requests.labels(method, route, str(status)).inc()
+        exemplar = None if trace_id is None else {"trace_id": trace_id}
+        self.request_seconds.labels(route).observe(seconds, exemplar)
+        if received_bytes:
+            self.request_bytes.labels(route).inc(received_bytes)
+        if code is not None:
+            self.request_errors.labels(route, code).inc()
+
+    def count_failed(self, outcomes: Iterable[_Failing]) -> None:
+        """Count the images that have an error."""
+        for outcome in outcomes:
+            if outcome.error is not None:
+                self.failed_images.labels(outcome.error.code).inc()
 
     def set_usage(self, collections: Sequence[tuple[str, int, int | None]], parts: Mapping[str, int]) -> None:
         """Set the metrics of all collections and of the store. Each collection is a tuple of its name, its number of
@@ -136,7 +260,13 @@ class Metrics:
 
     def render(self) -> bytes:
         """Return the metrics in the text format of Prometheus, as bytes."""
-        return generate_latest(self.registry)
+        return self.render_for("")[0]
+
+    def render_for(self, accept: str) -> tuple[bytes, str]:
+        """Return the metrics in the format that an Accept header asks for, and their content type. The format is
+        OpenMetrics, which has exemplars, or the text format of Prometheus, which has none."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
 
 
 class JsonLines(logging.Formatter):

@@ -109,7 +109,13 @@ class DictStore:
             raise CollectionNotFound(f"there is no alias {alias!r}")
 
     async def upsert(
-        self, collection: str, items: Sequence[Item], *, tag: str, request_key: str | None = None
+        self,
+        collection: str,
+        items: Sequence[Item],
+        *,
+        tag: str,
+        request_key: str | None = None,
+        other: tuple[str, Sequence[Item]] | None = None,
     ) -> CollectionInfo:
         check_name(collection)
         if not items:
@@ -200,6 +206,7 @@ class DictStore:
         tag: str,
         where: Filter | None = None,
         params: SearchParams | None = None,
+        assumed: bool = False,
     ) -> list[list[Hit]]:
         check_k(k)
         queries = normalised_rows(vectors)

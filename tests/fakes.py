@@ -6,6 +6,7 @@ engine records the shapes of its inputs.
 
 import asyncio
 import contextlib
+import functools
 import gc
 import io
 import json
@@ -31,6 +32,7 @@ from model.engines.protocol import Features, FloatArray
 from model.preprocess import PreprocessSpec
 from service.app import create_app
 from service.features.pipeline import Embedded
+from service.live_models import Record
 from service.outcomes import Outcome, numbered
 from service.search.store import VectorStore
 from service.settings import Settings
@@ -40,7 +42,11 @@ DIMS = 8
 SPEC = PreprocessSpec(resize=32, crop=28)
 INNER = ("queries.0", "keys.0", "tokens.0")
 N_PATCHES = 4
-_WEIGHTS = np.random.default_rng(0).normal(size=(3 * 14 * 14, DIMS)).astype(np.float32) / 10
+
+
+@functools.cache
+def _weights(seed: int) -> FloatArray:
+    return np.random.default_rng(seed).normal(size=(3 * 14 * 14, DIMS)).astype(np.float32) / 10
 
 
 class WorkerKilled(BaseException):
@@ -49,7 +55,7 @@ class WorkerKilled(BaseException):
 
 @dataclass
 class FakeEngine:
-    """An engine that multiplies the pixels of each patch by a fixed matrix.
+    """An engine that multiplies the pixels of each patch by a fixed matrix, which depends on `seed`.
 
     The class token is computed from the mean of the patch tokens.
     """
@@ -64,6 +70,7 @@ class FakeEngine:
     batches: list[tuple[int, ...]] = field(default_factory=list)  # shapes of the inputs
     entered: threading.Event = field(default_factory=threading.Event)
     closed: bool = False
+    seed: int = 0
 
     @property
     def images(self) -> int:
@@ -81,7 +88,7 @@ class FakeEngine:
             raise RuntimeError("the fake engine was told to fail; secret-internals")
         batch, _, height, width = pixels.shape
         cut = pixels.reshape(batch, 3, height // 14, 14, width // 14, 14).transpose(0, 2, 4, 1, 3, 5)
-        patches = np.tanh(cut.reshape(batch, -1, 3 * 14 * 14) @ _WEIGHTS)  # [B, N, D]
+        patches = np.tanh(cut.reshape(batch, -1, 3 * 14 * 14) @ _weights(self.seed))  # [B, N, D]
         return Features(np.tanh(2 * patches.mean(axis=1) + 0.1), patches, np.zeros((batch, 0, DIMS), np.float32))
 
     def can_run(self, size: tuple[int, int], outputs: Collection[str]) -> bool:
@@ -178,6 +185,7 @@ async def running(
     artifact: Artifact | None = None,
     cache: Any = None,
     store: VectorStore | None = None,
+    record: Record | None = None,
     **settings: Any,
 ) -> AsyncIterator[Running]:
     """Start a service for the duration of a `with` block.
@@ -191,7 +199,8 @@ async def running(
 
     engine = engine or FakeEngine()
     chosen = Settings(data_dir=data_dir, decode_workers=2, **settings)
-    app = create_app(chosen, artifact or fake_artifact(), engine, cache=cache, open_store=open_given if store else None)
+    open_store = open_given if store else None
+    app = create_app(chosen, artifact or fake_artifact(), engine, cache=cache, open_store=open_store, record=record)
     async with app.router.lifespan_context(app):
         engine.batches.clear()
         engine.entered.clear()

@@ -33,6 +33,7 @@ import numpy.typing as npt
 
 from service.errors import EngineFailed, ModelUnavailable, QueueFull, ShuttingDown
 from service.telemetry import Metrics
+from service.tracing import Batch, RequestTrace, current_trace, record_batch
 
 FloatArray = npt.NDArray[np.float32]
 Row = TypeVar("Row")
@@ -48,11 +49,14 @@ arrays of this size anyway."""
 @dataclass(frozen=True)
 class Done(Generic[Row]):
     """The result for one image: its features (`row`), the time that the image waited in the queue (`queue_s`), and the
-    time that its batch took for the forward pass and the pooling (`infer_s`). Both times are in seconds."""
+    time that its batch took for the forward pass and the pooling (`infer_s`). Both times are in seconds. The pass began
+    at `started`, a value of `time.perf_counter()`. `batch` is its span, if it was recorded."""
 
     row: Row
     queue_s: float
     infer_s: float
+    started: float
+    batch: Batch | None
 
 
 @dataclass(eq=False)
@@ -65,6 +69,7 @@ class Job(Generic[Row]):
     patches: int
     future: "asyncio.Future[Done[Row]]"
     queued_at: float = field(default_factory=time.perf_counter)
+    trace: RequestTrace | None = field(default_factory=current_trace)
 
 
 Outcome = tuple[Job[Row], Done[Row] | Exception]
@@ -106,6 +111,7 @@ class Batcher(Generic[Row]):
         self._busy_since: float | None = None
         self._images_per_s: float | None = None
         self._reserved = 0
+        metrics.queue_images_limit.set(queue_max_images)
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._work, name="engine-worker", daemon=True)
         self._thread.start()
@@ -119,6 +125,12 @@ class Batcher(Generic[Row]):
     def waiting(self) -> int:
         """The number of decoded images that wait for the engine."""
         return len(self._queue)
+
+    @property
+    def oldest_s(self) -> float:
+        """The time in seconds that the oldest image in the queue has waited for the engine. 0 if none waits."""
+        with self._wake:
+            return time.perf_counter() - self._queue[0].queued_at if self._queue else 0.0
 
     @property
     def full(self) -> bool:
@@ -268,12 +280,13 @@ class Batcher(Generic[Row]):
     def _outcomes(self, batch: list[Job[Row]]) -> list[Outcome[Row]]:
         """Run a forward pass over the batch, and return the result or the error of each image. If the pass fails, run a
         separate pass for each image."""
-        started = time.perf_counter()
+        started, patches = time.perf_counter(), sum(job.patches for job in batch)
         try:
             rows = self._run(np.stack([job.pixels for job in batch]), batch[0].outputs)
             if len(rows) != len(batch):
                 raise ValueError(f"the engine returned {len(rows)} rows for {len(batch)} images")
         except Exception as error:
+            record_batch(batch, started, time.perf_counter(), patches, failed=True)
             self._metrics.engine_errors.inc()
             log.exception("a forward pass of %d images failed", len(batch))
             if len(batch) > 1:
@@ -281,12 +294,18 @@ class Batcher(Generic[Row]):
             failed = EngineFailed("the engine failed on this image")
             failed.__cause__ = error
             return [(batch[0], failed)]
-        seconds = time.perf_counter() - started
+        ended = time.perf_counter()
+        span = record_batch(batch, started, ended, patches)
+        seconds = ended - started
         self._metrics.batch_images.observe(len(batch))
+        self._metrics.batch_fill.observe(min(1.0, patches / self._batch_max_patches))
         self._metrics.images.inc(len(batch))
         rate = len(batch) / max(seconds, 1e-6)
         self._images_per_s = rate if self._images_per_s is None else 0.8 * self._images_per_s + 0.2 * rate
-        return [(job, Done(row, started - job.queued_at, seconds)) for job, row in zip(batch, rows, strict=True)]
+        return [
+            (job, Done(row, started - job.queued_at, seconds, started, span))
+            for job, row in zip(batch, rows, strict=True)
+        ]
 
     def _deliver(self, outcomes: list[Outcome[Row]]) -> None:
         """Pass the outcomes of a batch to the event loop in a single call, so that the loop wakes up only once."""

@@ -6,6 +6,7 @@ from typing import Protocol, TypeVar
 from service.features.cache import MemoryCache, cache_key
 from service.features.patch_store import PatchStore
 from service.features.patches import Patches
+from service.telemetry import Metrics
 
 T = TypeVar("T")
 
@@ -24,15 +25,22 @@ class PatchCache:
         memory_bytes: the most memory that the features may take.
         store: the store on disk, or None.
         in_thread: a function that runs the store's reads and writes in a thread.
+        metrics: counts the hits and misses.
     """
 
     def __init__(
-        self, key: Callable[[str], str], memory_bytes: int, store: PatchStore | None, in_thread: InThread
+        self,
+        key: Callable[[str], str],
+        memory_bytes: int,
+        store: PatchStore | None,
+        in_thread: InThread,
+        metrics: Metrics,
     ) -> None:
         self._key = key
         self._memory = MemoryCache(memory_bytes)  # never in Redis: an entry is as large as fifty vectors
         self._store = store
         self._in_thread = in_thread
+        self._metrics = metrics
 
     @property
     def is_on_disk(self) -> bool:
@@ -48,12 +56,19 @@ class PatchCache:
 
         def find() -> T:
             missing = [digest for digest, data in entries.items() if data is None]
+            self._count("patches_memory", len(entries) - len(missing), len(missing))
             if self._store is not None and missing:
                 stored = self._store.get_many([keys[digest] for digest in missing])
+                lost = sum(data is None for data in stored)
+                self._count("patches_disk", len(stored) - lost, lost)
                 entries.update(zip(missing, stored, strict=True))
             return work({digest: Patches.from_bytes(data) for digest, data in entries.items() if data is not None})
 
         return await self._in_thread(find)
+
+    def _count(self, layer: str, hits: int, misses: int) -> None:
+        self._metrics.cache_hits.labels(layer).inc(hits)
+        self._metrics.cache_misses.labels(layer).inc(misses)
 
     async def add(self, digest: str, patches: Patches, *, recent: bool = True) -> None:
         """Add the patch features of an image. If `recent` is false, they are written only to disk, because they will

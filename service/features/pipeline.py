@@ -49,6 +49,7 @@ from service.features.patches import Patches
 from service.outcomes import Outcome, successes
 from service.settings import Settings
 from service.telemetry import Metrics
+from service.tracing import RequestTrace, current_trace, record_stage
 
 FloatArray = npt.NDArray[np.float32]
 S = TypeVar("S")
@@ -134,16 +135,19 @@ class _Decoded(NamedTuple):
     pixels: FloatArray  # [3, h, w]
     image: npt.NDArray[np.uint8] | None
     size: tuple[int, int]  # H, W
+    started: float  # of `time.perf_counter()`
     decode_s: float
     preprocess_s: float
 
 
 @dataclass
 class _Flight:
-    """A running computation of one image's features, and the number of requests that await it."""
+    """A running computation of one image's features, the number of requests that await it, and the trace of the request
+    that started it."""
 
     task: "asyncio.Task[Embedded]"
     waiters: int = 0
+    trace: RequestTrace | None = field(default_factory=current_trace)
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,8 @@ class Pipeline:
         self._max_input_patches = limits.max_input_patches
         self._forward = Forward(engine, open_general)
         self._metrics = metrics
+        self._hits, self._misses = metrics.cache_hits.labels(cache.name), metrics.cache_misses.labels(cache.name)
+        metrics.decode_workers.set(limits.decode_workers)
         self._loop = asyncio.get_running_loop()
         self._flights: dict[str, _Flight] = {}
         self._decoders = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="decode")
@@ -211,7 +217,7 @@ class Pipeline:
         )  # its own thread, so cached images do not wait for decoding
         self._kept_images = asyncio.Semaphore(limits.decode_workers)  # see `analyse`
         in_thread = partial(self._in_thread, self._answerers)
-        self.patch_cache = PatchCache(self._patches_key, limits.patch_cache_bytes, patch_store, in_thread)
+        self.patch_cache = PatchCache(self._patches_key, limits.patch_cache_bytes, patch_store, in_thread, metrics)
         self.batcher: Batcher[Row] = Batcher(
             self._forward,
             patch_size=self._patch_size,
@@ -242,7 +248,9 @@ class Pipeline:
         def embedded(key: str) -> Embedded:
             return cached[key] if key in cached else computed[key].result()
 
-        return [key.then(embedded) for key in keys]
+        outcomes = [key.then(embedded) for key in keys]
+        self._metrics.count_failed(outcomes)
+        return outcomes
 
     async def analyse(self, image: bytes, answer: Callable[[Analysed], T], view: View = PLAIN) -> T:
         """Compute all features of one image. Then call `answer` in a thread, with the decoded image and its features,
@@ -280,7 +288,11 @@ class Pipeline:
         """Call `work`, which encodes the results of a request, in a thread, and return its result. The number of calls
         at the same time is at most the number of decoding threads, because a picture of a large image takes a lot of
         memory."""
-        return await self._in_thread(self._encoders, work)
+        started = time.perf_counter()
+        try:
+            return await self._in_thread(self._encoders, work)
+        finally:
+            record_stage("encode", started, time.perf_counter())
 
     async def kept_patches(self, digests: Iterable[str]) -> dict[str, Patches]:
         """Return the cached patch features of the images with these digests, as a dict by digest. A digest is the
@@ -305,7 +317,9 @@ class Pipeline:
         try:
             if tasks:
                 await asyncio.wait(tasks)
-            return [outcome.then(_result) for outcome in outcomes]
+            results = [outcome.then(_result) for outcome in outcomes]
+            self._metrics.count_failed(results)
+            return results
         finally:
             for task in tasks:
                 task.cancel()  # the caller was cancelled
@@ -370,8 +384,9 @@ class Pipeline:
             if entry is not None:
                 entry.timings["cache"] = time.perf_counter() - started
                 cached[key] = entry
-        self._metrics.cache_hits.inc(len(cached))
-        self._metrics.cache_misses.inc(len(keys) - len(cached))
+        record_stage("cache", started, time.perf_counter())
+        self._hits.inc(len(cached))
+        self._misses.inc(len(keys) - len(cached))
         return cached
 
     async def _compute_all(self, wanted: dict[str, bytes], store_patches: bool) -> "dict[str, asyncio.Task[Embedded]]":
@@ -389,9 +404,14 @@ class Pipeline:
         flights = {key: self._flights[key] for key in wanted}
         for flight in flights.values():
             flight.waiters += 1
+        trace, began = current_trace(), time.perf_counter()
         try:
             if flights:
                 await asyncio.wait([flight.task for flight in flights.values()])
+            if trace is not None:
+                for flight in flights.values():
+                    if flight.trace is not trace:  # another request computed the image
+                        trace.stage("coalesced", began, time.perf_counter(), flight.trace)
             return {key: flight.task for key, flight in flights.items()}
         finally:
             for key, flight in flights.items():
@@ -427,7 +447,11 @@ class Pipeline:
                 await self.cache.set_many({key.result(): embedded.to_bytes()})
             grid = self._grid(decoded.pixels)
             analysed = Analysed(embedded, row.patches, row.registers, grid, decoded.image, spec, row.outputs)
-            return await self._in_thread(self._answerers, partial(answer, analysed))
+            began = time.perf_counter()
+            try:
+                return await self._in_thread(self._answerers, partial(answer, analysed))
+            finally:
+                record_stage("post", began, time.perf_counter())
 
     def _start_patches(self, digest_and_image: tuple[str, bytes]) -> "asyncio.Task[Patches]":
         task = asyncio.create_task(self._patches(*digest_and_image))
@@ -479,7 +503,7 @@ class Pipeline:
                 raise BrokenImage(str(error)) from error
             preprocess_s = time.perf_counter() - decoded_at
             size = (rgb.shape[0], rgb.shape[1])
-            return _Decoded(pixels, rgb if keep_image else None, size, decoded_at - started, preprocess_s)
+            return _Decoded(pixels, rgb if keep_image else None, size, started, decoded_at - started, preprocess_s)
 
         return await self._in_thread(self._decoders, work)
 
@@ -518,6 +542,9 @@ class Pipeline:
         }
         for stage, seconds in timings.items():
             self._metrics.stage_seconds.labels(stage).observe(seconds)
+        trace = current_trace()
+        if trace is not None:
+            trace.image(timings, decoded.started, done.started, done.batch)
         return done.row, timings
 
 

@@ -8,6 +8,7 @@ call. If `on_error` is "partial", an item with an error does not affect the othe
 import asyncio
 import hashlib
 import reprlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -22,11 +23,20 @@ from service.options import check_fields, parse_options
 from service.originals import source_of
 from service.outcomes import OnError, Outcome, indexed, split_items, successes
 from service.schemas import ItemIn
-from service.search.checks import check_id, check_match, check_source, loads_exactly, metadata_text, normalised
+from service.search.checks import (
+    check_id,
+    check_match,
+    check_named,
+    check_source,
+    loads_exactly,
+    metadata_text,
+    normalised,
+)
 from service.search.store import CollectionInfo, CollectionSpec, Item
 from service.state import Service
 from service.tags import tag_parts
 from service.timings import slowest
+from service.tracing import record_stage
 
 _NO_VECTOR: Final = np.empty(0, np.float32)
 
@@ -59,10 +69,18 @@ class Added:
 
 
 async def add_items(
-    service: Service, name: str, items: Sequence[Outcome[NewItem]], on_error: OnError, request_key: str | None = None
+    service: Service,
+    name: str,
+    items: Sequence[Outcome[NewItem]],
+    on_error: OnError,
+    request_key: str | None = None,
+    *,
+    model: str = "auto",
 ) -> Added:
     """Write items to a collection and return the result. If the collection does not exist, it is created. If a call is
     repeated within a day with the same `request_key` and the same items, the second call changes nothing.
+
+    If the collection is switched to another model while the images are embedded, they are embedded again.
 
     Raises:
         InvalidItems: an item cannot be written and `on_error` is "fail", or no item can be written. Nothing was
@@ -70,12 +88,55 @@ async def add_items(
         ServiceError: the whole request failed, for instance with ModelMismatch or QueueFull. Nothing was written.
     """
     collection = await _target(service, name)
-    good, errors = split_items(await _ready(service, collection, items), on_error, "items")
+    while True:
+        try:
+            return await _add(service.for_tag(collection.tag, model), collection, items, on_error, request_key)
+        except ModelMismatch:
+            before, collection = collection.tag, await _target(service, name)
+            if collection.tag == before:
+                raise
+
+
+async def _add(
+    service: Service,
+    collection: CollectionInfo,
+    items: Sequence[Outcome[NewItem]],
+    on_error: OnError,
+    request_key: str | None,
+) -> Added:
+    """Write items to a collection with vectors of the model of `service`. The arguments are those of `add_items`."""
+    ready = await _ready(service, collection, items)
+    good, errors = split_items(ready, on_error, "items")
+    other = await _other_vectors(service, collection, good)
+    started = time.perf_counter()
     info = await service.store.upsert(
-        collection.name, [new.item for _, new in good], tag=collection.tag, request_key=request_key
+        collection.name, [new.item for _, new in good], tag=collection.tag, request_key=request_key, other=other
     )
+    record_stage("store", started, time.perf_counter())
     timings = slowest(new.embedded for _, new in good if new.embedded is not None)
     return Added(info, {index: new.item.id for index, new in good}, errors, timings)
+
+
+async def _other_vectors(
+    service: Service, collection: CollectionInfo, good: Sequence[tuple[int, NewItem]]
+) -> tuple[str, list[Item]] | None:
+    """While a collection has vectors of two models, embed the images with the other model too. Return the tag of the
+    other vectors and the items with them. If this process has not loaded the other model, return None: the copier then
+    embeds the images later."""
+    if collection.partner is None:
+        return None
+    parts = tag_parts(collection.partner)
+    other = service.loaded.services.get((parts.fingerprint, parts.precision))
+    images = [Outcome(index, new.image) for index, new in good if new.image is not None]
+    if other is None or parts.pooling is None or not images:
+        return None
+    embedded = {outcome.index: outcome for outcome in await other.pipeline.embed(images)}
+    vectors = {
+        index: normalised(outcome.result().vector(parts.pooling, True))
+        for index, outcome in embedded.items()
+        if outcome.error is None
+    }
+    return collection.partner, [replace(new.item, vector=vectors[index]) for index, new in good if index in vectors]
 
 
 def item_from_json(index: int, raw: Any, max_image_bytes: int) -> NewItem:
@@ -211,6 +272,8 @@ def _fitting(new: NewItem, service: Service, collection: CollectionInfo) -> NewI
             f"{new.fingerprint!r}: they cannot be compared (PUT creates a collection for vectors of another model)"
         )
     check_match(collection, tag=collection.tag, dimension=len(new.item.vector))
+    if new.fingerprint is None:
+        check_named(collection)
     return new
 
 

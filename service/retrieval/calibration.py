@@ -90,7 +90,7 @@ async def calibration_of(
         InvalidRequest: no item has a label, or no labelled item is held out.
     """
     # repr distinguishes a filter with 1 from one with True, which are equal in Python
-    key = ("calibration", info.name, info.version, info.count, info.tag, repr(reference))
+    key = ("calibration", info.ref, info.version, info.count, info.tag, repr(reference))
     max_age_s = MAX_AGE_S if info.version is None else None
     return await shared.get(key, lambda: calibrate(store, info, reference), max_age_s=max_age_s)
 
@@ -101,13 +101,13 @@ async def calibrate(store: VectorStore, info: CollectionInfo, reference: Referen
     Raises:
         InvalidRequest: no item has a label, or no labelled item is held out.
     """
-    items = await store.count(info.name, reference.neighbours)
+    items = await store.count(info.ref, reference.neighbours)
     if not items:
         raise _no_label(info, reference)
     where = None if items == info.count else reference.neighbours
     is_loo = reference.held_out is None
     calibrating = reference.neighbours if is_loo else _all_of(reference.labelled, reference.held_out)
-    drawn_from = items if is_loo else await store.count(info.name, calibrating)
+    drawn_from = items if is_loo else await store.count(info.ref, calibrating)
     if not drawn_from:
         raise InvalidRequest(
             f"calibration_filter: no item of collection {info.name!r} with the key {key_text(reference.path)!r} "
@@ -144,7 +144,7 @@ async def _scores(
 ) -> list[float]:
     """Return the similarity of each item to its k-th nearest neighbour other than itself."""
     vectors = np.stack([item.vector for item in items])
-    rankings = await store.search(info.name, vectors, k + 1, tag=info.tag, where=where, params=params)
+    rankings = await store.search(info.ref, vectors, k + 1, tag=info.tag, where=where, params=params)
     scores = []
     for item, hits in zip(items, rankings, strict=True):
         others = [hit.score for hit in hits if hit.id != item.id][:k]

@@ -126,7 +126,7 @@ async def classify(
     Raises:
         ServiceError: the whole request fails, for instance because an example image is broken.
     """
-    service.check_model(request.options.model)
+    service = service.named(request.options.model)
     if request.options.head is not None:
         return await _by_head(service, request, request.options.head, seen)
     if request.reference is not None:
@@ -179,12 +179,19 @@ async def _by_head(
     return ClassifyResults(verdicts, service.tag(), timings, head=head.record.name)
 
 
+async def service_for(service: Service, options: ClassifyOptions) -> Service:
+    """Return the service with the model that a request needs: that of its collection, if it has one."""
+    if options.collection is None:
+        return service.named(options.model)
+    return (await Target.of(service, options.collection, options.model)).service
+
+
 async def _calibrated_target(service: Service, request: ClassifyRequest, reference: Reference) -> Target:
     """Check and calibrate the collection of a request, and return it. An unsuitable collection raises an error here,
     before any image is embedded."""
     assert request.options.collection is not None
-    target = await Target.of(service, request.options.collection)
-    check_match(target.info, tag=service.tag(pooling=target.pooling), dimension=target.info.dimension)
+    target = await Target.of(service, request.options.collection, request.options.model)
+    check_match(target.info, tag=target.service.tag(pooling=target.pooling), dimension=target.info.dimension)
     await calibration_of(service.store, service.shared, target.info, reference)
     return target
 
@@ -194,7 +201,9 @@ async def _by_collection(
 ) -> ClassifyResults:
     target = await _calibrated_target(service, request, reference)
     info = target.info
-    embedded = await _embedded(service, request.images, seen)
+    if seen is not None:  # computed with the model of `service`
+        check_match(info, tag=service.tag(pooling=target.pooling), dimension=info.dimension)
+    embedded = await _embedded(target.service, request.images, seen)
     vectors = [outcome.then(_unit_vector, target.pooling) for outcome in embedded]
     started = time.perf_counter()
     classified = None

@@ -75,7 +75,7 @@ async def classify_by_collection(
     """
     calibration = await calibration_of(store, shared, info, reference)
     rankings = await store.search(
-        info.name, vectors, calibration.k, tag=info.tag, where=calibration.where, params=reference.params
+        info.ref, vectors, calibration.k, tag=info.tag, where=calibration.where, params=reference.params
     )
     verdicts = []
     for hits, p_value in zip(rankings, _p_values(calibration, [_kth(hits) for hits in rankings]), strict=True):

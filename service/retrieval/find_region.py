@@ -87,14 +87,15 @@ async def find_region(
         ModelMismatch: another model computed the vectors of the collection.
         ServiceError: a reference cannot be used, or the service failed.
     """
-    service.check_model(request.model)
+    service.named(request.model)  # raises an error before anything else is read
     check_references(request.references)
     after = position_of(request.cursor, request_hash)
-    target = await Target.of(service, name)
+    target = await Target.of(service, name, request.model)
+    service = target.service
     _check_target(service, target)
     marked = await read_references(service, target, request.references)
     region = await asyncio.to_thread(_learn, service, marked, request.debias)
-    key = (target.info.name, request_hash)
+    key = (target.info.ref, request_hash)
     ranking = None if after is None else service.rankings.get(key)
     if ranking is None:
         candidates = await _candidates(service, target, request, marked, where)
@@ -133,7 +134,7 @@ async def _candidates(
     """Return the candidates as a dict from each item's id to the digest of its image, or to None if the digest is
     unknown. Items that serve as references are left out. If the index proposes the candidates, the most similar ones
     come first."""
-    name, most = target.info.name, request.candidates
+    name, most = target.info.ref, request.candidates
     excluded = {reference.id for reference in request.references if reference.id is not None}
     digests: dict[str, str | None] = {}
     if await service.store.count(name, where) <= most + len(excluded):
@@ -232,7 +233,7 @@ def _scores(region: Region, spec: PreprocessSpec, patches: Mapping[str, Patches]
 
 async def _with_masks(service: Service, target: Target, region: Region, ranked: Sequence[Ranked]) -> list[FoundRegion]:
     """Compute the masks of one page. An item is left out if it or its image has been deleted in the meantime."""
-    items = await service.store.get(target.info.name, [each.id for each in ranked]) if ranked else []
+    items = await service.store.get(target.info.ref, [each.id for each in ranked]) if ranked else []
     page: list[FoundRegion] = []
     for start in range(0, len(ranked), _COMPUTED_AT_ONCE):
         part = ranked[start : start + _COMPUTED_AT_ONCE]

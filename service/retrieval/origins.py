@@ -12,7 +12,7 @@ forward pass.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -27,7 +27,8 @@ from service.features.pipeline import Analysed, Embedded
 from service.outcomes import Outcome, attempt_await, failures, successes
 from service.retrieval.combine import combined
 from service.retrieval.query import Part, Query
-from service.search.checks import check_match, normalised
+from service.search.checks import check_match, check_named, normalised
+from service.search.partners import migrations_of
 from service.search.store import CollectionInfo, Floats, Item
 from service.state import Service
 from service.tags import tag_parts
@@ -37,16 +38,31 @@ from service.vision.region import box_weights, mask_weights, region_mean
 
 @dataclass(frozen=True)
 class Target:
-    """The collection to search and the pooling of its vectors. `info.name` is the collection's own name, even if the
-    request used an alias."""
+    """The collection to search, the pooling of its vectors, and the service with the model that made them.
+
+    `info.name` is the collection's own name, even if the request used an alias. `info.ref` names these vectors, even if
+    the collection is switched to another model while the request runs.
+    """
 
     info: CollectionInfo
     pooling: Pooling
+    service: Service
 
     @staticmethod
-    async def of(service: Service, name: str) -> "Target":
+    async def of(service: Service, name: str, model: str = "auto", fingerprints: Collection[str] = ()) -> "Target":
+        """Find a collection by its name or alias. `model` is the field `model` of the request. If `fingerprints`, those
+        of the vectors in the request, name the model from which the collection was just switched, use the vectors of
+        that model.
+
+        Raises:
+            ServiceError: there is no such collection or model, or the model is still being loaded.
+        """
         info = await service.store.info(name)
-        return Target(info, tag_parts(info.tag).pooling or DEFAULT_POOLING)
+        if fingerprints and "migrations" in service.store.capabilities:
+            former = await migrations_of(service.store).former(info.name)
+            if former is not None and set(fingerprints) == {tag_parts(former.tag).fingerprint}:
+                info = former
+        return Target(info, tag_parts(info.tag).pooling or DEFAULT_POOLING, service.for_tag(info.tag, model))
 
 
 @dataclass(frozen=True)
@@ -85,11 +101,11 @@ async def find_origins(service: Service, target: Target, queries: Sequence[Outco
         for i, part in enumerate(query.parts)
         if part.image is not None
     }
-    vectors = await service.pipeline.embed(list(images.values())) if images else []
+    vectors = await target.service.pipeline.embed(list(images.values())) if images else []
     embedded = dict(zip(images, vectors, strict=True))
     ids = list({part.id: None for query in good.values() for part in query.parts if part.id is not None})
-    items = dict(zip(ids, await service.store.get(target.info.name, ids) if ids else [], strict=True))
-    analysed = await _analyse_all(service, target, by_patches)
+    items = dict(zip(ids, await service.store.get(target.info.ref, ids) if ids else [], strict=True))
+    analysed = await _analyse_all(target.service, target, by_patches)
 
     def origin(query: Query, number: int) -> Origin:
         if number in analysed:
@@ -122,19 +138,22 @@ def _checked(query: Query, service: Service, target: Target) -> Query:
         InvalidRequest: the query has the form `region`, but the pooling of the collection is not "mean".
     """
     info = target.info
-    if query.ranking.rerank is not None and tag_parts(info.tag).fingerprint != service.artifact.fingerprint:
+    served = target.service.artifact.fingerprint
+    if query.ranking.rerank is not None and tag_parts(info.tag).fingerprint != served:
         raise ModelMismatch(
-            f"rerank compares patch features of the served model {service.artifact.fingerprint!r}, but collection "
+            f"rerank compares patch features of the served model {served!r}, but collection "
             f"{info.name!r} holds vectors of {info.tag!r}: the two rankings cannot be mixed; search without rerank",
             param="rerank",
         )
     if query.needs_model:
-        check_match(info, tag=service.tag(pooling=target.pooling), dimension=info.dimension)
+        check_match(info, tag=target.service.tag(pooling=target.pooling), dimension=info.dimension)
     for part in query.parts:
         if part.vector is not None:
             same_model = part.fingerprint is not None and part.fingerprint == tag_parts(info.tag).fingerprint
             tag = info.tag if same_model else service.tag(part.fingerprint, target.pooling)
             check_match(info, tag=tag, dimension=len(part.vector))
+            if part.fingerprint is None:
+                check_named(info)
     if query.form == "region" and target.pooling != "mean":
         raise InvalidRequest(
             f"a region is the mean of its patch tokens, which can only be compared with vectors of pooling mean; "

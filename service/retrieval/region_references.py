@@ -77,7 +77,7 @@ def shown_patches(size: tuple[int, int], grid: tuple[int, int], spec: Preprocess
 
 
 async def _items(service: Service, target: Target, ids: Sequence[str]) -> dict[str, Item]:
-    found = await service.store.get(target.info.name, ids) if ids else []
+    found = await service.store.get(target.info.ref, ids) if ids else []
     for item_id, item in zip(ids, found, strict=True):
         if item is None:
             raise ItemNotFound(f"collection {target.info.name!r} has no item {item_id[:80]!r}", param="references")

@@ -78,7 +78,7 @@ async def reranked(service: Service, target: Target, query: Query, origin: Origi
     compared_depth = min(query.rerank_depth, len(hits))
     for start in range(0, compared_depth, step):
         candidates = hits[start : min(start + step, compared_depth)]
-        outcomes = await patches_of(service, await digests_of(service, target.info.name, candidates))
+        outcomes = await patches_of(service, await digests_of(service, target.info.ref, candidates))
         faults += [failure.error for failure in failures(outcomes) if failure.error.status >= 500]
         readable = [(candidates[index].id, patches) for index, patches in indexed(outcomes)]
         comparisons |= await asyncio.to_thread(lambda pairs: {item_id: compare(p) for item_id, p in pairs}, readable)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from service.errors import ModelMismatch
-from service.outcomes import Outcome, indexed
+from service.outcomes import Outcome, indexed, successes
 from service.retrieval.grouping import Group, grouped
 from service.retrieval.origins import Origin, Target, find_origins
 from service.retrieval.query import Query, SearchRequest
@@ -24,6 +24,7 @@ from service.retrieval.rerank import Comparison, reranked
 from service.search.store import MAX_DEPTH, Floats, Hit
 from service.state import Service
 from service.timings import ms_since
+from service.tracing import record_stage
 
 
 @dataclass
@@ -62,11 +63,10 @@ async def search(service: Service, name: str, request: SearchRequest) -> SearchR
     Raises:
         ServiceError: the whole request fails, for instance because the queue is full or the collection does not exist.
     """
-    service.check_model(request.model)
-    quick = await _by_one_vector(service, name, request)
+    quick = await _by_one_vector(service.named(request.model), name, request)
     if quick is not None:
         return quick
-    target = await Target.of(service, name)
+    target = await Target.of(service, name, request.model, _fingerprints(request))
     origins = await find_origins(service, target, request.queries)
     timings: dict[str, float] = {}
     for _, origin in indexed(origins):
@@ -75,8 +75,16 @@ async def search(service: Service, name: str, request: SearchRequest) -> SearchR
     started = time.perf_counter()
     results = await _find(service, target, request, origins)
     timings["search"] = ms_since(started)
+    record_stage("search", started, time.perf_counter())
     await _add_vectors(service, target, request, results)
     return SearchResults(results, target.info.tag, timings)
+
+
+def _fingerprints(request: SearchRequest) -> set[str]:
+    """Return the fingerprints that the vectors of a request have, or an empty set if a query has no fingerprint."""
+    parts = [part for query in successes(request.queries) for part in query.parts]
+    named = {part.fingerprint for part in parts if part.fingerprint is not None}
+    return named if all(part.fingerprint is not None for part in parts) else set()
 
 
 async def _by_one_vector(service: Service, name: str, request: SearchRequest) -> SearchResults | None:
@@ -90,14 +98,15 @@ async def _by_one_vector(service: Service, name: str, request: SearchRequest) ->
         return None
     part, started = query.parts[0], time.perf_counter()
     assert part.vector is not None
-    tag = service.tag(part.fingerprint)
+    tag, assumed = service.tag(part.fingerprint), part.fingerprint is None
     try:
         [hits] = await service.store.search(
-            name, part.vector[None], query.depth, tag=tag, where=query.where, params=query.params
+            name, part.vector[None], query.depth, tag=tag, where=query.where, params=query.params, assumed=assumed
         )
     except ModelMismatch:
         return None
     timings = {"search": ms_since(started)}
+    record_stage("search", started, time.perf_counter())
     return SearchResults([Outcome(0, QueryResults(_cut(query, hits)))], tag, timings)
 
 
@@ -126,7 +135,7 @@ async def _hits(service: Service, target: Target, batch: Sequence[tuple[Query, O
     depth = min(MAX_DEPTH, depth + max(len(origin.exclude) for _, origin in batch))
     vectors = np.stack([origin.vector for _, origin in batch])
     rankings = await service.store.search(
-        target.info.name, vectors, depth, tag=target.info.tag, where=first.where, params=first.params
+        target.info.ref, vectors, depth, tag=target.info.tag, where=first.where, params=first.params
     )
     results = []
     for (query, origin), hits in zip(batch, rankings, strict=True):
@@ -134,7 +143,7 @@ async def _hits(service: Service, target: Target, batch: Sequence[tuple[Query, O
         if query.ranking.rerank is None:
             results.append(QueryResults(_cut(query, kept)))
         else:
-            ranked = await reranked(service, target, query, origin, _above(query, kept))
+            ranked = await reranked(target.service, target, query, origin, _above(query, kept))
             results.append(QueryResults(_page(query, ranked.hits), comparisons=ranked.comparisons))
     return results
 
@@ -147,7 +156,7 @@ async def _groups(
     async def best(depth: int) -> list[Hit]:
         info, vectors = target.info, origin.vector[None]
         [hits] = await service.store.search(
-            info.name, vectors, depth, tag=info.tag, where=query.where, params=query.params
+            info.ref, vectors, depth, tag=info.tag, where=query.where, params=query.params
         )
         return hits
 
@@ -183,7 +192,7 @@ async def _add_vectors(
     """For each query that requests vectors, add the vectors of the items in its results to these results."""
     asking = [results for number, results in indexed(outcomes) if request.queries[number].result().ranking.include]
     ids = list(dict.fromkeys(item_id for results in asking for item_id in results.ids()))
-    items = await service.store.get(target.info.name, ids) if ids else []
+    items = await service.store.get(target.info.ref, ids) if ids else []
     vectors = {item.id: np.ascontiguousarray(item.vector) for item in items if item is not None}
     for results in asking:
         results.vectors = vectors

@@ -22,7 +22,7 @@ from service.ingest.items import add_items as add_to_collection
 from service.off_loop import off_loop
 from service.options import parse_options
 from service.outcomes import Outcome, attempt, successes
-from service.routes.answers import JsonAnswer, json_response
+from service.routes.answers import JsonAnswer, item_errors, json_response
 from service.routes.bodies import media_type, read_exact_json, read_upload
 from service.routes.describe import IMAGES, Operation, Upload, describe
 from service.routes.direct import DirectRoute, service_of
@@ -68,14 +68,13 @@ async def add_items(request: Request, name: str) -> JsonAnswer[AddedItems]:
     check_name(name)
     request_key = _request_key(request, service)
     items, options = await _read(request, service.settings)
-    service.check_model(options.model)
-    added = await add_to_collection(service, name, items, options.on_error, request_key)
+    added = await add_to_collection(service, name, items, options.on_error, request_key, model=options.model)
     return json_response(
         {
             "collection": name,
             "count": added.collection.count,
             "items": [{"index": index, "id": item_id} for index, item_id in added.ids.items()],
-            "errors": [error.body() for error in added.errors],
+            "errors": item_errors(request, added.errors),
             **service.identity(added.collection.tag),
             "timings": added.timings | {"total": ms_since(started)},
         }
@@ -105,10 +104,10 @@ async def put_item(request: Request, name: str, item_id: str) -> JsonAnswer[PutI
             param="id",
         )
     item, model = await _read_one(request, item_id, service.settings)
-    service.check_model(model)
+    service.named(model)  # raises an error before anything is read
     is_new = not await _exists(service, name, item_id)
     try:
-        added = await add_to_collection(service, name, [attempt(0, lambda: item)], "fail")
+        added = await add_to_collection(service, name, [attempt(0, lambda: item)], "fail", model=model)
     except InvalidItems as error:
         raise error.items[0].error from error  # there is only one item, so its index means nothing
     answer: PutItem = {

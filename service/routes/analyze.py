@@ -13,7 +13,14 @@ from service.errors import Conflict, InvalidRequest, ModelMismatch, NotFound
 from service.features.pipeline import Analysed, Embedded, View
 from service.outcomes import numbered
 from service.retrieval.class_answers import basis_fields, verdict_fields
-from service.retrieval.class_request import ClassifyRequest, Seen, class_outputs, classify, read_classify
+from service.retrieval.class_request import (
+    ClassifyRequest,
+    Seen,
+    class_outputs,
+    classify,
+    read_classify,
+    service_for,
+)
 from service.routes.describe import COLLECTION
 from service.routes.direct import DirectRoute, service_of
 from service.routes.vision import add_route, read_request, respond, results_of
@@ -40,7 +47,11 @@ async def _answer(request: Request, task: Task[AnalyzeOptions, Any], key: str) -
     started = time.perf_counter()
     service = service_of(request)
     images, options = await read_request(request, task, service, key)
+    service = service.named(options.model)
     asked = await _read_class(options, service)
+    if asked is not None:
+        service = await service_for(service, asked.options)
+    request.state.collection = None if asked is None else asked.options.collection
     others = options.model_copy(update={"outputs": [name for name in options.outputs if name != "class"]})
     view = task.view(others, service.model)
     class_names = () if asked is None else await class_outputs(service, asked)

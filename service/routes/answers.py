@@ -1,12 +1,15 @@
 """Functions that build answers: they encode vectors, make the Server-Timing header, and serialise JSON."""
 
 import base64
+from collections.abc import Sequence
 from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import orjson
-from fastapi import Response
+from fastapi import Request, Response
+
+from service.errors import ItemError, ItemErrorBody
 
 Content = TypeVar("Content")
 
@@ -24,6 +27,13 @@ def encode_vector(vector: npt.NDArray[np.float32], encoding: Literal["float", "b
     if encoding == "base64":
         return base64.b64encode(vector.astype("<f4", copy=False).tobytes()).decode("ascii")
     return np.ascontiguousarray(vector)
+
+
+def item_errors(request: Request, bad: Sequence[ItemError]) -> list[ItemErrorBody]:
+    """Return the member `errors` of an answer that also has the results of other items. The access log says how many
+    items failed, and why the first one did."""
+    request.state.failed = bad
+    return [item.body() for item in bad]
 
 
 def server_timing(timings: dict[str, float]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from service.retrieval.class_answers import basis_fields, verdict_fields
 from service.retrieval.class_request import classify as classify_images
 from service.retrieval.class_request import read_classify
 from service.retrieval.class_schemas import ClassifyAnswer, ClassifyIn, ClassifyOptions
-from service.routes.answers import JsonAnswer, json_response, server_timing
+from service.routes.answers import JsonAnswer, item_errors, json_response, server_timing
 from service.routes.bodies import media_type, read_upload, refuse_query_options
 from service.routes.describe import COLLECTION, IMAGES, Operation, Upload, describe
 from service.routes.direct import DirectRoute, service_of
@@ -43,6 +43,7 @@ async def classify(request: Request) -> JsonAnswer[ClassifyAnswer]:
     is_json = media_type(request) == "application/json"
     asked = await read_classify(upload.images, upload.fields, service.settings, is_json=is_json)
     options = asked.options
+    request.state.collection = options.collection
     results = await classify_images(service, asked)
     good, bad = split_items(results.images, options.on_error, "images")
     timings = results.timings | {"total": ms_since(started)}
@@ -56,5 +57,5 @@ async def classify(request: Request) -> JsonAnswer[ClassifyAnswer]:
     }
     body.update(basis_fields(results, options))  # type: ignore[typeddict-item]  # mypy wants all keys of the answer
     if bad:
-        body["errors"] = [item.body() for item in bad]
+        body["errors"] = item_errors(request, bad)
     return json_response(body, headers=server_timing(timings))

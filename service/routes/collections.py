@@ -85,7 +85,7 @@ async def put_collection(request: Request, name: str) -> JsonAnswer[CollectionAn
     if isinstance(fields.get("index"), dict):
         check_fields(fields["index"], "index")
     body = parse_options(CollectionIn, fields)
-    service.check_model(body.model)
+    service = service.named(body.model)
     spec = _spec(service, body)
     before = await _existing(service, name)
     try:

@@ -53,6 +53,17 @@ def accept_trailing_slash(route: BaseRoute) -> None:
     route.path_regex = re.compile(pattern + r"\Z", re.DOTALL)
 
 
+def tell_root_path(route: BaseRoute, root_path: str) -> None:
+    """Make one of the framework's own routes, such as /docs, put the prefix `root_path` before its links."""
+    assert isinstance(route, Route)
+    app = route.app
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "root_path": root_path}, receive, send)
+
+    route.app = call
+
+
 def answers_get(route: BaseRoute) -> bool:
     """Return whether a route answers GET requests."""
     return isinstance(route, DirectRoute) and "GET" in (route.methods or ())

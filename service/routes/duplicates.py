@@ -37,7 +37,7 @@ async def duplicates(request: Request, name: str) -> JsonAnswer[DuplicatesAnswer
     service = service_of(request)
     check_name(name)
     options = parse_options(DuplicatesIn, await read_json(request))
-    service.check_model(options.model)
+    service.named(options.model)  # raises an error before anything is read
     if options.by == "content" and (options.threshold is not None or options.params is not None):
         raise InvalidRequest("threshold and params require by=similarity", param="by")
     where = None if options.filter is None else parse_filter(options.filter)

@@ -9,13 +9,14 @@ from service.answer_schemas import Embedding, EmbeddingsAnswer
 from service.errors import ModelNotFound, UnsupportedDimensions
 from service.options import parse_options
 from service.outcomes import split_items
-from service.routes.answers import JsonAnswer, encode_vector, json_response, server_timing
+from service.routes.answers import JsonAnswer, encode_vector, item_errors, json_response, server_timing
 from service.routes.bodies import read_upload, refuse_query_options
 from service.routes.describe import IMAGES, Operation, Upload, describe
 from service.routes.direct import DirectRoute, service_of
 from service.schemas import EmbeddingOptions, EmbeddingsIn
 from service.state import Service
 from service.timings import slowest
+from service.tracing import record_stage
 
 router = APIRouter(tags=["embeddings"], route_class=DirectRoute)
 
@@ -36,7 +37,7 @@ async def create_embeddings(request: Request) -> JsonAnswer[EmbeddingsAnswer]:
     upload = await read_upload(request, service.settings, key="input")
     refuse_query_options(request, EmbeddingOptions)
     options = parse_options(EmbeddingOptions, upload.fields)
-    service.check_model(options.model)
+    service = service.named(options.model)
     _check_dimensions(options, service)
     started = time.perf_counter()
     good, bad = split_items(await service.pipeline.embed(upload.images), options.on_error, "input")
@@ -52,6 +53,7 @@ async def create_embeddings(request: Request) -> JsonAnswer[EmbeddingsAnswer]:
     tokens = sum(result.tokens for _, result in good)
     now = time.perf_counter()
     service.metrics.stage_seconds.labels("post").observe(now - post_started)
+    record_stage("post", post_started, now)
     timings = {
         **slowest(result for _, result in good),
         "post": round((now - post_started) * 1e3, 3),
@@ -66,7 +68,7 @@ async def create_embeddings(request: Request) -> JsonAnswer[EmbeddingsAnswer]:
         "timings": timings,
     }
     if bad:
-        body["errors"] = [item.body() for item in bad]
+        body["errors"] = item_errors(request, bad)
     return json_response(body, headers=server_timing(timings))
 
 

@@ -21,6 +21,7 @@ from service.errors import ServiceError
 from service.routes.answers import Content, JsonAnswer, json_response
 from service.routes.describe import Operation, describe
 from service.routes.direct import DirectRoute, service_of
+from service.scrape import observe
 from service.search.store import UsageStore, VectorStore
 
 log = logging.getLogger(__name__)
@@ -71,18 +72,21 @@ async def readyz(request: Request) -> JsonAnswer[ReadyzAnswer]:
 
 
 @router.get("/metrics", summary="Get Prometheus metrics")
-@describe(Operation(media_types=("text/plain",)))
+@describe(Operation(media_types=("text/plain", "application/openmetrics-text")))
 async def metrics(request: Request) -> Response:
-    """Return the metrics of this process in the text format of Prometheus."""
+    """Return the metrics of this process in the text format of Prometheus, or in the format of OpenMetrics if the
+    Accept header asks for it. Only OpenMetrics has the ids of traces."""
     service = service_of(request)
     recorded = service.metrics
+    await observe(service)
     try:
         async with asyncio.timeout(USAGE_LIMIT_S):
             recorded.set_usage(*await _usage(service.store))
     except (ServiceError, TimeoutError) as error:  # the other metrics matter most when the store is in trouble
         log.warning("metrics of the collections: %s", error or "the vector store does not answer")
         recorded.set_usage([], {})  # old values would look like current ones
-    return Response(recorded.render(), media_type=recorded.content_type)
+    content, content_type = recorded.render_for(request.headers.get("accept", ""))
+    return Response(content, headers={"Content-Type": content_type})
 
 
 async def _usage(store: VectorStore) -> tuple[list[tuple[str, int, int | None]], Mapping[str, int]]:

@@ -54,7 +54,7 @@ async def get_image(request: Request, name: str, item_id: str) -> Response:
         return await get_item(request, name, request.scope["path"].partition("/items/")[2])
     service = service_of(request)
     info = await service.store.info(check_name(name))
-    item = await _item(service, info.name, item_id)
+    item = await _item(service, info.ref, item_id)
     digest = photo_digest(item) if info.spec.originals else None
     if digest is None:
         raise NotFound(f"collection {info.name!r} stores no image of item {item_id[:80]!r}")
@@ -74,7 +74,7 @@ async def get_item(request: Request, name: str, item_id: str) -> JsonAnswer[Item
         fields["include"] = [fields["include"]]
     options = parse_options(ItemQuery, fields)
     info = await service.store.info(check_name(name))
-    item = await _item(service, info.name, item_id)
+    item = await _item(service, info.ref, item_id)
     return json_response(
         {
             "collection": name,
@@ -158,10 +158,10 @@ async def scroll_items(request: Request, name: str) -> JsonAnswer[ItemsAnswer]:
             {
                 "object": "list",
                 "collection": name,
-                "tag": info.tag,
+                "tag": page.tag or info.tag,
                 "data": data,
                 "cursor": page.cursor,
-                **service.identity(info.tag),
+                **service.identity(page.tag or info.tag),
             }
         )
 

@@ -32,7 +32,7 @@ async def get_model(request: Request, name: str) -> JsonAnswer[ModelAnswer]:
     """Return the description of the served model. The path may contain any of the model's names. The status is 404 for
     any other name."""
     service = service_of(request)
-    service.check_model(name)
+    service = service.named(name)
     return json_response(await asyncio.to_thread(model_answer, service))
 
 

@@ -65,8 +65,9 @@ class _Generator(GenerateJsonSchema):
         return False
 
 
-def document(routes: Iterable[BaseRoute], *, title: str, version: str, description: str) -> Json:
-    """Return the OpenAPI document for the routes that are instances of `DirectRoute`."""
+def document(routes: Iterable[BaseRoute], *, title: str, version: str, description: str, server: str) -> Json:
+    """Return the OpenAPI document for the routes that are instances of `DirectRoute`. `server` is the address to which
+    the paths are relative."""
     direct = [route for route in routes if isinstance(route, DirectRoute) and route.include_in_schema]
     schemas = _Schemas(direct)
     paths: dict[str, Json] = {}
@@ -82,7 +83,7 @@ def document(routes: Iterable[BaseRoute], *, title: str, version: str, descripti
             "description": description,
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
-        "servers": [{"url": "/"}],
+        "servers": [{"url": server}],
         "paths": paths,
         "components": {"schemas": schemas.components},
     }

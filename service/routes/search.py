@@ -14,7 +14,7 @@ from service.retrieval.query import SearchRequest
 from service.retrieval.reading import read_image_search, read_search
 from service.retrieval.search import QueryResults, SearchResults
 from service.retrieval.search import search as search_collection
-from service.routes.answers import JsonAnswer, json_response, server_timing
+from service.routes.answers import JsonAnswer, item_errors, json_response, server_timing
 from service.routes.bodies import json_of, media_type, read_upload
 from service.routes.describe import COLLECTION, IMAGES, Operation, Upload, describe
 from service.routes.direct import DirectRoute, service_of
@@ -44,7 +44,7 @@ async def search(request: Request, name: str) -> JsonAnswer[SearchAnswer]:
     check_name(name)
     search_request = await _read(request, service.settings)
     results = await search_collection(service, name, search_request)
-    answer = _batch(search_request, results) if search_request.batch else _answer(results.queries[0].result())
+    answer = _batch(request, search_request, results) if search_request.batch else _answer(results.queries[0].result())
     timings = results.timings | {"total": ms_since(started)}
     body: SearchAnswer = {
         "object": "list",
@@ -66,12 +66,12 @@ async def _read(request: Request, settings: Settings) -> SearchRequest:
     return read_image_search(upload.images[0], upload.fields, settings)
 
 
-def _batch(request: SearchRequest, results: SearchResults) -> BatchAnswer:
-    good, bad = split_items([_plain(outcome) for outcome in results.queries], request.on_error, "queries")
+def _batch(request: Request, asked: SearchRequest, results: SearchResults) -> BatchAnswer:
+    good, bad = split_items([_plain(outcome) for outcome in results.queries], asked.on_error, "queries")
     rows: list[IndexedQueryAnswer] = [{"index": index, **_answer(query_results)} for index, query_results in good]
     body: BatchAnswer = {"results": rows}
     if bad:
-        body["errors"] = [item.body() for item in bad]
+        body["errors"] = item_errors(request, bad)
     return body
 
 

@@ -81,6 +81,7 @@ async def _answer(request: Request, task: Task[Any, Any], key: str) -> Response:
     started = time.perf_counter()
     service = service_of(request)
     images, options = await read_request(request, task, service, key)
+    service = service.named(options.model)
     view = task.view(options, service.model)
     seen = await results_of(images, partial(_see, task, options, service), service, view, key)
     encode_started = time.perf_counter()
@@ -110,7 +111,6 @@ async def read_request(
 
     Raises:
         InvalidRequest: an option or the number of images is not allowed.
-        ModelNotFound: the request names a model that is not served.
         ServiceError: the body is not accepted.
     """
     upload = await read_upload(request, service.settings, key=key)
@@ -121,7 +121,6 @@ async def read_request(
     if count < low:
         raise InvalidRequest(f"{key} has {count} images; {task.name} needs at least {low}", param=key)
     options = parse_options(task.options, upload.fields)
-    service.check_model(options.model)
     return upload.images, options
 
 

@@ -27,6 +27,7 @@ from service.search.store import (
     Metadata,
 )
 from service.search.text import ALLOWED, is_allowed
+from service.tags import tag_parts
 
 MAX_NESTING: Final = 256
 NAME_PATTERN: Final = "[a-z0-9][a-z0-9_-]{0,63}"
@@ -42,6 +43,18 @@ def check_name(name: str) -> str:
             "and a letter or digit first",
             param="collection",
         )
+    return name
+
+
+def check_reference(name: str) -> str:
+    """Return the name of a collection, or a reference to a version of it (`CollectionInfo.ref`), if it is allowed.
+
+    Raises:
+        InvalidRequest: the name is not allowed.
+    """
+    bare, at, key = name.partition("@")
+    if not at or not key.isdigit():
+        check_name(name if at else bare)
     return name
 
 
@@ -78,6 +91,22 @@ def check_match(info: CollectionInfo, *, tag: str, dimension: int) -> None:
         )
     if info.dimension != dimension:
         raise Conflict(f"collection {info.name!r} holds vectors of dimension {info.dimension}, not {dimension}")
+
+
+def check_named(info: CollectionInfo) -> None:
+    """Check that a vector without the fingerprint of its model can be compared with a collection's vectors.
+
+    Raises:
+        ModelMismatch: another model once made vectors of the same dimension for the collection. So the vector could be
+            one of that model.
+    """
+    for fingerprint, dimension in info.earlier:
+        if dimension == info.dimension and fingerprint != tag_parts(info.tag).fingerprint:
+            raise ModelMismatch(
+                f"collection {info.name!r} was re-embedded: its vectors are of {info.tag!r}, and those of "
+                f"{fingerprint!r} have the same dimension. Send `fingerprint` with a vector to say which model made it",
+                param="fingerprint",
+            )
 
 
 def normalised(vector: npt.ArrayLike) -> Floats:

@@ -15,6 +15,7 @@ reads all metadata does not read the vectors, and the numbers of a collection ha
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -22,7 +23,7 @@ import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,7 @@ from service.search.store import CollectionInfo, CollectionSpec, Floats, IndexSp
 from service.sqlite import run_script
 
 Numbers = npt.NDArray[np.int64]
+Role = Literal["live", "candidate", "former"]
 
 _TABLES: Final = """
 CREATE TABLE items_{0} (
@@ -44,14 +46,16 @@ CREATE TABLE vectors_{0} (number INTEGER PRIMARY KEY, vector BLOB NOT NULL, crc 
 CREATE TABLE removed_{0} (seq INTEGER PRIMARY KEY AUTOINCREMENT, number INTEGER NOT NULL);
 CREATE TABLE edited_{0} (seq INTEGER PRIMARY KEY AUTOINCREMENT, number INTEGER NOT NULL);
 """
-_COLUMNS: Final = "c.id, c.name, c.spec, c.count, c.version, c.edits, c.sealed"
+_FIRST_COLUMNS: Final = "c.id, c.name, c.spec, c.count, c.version, c.edits, c.sealed"
+_COLUMNS: Final = f"{_FIRST_COLUMNS}, c.partner, c.role, c.earlier"
 _FIND: Final = f"""
 SELECT {_COLUMNS} FROM {{0}}.collections c WHERE c.name = :name
 UNION ALL SELECT {_COLUMNS} FROM {{0}}.aliases a JOIN {{0}}.collections c ON c.id = a.collection WHERE a.name = :name
 """
 _FIND_HERE: Final = _FIND.format("main")
 HIDDEN: Final = "restoring:"
-"""The prefix of the names of collections that are being restored. Clients cannot use names with this prefix."""
+"""The prefix of the names of collections that are being restored. Clients cannot use names with this prefix. The names
+of partners also contain a colon (service/search/partners.py)."""
 _REQUESTS_KEPT_S: Final = 24 * 3600
 
 
@@ -66,10 +70,14 @@ class Row:
     version: int
     edits: int
     sealed: int
+    partner: int | None = None
+    role: Role = "live"
+    earlier: str = "[]"
 
     @property
     def info(self) -> CollectionInfo:
-        return CollectionInfo(self.name, self.spec, self.count, f"{self.key}.{self.version}")
+        version = f"{self.key}.{self.version}"
+        return CollectionInfo(self.name, self.spec, self.count, version, self.key, earlier_of(self.earlier))
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -91,12 +99,18 @@ class SegmentRow:
     files: dict[str, tuple[int, str]]
 
 
+@functools.cache
+def earlier_of(text: str) -> tuple[tuple[str, int], ...]:
+    """Parse the column `earlier`. Raises ValueError or TypeError if the text is damaged."""
+    return tuple((str(fingerprint), int(dimension)) for fingerprint, dimension in json.loads(text))
+
+
 # ---- collections
 
 
 def _row(columns: tuple[Any, ...]) -> Row:
-    key, name, spec, count, version, edits, sealed = columns
-    return Row(key, name, _spec(spec), count, version, edits, sealed)
+    key, name, spec, *rest = columns
+    return Row(key, name, _spec(spec), *rest)
 
 
 _SPECS: dict[str, CollectionSpec] = {}
@@ -116,12 +130,15 @@ def _spec(text: str) -> CollectionSpec:
 
 
 def find(db: sqlite3.Connection, name: str, *, schema: str = "main") -> Row:
-    """Return the collection with this name or alias. `schema` is the name under which the database to read is attached
-    to the connection.
+    """Return the collection with this name, alias or reference (`CollectionInfo.ref`). `schema` is the name under which
+    the database to read is attached to the connection.
 
     Raises:
         CollectionNotFound: no collection or alias has this name.
     """
+    name, _, key = name.partition("@")
+    if key:
+        return dataclasses.replace(by_key(db, int(key)), name=name)
     query = _FIND_HERE if schema == "main" else _FIND.format(schema)
     columns = db.execute(query, {"name": name}).fetchone()
     if columns is None:
@@ -145,25 +162,42 @@ def check_exists(db: sqlite3.Connection, row: Row) -> None:
 
 
 def every(db: sqlite3.Connection) -> list[Row]:
-    """Return all collections, sorted by name. Collections that are being restored are omitted."""
+    """Return all collections that clients can see, sorted by name."""
     query = f"SELECT {_COLUMNS} FROM collections c WHERE name NOT LIKE '%:%' ORDER BY name"
     return [_row(columns) for columns in db.execute(query)]
+
+
+def with_partners(db: sqlite3.Connection) -> list[Row]:
+    """Return all collections and their partners, sorted by name. Collections that are being restored are omitted."""
+    query = f"SELECT {_COLUMNS} FROM collections c WHERE name NOT LIKE '{HIDDEN}%' ORDER BY name"
+    return [_row(columns) for columns in db.execute(query)]
+
+
+def in_snapshot(db: sqlite3.Connection) -> list[Row]:
+    """Return the collections in the file of a snapshot, which may have been made by an older version."""
+    names = {name for _, name, *_ in db.execute("PRAGMA table_info(collections)")}
+    columns = _COLUMNS if "earlier" in names else _FIRST_COLUMNS
+    return [_row(row) for row in db.execute(f"SELECT {columns} FROM collections c WHERE name NOT LIKE '%:%'")]
 
 
 def hidden(db: sqlite3.Connection) -> list[tuple[int, str]]:
     """Return the key and name of each collection whose restore has not finished. The restore may be running, or a crash
     may have ended it."""
-    unfinished: list[tuple[int, str]] = db.execute("SELECT id, name FROM collections WHERE name LIKE '%:%'").fetchall()
+    unfinished: list[tuple[int, str]] = db.execute(
+        "SELECT id, name FROM collections WHERE name LIKE ?", (f"{HIDDEN}%",)
+    ).fetchall()
     return unfinished
 
 
-def make(db: sqlite3.Connection, name: str, spec: CollectionSpec) -> Row:
-    """Create an empty collection and return its state. The name must not belong to another collection."""
+def make(db: sqlite3.Connection, name: str, spec: CollectionSpec, *, earlier: str = "[]") -> Row:
+    """Create an empty collection and return its state. The name must not belong to another collection. `earlier` is
+    that of `Row`."""
     text = json.dumps(dataclasses.asdict(spec))
-    (key,) = db.execute("INSERT INTO collections (name, spec) VALUES (?, ?) RETURNING id", (name, text)).fetchone()
+    query = "INSERT INTO collections (name, spec, earlier) VALUES (?, ?, ?) RETURNING id"
+    (key,) = db.execute(query, (name, text, earlier)).fetchone()
     run_script(db, _TABLES.format(key))
     _index(db, key, spec.indexed)
-    return Row(key, name, spec, 0, 0, 0, 0)
+    return Row(key, name, spec, 0, 0, 0, 0, earlier=earlier)
 
 
 def set_indexed(db: sqlite3.Connection, row: Row, indexed: tuple[str, ...]) -> None:
@@ -191,7 +225,17 @@ def _index(db: sqlite3.Connection, key: int, indexed: Sequence[str]) -> None:
         db.execute(f"CREATE INDEX {next(free)}{expression}")
 
 
-def drop(db: sqlite3.Connection, key: int) -> None:
+def drop(db: sqlite3.Connection, key: int) -> set[int]:
+    """Delete a collection and its partner. Return the keys of the deleted collections."""
+    (partner,) = db.execute("SELECT partner FROM collections WHERE id = ?", (key,)).fetchone()
+    keys = {key} if partner is None else {key, partner}
+    for each in keys:
+        drop_one(db, each)
+    return keys
+
+
+def drop_one(db: sqlite3.Connection, key: int) -> None:
+    """Delete a collection, but not its partner."""
     for table in ("items", "vectors", "removed", "edited"):
         db.execute(f"DROP TABLE {table}_{key}")
     db.execute("DELETE FROM collections WHERE id = ?", (key,))
@@ -259,12 +303,17 @@ def already_done(db: sqlite3.Connection, key: int, request_key: str, digest: byt
 
 
 def request_digest(rows: Sequence[tuple[Item, bytes, str]]) -> bytes:
-    """Return the sha256 of the items of a request. Requests with the same idempotency key must have the same digest."""
+    """Return the sha256 of the items of a request. Requests with the same idempotency key must have the same digest.
+
+    The image stands for the vector that was computed from it. Otherwise, a request that is repeated after a change of
+    the model would seem to have other items.
+    """
     digest = hashlib.sha256()
     for item, vector, metadata in rows:
         for part in (item.id, metadata, item.source or "", item.digest or ""):
             digest.update(len(part.encode()).to_bytes(8, "little") + part.encode())
-        digest.update(vector)
+        if item.digest is None:
+            digest.update(vector)
     return digest.digest()
 
 

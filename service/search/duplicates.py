@@ -139,7 +139,7 @@ async def _join(
     for start in range(0, len(items), step):
         batch = items[start : start + step]
         vectors = np.stack([item.vector for item in batch])
-        answers = await store.search(info.name, vectors, k, tag=info.tag, where=where, params=params)
+        answers = await store.search(info.ref, vectors, k, tag=info.tag, where=where, params=params)
         for item, hits in zip(batch, answers, strict=True):
             near = [hit.id for hit in hits if hit.score >= floor]
             families.join(item.id, near)
@@ -154,7 +154,7 @@ async def scores_to_first(store: VectorStore, info: CollectionInfo, ids: Sequenc
     first: Floats | None = None
     scored = []
     for start in range(0, len(ids), _PAGE):
-        for item in await store.get(info.name, ids[start : start + _PAGE]):
+        for item in await store.get(info.ref, ids[start : start + _PAGE]):
             if item is not None:
                 first = item.vector if first is None else first
                 scored.append((item.id, float(np.clip(first @ item.vector, -1, 1))))
@@ -199,7 +199,7 @@ class Families:
 
 
 async def _check_count(store: VectorStore, info: CollectionInfo, where: Filter | None) -> None:
-    count = info.count if where is None else await store.count(info.name, where)
+    count = info.count if where is None else await store.count(info.ref, where)
     if count > MAX_ITEMS:
         raise InvalidRequest(
             f"{count:,} items would be compared; one request allows at most {MAX_ITEMS:,}; use a filter",
@@ -210,7 +210,7 @@ async def _check_count(store: VectorStore, info: CollectionInfo, where: Filter |
 async def _pages(store: VectorStore, info: CollectionInfo, where: Filter | None) -> AsyncIterator[list[Item]]:
     cursor: str | None = None
     while True:
-        page = await store.scroll(info.name, where=where, cursor=cursor, limit=_PAGE)
+        page = await store.scroll(info.ref, where=where, cursor=cursor, limit=_PAGE)
         yield page.items
         cursor = page.cursor
         if cursor is None:

@@ -30,12 +30,12 @@ import numpy.typing as npt
 
 from model.cpus import available_cpus
 from service import sqlite
-from service.errors import CollectionNotFound, Conflict, ItemNotFound, StorageFailed
-from service.search import database, snapshots
+from service.errors import CollectionNotFound, Conflict, InvalidRequest, ItemNotFound, StorageFailed
+from service.search import database, partners, snapshots
 from service.search.checks import (
     check_id,
-    check_match,
     check_name,
+    check_reference,
     check_source_text,
     checked_items,
     merged,
@@ -44,10 +44,12 @@ from service.search.checks import (
 from service.search.filters import Filter
 from service.search.filters import Path as MetadataPath
 from service.search.maintenance import Maintenance
+from service.search.partners import EmbeddedMigrations
 from service.search.reading import (
     ITEM,
     delete_some,
     items_of,
+    key_in,
     metadata_of,
     number_after,
     page_by_number,
@@ -105,7 +107,18 @@ class EmbeddedStore:
     """A `VectorStore` in a folder. Several processes on one host may use the same folder at the same time."""
 
     capabilities = frozenset(
-        {"atomic_upsert", "idempotency", "index_kinds", "indexed", "order", "sample", "snapshots", "stats", "usage"}
+        {
+            "atomic_upsert",
+            "idempotency",
+            "index_kinds",
+            "indexed",
+            "migrations",
+            "order",
+            "sample",
+            "snapshots",
+            "stats",
+            "usage",
+        }
     )
 
     def __init__(self, data_dir: Path, *, threads: int, **maintenance: Any) -> None:
@@ -121,6 +134,7 @@ class EmbeddedStore:
         self._writer: Workers[Write] = Workers("store-write", 1, self._make_writer)
         self._searcher = Searcher(self.views, self.stamp, self._maintenance, self._connect, threads)
         self._readers = ThreadPoolExecutor(max(2, threads), thread_name_prefix="store-read")
+        self.migrations = EmbeddedMigrations(self._read, self._write, self.views.forget, self._maintenance.wake)
         self._is_open = True
         self._maintenance.start()
 
@@ -146,8 +160,8 @@ class EmbeddedStore:
         return await self._read(lambda db: [row.info for row in database.every(db)])
 
     async def info(self, collection: str) -> CollectionInfo:
-        check_name(collection)
-        return await self._read(lambda db: database.find(db, collection).info)
+        check_reference(collection)
+        return await self._read(lambda db: partners.info_of(db, database.find(db, collection)))
 
     async def set_indexed(self, collection: str, indexed: Sequence[str]) -> CollectionInfo:
         check_name(collection)
@@ -156,6 +170,8 @@ class EmbeddedStore:
             row = database.find(db, collection)
             check_spec(replace(row.spec, indexed=tuple(indexed)))
             database.set_indexed(db, row, tuple(indexed))
+            if (partner := partners.partner_of(db, row)) is not None:
+                database.set_indexed(db, partner, tuple(indexed))
             return database.find(db, collection).info
 
         return await self._write(work)
@@ -163,17 +179,16 @@ class EmbeddedStore:
     async def drop(self, collection: str) -> None:
         check_name(collection)
 
-        def work(db: sqlite3.Connection) -> int:
+        def work(db: sqlite3.Connection) -> set[int]:
             row = database.find(db, collection)
             if row.name != collection:
                 raise Conflict(f"{collection!r} is an alias of {row.name!r}: delete the alias, or the collection")
             names = [name for (name,) in db.execute("SELECT name FROM aliases WHERE collection = ?", (row.key,))]
             if names:
                 raise Conflict(f"collection {collection!r} has the aliases {', '.join(map(repr, names))}")
-            database.drop(db, row.key)
-            return row.key
+            return database.drop(db, row.key)
 
-        self.views.forget({await self._write(work)})
+        self.views.forget(await self._write(work))
         self._maintenance.wake()
 
     async def aliases(self) -> dict[str, str]:
@@ -206,26 +221,31 @@ class EmbeddedStore:
     # ---- items
 
     async def upsert(
-        self, collection: str, items: Sequence[Item], *, tag: str, request_key: str | None = None
+        self,
+        collection: str,
+        items: Sequence[Item],
+        *,
+        tag: str,
+        request_key: str | None = None,
+        other: tuple[str, Sequence[Item]] | None = None,
     ) -> CollectionInfo:
         check_name(collection)
         checked, dimension = checked_items(items)
+        others = (other[0], checked_items(other[1])[0]) if other is not None and other[1] else None
 
         def work(db: sqlite3.Connection) -> CollectionInfo:
             try:
                 row = database.find(db, collection)
             except CollectionNotFound:
                 row = database.make(db, collection, check_spec(CollectionSpec(tag, dimension)))
-            check_match(row.info, tag=tag, dimension=dimension)
-            rows = [(item, vector.astype(row.dtype).tobytes(), text) for item, vector, text in checked]
             if request_key is not None:
-                digest = database.request_digest(rows)
+                digest = database.request_digest(partners.rows_of(row, checked))
                 done = database.already_done(db, row.key, request_key, digest, time.time())
                 if done is None:
                     raise Conflict(f"the idempotency key {request_key[:80]!r} was used with other items")
                 if done:
                     return row.info
-            database.upsert(db, row.key, rows)
+            partners.write(db, row, tag, checked, others)
             return database.find(db, collection).info
 
         info: CollectionInfo = await self._write(work)
@@ -233,7 +253,7 @@ class EmbeddedStore:
         return info
 
     async def get(self, collection: str, ids: Sequence[str]) -> list[Item | None]:
-        check_name(collection)
+        check_reference(collection)
         wanted = [check_id(item_id) for item_id in ids]
 
         def work(db: sqlite3.Connection) -> list[Item | None]:
@@ -248,7 +268,7 @@ class EmbeddedStore:
     async def patch(
         self, collection: str, item_id: str, metadata: Metadata, *, source: str | None = None, keep_source: bool = True
     ) -> Item:
-        check_name(collection), check_id(item_id), metadata_text(metadata)
+        check_reference(collection), check_id(item_id), metadata_text(metadata)
         check_source_text(source)
 
         def work(db: sqlite3.Connection) -> Item:
@@ -259,27 +279,24 @@ class EmbeddedStore:
                 raise ItemNotFound(f"collection {collection!r} holds no item {item_id[:80]!r}", param="id")
             text = metadata_text(merged(metadata_of(item_id, columns[2]), metadata))
             kept = columns[3] if keep_source else source
-            database.edit(db, row.key, columns[0], text, kept)
+            partners.edit(db, row, columns[0], item_id, text, kept)
             return items_of(db, row, [(*columns[:2], text, kept, columns[4])])[0]
 
         return await self._write(work)
 
     async def delete(self, collection: str, ids: Sequence[str]) -> int:
-        check_name(collection)
+        check_reference(collection)
         wanted = [check_id(item_id) for item_id in ids]
 
         def work(db: sqlite3.Connection) -> int:
-            row = database.find(db, collection)
-            query = f"SELECT number FROM items_{row.key} WHERE id = ?"
-            numbers = [db.execute(query, (item_id,)).fetchone() for item_id in dict.fromkeys(wanted)]
-            return database.remove(db, row.key, [number[0] for number in numbers if number is not None])
+            return partners.remove(db, database.find(db, collection), wanted)
 
         return await self._write(work)
 
     async def delete_where(self, collection: str, where: Filter) -> int:
         """Delete the items that match a filter, and return the number of deleted items. The items are deleted page by
         page, so that other writes can run in between. Items that are written in the meantime are not deleted."""
-        check_name(collection)
+        check_reference(collection)
         row, last = await self._read(lambda db: (row := database.find(db, collection), database.last_number(db, row)))
         gone, after = 0, 0
         while after < last:
@@ -291,13 +308,13 @@ class EmbeddedStore:
     async def count(self, collection: str, where: Filter | None = None) -> int:
         if where is None:
             return (await self.info(collection)).count
-        check_name(collection)
+        check_reference(collection)
         return len(await self._read(lambda db: passing(db, database.find(db, collection), where)))
 
     async def facets(
         self, collection: str, path: MetadataPath, *, where: Filter | None = None, limit: int = 100
     ) -> Facets:
-        check_name(collection)
+        check_reference(collection)
         return await self._read(lambda db: value_counts(db, database.find(db, collection), path, where, limit))
 
     async def scroll(
@@ -309,21 +326,33 @@ class EmbeddedStore:
         limit: int = 100,
         order: Order | None = None,
     ) -> Page:
-        """Return a page of items. If `order` is None, the items are in the order in which they were written."""
-        check_name(collection)
-        after = number_after(cursor) if order is None else 0
-        position = None if order is None else position_in(order, cursor)
+        """Return a page of items. If `order` is None, the items are in the order in which they were written.
+
+        A cursor also contains the key of the collection. If the collection has been re-embedded since, the next page
+        still comes from the former collection, which has the same items.
+        """
+        check_reference(collection)
+        key, inner = key_in(cursor)
+        after = number_after(inner) if order is None else 0
+        position = None if order is None else position_in(order, inner)
 
         def work(db: sqlite3.Connection) -> Page:
             row = database.find(db, collection)
+            if key not in (None, row.key):
+                if key != row.partner:
+                    raise InvalidRequest("cursor: the collection has been re-embedded; begin again", param="cursor")
+                row = database.by_key(db, key)
             if order is None:
-                return page_by_number(db, row, where, after, limit)
-            return page_in_order(db, row, where, order, position, limit)
+                page = page_by_number(db, row, where, after, limit)
+            else:
+                page = page_in_order(db, row, where, order, position, limit)
+            cursor_with_key = None if page.cursor is None else f"{row.key}.{page.cursor}"
+            return Page(page.items, cursor_with_key, row.spec.tag)
 
         return await self._read(work)
 
     async def sample(self, collection: str, size: int, *, where: Filter | None = None) -> list[Item]:
-        check_name(collection)
+        check_reference(collection)
         return await self._read(lambda db: sampled(db, database.find(db, collection), where, size))
 
     # ---- snapshots
@@ -399,10 +428,10 @@ class EmbeddedStore:
         """Return statistics about a collection for operators: the number of items, the properties of each segment, the
         number of items that are in no segment yet, the measured recall, and the factor by which searches multiply the
         tuned search effort."""
-        check_name(collection)
+        check_reference(collection)
 
         def work(db: sqlite3.Connection) -> dict[str, Any]:
-            view = self._searcher.view(db, collection)
+            view = self.views.newest(db, database.find(db, collection))
             return {"count": view.row.count, **view.stats(), **self._maintenance.stats(view.row)}
 
         return await self._read(work, as_one=False)
@@ -418,8 +447,9 @@ class EmbeddedStore:
         tag: str,
         where: Filter | None = None,
         params: SearchParams | None = None,
+        assumed: bool = False,
     ) -> list[list[Hit]]:
-        return await self._searcher.search(collection, vectors, k, tag=tag, where=where, params=params)
+        return await self._searcher.search(collection, vectors, k, tag=tag, where=where, params=params, assumed=assumed)
 
     # ---- threads
 
@@ -432,8 +462,7 @@ class EmbeddedStore:
         """Open all segments at startup, so that the first search does not wait and damaged files are found early."""
         db = self._connect()
         with translated(f"vector store {self.path}"), snapshot(db):
-            rows = database.every(db)
-            for row in rows:
+            for row in database.with_partners(db):
                 self.views.at(db, row)
 
     def _make_writer(self) -> Callable[[Sequence[Write]], Sequence[Any]]:

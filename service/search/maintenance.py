@@ -262,7 +262,7 @@ class Maintenance:
 
     def _tidy(self, db: sqlite3.Connection, *, idle: bool) -> None:
         with snapshot(db):
-            rows = database.every(db)
+            rows = database.with_partners(db)
             used = database.folders(db)
         self._views.forget(self._views.keys() - {row.key for row in rows})
         self._remove_orphans(used)

@@ -191,7 +191,13 @@ class MilvusStore:
     # ---- items
 
     async def upsert(
-        self, collection: str, items: Sequence[Item], *, tag: str, request_key: str | None = None
+        self,
+        collection: str,
+        items: Sequence[Item],
+        *,
+        tag: str,
+        request_key: str | None = None,
+        other: tuple[str, Sequence[Item]] | None = None,
     ) -> CollectionInfo:
         check_name(collection)
         checked, dimension = checked_items(items)
@@ -304,6 +310,7 @@ class MilvusStore:
         tag: str,
         where: Filter | None = None,
         params: SearchParams | None = None,
+        assumed: bool = False,
     ) -> list[list[Hit]]:
         """Return the k nearest items for each query vector, using Milvus' HNSW index. This index does not support exact
         search. If `params.exact` is true, the search uses a high value of the search parameter `ef` instead."""

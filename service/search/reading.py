@@ -9,7 +9,7 @@ import numpy as np
 import orjson
 
 from service.errors import InvalidRequest, StorageFailed
-from service.search import database
+from service.search import database, partners
 from service.search.database import Row
 from service.search.filter_sql import json_path, to_sql
 from service.search.filters import Filter
@@ -21,6 +21,15 @@ _PAGE: Final = 1000
 transactions."""
 ITEM: Final = "i.number, i.id, i.metadata, i.source, i.digest"
 """The columns that `items_of` expects."""
+
+
+def key_in(cursor: str | None) -> tuple[int | None, str | None]:
+    """Return the key of the collection that a cursor contains, and the rest of the cursor. The key of a cursor without
+    one is None."""
+    key, dot, rest = (cursor or "").partition(".")
+    if not dot or not key.isascii() or not key.isdigit() or len(key) > 18:
+        return None, cursor
+    return int(key), rest
 
 
 def number_after(cursor: str | None) -> int:
@@ -106,8 +115,11 @@ def delete_some(db: sqlite3.Connection, row: Row, where: Filter, after: int, to:
     Returns:
         The number of items that were deleted, and the last item number that was checked.
     """
-    database.check_exists(db, row)
+    row = database.by_key(db, row.key)
     condition, parameters = to_sql(where)
     query = f"SELECT number FROM items_{row.key} WHERE number > ? AND number <= ? AND {condition} ORDER BY 1 LIMIT ?"
     numbers = [number for (number,) in db.execute(query, (after, to, *parameters, _PAGE))]
+    if row.partner is not None:
+        ids = [db.execute(f"SELECT id FROM items_{row.key} WHERE number = ?", (n,)).fetchone()[0] for n in numbers]
+        partners.remove_ids(db, row.partner, ids)
     return database.remove(db, row.key, numbers), numbers[-1] if len(numbers) == _PAGE else to

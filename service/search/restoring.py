@@ -55,7 +55,9 @@ async def restore(
             for name, path in files.items():
                 kept, pages = await asyncio.to_thread(snapshots.read, path)
                 hidden = locks.enter_context(snapshots.restoring(root))
-                row = rows[name] = await write(partial(database.make, name=hidden, spec=kept.spec))
+                row = rows[name] = await write(
+                    partial(database.make, name=hidden, spec=kept.spec, earlier=kept.earlier)
+                )
                 while (page := await asyncio.to_thread(next, pages, None)) is not None:
                     await write(partial(snapshots.insert, row=row, items=page[0], vectors=page[1]))
             restored: Restored = await write(partial(_publish, rows=rows, aliases=aliases, replace=replace))
@@ -93,8 +95,7 @@ def _publish(db: sqlite3.Connection, rows: Mapping[str, Row], aliases: Mapping[s
         old = _found(db, name)
         if old is not None:
             db.execute("UPDATE aliases SET collection = ? WHERE collection = ?", (row.key, old.key))
-            database.drop(db, old.key)
-            replaced.add(old.key)
+            replaced |= database.drop(db, old.key)
         db.execute("UPDATE collections SET name = ?, version = version + 1 WHERE id = ?", (name, row.key))
     for alias, target in aliases.items():
         db.execute("INSERT OR REPLACE INTO aliases VALUES (?, ?)", (alias, database.find(db, target).key))

@@ -30,5 +30,13 @@ CREATE TABLE requests (
     digest BLOB NOT NULL, created REAL NOT NULL, PRIMARY KEY (collection, key)
 );
 """,
+        # Version 3: a collection may have a partner, a hidden collection with the same items and the vectors of another
+        # model (service/search/partners.py). `role` is live, candidate or former. `earlier` lists the models that made
+        # the collection's vectors before, as JSON: [[fingerprint, dimension], ...].
+        """
+ALTER TABLE collections ADD COLUMN partner INTEGER REFERENCES collections (id) ON DELETE SET NULL;
+ALTER TABLE collections ADD COLUMN role TEXT NOT NULL DEFAULT 'live';
+ALTER TABLE collections ADD COLUMN earlier TEXT NOT NULL DEFAULT '[]';
+""",
     ),
 )

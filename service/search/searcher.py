@@ -25,10 +25,10 @@ import numpy.typing as npt
 import orjson
 
 from service.errors import StorageFailed
-from service.search import database
-from service.search.checks import check_k, check_match, check_name, normalised_rows
+from service.search.checks import check_k, check_match, check_named, check_reference, normalised_rows
 from service.search.filters import Filter, matches
 from service.search.maintenance import Maintenance
+from service.search.partners import version_with
 from service.search.segments import Allowed, Neighbours
 from service.search.selection import Selections
 from service.search.store import MAX_DEPTH, Floats, Hit, SearchParams
@@ -66,6 +66,7 @@ class _Query(NamedTuple):
     tag: str
     where: Filter | None
     params: SearchParams
+    assumed: bool
 
 
 class Searcher:
@@ -89,7 +90,10 @@ class Searcher:
         self._first: asyncio.Task[Any] | None = None  # the first task to search in this turn of the event loop
         self._in_turn = 0  # searches of that task
         self._seconds: dict[str, float] = {}  # collection -> usual duration of a search
-        self._at_stamp: tuple[int, dict[str, View]] = (0, {})  # a stamp, and the views valid for it by name or alias
+        self._at_stamp: tuple[int, dict[tuple[str, str], View]] = (
+            0,
+            {},
+        )  # a stamp, and the views for it by name and tag
         self._workers: Workers[_Query] = Workers("store-search", threads, self._make_worker)
         # Separate threads, because a filter may read all metadata and other searches must not wait for that.
         self._filtering: Workers[_Query] = Workers("store-filter", threads, self._make_worker)
@@ -103,8 +107,11 @@ class Searcher:
         tag: str,
         where: Filter | None = None,
         params: SearchParams | None = None,
+        assumed: bool = False,
     ) -> list[list[Hit]]:
-        query = _Query(check_name(collection), normalised_rows(vectors), check_k(k), tag, where, params or _USUAL)
+        query = _Query(
+            check_reference(collection), normalised_rows(vectors), check_k(k), tag, where, params or _USUAL, assumed
+        )
         answers: list[list[Hit]]
         if where is not None:
             answers = await self._filtering.do(query, object())
@@ -113,7 +120,7 @@ class Searcher:
             return hits
         self._searching += 1
         try:
-            answers = await self._workers.do(query, (collection, k, tag, query.params, query.vectors.shape[1]))
+            answers = await self._workers.do(query, (collection, k, tag, query.params, query.vectors.shape[1], assumed))
             return answers
         finally:
             self._searching -= 1
@@ -143,7 +150,7 @@ class Searcher:
         recently or has changed, k is large, the parameters are not the default, or scores are tied.
         """
         stamp, views = self._at_stamp
-        view = views.get(query.collection)
+        view = views.get((query.collection, query.tag))
         usual = self._seconds.get(query.collection, 1.0) * len(query.vectors)
         if usual > AT_ONCE_S or view is None or stamp != self._stamp.read():
             return None
@@ -175,7 +182,7 @@ class Searcher:
         attempts = 0
         while True:
             attempts += 1
-            view = self.view(db, query.collection)
+            view = self.view(db, query.collection, query.tag)
             allowed = None if query.where is None else self._selections.allowed(db, view, query.where)
             started = time.perf_counter()
             answers = self._in_view(view, query, vectors, allowed)
@@ -194,7 +201,10 @@ class Searcher:
         self, view: View, query: _Query, vectors: Floats, allowed: Allowed | None, *, at_once: bool = False
     ) -> list[list[Hit]]:
         row = view.row
-        check_match(row.info, tag=query.tag, dimension=vectors.shape[1])
+        info = row.info
+        check_match(info, tag=query.tag, dimension=vectors.shape[1])
+        if query.assumed:
+            check_named(info)
         if not row.count:
             return [[] for _ in vectors]
         widen = self._maintenance.boost(row)
@@ -205,18 +215,18 @@ class Searcher:
             self._maintenance.observe(view, vectors, candidates, query.params)
         return [_hits(view, best, query.k) for best in candidates]
 
-    def view(self, db: sqlite3.Connection, name: str) -> View:
-        """Return a view of the collection with this name or alias. The view includes every write that was acknowledged
-        before the call."""
+    def view(self, db: sqlite3.Connection, name: str, tag: str) -> View:
+        """Return a view of the collection with this name or alias. If only its former has vectors with this tag, return
+        a view of the former. The view includes every write that was acknowledged before the call."""
         stamp = self._stamp.read()
         if self._at_stamp[0] != stamp:
             self._at_stamp = (stamp, {})  # also releases dropped collections
         views_at, views = self._at_stamp
-        view = views.get(name) if views_at == stamp else None
+        view = views.get((name, tag)) if views_at == stamp else None
         if view is None:
-            view = self._views.newest(db, database.find(db, name))
+            view = self._views.newest(db, version_with(db, name, tag))
             if views_at == stamp:  # the stamp was read first, so the view includes every write up to this stamp
-                views[name] = view
+                views[name, tag] = view
         return view
 
     def close(self) -> None:

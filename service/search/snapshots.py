@@ -84,7 +84,7 @@ def _write(source: Path, collection: str, target: Path) -> None:
         db.execute("ATTACH ? AS source", (_read_only(source),))
         with transaction(db):
             copied = database.find(db, collection, schema="source")
-            made = database.make(db, collection, copied.spec)
+            made = database.make(db, collection, copied.spec, earlier=copied.earlier)
             for table in ("items", "vectors"):
                 db.execute(f"INSERT INTO main.{table}_{made.key} SELECT * FROM source.{table}_{copied.key}")
             db.execute("UPDATE main.collections SET count = ?", (copied.count,))
@@ -277,8 +277,9 @@ def _check_schema(db: sqlite3.Connection, what: str) -> None:
 
 def _only_collection(db: sqlite3.Connection, what: str) -> Row:
     try:
-        (row,) = database.every(db)
+        (row,) = database.in_snapshot(db)
         check_spec(row.spec)
+        database.earlier_of(row.earlier)  # raises an error if the text is damaged
     except InvalidRequest as error:
         raise InvalidRequest(f"{what} cannot be restored: {error.detail}") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # invalid JSON settings

@@ -83,13 +83,31 @@ class CollectionSpec:
 
 @dataclass(frozen=True)
 class CollectionInfo:
-    """The description of a collection. `version` is a text that changes whenever an item in the collection changes, or
-    None if the store cannot tell when items change."""
+    """The description of a collection.
+
+    version: a text that changes whenever an item in the collection changes, or None if the store cannot tell when items
+        change.
+    key: the number of the collection in a store in which another collection can take its name, because it was
+        re-embedded with another model. None in other stores.
+    earlier: the models that made the collection's vectors before it was re-embedded: their fingerprints and the
+        dimensions of their vectors.
+    partner: the tag of the second set of vectors that the collection has while it is re-embedded and until the window
+        for a rollback ends. Writers that can embed with that model too pass both vectors to `upsert`.
+    """
 
     name: str
     spec: CollectionSpec
     count: int
     version: str | None = field(default=None, compare=False)
+    key: int | None = field(default=None, compare=False)
+    earlier: tuple[tuple[str, int], ...] = field(default=(), compare=False)
+    partner: str | None = field(default=None, compare=False)
+
+    @property
+    def ref(self) -> str:
+        """A name for this collection that still means the same vectors if another collection takes its name. Methods of
+        the store accept it in place of the name. Clients cannot use it."""
+        return self.name if self.key is None else f"{self.name}@{self.key}"
 
     @property
     def tag(self) -> str:
@@ -142,10 +160,11 @@ class Facets:
 @dataclass(frozen=True)
 class Page:
     """A page of items in the store's order. To get the next page, pass `cursor` to `scroll`. On the last page, `cursor`
-    is None."""
+    is None. `tag` is the tag of the items' vectors. If it is None, the items have the tag of the collection."""
 
     items: list[Item]
     cursor: str | None
+    tag: str | None = None
 
 
 @dataclass(frozen=True)
@@ -192,8 +211,8 @@ class VectorStore(Protocol):
     capabilities: frozenset[str]
     """The optional features of this store: `atomic_upsert` (a call of `upsert` writes all items or none), `idempotency`
     (see `upsert`), `snapshots` (see `SnapshotStore`), `index_kinds` (the settings in `IndexSpec` take effect),
-    `indexed` (see `set_indexed`), `order` (see `scroll`), `sample` (see `SampleStore`), `stats` (see `StatsStore`) and
-    `usage` (see `UsageStore`)."""
+    `indexed` (see `set_indexed`), `migrations` (see `service/search/partners.py`), `order` (see `scroll`), `sample`
+    (see `SampleStore`), `stats` (see `StatsStore`) and `usage` (see `UsageStore`)."""
 
     async def create(self, collection: str, spec: CollectionSpec) -> CollectionInfo:
         """Create a collection and return its description. If the collection already exists with the same settings,
@@ -238,13 +257,22 @@ class VectorStore(Protocol):
         """Remove an alias. Raises CollectionNotFound if the alias does not exist."""
 
     async def upsert(
-        self, collection: str, items: Sequence[Item], *, tag: str, request_key: str | None = None
+        self,
+        collection: str,
+        items: Sequence[Item],
+        *,
+        tag: str,
+        request_key: str | None = None,
+        other: tuple[str, Sequence[Item]] | None = None,
     ) -> CollectionInfo:
         """Write items and return the description of the collection. An item replaces the existing item with the same
         id. If several of the items have the same id, only the last of them is written.
 
         If the collection does not exist, it is created with default settings. If the store has the capability
         `idempotency`, a second call with the same `request_key` and the same items within a day changes nothing.
+
+        `other` contains a second tag, and some of the same items with vectors that have this tag. A store with the
+        capability `migrations` writes them to the partner of the collection. Other stores ignore them.
 
         Raises:
             Conflict: the `request_key` was used with other items within the last day.
@@ -306,11 +334,16 @@ class VectorStore(Protocol):
         tag: str,
         where: Filter | None = None,
         params: SearchParams | None = None,
+        assumed: bool = False,
     ) -> list[list[Hit]]:
         """Return the k nearest items for each of the query vectors [n, D], best first. The result has one list of hits
         for each vector. Hits with equal scores are sorted by id. k is at most MAX_DEPTH.
 
         The query vectors may have any norm except 0. If fewer than k items match the filter, fewer hits are returned.
+
+        `assumed` says that the client did not name the model of the vectors, so `tag` is only assumed. Such a search of
+        a collection whose vectors were once made by another model raises ModelMismatch, because a client that still has
+        vectors of that model would get wrong results.
         """
 
     async def close(self) -> None: ...

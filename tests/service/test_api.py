@@ -346,8 +346,8 @@ async def test_metrics_name_routes_by_template_and_never_by_path(tmp_path):
     assert 'route="unmatched",status="404"' in text
     assert "wp-admin" not in text
     assert "some-name" not in text
-    assert "dinov2_cache_hits_total 1.0" in text
-    assert "dinov2_cache_misses_total 1.0" in text
+    assert 'dinov2_cache_hits_total{layer="memory"} 1.0' in text
+    assert 'dinov2_cache_misses_total{layer="memory"} 1.0' in text
     for stage in ("decode", "preprocess", "queue", "infer"):
         assert f'dinov2_stage_duration_seconds_count{{stage="{stage}"}} 1.0' in text
     assert "dinov2_batch_images_count" in text

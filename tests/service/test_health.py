@@ -2,11 +2,18 @@
 
 import asyncio
 import base64
+import hashlib
+import re
+import shutil
 import socket
+import sys
 import threading
+import time
 
+from service.backup import back_up
 from service.errors import Unavailable
 from service.features.cache import MemoryCache
+from service.outcomes import numbered
 from service.search import opening
 from service.telemetry import MOST_COLLECTIONS, OTHERS
 from tests.dict_store import DictStore
@@ -67,6 +74,7 @@ async def test_a_dead_redis_is_degraded_and_still_ready(tmp_path, caplog):
     assert f"127.0.0.1:{port}" in said[0]
     assert "s3cret" not in str(said)
     assert 'dinov2_cache_events_total{event="error"}' in text
+    assert "dinov2_cache_up 0.0" in text
 
 
 async def test_a_service_that_is_not_warm_is_not_ready_and_no_proxy_may_keep_the_answer(tmp_path):
@@ -101,6 +109,89 @@ async def test_redis_keeps_a_vector_as_long_as_the_settings_say(tmp_path, redis_
         await run.embed([photo()])
         [key] = redis_server.client().keys("*")
         assert 70 < redis_server.client().ttl(key) <= 77
+
+
+async def sample(run, name, **labels):
+    """Read /metrics and return the value of one metric."""
+    await run.client.get("/metrics")
+    return run.service.metrics.registry.get_sample_value(f"dinov2_{name}", labels)
+
+
+async def test_the_state_of_the_queue_and_of_the_engine_are_metrics(tmp_path):
+    engine = FakeEngine()
+    async with running(tmp_path, engine=engine, hang_timeout_s=0.05, queue_max_images=9) as run:
+        assert await sample(run, "queue_oldest_seconds") == 0
+        assert await sample(run, "engine_up") == 1
+        assert await sample(run, "queue_images_limit") == 9
+        assert await sample(run, "decode_workers") == 2
+        engine.gate = threading.Event()
+        waiting = [asyncio.create_task(run.embed([photo(0)]))]
+        await until(engine.entered.is_set)
+        waiting.append(asyncio.create_task(run.embed([photo(1)])))
+        await until(lambda: run.service.pipeline.batcher.waiting == 1)
+        await asyncio.sleep(0.08)
+        assert 0.08 <= await sample(run, "queue_oldest_seconds") < 5
+        assert await sample(run, "engine_up") == 0
+        engine.gate.set()
+        await asyncio.gather(*waiting)
+        assert await sample(run, "queue_oldest_seconds") == 0
+        assert await sample(run, "engine_up") == 1
+
+
+async def test_how_full_batches_are_is_a_metric(tmp_path):
+    async with running(tmp_path, batch_max_patches=16) as run:
+        before = await sample(run, "batch_fill_ratio_sum")
+        await run.embed([photo()])
+        assert await sample(run, "batch_fill_ratio_sum") - before == 0.25  # 4 patches
+
+
+async def test_the_disk_of_the_data_folder_is_a_metric(tmp_path, monkeypatch, caplog):
+    async with running(tmp_path) as run:
+        free, size = await sample(run, "data_dir_free_bytes"), await sample(run, "data_dir_size_bytes")
+        assert 0 < free < size == shutil.disk_usage(tmp_path).total
+
+        def unreadable(path):
+            raise OSError("gone")
+
+        monkeypatch.setattr("service.scrape.shutil.disk_usage", unreadable)
+        assert (await run.client.get("/metrics")).status_code == 200
+    assert "gone" in caplog.text
+
+
+async def test_the_time_of_the_last_backup_is_a_metric(tmp_path):
+    async with running(tmp_path / "data") as run:
+        assert await sample(run, "last_backup_timestamp_seconds") == 0
+        before = int(time.time())
+        await back_up(run.service.store, None, [], tmp_path / "backup")
+        assert before <= await sample(run, "last_backup_timestamp_seconds") <= time.time()
+        (tmp_path / "data" / "last-backup.json").write_text("{")
+        assert await sample(run, "last_backup_timestamp_seconds") == 0
+
+
+async def test_hits_are_counted_for_each_cache(tmp_path, redis_server):
+    async with running(tmp_path, redis_url=redis_server.url) as run:
+        for _ in range(2):
+            await run.embed([photo()])
+        outcomes = numbered([(hashlib.sha256(photo()).hexdigest(), photo())])
+        digest = outcomes[0].result()[0]
+        await run.service.pipeline.kept_patches([digest])
+        await run.service.pipeline.patches(outcomes)
+        await run.service.pipeline.kept_patches([digest])
+        counts = {
+            layer: [await sample(run, f"cache_{kind}_total", layer=layer) for kind in ("hits", "misses")]
+            for layer in ("redis", "patches_memory", "patches_disk")
+        }
+        assert await sample(run, "cache_up") == 1
+    assert counts == {"redis": [1, 1], "patches_memory": [1, 1], "patches_disk": [0, 1]}
+
+
+async def test_what_was_built_is_a_metric(tmp_path):
+    async with running(tmp_path) as run:
+        text = (await run.client.get("/metrics")).text
+    python = f"{sys.version_info.major}.{sys.version_info.minor}."
+    assert re.search(rf'^dinov2_build_info{{python="{re.escape(python)}\d+",version="[^"]+"}} 1.0$', text, re.MULTILINE)
+    assert "process_start_time_seconds" in text
+    assert "_created" not in text
 
 
 async def test_the_recall_of_live_searches_is_a_metric(tmp_path, monkeypatch):

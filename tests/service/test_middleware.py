@@ -1,22 +1,28 @@
 """Tests of the middleware: the limits and metrics of requests, the logs, and clients that leave at any time."""
 
 import asyncio
+import base64
 import json
 import logging
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from service.errors import ServiceError
 from service.middleware import Border
-from service.telemetry import MAX_LOGGED_CHARS, JsonLines, trace_id
+from service.telemetry import HTTP_SECONDS, MAX_LOGGED_CHARS, JsonLines, trace_id
 from tests.dict_store import DictStore
 from tests.fakes import FakeEngine, photo, plain_photo, running
 
 EMBED = "/v1/embeddings"
 PNG = {"Content-Type": "image/png"}
+
+
+def data_url(image: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(image).decode()
 
 
 async def chunks(data: bytes) -> AsyncIterator[bytes]:
@@ -166,6 +172,72 @@ async def test_the_log_says_what_failed_where_and_for_whom(tmp_path, caplog):
     assert live.keys() == {"request_id", "method", "route", "path", "status", "bytes", "client", "ms"}
 
 
+async def test_the_log_names_a_collection_that_the_body_names(tmp_path, caplog):
+    async with running(tmp_path, store=DictStore()) as run:
+
+        async def send(client):
+            await client.post(
+                "/v1/classify", json={"images": [data_url(photo())], "collection": "toys", "label": "kind"}
+            )
+
+        [line] = await log_lines(caplog, run, send)
+    assert (line["collection"], line["code"]) == ("toys", "collection_not_found")
+
+
+async def test_the_log_names_the_key_of_the_client(tmp_path, caplog):
+    @dataclass(frozen=True)
+    class Principal:
+        key_id: str
+
+    async def inner(scope, receive, send):
+        scope["state"]["principal"] = Principal("k_1234")
+        await send(START)
+        await send(END)
+
+    async with running(tmp_path) as run:
+        app = border(inner, run.service)
+        [line] = await log_lines(caplog, run, lambda client: exchange(app, b"", asyncio.Event()))
+    assert line["key"] == "k_1234"
+
+
+async def test_the_log_says_which_items_failed_in_an_answer_with_others(tmp_path, caplog):
+    good, bad = data_url(photo()), data_url(photo(1)[:80])
+    item = {"on_error": "partial"}
+
+    async def send(client):
+        await client.post(EMBED, json={"input": [good, bad, bad]} | item)
+        await client.post("/v1/collections/shop/items", json={"items": [{"image": good}, {"image": bad}]} | item)
+        await client.post("/v1/collections/shop/search", json={"queries": [{"image": good}, {"image": bad}]} | item)
+        await client.post("/v1/classify", json={"images": [good, bad], "classes": {"a": [good], "b": [good]}} | item)
+        await client.post(EMBED, json={"input": [good]} | item)
+
+    async with running(tmp_path, store=DictStore()) as run:
+        *partial, whole = await log_lines(caplog, run, send)
+        failed = run.service.metrics.registry.get_sample_value("dinov2_failed_images_total", {"code": "broken_image"})
+    assert [(line["status"], line.get("failed_items"), line.get("code")) for line in partial] == [
+        (200, 2, "broken_image"),
+        *[(200, 1, "broken_image")] * 3,
+    ]
+    assert not {"failed_items", "code", "detail"} & whole.keys()
+    assert failed == 5
+
+
+async def test_errors_and_bytes_are_counted(tmp_path):
+    async with running(tmp_path) as run:
+        await run.client.post(EMBED, content=photo(), headers=PNG)
+        await run.client.post(EMBED, content=photo()[:100], headers=PNG)
+        run.service.pipeline.batcher.reserve(256)
+        await run.client.post(EMBED, content=photo(1), headers=PNG)
+        run.service.pipeline.batcher.release(256)
+        await run.client.get("/nothing")
+        text = (await run.client.get("/metrics")).text
+    for route, code in ((EMBED, "broken_image"), (EMBED, "queue_full"), ("unmatched", "not_found")):
+        assert f'dinov2_request_errors_total{{code="{code}",route="{route}"}} 1.0' in text
+    size = len(photo()) + 100 + len(photo(1))
+    assert f'dinov2_request_bytes_total{{route="{EMBED}"}} {float(size)}' in text
+    assert 'dinov2_request_bytes_total{route="unmatched"}' not in text
+
+
 async def test_a_long_error_is_cut_in_the_log(tmp_path, caplog):
     async with running(tmp_path) as run:
         [line] = await log_lines(caplog, run, lambda client: client.post(EMBED, json={"input": ["%"] * 60}))
@@ -275,6 +347,12 @@ async def test_nobody_waits_for_a_client_that_has_its_answer(tmp_path, delay_s):
         assert sent[0]["status"] == 200
         await asyncio.sleep(0.03)
         assert watchers() == []
+
+
+def test_the_buckets_of_the_duration_contain_those_of_opentelemetry():
+    convention = {0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10}
+    assert convention < set(HTTP_SECONDS)
+    assert list(HTTP_SECONDS) == sorted(HTTP_SECONDS)
 
 
 def border(inner, service):

@@ -211,3 +211,44 @@ def test_errors_are_in_our_words(monkeypatch, name, value, message):
         load_settings()
     assert "Input should" not in str(error.value)
     assert "pydantic" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "whole"),
+    [
+        ("redis://cache:6379/0", "redis://:a%2Fb%40c%20d@cache:6379/0"),
+        ("redis://user@cache", "redis://user:a%2Fb%40c%20d@cache"),
+        ("rediss://user:@[::1]:6379/2", "rediss://user:a%2Fb%40c%20d@[::1]:6379/2"),
+    ],
+)
+def test_the_password_of_redis_can_be_in_a_file(tmp_path, monkeypatch, url, whole):
+    (tmp_path / "password").write_text("a/b@c d\n")
+    monkeypatch.setenv("DINOV2_REDIS_URL", url)
+    monkeypatch.setenv("DINOV2_REDIS_PASSWORD_FILE", str(tmp_path / "password"))
+    settings = load_settings()
+    assert settings.redis_url == whole
+    assert "a%2Fb" not in str(settings.shown())
+
+
+@pytest.mark.parametrize(
+    ("url", "content", "said"),
+    [
+        ("redis://:s3cret@cache", b"other", "the URL contains a password"),
+        ("unix:///run/redis", b"other", "names a socket"),
+        ("http://cache", b"other", "must start with redis://"),
+        ("redis://cache", b"\n", "is empty"),
+        ("redis://cache", b"\xff", "is not UTF-8"),
+        ("redis://cache", None, "No such file"),
+    ],
+)
+def test_a_password_file_that_cannot_be_used_is_refused(tmp_path, url, content, said):
+    if content is not None:
+        (tmp_path / "password").write_bytes(content)
+    with pytest.raises(ValueError, match=f"redis_password_file: .*{said}") as error:
+        load_settings({"redis_url": url, "redis_password_file": str(tmp_path / "password")})
+    assert "s3cret" not in str(error.value)
+    assert "other" not in str(error.value)
+
+
+def test_a_password_file_without_a_url_is_not_read():
+    assert load_settings({"redis_password_file": "/nowhere"}).redis_url is None

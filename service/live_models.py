@@ -1,0 +1,196 @@
+"""Keep the models that this process has loaded in step with the record of generations.
+
+Every process watches the record (service/generations.py). When a candidate appears, it loads the candidate in a thread
+while it goes on answering. When another generation becomes live, requests that begin from then on use its model, and
+requests that have begun keep theirs. A model that is retired is closed when no request can use it any more.
+"""
+
+import asyncio
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from model.artifact import Artifact
+from model.engines.protocol import Engine, Tried
+from service.assembly import with_model
+from service.errors import ServiceError
+from service.generations import LOADED, Generation, Generations
+from service.search.partners import migrations_of
+from service.state import Service
+from service.tags import tag_parts
+
+log = logging.getLogger(__name__)
+
+POLL_S: Final = 0.2
+BEAT_S: Final = 1.0
+RETRY_S: Final = 10.0
+TIDY_S: Final = 5.0
+CLOSE_AFTER_S: Final = 5.0
+"""The time in seconds that a retired model is kept beyond the deadline of requests, which may still use it."""
+
+
+class Opened(NamedTuple):
+    """A model that has been loaded: its artifact, its engine, and the engines that were tried."""
+
+    artifact: Artifact
+    engine: Engine
+    tried: tuple[Tried, ...] = ()
+
+
+Load = Callable[[Generation], Opened]
+
+
+@dataclass(frozen=True)
+class Record:
+    """The record of generations, the generation with which this process starts, and the function that loads others."""
+
+    generations: Generations
+    first: Generation
+    load: Load
+
+
+class LiveModels:
+    """The models of one process. `service` is the service with the first model. `on_live` is called with the service of
+    the generation that becomes live."""
+
+    def __init__(self, service: Service, record: Record, on_live: Callable[[Service], None]) -> None:
+        self._base = service
+        self._record = record
+        self._on_live = on_live
+        self._replica = f"{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._loaded: dict[int, Service] = {record.first.number: service}
+        self._live = record.first.number
+        self._stamp = -1
+        self._retry_at = self._beat_at = self._tidy_at = 0.0
+        self._closing: set[asyncio.Task[None]] = set()
+        self._task: asyncio.Task[None] | None = None
+        self._register()
+
+    async def start(self) -> None:
+        """Note in the record that this process is running, and begin to watch the record."""
+        await self._beat()
+        self._task = asyncio.create_task(self._watch())
+
+    async def close(self) -> None:
+        """Stop watching, and close the models that were loaded since the start."""
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+        for task in self._closing:
+            task.cancel()
+        for number, service in self._loaded.items():
+            if number != self._record.first.number:
+                await service.pipeline.close()
+        with suppress(ServiceError):
+            await asyncio.to_thread(self._record.generations.leave, self._replica)
+
+    async def _watch(self) -> None:
+        while True:
+            try:
+                await self._step()
+            except ServiceError as error:
+                log.error("the record of models: %s", error.detail)
+            except Exception:
+                log.exception("the record of models")
+            await asyncio.sleep(POLL_S)
+
+    async def _step(self) -> None:
+        now, stamp = time.monotonic(), self._record.generations.stamp()
+        if stamp != self._stamp or (self._retry_at and now >= self._retry_at):
+            self._retry_at = 0.0
+            await self._follow()
+            self._stamp = stamp
+        if now >= self._beat_at:
+            await self._beat()
+        if now >= self._tidy_at:
+            self._tidy_at = now + TIDY_S
+            await self._end_windows()
+
+    async def _follow(self) -> None:
+        """Load, promote and release models until this process has those of the record."""
+        wanted = [each for each in await asyncio.to_thread(self._record.generations.all) if each.state in LOADED]
+        self._base.loaded.expected = frozenset(each.model for each in wanted)
+        for generation in sorted(wanted, key=lambda each: each.state != "live"):
+            if generation.number not in self._loaded:
+                await self._load(generation)
+        live = next((each for each in wanted if each.state == "live"), None)
+        if live is not None and live.number != self._live and live.number in self._loaded:
+            self._live = live.number
+            self._on_live(self._loaded[live.number])
+            log.info("generation %d is live: %s (%s)", live.number, live.name, live.precision)
+        numbers = {each.number for each in wanted} | {self._live}
+        for number in self._loaded.keys() - numbers:
+            self._release(number)
+        self._register()
+        self._set_metrics(wanted)
+
+    async def _load(self, generation: Generation) -> None:
+        log.info("loading generation %d: %s", generation.number, generation.name)
+        try:
+            opened = await asyncio.to_thread(self._record.load, generation)
+            service = with_model(self._base, opened.artifact, opened.engine, opened.tried)
+            await service.pipeline.warm_up()
+        except (ValueError, OSError, ModuleNotFoundError, ServiceError) as error:
+            log.error("generation %d cannot be loaded: %s", generation.number, error)
+            self._retry_at = time.monotonic() + RETRY_S
+            return
+        self._loaded[generation.number] = service
+        self._register()
+        await self._beat()
+
+    def _release(self, number: int) -> None:
+        """Stop using a model, and close it when no request can use it any more."""
+        service = self._loaded.pop(number)
+        if number == self._record.first.number:
+            return  # the application closes its first model
+
+        async def close() -> None:
+            await asyncio.sleep(service.settings.request_deadline_s + CLOSE_AFTER_S)
+            await service.pipeline.close()
+            await asyncio.to_thread(service.engine.close)
+
+        task = asyncio.create_task(close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    def _register(self) -> None:
+        services = self._loaded.values()
+        self._base.loaded.services = {(each.artifact.fingerprint, each.engine.precision): each for each in services}
+
+    async def _beat(self) -> None:
+        self._beat_at = time.monotonic() + BEAT_S
+        await asyncio.to_thread(self._record.generations.beat, self._replica, list(self._loaded))
+
+    async def _end_windows(self) -> None:
+        """End the window of a former generation whose time is over: delete its vectors, then retire it."""
+        for former in await asyncio.to_thread(self._record.generations.all):
+            if former.state == "former" and former.keep_until is not None and former.keep_until < time.time():
+                await end_window(self._base, self._record.generations, former)
+
+    def _set_metrics(self, wanted: list[Generation]) -> None:
+        metrics = self._base.metrics
+        metrics.generation.set(self._live)
+        metrics.model_info.clear()
+        for each in wanted:
+            if (service := self._loaded.get(each.number)) is not None:
+                name, engine = service.artifact.manifest.name, service.engine
+                labels = (name, each.fingerprint, engine.name, engine.precision, each.state)
+                metrics.model_info.labels(*labels).set(1)
+
+
+async def end_window(service: Service, generations: Generations, former: Generation) -> None:
+    """Delete the vectors of a former generation, and retire it. A rollback to it is not possible afterwards."""
+    if "migrations" in service.store.capabilities:
+        migrations = migrations_of(service.store)
+        for pair in await migrations.partnerships():
+            parts = tag_parts(pair.partner.tag)
+            if pair.role == "former" and (parts.fingerprint, parts.precision) == former.model:
+                await migrations.end(pair.collection.name)
+    await asyncio.to_thread(generations.retire, former.number)
+    log.info("generation %d is retired: %s", former.number, former.name)

@@ -1,0 +1,486 @@
+"""Make another model live: re-embed every collection while the service goes on answering, then switch.
+
+    1  record the model as a candidate; every replica loads it and from then on writes vectors of both models
+    2  list the items whose image can no longer be read, and decide about them
+    3  embed what the candidate's collections lack, from stored originals or readable sources
+    4  when nothing is lacking and every replica has loaded the candidate: switch all collections in one transaction,
+       then make the generation live
+    5  for a stated window the former vectors still get every write, so that `rollback` is one call
+
+Each step can be repeated. If the process is killed, the next call goes on where this one stopped. Which model answers a
+request is decided by the tag of its collection, so at no moment can an answer mix two models.
+"""
+
+import asyncio
+import logging
+import shutil
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+
+from model.decode import DEFAULT_LIMITS, DecodeLimits
+from model.files import lock_file
+from model.pooling import Pooling, width
+from model.preprocess import preprocess
+from service.errors import CollectionNotFound, Conflict, NotFound, ServiceError, StorageFailed, Unavailable
+from service.features.images import decode
+from service.generations import Generation, Generations
+from service.ingest.embed import vectors_of
+from service.live_models import Opened
+from service.originals import Originals, photo_digest
+from service.search.partners import Filled, Missing, Partnership, migrations_of
+from service.search.store import CollectionInfo, VectorStore
+from service.tags import make_tag, tag_parts
+
+log = logging.getLogger(__name__)
+
+PAGE: Final = 256
+WAIT_S: Final = 0.2
+DEFAULT_KEEP_S: Final = 24 * 3600.0
+"""The default length of the window for a rollback, in seconds."""
+MOVED: Final = 5
+"""How often a switch is tried again because collections changed in the meantime."""
+
+Lost = Literal["refuse", "drop", "keep"]
+"""What to do about items whose image cannot be read: refuse the migration, drop these items, or keep their collections
+on the old model."""
+
+
+@dataclass(frozen=True)
+class MigrationOptions:
+    """The options of a migration.
+
+    collections: the names of the collections to re-embed. None means all collections of models that are or were live.
+    lost: what to do about items whose image cannot be read.
+    keep_s: the length of the window for a rollback, in seconds.
+    share: the share of its time for which the copier may embed, above 0 and up to 1.
+    replicas_s: how long to wait for replicas to load the model, in seconds.
+    """
+
+    collections: tuple[str, ...] | None = None
+    lost: Lost = "refuse"
+    keep_s: float = DEFAULT_KEEP_S
+    share: float = 1.0
+    batch_size: int = 8
+    replicas_s: float = 900.0
+    limits: DecodeLimits = DEFAULT_LIMITS
+    reason: str = ""
+
+
+@dataclass
+class MigrationReport:
+    """The progress and the result of a migration. `lost` lists the ids of the items whose image cannot be read, by
+    collection."""
+
+    stage: str = "starting"
+    embedded: int = 0
+    pending: int = 0
+    lost: dict[str, list[str]] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
+    switched: list[str] = field(default_factory=list)
+    generation: int = 0
+
+
+@dataclass(frozen=True)
+class Places:
+    """What a migration works on. `read_source` returns the image at the `source` of an item that has no stored
+    original. If it is None, only stored originals are read."""
+
+    store: VectorStore
+    generations: Generations
+    originals: Originals
+    data_dir: Path
+    read_source: Callable[[str], bytes] | None = None
+
+
+async def migrate(
+    places: Places,
+    path: Path,
+    opened: Opened,
+    options: MigrationOptions,
+    on_progress: Callable[[MigrationReport], Awaitable[None] | None] = lambda report: None,
+) -> MigrationReport:
+    """Re-embed the collections with the model `opened` from the artifact folder `path`, and make it live.
+
+    `on_progress` is called after each step and batch. An exception that it raises ends the migration, which can be
+    continued later.
+
+    Raises:
+        Conflict: items cannot be embedded again and `lost` is "refuse", another migration is running, or the live model
+            has changed meanwhile.
+        Unavailable: a replica does not load the model.
+        StorageFailed: the disk has not enough space for the second set of vectors, or the store failed.
+    """
+    lock = lock_file(places.data_dir / "migration.lock")
+    if lock is None:
+        raise Conflict("another migration is running")
+    with lock:
+        return await _Migration(places, path, opened, options, on_progress).run()
+
+
+class _Migration:
+    def __init__(
+        self,
+        places: Places,
+        path: Path,
+        opened: Opened,
+        options: MigrationOptions,
+        on_progress: Callable[[MigrationReport], Awaitable[None] | None],
+    ) -> None:
+        self._places, self._path, self._opened, self._options = places, path, opened, options
+        self._on_progress = on_progress
+        self._report = MigrationReport()
+        self._lost: dict[str, dict[str, int]] = {}  # collection -> id -> number of the version that cannot be read
+
+    async def run(self) -> MigrationReport:
+        artifact, engine = self._opened.artifact, self._opened.engine
+        generations = self._places.generations
+        live = generations.live()
+        candidate = generations.add(
+            artifact.fingerprint, artifact.name, self._path, engine.name, engine.precision, reason=self._options.reason
+        )
+        self._report.generation = candidate.number
+        await self._end_earlier(live, candidate)
+        try:
+            names = await self._wanted()
+            await self._prepare(names)
+        except (Conflict, StorageFailed):
+            await abandon(self._places, candidate)
+            raise
+        await self._switch(names, candidate, live)
+        await self._follow_stragglers(live, candidate)
+        await self._end_without_rollback()
+        await self._tell("done")
+        return self._report
+
+    async def _tell(self, stage: str) -> None:
+        self._report.stage = stage
+        answer = self._on_progress(self._report)
+        if answer is not None:
+            await answer
+
+    async def _end_earlier(self, live: Generation | None, candidate: Generation) -> None:
+        """End the window of an earlier switch, because a collection can have only one second set of vectors.
+        Collections that this migration has switched already keep theirs."""
+        if "migrations" in self._places.store.capabilities:
+            migrations = migrations_of(self._places.store)
+            for pair in await migrations.partnerships():
+                if candidate.model not in (model_of(pair.partner.tag), model_of(pair.collection.tag)):
+                    await migrations.end(pair.collection.name)
+        for each in self._places.generations.all() if candidate.state != "live" else ():
+            if each.state in ("former", "candidate") and each.number not in (candidate.number, live and live.number):
+                self._places.generations.retire(each.number)
+
+    async def _end_without_rollback(self) -> None:
+        """Delete the former vectors of collections whose old model is not the one that a rollback would make live."""
+        models = {each.model for each in self._places.generations.all() if each.state == "former"}
+        for name in self._report.switched:
+            former = await migrations_of(self._places.store).former(name)
+            if former is not None and model_of(former.tag) not in models:
+                await migrations_of(self._places.store).end(name)
+
+    # ---- which collections
+
+    async def _wanted(self) -> list[str]:
+        """Return the names of the collections to re-embed. Those that have vectors of the new model already are left
+        out."""
+        infos = {info.name: info for info in await self._places.store.collections()}
+        if self._options.collections is None:
+            models = {each.model for each in self._places.generations.all()}
+            chosen = [info for info in infos.values() if model_of(info.tag) in models]
+        else:
+            if unknown := [name for name in self._options.collections if name not in infos]:
+                raise CollectionNotFound(f"there is no collection {unknown[0]!r}")
+            chosen = [infos[name] for name in self._options.collections]
+        names = [info.name for info in chosen if info.tag != self._tag(info) and tag_parts(info.tag).pooling]
+        if names and "migrations" not in self._places.store.capabilities:
+            raise Conflict(
+                f"this vector store cannot re-embed {', '.join(names)}: fill a new collection and move an alias to it"
+            )
+        self._check_disk([infos[name] for name in names])
+        return names
+
+    def _tag(self, info: CollectionInfo) -> str:
+        """Return the tag of the new vectors of a collection."""
+        artifact, pooling = self._opened.artifact, tag_parts(info.tag).pooling
+        size = artifact.manifest.input_size
+        return make_tag(artifact.fingerprint, pooling or "", size, self._opened.engine.precision)
+
+    def _dimension(self, pooling: Pooling) -> int:
+        return width(pooling, self._opened.artifact.manifest.config.embed_dim)
+
+    def _check_disk(self, infos: Sequence[CollectionInfo]) -> None:
+        """Raise StorageFailed if the second set of vectors and of segments does not fit on the disk."""
+        needed = 0
+        for info in infos:
+            pooling = tag_parts(info.tag).pooling
+            assert pooling is not None
+            needed += 2 * info.count * self._dimension(pooling) * (2 if info.spec.dtype == "float16" else 4)
+        free = shutil.disk_usage(self._places.data_dir).free
+        if needed > 0.9 * free:
+            raise StorageFailed(
+                f"a second set of vectors needs about {needed / 2**20:.0f} MiB; only {free / 2**20:.0f} MiB are free"
+            )
+
+    # ---- embedding
+
+    async def _prepare(self, names: list[str]) -> None:
+        """Give each collection a partner, and decide about the items whose image cannot be read. Collections that stay
+        on the old model are removed from `names`."""
+        if not names:
+            return
+        migrations = migrations_of(self._places.store)
+        for name in names:
+            info = await self._places.store.info(name)
+            pooling = tag_parts(info.tag).pooling
+            assert pooling is not None
+            await migrations.start(name, self._tag(info), self._dimension(pooling))
+        await self._tell("listing items without a readable image")
+        for name in names:
+            await self._survey(name)
+        self._report.lost = {name: sorted(ids) for name, ids in self._lost.items() if ids}
+        if self._report.lost and self._options.lost == "refuse":
+            count = sum(map(len, self._report.lost.values()))
+            name, ids = next(iter(self._report.lost.items()))
+            raise Conflict(
+                f"{count} items of {len(self._report.lost)} collections have no image that can be read, for instance "
+                f"{ids[0]!r} of {name!r}: drop them (lost=drop), or keep their collections on the old model (lost=keep)"
+            )
+        if self._options.lost == "keep":
+            for name in self._report.lost:
+                names.remove(name)
+                self._report.kept.append(name)
+                await migrations.end(name)
+
+    async def _survey(self, name: str) -> None:
+        """Note the items whose image is neither stored nor at a source that may be read."""
+        lost = self._lost.setdefault(name, {})
+        after = 0
+        while page := await migrations_of(self._places.store).missing(name, after=after, limit=PAGE):
+            after = page[-1].number
+            for item in page:
+                if not await self._has_image(item):
+                    lost[item.id] = item.number
+
+    async def _has_image(self, item: Missing) -> bool:
+        digest = photo_digest(item)
+        if digest is not None and await self._places.originals.size(digest) is not None:
+            return True
+        return item.source is not None and self._places.read_source is not None
+
+    async def _fill(self, name: str) -> bool:
+        """Embed the items that the partner of a collection lacks. Return whether any were embedded."""
+        migrations, lost = migrations_of(self._places.store), self._lost.setdefault(name, {})
+        after, added = 0, 0
+        while page := await migrations.missing(name, after=after, limit=self._options.batch_size):
+            after = page[-1].number
+            wanted = [item for item in page if lost.get(item.id) != item.number]
+            if not wanted:
+                continue
+            started = time.monotonic()
+            added += await self._embed(name, wanted)
+            self._report.embedded += len(wanted)
+            self._report.pending = sum(pair.missing for pair in await migrations.partnerships())
+            await self._tell(f"embedding {name}")
+            busy = time.monotonic() - started
+            await asyncio.sleep(busy * (1 / self._options.share - 1))
+        return added > 0
+
+    async def _embed(self, name: str, wanted: Sequence[Missing]) -> int:
+        images = [await self._read(name, item) for item in wanted]
+        readable = [(item, image) for item, image in zip(wanted, images, strict=True) if image is not None]
+        [pair] = [pair for pair in await self._partners() if pair.collection.name == name]
+        pooling = tag_parts(pair.partner.tag).pooling
+        assert pooling is not None
+        filled = await asyncio.to_thread(self._vectors, name, readable, pooling)
+        return await migrations_of(self._places.store).fill(name, pair.partner.tag, filled) if filled else 0
+
+    async def _partners(self) -> list[Partnership]:
+        return await migrations_of(self._places.store).partnerships()
+
+    async def _read(self, name: str, item: Missing) -> bytes | None:
+        digest = photo_digest(item)
+        try:
+            if digest is not None:
+                return await self._places.originals.get(digest)
+        except NotFound:
+            pass  # the source may be readable
+        except StorageFailed as error:
+            log.warning("item %r of %r: %s", item.id, name, error.detail)
+        if item.source is not None and self._places.read_source is not None:
+            try:
+                return await asyncio.to_thread(self._places.read_source, item.source)
+            except (OSError, ValueError, ServiceError) as error:
+                log.warning("item %r of %r: %s", item.id, name, error)
+        self._lose(name, item)
+        return None
+
+    def _vectors(self, name: str, images: Sequence[tuple[Missing, bytes]], pooling: Pooling) -> list[Filled]:
+        """Embed images with the new model, as the service does."""
+        spec = self._opened.artifact.manifest.preprocess
+        decoded = []
+        for item, image in images:
+            try:
+                decoded.append((item, preprocess(decode(image, self._options.limits), spec)))
+            except (ServiceError, ValueError) as error:
+                log.warning("item %r of %r: %s", item.id, name, error)
+                self._lose(name, item)
+        if not decoded:
+            return []
+        vectors = vectors_of(self._opened.engine, [pixels for _, pixels in decoded], pooling, True)
+        filled = []
+        for (item, _), vector in zip(decoded, vectors, strict=True):
+            if np.isfinite(vector).all() and vector.any():
+                filled.append(Filled(item.number, item.id, vector))
+            else:
+                self._lose(name, item)
+        return filled
+
+    def _lose(self, name: str, item: Missing) -> None:
+        self._lost.setdefault(name, {})[item.id] = item.number
+        self._report.lost = {each: sorted(ids) for each, ids in self._lost.items() if ids}
+
+    # ---- switching
+
+    async def _switch(self, names: list[str], candidate: Generation, live: Generation | None) -> None:
+        """Fill what is lacking until all collections can be switched, and switch them together with the model."""
+        for attempt in range(MOVED):
+            for name in list(names):
+                try:
+                    while await self._fill(name):
+                        pass
+                except (CollectionNotFound, ValueError):
+                    if name in {info.name for info in await self._places.store.collections()}:
+                        raise
+                    names.remove(name)  # the collection was deleted
+            await self._wait_for_replicas(candidate)
+            if await self._try_switch(names, last=attempt == MOVED - 1):
+                break
+        await asyncio.to_thread(
+            self._places.generations.promote,
+            candidate.number,
+            expected=live.number if live else None,
+            keep_s=self._options.keep_s,
+            reason=self._options.reason,
+        )
+        self._report.switched += names
+        await self._tell("switched")
+
+    async def _try_switch(self, names: Sequence[str], *, last: bool) -> bool:
+        if not names:
+            return True
+        pairs = {pair.collection.name: pair for pair in await self._partners()}
+        lost = {name: await self._still_lost(name) for name in names if name in pairs}
+        if any(lost.values()) and self._options.lost != "drop":
+            name = next(name for name in lost if lost[name])
+            raise Conflict(f"{lost[name]} items of {name!r} cannot be embedded with the new model; see the log")
+        try:
+            await migrations_of(self._places.store).switch(
+                {name: pairs[name].partner.tag for name in names if pairs[name].role == "candidate"}, may_lack=lost
+            )
+        except (Conflict, CollectionNotFound):  # items were written or a collection was deleted in the meantime
+            if last:
+                raise
+            return False
+        return True
+
+    async def _still_lost(self, name: str) -> int:
+        """Return the number of items that the partner lacks because they cannot be read."""
+        lost, after, count = self._lost.get(name, {}), 0, 0
+        if not lost:
+            return 0
+        while page := await migrations_of(self._places.store).missing(name, after=after, limit=PAGE):
+            after = page[-1].number
+            count += sum(lost.get(item.id) == item.number for item in page)
+        return count
+
+    async def _wait_for_replicas(self, candidate: Generation) -> None:
+        deadline = time.monotonic() + self._options.replicas_s
+        while waiting := [
+            each.id
+            for each in await asyncio.to_thread(self._places.generations.replicas)
+            if candidate.number not in each.loaded
+        ]:
+            if time.monotonic() > deadline:
+                raise Unavailable(
+                    f"{', '.join(waiting)} did not load the model within {self._options.replicas_s:g} s; see its log"
+                )
+            await self._tell(f"waiting for {len(waiting)} replicas to load the model")
+            await asyncio.sleep(WAIT_S)
+
+    async def _follow_stragglers(self, live: Generation | None, candidate: Generation) -> None:
+        """Migrate collections that a replica created with the old model at the moment of the switch."""
+        if self._options.collections is not None:
+            return
+        await asyncio.sleep(2 * WAIT_S)
+        names = [name for name in await self._wanted() if name not in self._report.kept]
+        if names:
+            await self._prepare(names)
+            await self._switch(names, candidate, live)
+
+
+def model_of(tag: str) -> tuple[str, str]:
+    """Return the fingerprint and the precision in a tag, which identify a generation."""
+    parts = tag_parts(tag)
+    return parts.fingerprint, parts.precision
+
+
+async def abandon(places: Places, candidate: Generation) -> None:
+    """Delete the vectors of a candidate and retire it. The live model stays as it is."""
+    if "migrations" in places.store.capabilities:
+        migrations = migrations_of(places.store)
+        for pair in await migrations.partnerships():
+            if pair.role == "candidate" and model_of(pair.partner.tag) == candidate.model:
+                await migrations.end(pair.collection.name)
+    await asyncio.to_thread(places.generations.retire, candidate.number)
+
+
+@dataclass(frozen=True)
+class RolledBack:
+    """The result of a rollback. `created_since` are the collections that were created after the switch. They have
+    vectors of the model that was live until now."""
+
+    generation: Generation
+    collections: list[str]
+    lacking: Mapping[str, int]
+    created_since: list[str]
+
+
+async def roll_back(places: Places, *, keep_s: float = DEFAULT_KEEP_S, force: bool = False) -> RolledBack:
+    """Make the former generation live again, with its collections as they are now.
+
+    Raises:
+        Conflict: there is no former generation whose window is open, or it lacks items that were written without an
+            image since the switch, and `force` is false.
+    """
+    every = await asyncio.to_thread(places.generations.all)
+    live = next((each for each in every if each.state == "live"), None)
+    former = next((each for each in every if each.state == "former"), None)
+    if live is None or former is None:
+        raise Conflict("there is no former generation to go back to: the window for a rollback has ended")
+    pairs: list[Partnership] = []
+    if "migrations" in places.store.capabilities:
+        pairs = [
+            pair
+            for pair in await migrations_of(places.store).partnerships()
+            if pair.role == "former" and model_of(pair.partner.tag) == former.model
+        ]
+    lacking = {pair.collection.name: pair.missing for pair in pairs if pair.missing}
+    if lacking and not force:
+        raise Conflict(
+            f"the vectors of generation {former.number} lack {sum(lacking.values())} items that were written since the "
+            "switch without an image; force=true goes back without them"
+        )
+    if pairs:
+        tags = {pair.collection.name: pair.partner.tag for pair in pairs}
+        await migrations_of(places.store).switch(tags, may_lack=lacking)
+    promoted = await asyncio.to_thread(
+        places.generations.promote, former.number, expected=live.number, keep_s=keep_s, reason="rolled back"
+    )
+    names = [pair.collection.name for pair in pairs]
+    new = [info.name for info in await places.store.collections() if model_of(info.tag) == live.model]
+    return RolledBack(promoted, names, lacking, [name for name in new if name not in names])

@@ -1,0 +1,213 @@
+"""Tests of the record of generations, and of the model with which a process starts."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.artifact import MANIFEST, ArtifactError, bundled_artifact, read_manifest
+from service import first_model
+from service.artifact_choice import artifact_of, choose_artifact
+from service.errors import Conflict, StorageFailed
+from service.first_model import load_first
+from service.generations import REPLICA_LOST_S, Generation, Generations
+from service.live_models import Opened
+from service.settings import Settings
+from tests.fakes import FakeEngine, fake_artifact
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def generations(tmp_path: Path, clock: Clock) -> Generations:
+    return Generations(tmp_path, now=clock)
+
+
+def add(generations: Generations, letter: str, precision: str = "fp32") -> Generation:
+    return generations.add(letter * 64, f"model-{letter}", Path(f"/gone/{letter}"), "fake", precision, reason="test")
+
+
+# ---- the record
+
+
+def test_at_most_one_generation_is_live(generations: Generations, clock: Clock) -> None:
+    first, second, third = (add(generations, letter) for letter in "abc")
+    assert {each.state for each in generations.all()} == {"candidate"}
+    assert generations.promote(first.number, expected=None, keep_s=60).live_since == clock.now
+    clock.now += 10
+    generations.promote(second.number, expected=first.number, keep_s=60, reason="better")
+    states = {each.number: (each.state, each.keep_until, each.reason) for each in generations.all()}
+    assert states == {
+        first.number: ("former", 1070.0, "test"),
+        second.number: ("live", None, "better"),
+        third.number: ("candidate", None, "test"),
+    }
+    generations.promote(third.number, expected=second.number, keep_s=60)
+    assert [each.state for each in generations.all()] == ["retired", "former", "live"]
+    live = generations.live()
+    assert live is not None
+    assert live.number == third.number
+
+
+def test_of_two_switches_the_slower_fails(generations: Generations) -> None:
+    first, second, third = (add(generations, letter) for letter in "abc")
+    generations.promote(first.number, expected=None, keep_s=0)
+    generations.promote(second.number, expected=first.number, keep_s=0)
+    with pytest.raises(Conflict, match="generation 2 is live, not 1"):
+        generations.promote(third.number, expected=first.number, keep_s=0)
+    generations.promote(second.number, expected=first.number, keep_s=0)  # repeated after a crash: it is live already
+    with pytest.raises(Conflict, match="no generation 99"):
+        generations.promote(99, expected=second.number, keep_s=0)
+    assert [each.state for each in generations.all()] == ["former", "live", "candidate"]
+
+
+def test_fingerprint_and_precision_identify_a_generation(generations: Generations) -> None:
+    assert add(generations, "a").number == add(generations, "a").number
+    assert add(generations, "a", "bf16").number != add(generations, "a").number
+
+
+def test_a_retired_generation_becomes_a_candidate_again(generations: Generations) -> None:
+    first = add(generations, "a")
+    generations.retire(first.number)
+    assert generations.all()[0].state == "retired"
+    assert add(generations, "a").state == "candidate"
+    generations.retire(first.number)
+    generations.forget(first.number)
+    assert generations.all() == []
+
+
+def test_the_live_generation_cannot_be_retired_or_forgotten(generations: Generations) -> None:
+    first = add(generations, "a")
+    generations.promote(first.number, expected=None, keep_s=0)
+    generations.retire(first.number)
+    generations.forget(first.number)
+    assert generations.live() is not None
+
+
+def test_only_a_change_of_the_requested_model_is_a_decision(generations: Generations) -> None:
+    assert [generations.request(model) for model in ("auto", "auto", "b", "b", "auto")] == [
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
+
+
+def test_another_process_sees_a_change(generations: Generations, tmp_path: Path) -> None:
+    other = Generations(tmp_path)
+    before = other.stamp()
+    generations.beat("replica", [1])
+    assert other.stamp() == before  # a heartbeat is no change
+    add(generations, "a")
+    assert other.stamp() != before
+    assert [each.name for each in other.all()] == ["model-a"]
+
+
+def test_replicas_are_forgotten_when_they_leave_or_are_lost(generations: Generations, clock: Clock) -> None:
+    generations.beat("x", [2, 1])
+    clock.now += REPLICA_LOST_S
+    generations.beat("y", [1])
+    assert [(each.id, each.loaded) for each in generations.replicas()] == [("x", {1, 2}), ("y", {1})]
+    clock.now += 1
+    assert [each.id for each in generations.replicas()] == ["y"]
+    generations.leave("y")
+    assert generations.replicas() == []
+
+
+def test_a_damaged_record_is_told(tmp_path: Path) -> None:
+    (tmp_path / "models.sqlite3").write_bytes(b"no database" * 1000)
+    with pytest.raises(StorageFailed, match=r"record of models .*models\.sqlite3 is damaged"):
+        Generations(tmp_path)
+
+
+# ---- the model with which a process starts
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data folder with two artifacts, `old` and `new`, whose loading is faked."""
+    for name, digit in (("old", "a"), ("new", "b")):
+        manifest = read_manifest(bundled_artifact()).model_copy(
+            update={
+                "name": name,
+                "fingerprint": digit * 64,
+                "created": f"2026-01-0{1 if name == 'old' else 2}T00:00:00Z",
+            }
+        )
+        (tmp_path / "artifacts" / name).mkdir(parents=True)
+        (tmp_path / "artifacts" / name / MANIFEST).write_text(manifest.model_dump_json())
+
+    def opened(settings: Settings, path: Path, engine: str) -> Opened:
+        precision = engine.rpartition(":")[2] if ":" in engine else "fp32"
+        manifest = read_manifest(path)
+        return Opened(fake_artifact(manifest.name, manifest.fingerprint[0]), FakeEngine(precision=precision))
+
+    monkeypatch.setattr(first_model, "_open", opened)
+    return tmp_path
+
+
+def started(data_dir: Path, model: str = "auto", **more: Any) -> tuple[str, int]:
+    """Start a process. Return the name of its model and the number of its generation."""
+    opened, record = load_first(Settings(data_dir=data_dir, model=model, **more), lambda step: None)
+    return opened.artifact.manifest.name, record.first.number
+
+
+def test_a_new_artifact_does_not_go_live_by_itself(data_dir: Path) -> None:
+    shutil.move(data_dir / "artifacts" / "new", data_dir / "new")
+    assert started(data_dir) == ("old", 1)
+    shutil.move(data_dir / "new", data_dir / "artifacts" / "new")
+    assert started(data_dir) == ("old", 1)
+    assert choose_artifact("auto", data_dir).name == "old"
+
+
+def test_a_restart_with_the_same_setting_keeps_what_was_promoted(data_dir: Path) -> None:
+    assert started(data_dir, "old") == ("old", 1)
+    generations = Generations(data_dir)
+    new = generations.add("b" * 64, "new", data_dir / "artifacts" / "new", "fake", "fp32", reason="test")
+    generations.promote(new.number, expected=1, keep_s=60)
+    assert started(data_dir, "old") == ("new", 2)
+    assert started(data_dir, "auto") == ("new", 2)
+
+
+def test_another_model_in_the_settings_is_a_decision(data_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert started(data_dir, "old") == ("old", 1)
+    assert started(data_dir, "new") == ("new", 2)
+    assert "dinov2 models promote" in caplog.text
+    assert started(data_dir, "old") == ("old", 1)
+
+
+def test_a_moved_artifact_is_found_by_its_fingerprint(data_dir: Path) -> None:
+    assert started(data_dir, "old") == ("old", 1)
+    (data_dir / "artifacts" / "old").rename(data_dir / "artifacts" / "renamed")
+    assert started(data_dir, "auto") == ("old", 1)
+
+
+def test_a_missing_artifact_of_the_live_generation_is_an_error(data_dir: Path) -> None:
+    assert started(data_dir, "old") == ("old", 1)
+    shutil.rmtree(data_dir / "artifacts" / "old")
+    with pytest.raises(ArtifactError, match=r"generation 1 \(old-aaaaaaaa\) is live, but its artifact is gone"):
+        started(data_dir, "auto")
+    with pytest.raises(ArtifactError, match="its artifact is gone"):
+        choose_artifact("auto", data_dir)
+    live = Generations(data_dir).live()
+    assert live is not None
+    with pytest.raises(ArtifactError, match="restore it"):
+        artifact_of(live, data_dir)
+
+
+def test_another_precision_is_another_generation(data_dir: Path) -> None:
+    assert started(data_dir, "old") == ("old", 1)
+    assert started(data_dir, "old", engine="onnxruntime:int8") == ("old", 2)
+    assert started(data_dir, "old", engine="onnxruntime:int8") == ("old", 2)

@@ -1,0 +1,390 @@
+"""Tests of service/migration.py and service/live_models.py: a service changes its model while it answers requests."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service import live_models, migration
+from service.errors import Conflict, StorageFailed, Unavailable
+from service.generations import Generation, Generations
+from service.live_models import Opened, Record
+from service.migration import MigrationOptions, MigrationReport, Places, migrate, roll_back
+from service.search.partners import migrations_of
+from tests.fakes import FakeEngine, Running, fake_artifact, photo, running, until
+
+MODELS = {digit * 64: (fake_artifact(f"model_{digit}", digit), seed) for seed, digit in enumerate("abc")}
+"""Artifacts with the seeds of their engines, by fingerprint."""
+
+
+def opened(digit: str) -> Opened:
+    artifact, seed = MODELS[digit * 64]
+    return Opened(artifact, FakeEngine(seed=seed))
+
+
+def vector_of(fingerprint: str, image: bytes) -> np.ndarray:
+    """Compute the vector that a model gives an image, without the service."""
+    from model.preprocess import preprocess
+    from service.features.images import decode
+    from service.ingest.embed import vectors_of
+
+    artifact, seed = MODELS[fingerprint]
+    pixels = preprocess(decode(image), artifact.manifest.preprocess)
+    return vectors_of(FakeEngine(seed=seed), [pixels], "cls", True)[0]
+
+
+@dataclass
+class Life:
+    """A service with generation 1 (model a), and what a migration needs."""
+
+    run: Running
+    generations: Generations
+    places: Places
+
+    async def migrate(self, digit: str = "b", **options: Any) -> MigrationReport:
+        model = opened(digit)
+        return await migrate(self.places, Path("artifacts") / digit, model, MigrationOptions(**options))
+
+    async def ask(self, method: str, path: str, **content: Any) -> dict[str, Any]:
+        answer = await self.run.client.request(method, path, **content)
+        assert answer.status_code < 300, answer.text
+        body: dict[str, Any] = answer.json()
+        return body
+
+    async def put(self, name: str, item_id: str, image: bytes) -> dict[str, Any]:
+        headers = {"Content-Type": "image/png"}
+        return await self.ask("PUT", f"/v1/collections/{name}/items/{item_id}", content=image, headers=headers)
+
+    async def search(self, name: str, image: bytes, k: int = 1) -> dict[str, Any]:
+        headers = {"Content-Type": "image/png"}
+        return await self.ask("POST", f"/v1/collections/{name}/search?k={k}", content=image, headers=headers)
+
+    async def embed(self, image: bytes) -> dict[str, Any]:
+        return await self.ask("POST", "/v1/embeddings", content=image, headers={"Content-Type": "image/png"})
+
+    async def live_is(self, digit: str) -> None:
+        await until(lambda: self.run.app.state.service.artifact.fingerprint == digit * 64)
+
+
+@asynccontextmanager
+async def life(
+    data_dir: Path, load: Callable[[Generation], Opened] | None = None, **settings: Any
+) -> AsyncIterator[Life]:
+    generations = Generations(data_dir)
+    first = opened("a")
+    made = generations.add("a" * 64, first.artifact.name, Path("artifacts/a"), "fake", "fp32", reason="first")
+    made = generations.promote(made.number, expected=None, keep_s=0)
+    record = Record(generations, made, load or (lambda generation: opened(generation.fingerprint[0])))
+    async with running(data_dir, engine=first.engine, artifact=first.artifact, record=record, **settings) as run:
+        yield Life(run, generations, Places(run.service.store, generations, run.service.originals, data_dir))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_models, "POLL_S", 0.01)
+    monkeypatch.setattr(live_models, "TIDY_S", 0.05)
+    monkeypatch.setattr(migration, "WAIT_S", 0.02)
+
+
+async def make_collection(one: Life, name: str = "c", count: int = 5) -> list[bytes]:
+    await one.ask("PUT", f"/v1/collections/{name}", json={"originals": True})
+    images = [photo(100 + n) for n in range(count)]
+    for n, image in enumerate(images):
+        await one.put(name, f"i{n}", image)
+    return images
+
+
+async def test_everything_is_on_the_new_model_after_a_migration(tmp_path: Path) -> None:
+    async with life(tmp_path) as one:
+        images = await make_collection(one)
+        await one.ask("PUT", "/v1/aliases/shop", json={"collection": "c"})
+        assert (await one.search("shop", images[3]))["fingerprint"] == "a" * 64
+        report = await one.migrate()
+        assert (report.switched, report.embedded, report.lost, report.generation) == (["c"], 5, {}, 2)
+        await one.live_is("b")
+        found = await one.search("shop", images[3])
+        assert (found["data"][0]["id"], found["fingerprint"], found["model"]) == ("i3", "b" * 64, "model_b-bbbbbbbb")
+        assert found["data"][0]["score"] == pytest.approx(1.0, abs=1e-5)
+        embedding = await one.embed(images[0])
+        assert embedding["fingerprint"] == "b" * 64
+        np.testing.assert_allclose(embedding["data"][0]["embedding"], vector_of("b" * 64, images[0]), atol=1e-5)
+        assert (await one.ask("GET", "/v1/collections/c/items/i0?include=vector"))["fingerprint"] == "b" * 64
+
+
+async def test_a_cached_embedding_of_the_old_model_is_not_used(tmp_path: Path) -> None:
+    async with life(tmp_path) as one:
+        image = photo(1)
+        before = await one.embed(image)
+        await one.migrate()
+        await one.live_is("b")
+        after = await one.embed(image)
+        assert np.abs(np.subtract(before["data"][0]["embedding"], after["data"][0]["embedding"])).max() > 0.01
+        np.testing.assert_allclose(after["data"][0]["embedding"], vector_of("b" * 64, image), atol=1e-5)
+
+
+async def test_a_rollback_takes_less_than_a_second_and_has_every_write(tmp_path: Path) -> None:
+    async with life(tmp_path) as one:
+        images = await make_collection(one)
+        await one.migrate()
+        await one.live_is("b")
+        new = photo(7)
+        await one.put("c", "new", new)
+        await one.ask("DELETE", "/v1/collections/c/items/i0")
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        result = await roll_back(one.places)
+        await one.live_is("a")
+        assert loop.time() - started < 1
+        assert (result.generation.number, result.collections, result.lacking) == (1, ["c"], {})
+        found = await one.search("c", new, k=9)
+        assert found["fingerprint"] == "a" * 64
+        assert found["data"][0]["id"] == "new"
+        assert {hit["id"] for hit in found["data"]} == {"new", "i1", "i2", "i3", "i4"}
+        await roll_back(one.places)  # and forward again
+        await one.live_is("b")
+        assert (await one.search("c", images[1]))["data"][0]["id"] == "i1"
+
+
+async def test_the_window_ends(tmp_path: Path) -> None:
+    async with life(tmp_path) as one:
+        await make_collection(one)
+        await one.migrate(keep_s=0.0)
+        await until(lambda: [each.state for each in one.generations.all()] == ["retired", "live"])
+        assert await migrations_of(one.run.service.store).partnerships() == []
+        with pytest.raises(Conflict, match="window for a rollback has ended"):
+            await roll_back(one.places)
+
+
+async def test_a_vector_needs_its_fingerprint_after_a_switch(tmp_path: Path) -> None:
+    async with life(tmp_path) as one:
+        images = await make_collection(one)
+        old = (await one.embed(images[2]))["data"][0]["embedding"]
+        found = await one.ask("POST", "/v1/collections/c/search", json={"vector": old})
+        assert found["data"][0]["id"] == "i2"
+        await one.migrate()
+        await one.live_is("b")
+        answer = await one.run.client.post("/v1/collections/c/search", json={"vector": old})
+        assert answer.status_code == 409
+        assert "Send `fingerprint`" in answer.json()["detail"]
+        batch = {"queries": [{"vector": old}]}
+        answer = await one.run.client.post("/v1/collections/c/search", json=batch)
+        assert answer.status_code == 409 or answer.json()["errors"][0]["code"] == "model_mismatch"
+        named = {"vector": old, "fingerprint": "a" * 64}
+        for body in (named, {**named, "include": ["vector"]}):  # the quick way, and the general one
+            found = await one.ask("POST", "/v1/collections/c/search", json=body)
+            assert (found["data"][0]["id"], found["fingerprint"]) == ("i2", "a" * 64)
+            assert found["data"][0]["score"] == pytest.approx(1.0, abs=1e-5)
+        answer = await one.run.client.post("/v1/collections/c/items", json={"items": [{"id": "v", "vector": old}]})
+        assert answer.status_code == 409 or answer.json()["errors"]
+
+
+async def test_lost_images_are_listed_and_decided_about(tmp_path: Path) -> None:
+    async with life(tmp_path) as one:
+        images = await make_collection(one)
+        vector = vector_of("a" * 64, photo(50)).tolist()
+        item = {"id": "ready-made", "vector": vector, "fingerprint": "a" * 64}
+        await one.ask("POST", "/v1/collections/c/items", json={"items": [item]})
+        await make_collection(one, "whole", count=2)
+        with pytest.raises(Conflict, match=r"1 items of 1 collections .* 'ready-made' of 'c'"):
+            await one.migrate()
+        assert [each.state for each in one.generations.all()] == ["live", "retired"]
+        assert await migrations_of(one.run.service.store).partnerships() == []
+
+        report = await one.migrate(lost="keep")
+        assert (report.kept, report.switched, report.lost) == (["c"], ["whole"], {"c": ["ready-made"]})
+        await one.live_is("b")
+        assert (await one.search("c", images[0]))["fingerprint"] == "a" * 64
+        assert (await one.search("whole", images[0]))["fingerprint"] == "b" * 64
+
+        report = await one.migrate(lost="drop")
+        assert (report.switched, report.lost) == (["c"], {"c": ["ready-made"]})
+        found = await one.search("c", images[0], k=9)
+        assert (found["fingerprint"], len(found["data"])) == ("b" * 64, 5)
+
+
+async def test_a_damaged_original_does_not_end_up_as_a_missing_item(tmp_path: Path) -> None:
+    async with life(tmp_path) as one:
+        images = await make_collection(one)
+        folder = one.run.service.originals.folder
+        assert folder is not None
+        [file] = [path for path in folder.glob("*/*/*") if path.read_bytes() == images[2]]
+        file.write_bytes(images[2][:-9] + b"different")
+        with pytest.raises(Conflict, match="1 items of 'c' cannot be embedded"):
+            await one.migrate()
+        assert (await one.search("c", images[2]))["fingerprint"] == "a" * 64
+        report = await one.migrate(lost="drop")
+        assert report.lost == {"c": ["i2"]}
+
+
+async def test_sources_are_read_only_if_allowed(tmp_path: Path) -> None:
+    async with life(tmp_path) as one:
+        await one.ask("PUT", "/v1/collections/c", json={"originals": False})
+        await one.put("c", "x", photo(3))
+        with pytest.raises(Conflict, match="1 items of 1 collections"):
+            await one.migrate()
+        await one.ask("PATCH", "/v1/collections/c/items/x", json={"source": "memory:3"})
+        read = {"memory:3": photo(3)}
+        one.places = replace(one.places, read_source=lambda source: read[source])
+        report = await one.migrate()
+        assert report.switched == ["c"]
+
+
+async def test_a_replica_that_cannot_load_the_model_stops_the_switch(tmp_path: Path) -> None:
+    def refuse(generation: Generation) -> Opened:
+        raise ValueError("no engine")
+
+    async with life(tmp_path, load=refuse) as one:
+        images = await make_collection(one)
+        with pytest.raises(Unavailable, match="did not load the model within"):
+            await one.migrate(replicas_s=0.1)
+        assert (await one.search("c", images[0]))["fingerprint"] == "a" * 64
+
+
+async def test_a_process_that_is_still_loading_the_model_says_so(tmp_path: Path) -> None:
+    async with life(tmp_path) as one:
+        await one.ask("PUT", "/v1/collections/c", json={"fingerprint": "c" * 64, "dimension": 8})
+        image = {"content": photo(1), "headers": {"Content-Type": "image/png"}}
+        assert (await one.run.client.post("/v1/collections/c/search", **image)).status_code == 409
+        one.run.service.loaded.expected |= {("c" * 64, "fp32")}
+        for path in ("search", "items"):
+            answer = await one.run.client.post(f"/v1/collections/c/{path}", **image)
+            assert answer.status_code == 503
+            assert int(answer.headers["retry-after"]) >= 1
+
+
+async def test_an_interrupted_migration_continues(tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    async with life(tmp_path) as one:
+        images = await make_collection(one)
+        stages = []
+
+        def stop_at(number: int) -> Callable[[MigrationReport], None]:
+            def on_progress(report: MigrationReport) -> None:
+                stages.append(report.stage)
+                if len(stages) == number:
+                    raise Killed
+
+            return on_progress
+
+        for number in (1, 3, 5, 7):
+            stages.clear()
+            options = MigrationOptions(batch_size=2)
+            try:
+                await migrate(one.places, Path("artifacts/b"), opened("b"), options, stop_at(number))
+            except Killed:
+                continue
+        report = await one.migrate()
+        await one.live_is("b")
+        assert report.generation == 2
+        found = await one.search("c", images[4], k=9)
+        assert (found["fingerprint"], len(found["data"]), found["data"][0]["id"]) == ("b" * 64, 5, "i4")
+        await roll_back(one.places)  # the former vectors are still there
+
+
+async def test_only_one_migration_runs(tmp_path: Path) -> None:
+    async with life(tmp_path) as one:
+        await make_collection(one, count=2)
+        results = await asyncio.gather(one.migrate("b"), one.migrate("c"), return_exceptions=True)
+        assert sorted(type(result).__name__ for result in results) == ["Conflict", "MigrationReport"]
+
+
+async def test_a_full_disk_is_told_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with life(tmp_path) as one:
+        await make_collection(one)
+        usage = migration.shutil.disk_usage(tmp_path)._replace(free=100)
+        monkeypatch.setattr(migration.shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(StorageFailed, match="0 MiB are free"):
+            await one.migrate()
+        assert [each.state for each in one.generations.all()] == ["live", "retired"]
+
+
+async def test_models_are_closed_when_they_are_retired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_models, "CLOSE_AFTER_S", 0.0)
+    engines: dict[str, FakeEngine] = {}
+
+    def load(generation: Generation) -> Opened:
+        model = opened(generation.fingerprint[0])
+        engines[generation.fingerprint[0]] = model.engine  # type: ignore[assignment]
+        return model
+
+    async with life(tmp_path, load=load, request_deadline_s=0.5) as one:
+        await one.migrate("b", keep_s=0.0)
+        await one.live_is("b")
+        await one.migrate("c", keep_s=0.0)
+        await one.live_is("c")
+        await until(lambda: engines["b"].closed)
+        assert set(one.run.service.loaded.services) == {("c" * 64, "fp32")}
+
+
+# ---- under load
+
+
+async def test_no_request_fails_and_no_vector_is_mixed_under_load(tmp_path: Path) -> None:
+    """Clients write, delete, embed and search all the time, while the model goes from a to b, back, and to c. Each
+    answer is compared with the vectors that its own fingerprint names."""
+    async with life(tmp_path) as one:
+        images = {f"i{n}": photo(100 + n) for n in range(12)}
+        vectors = {(f, item): vector_of(f, image) for f in MODELS for item, image in images.items()}
+        await make_collection(one, count=12)
+        await one.ask("PUT", "/v1/collections/other", json={"originals": True})
+        answers: dict[str, int] = {}
+        ended = asyncio.Event()
+
+        async def client(seed: int) -> None:
+            rng = random.Random(seed)
+            while not ended.is_set():
+                item = rng.choice(list(images))
+                kind = rng.choice(["embed", "search", "search", "vector", "put", "delete"])
+                fingerprint = await action(one, kind, item, images[item], vectors)
+                answers[fingerprint] = answers.get(fingerprint, 0) + 1
+                await asyncio.sleep(0)
+
+        clients = [asyncio.create_task(client(seed)) for seed in range(4)]
+        await one.migrate("b", batch_size=2)
+        await one.live_is("b")
+        await asyncio.sleep(0.2)
+        await roll_back(one.places)
+        await one.live_is("a")
+        await asyncio.sleep(0.2)
+        await one.migrate("c", batch_size=2)
+        await one.live_is("c")
+        await asyncio.sleep(0.2)
+        ended.set()
+        await asyncio.gather(*clients)
+        assert set(answers) == set(MODELS)
+        assert all(info.tag.startswith("c" * 64) for info in await one.run.service.store.collections())
+
+
+async def action(one: Life, kind: str, item: str, image: bytes, vectors: dict[tuple[str, str], np.ndarray]) -> str:
+    """Send a request of one kind, check that its answer is of one model, and return the fingerprint of that model."""
+    if kind == "put":
+        return str((await one.put("other", item, image))["fingerprint"])
+    if kind == "delete":
+        answer = await one.run.client.delete(f"/v1/collections/other/items/{item}")
+        assert answer.status_code in (200, 404), answer.text
+        return str(one.run.app.state.service.artifact.fingerprint)
+    if kind == "embed":
+        body = await one.embed(image)
+        np.testing.assert_allclose(body["data"][0]["embedding"], vectors[body["fingerprint"], item], atol=1e-5)
+        return str(body["fingerprint"])
+    if kind == "vector":
+        made = await one.embed(image)
+        query = {"vector": made["data"][0]["embedding"], "fingerprint": made["fingerprint"], "k": 12}
+        body = await one.ask("POST", "/v1/collections/c/search", json=query)
+        assert body["fingerprint"] == made["fingerprint"]
+    else:
+        body = await one.search("c", image, k=12)
+    query_vector = vectors[body["fingerprint"], item]
+    for hit in body["data"]:
+        score = float(query_vector @ vectors[body["fingerprint"], hit["id"]])
+        assert hit["score"] == pytest.approx(score, abs=1e-4), "a vector of another model"
+    assert len(body["data"]) == 12
+    return str(body["fingerprint"])
