@@ -26,6 +26,7 @@ from model.engines.protocol import Engine, Tried
 from service.assembly import opened_service
 from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError, StorageFailed
 from service.features.cache import Cache
+from service.limits import Limits
 from service.live_models import LiveModels, Record
 from service.middleware import Border, error_body
 from service.routes import (
@@ -99,7 +100,8 @@ def create_app(
         _version(),
         on_spans=lambda result, count: metrics.spans.labels(result).inc(count),
     )
-    start = _Start(settings, artifact, engine, tried, cache, open_store, metrics, Security(settings), record)
+    limits, security = Limits.of(settings, metrics), Security(settings)
+    start = _Start(settings, artifact, engine, tried, cache, open_store, metrics, limits, security, record)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -133,6 +135,7 @@ def create_app(
         settings=settings,
         metrics=metrics,
         lifecycle=start.lifecycle,
+        limits=start.limits,
         tracing=tracing,
         security=start.security,
     )
@@ -197,6 +200,7 @@ class _Start:
     cache: Cache | None
     open_store: Callable[[], Awaitable[VectorStore]] | None
     metrics: Metrics
+    limits: Limits | None
     security: Security
     record: Record | None = None
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
@@ -206,6 +210,8 @@ class _Start:
         close these parts onto `stack`."""
         self.security.open()
         stack.push_async_callback(_stop_saving, asyncio.create_task(_save_last_used(self.security)), self.security)
+        if self.limits is not None:
+            stack.push_async_callback(self.limits.close)
         store = await self._store()
         stack.push_async_callback(store.close)
         parts = opened_service(

@@ -95,6 +95,7 @@ class Metrics:
 
         self._add_requests(counter, gauge, histogram)
         self._add_images(counter, gauge, histogram)
+        self._add_limits(counter, gauge)
         self._add_store(gauge)
         self._add_process(counter, gauge)
         for stage in STAGES:
@@ -148,6 +149,27 @@ class Metrics:
         )
         self.image_urls = counter(
             "image_urls_total", "URLs of images that were requested: fetched or failed.", "result"
+        )
+
+    def _add_limits(self, counter: _Make[Counter], gauge: _Make[Gauge]) -> None:
+        self.rate_limited = counter(
+            "rate_limited_requests_total",
+            'Requests that a rate limit refused: all of them ("rate"), or images of a single costly request ("cost").',
+            "reason",
+        )
+        self.rate_limit_pixels = counter(
+            "rate_limit_pixels_total",
+            "Pixels that rate limits charged, by API key. Clients without a key are added up as _addresses, and keys "
+            f"beyond the first 100 as {OTHERS}.",
+            "client",
+        )
+        self.rate_limit_shared = gauge(
+            "rate_limit_shared", "1 if Redis shares the rate limits between processes; 0 if this process is alone."
+        )
+        self.rate_limit_events = counter(
+            "rate_limit_redis_events_total",
+            "Events of the rate limits in Redis: failed calls, skipped calls and recoveries.",
+            "event",
         )
 
     def _add_store(self, gauge: _Make[Gauge]) -> None:

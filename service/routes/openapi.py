@@ -27,7 +27,7 @@ from service.errors import (
     Unauthenticated,
 )
 from service.routes.answers import JsonAnswer
-from service.routes.describe import ALWAYS, Operation, Upload, operation_of
+from service.routes.describe import ALWAYS, LIMITED, Operation, Upload, operation_of
 from service.routes.direct import DirectRoute, route_need
 from service.schema_base import NULL, Schema
 from service.search.checks import NAME_PATTERN
@@ -57,6 +57,8 @@ _ANSWER_HEADERS: Final[dict[str, str]] = {
     "Server-Timing": "duration of each stage in milliseconds",
     "Retry-After": "number of seconds after which the client should try again",
     "WWW-Authenticate": "how to authenticate, and which scope is needed",
+    "RateLimit": "what the client may still use, in pixels (draft-ietf-httpapi-ratelimit-headers)",
+    "RateLimit-Policy": "the client's limit (draft-ietf-httpapi-ratelimit-headers)",
     "X-Model": "name of the model",
     "X-Model-Fingerprint": "fingerprint of the model",
     "Content-Range": "position of the part in the file",
@@ -66,7 +68,12 @@ _ANSWER_HEADERS: Final[dict[str, str]] = {
 }
 
 
-_ERROR_HEADERS: Final = {401: ("WWW-Authenticate",), 403: ("WWW-Authenticate",), 503: ("Retry-After",)}
+_ERROR_HEADERS: Final = {
+    401: ("WWW-Authenticate",),
+    403: ("WWW-Authenticate",),
+    429: ("Retry-After", "RateLimit", "RateLimit-Policy"),
+    503: ("Retry-After",),
+}
 _KEY_SCHEME: Final = "apiKey"
 _SECURITY_SCHEMES: Final[dict[str, Json]] = {
     _KEY_SCHEME: {
@@ -282,7 +289,8 @@ def _successes(route: DirectRoute, operation: Operation, schemas: _Schemas) -> d
 
 def _failures(errors: Iterable[type[ServiceError]], path: str, schemas: _Schemas) -> dict[str, Json]:
     codes = defaultdict[int, list[str]](list)
-    for kind in sorted({ERRORS[error] for error in (*errors, *ALWAYS)}):
+    limited = LIMITED if path.startswith("/v1/") else ()
+    for kind in sorted({ERRORS[error] for error in (*errors, *ALWAYS, *limited)}):
         codes[kind.status].append(kind.code)
     openai = path in OPENAI_PATHS
     media_type, schema = ("application/json", OpenAIError) if openai else ("application/problem+json", Problem)
