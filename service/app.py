@@ -26,6 +26,7 @@ from model.engines.protocol import Engine, Tried
 from service.assembly import opened_service
 from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError, StorageFailed
 from service.features.cache import Cache
+from service.jobs.opened import OpenedJobs
 from service.limits import Limits
 from service.live_models import LiveModels, Record
 from service.middleware import Border, error_body
@@ -40,9 +41,12 @@ from service.routes import (
     find_region,
     health,
     items,
+    job_events,
+    jobs,
     models,
     openapi,
     originals,
+    schedules,
     search,
     vision,
 )
@@ -108,6 +112,7 @@ def create_app(
         async with AsyncExitStack() as stack:
             if tracing is not None:
                 stack.push_async_callback(tracing.close)
+            stack.push_async_callback(asyncio.to_thread, app.state.jobs.close)
             app.state.service = await start.service(stack)
             if names := await observe_collections(app.state.service):
                 log.warning(
@@ -142,6 +147,8 @@ def create_app(
     app.state.security = start.security
     app.state.tracing = tracing
     app.state.lifecycle = start.lifecycle
+    app.state.jobs = OpenedJobs(settings)
+    app.state.streams = job_events.OpenStreams()
     app.state.cache_status = "ok"  # the status that /readyz logged last
     resources = (
         search,
@@ -157,6 +164,9 @@ def create_app(
         vision,
         analyze,
         classify,
+        job_events,  # before `jobs`, because "events" would be the id of a job
+        jobs,
+        schedules,
         health,
     )
     routes = [route for resource in resources for route in resource.router.routes]

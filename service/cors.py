@@ -16,8 +16,8 @@ SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 METHODS: Final = b"GET, HEAD, POST, PUT, PATCH, DELETE"
 EXPOSED: Final = (
     b"X-Request-ID, Retry-After, RateLimit, RateLimit-Policy, Server-Timing, Allow, Accept-Encoding, Accept-Ranges, "
-    b"Content-Disposition, Content-Encoding, Content-Range, ETag, WWW-Authenticate, X-Depth-Min, X-Depth-Max, "
-    b"X-Depth-Units-Per-Metre"
+    b"Content-Disposition, Content-Encoding, Content-Range, ETag, Location, WWW-Authenticate, X-Depth-Min, "
+    b"X-Depth-Max, X-Depth-Units-Per-Metre, X-Log-Bytes, X-Log-Position"
 )
 """The headers of an answer that a page may read, in addition to those that browsers always show to pages."""
 MAX_AGE_S: Final = 600

@@ -98,6 +98,7 @@ class Metrics:
         self._add_limits(counter, gauge)
         self._add_store(gauge)
         self._add_process(counter, gauge)
+        self._add_jobs(gauge)
         for stage in STAGES:
             self.stage_seconds.labels(stage)
 
@@ -219,6 +220,18 @@ class Metrics:
         )
         self.migration_pending_items = gauge(
             "migration_pending_items", "Items that a running migration has not embedded with the new model yet."
+        )
+
+    def _add_jobs(self, gauge: _Make[Gauge]) -> None:
+        self.jobs = gauge("jobs", "Jobs of this data folder in a state; finished jobs are kept for a while.", "state")
+        self.job_quiet = gauge(
+            "job_seconds_since_progress",
+            "Longest time for which a running job has shown neither progress nor output; 0: no job is running.",
+        )
+        self.worker_heartbeat_age = gauge(
+            "worker_heartbeat_age_seconds",
+            "Longest time since a worker reported that it is alive; 0: there are no workers. A worker that was killed "
+            "is forgotten after an hour.",
         )
 
     def count_request(

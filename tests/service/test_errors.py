@@ -131,6 +131,12 @@ async def _item(tmp_path: Path) -> httpx.Response:
         return await run.client.get("/v1/collections/shop/items/nobody")
 
 
+@provokes("job_not_found")
+async def _job(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        return await run.client.get("/v1/jobs/train-0")
+
+
 @provokes("method_not_allowed")
 async def _method(tmp_path: Path) -> httpx.Response:
     async with running(tmp_path) as run:
@@ -318,7 +324,6 @@ async def test_what_is_no_fault_of_the_service_is_not_logged_as_one(tmp_path, ca
 
 NEVER_SENT = {
     "client_closed_request",  # nobody is left to read it; test_pipeline.py sees it in the metrics
-    "job_not_found",  # no route of jobs exists yet
 }
 
 
