@@ -160,6 +160,13 @@ def test_leave_one_out_uses_each_image_as_a_query() -> None:
     assert "leave-one-out" in verdict.figures.accuracy.measure
 
 
+def test_no_image_votes_for_itself() -> None:
+    shuffled = np.random.default_rng(8).permutation(INDEX_LABELS)
+    verdict = judge(Evidence(Pair(INDEX, INDEX), names(shuffled)), GateRules(ks=(1,)))
+    assert verdict.figures.accuracy is not None
+    assert verdict.figures.accuracy.champion == pytest.approx(1 / CLASSES, abs=0.06)
+
+
 @pytest.mark.parametrize(
     ("collapsed", "sign"),
     [
