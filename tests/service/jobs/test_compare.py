@@ -97,6 +97,19 @@ def test_a_damaged_file_of_features_is_computed_again(engines: Engines, folder: 
     assert [name for name, _ in engines.loaded] == ["a", "b", "a"]
 
 
+def test_images_of_val_are_classified_by_those_of_train(engines: Engines, folder: Path, tmp_path: Path) -> None:
+    (folder / "train").mkdir()
+    for name in "ab":
+        (folder / "val" / name).mkdir(parents=True)
+        (folder / "val" / name / "1.png").write_bytes(photo(100 + ord(name)))
+        (folder / name).rename(folder / "train" / name)
+    verdict = compare(Path("a"), Path("b"), folder, tmp_path, CompareOptions(rules=RULES))
+    assert verdict.figures.accuracy is not None
+    assert verdict.figures.accuracy.n_queries == 2
+    assert "leave-one-out" not in verdict.figures.accuracy.measure
+    assert verdict.figures.champion.n_images == 26
+
+
 def test_images_without_classes_are_embedded_with_their_crops(engines: Engines, folder: Path, tmp_path: Path) -> None:
     counts: list[tuple[int, int]] = []
     progress = Progress(advance=lambda count, total: counts.append((count, total)))
