@@ -9,6 +9,7 @@ import pytest
 from service.jobs.collapse import neighbours_kept, rankme_share, spread
 from service.jobs.gate import Evidence, judge
 from service.jobs.gate_scores import Pair, view_scores
+from service.jobs.retrain import RetrainParams
 from service.jobs.verdict import GateRules, Verdict
 
 CLASSES, PER_CLASS = 10, 30  # of the index part
@@ -289,6 +290,12 @@ def test_a_verdict_is_json() -> None:
 def test_wrong_rules_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GateRules.read(values)
+
+
+def test_a_retraining_with_wrong_rules_is_refused_before_it_starts() -> None:
+    assert RetrainParams(data=["images"], gate_rules={"margin": 0.02}).gate_rules == {"margin": 0.02}
+    with pytest.raises(ValueError, match="unknown gate rule 'margins'"):
+        RetrainParams(data=["images"], gate_rules={"margins": 0.02})
 
 
 @pytest.mark.parametrize(
