@@ -13,14 +13,15 @@ from cli import (
     backup,
     classify,
     collection,
-    compare,
     engines,
     evaluate,
     export,
     find_region,
     heads,
     jobs,
+    keys,
     models,
+    originals,
     search,
     serving,
     train_head,
@@ -76,11 +77,12 @@ for command in (
     app.command()(command)
 app.add_typer(collection.app, name="collections")
 app.add_typer(heads.app, name="heads")
+app.add_typer(keys.app, name="keys")
 app.add_typer(models.app, name="models")
+app.add_typer(originals.app, name="originals")
 app.add_typer(jobs.app, name="jobs")
 app.command("eval")(evaluate.evaluate)
 app.command("build-engine")(engines.build_engine)
-app.command("compare-models")(compare.compare)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.shared import DATA, ArtifactsDirOption, ThreadsOption, decode_limits, fail, settings_for
+from model.files import write_text
 from model.pooling import DEFAULT_POOLING, Pooling
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def compare(
     threads: ThreadsOption = None,
     pooling: Annotated[Pooling, typer.Option(help="Features that form the vector.")] = DEFAULT_POOLING,
     data_dir: ArtifactsDirOption = DATA,
+    out: Annotated[Path | None, typer.Option(help="File to which the verdict is written as JSON.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Decide whether a new model (the challenger) may replace the live one (the champion). Both are compared on the
@@ -69,6 +71,8 @@ def compare(
         old, new = choose_artifact(champion, data_dir), choose_artifact(challenger, data_dir)
         progress = Progress(say=lambda line: typer.echo(line, err=True), advance=_ProgressLines().advance)
         verdict = compare_models(old, new, data, data_dir, options, progress)
+        if out is not None:
+            write_text(out, json.dumps(verdict.as_json(), indent=2) + "\n")
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise fail(error) from error
     if as_json:

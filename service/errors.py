@@ -3,6 +3,9 @@
     ServiceError                        500 internal_error
     ├── BadRequest                      400 bad_request
     │   └── UnsupportedDimensions       400 unsupported_dimensions
+    ├── Unauthenticated                 401 unauthenticated (WWW-Authenticate)
+    ├── MissingScope                    403 missing_scope (WWW-Authenticate)
+    ├── CrossOrigin                     403 cross_origin
     ├── NotFound                        404 not_found
     │   ├── ModelNotFound               404 model_not_found
     │   ├── CollectionNotFound          404 collection_not_found
@@ -12,13 +15,16 @@
     ├── Conflict                        409 conflict
     │   └── ModelMismatch               409 model_mismatch
     ├── PayloadTooLarge                 413 payload_too_large
-    │   └── ImageTooLarge               413 image_too_large
+    │   ├── ImageTooLarge               413 image_too_large
+    │   └── RequestTooCostly            413 request_too_costly
     ├── UnsupportedMediaType            415 unsupported_media_type
     │   └── UnsupportedImage            415 unsupported_image
     ├── RangeNotSatisfiable             416 range_not_satisfiable
     ├── InvalidRequest                  422 invalid_request
     │   ├── BrokenImage                 422 broken_image
+    │   ├── ImageUrlFailed              422 image_url_failed
     │   └── InvalidItems                422 invalid_items (or the status and code of an item)
+    ├── RateLimited                     429 rate_limit_exceeded (Retry-After)
     ├── HeadTooLarge                    431 head_too_large
     ├── ClientGone                      499 client_closed_request (only logged)
     ├── EngineFailed                    500 engine_failed
@@ -95,6 +101,22 @@ class BadRequest(ServiceError): ...
 class UnsupportedDimensions(BadRequest): ...
 
 
+class Unauthenticated(ServiceError):
+    """The error for a request without a valid API key. Only the audit log shows `reason` and `key_id`, because a client
+    must not learn whether a key exists. `challenge` is the value of the header WWW-Authenticate."""
+
+    def __init__(self, detail: str, *, challenge: str, reason: str, key_id: str | None = None) -> None:
+        super().__init__(detail, headers={"WWW-Authenticate": challenge})
+        self.reason = reason
+        self.key_id = key_id
+
+
+class MissingScope(ServiceError): ...
+
+
+class CrossOrigin(ServiceError): ...
+
+
 class NotFound(ServiceError): ...
 
 
@@ -125,6 +147,9 @@ class PayloadTooLarge(ServiceError): ...
 class ImageTooLarge(PayloadTooLarge): ...
 
 
+class RequestTooCostly(PayloadTooLarge): ...
+
+
 class UnsupportedMediaType(ServiceError): ...
 
 
@@ -138,6 +163,9 @@ class InvalidRequest(ServiceError): ...
 
 
 class BrokenImage(InvalidRequest): ...
+
+
+class ImageUrlFailed(InvalidRequest): ...
 
 
 class ItemErrorBody(TypedDict):
@@ -204,6 +232,9 @@ def invalid_items_detail(items: list[ItemError], total: int) -> str:
     return f"{len(items)} of {total} items cannot be used: {reasons}"
 
 
+class RateLimited(ServiceError): ...
+
+
 class HeadTooLarge(ServiceError): ...
 
 
@@ -241,6 +272,9 @@ ERRORS: dict[type[ServiceError], ErrorKind] = {
     ServiceError: ErrorKind(500, "internal_error", "Internal error"),
     BadRequest: ErrorKind(400, "bad_request", "Bad request"),
     UnsupportedDimensions: ErrorKind(400, "unsupported_dimensions", "Dimensions not supported"),
+    Unauthenticated: ErrorKind(401, "unauthenticated", "No valid API key"),
+    MissingScope: ErrorKind(403, "missing_scope", "Scope missing"),
+    CrossOrigin: ErrorKind(403, "cross_origin", "Page of another origin"),
     NotFound: ErrorKind(404, "not_found", "Not found"),
     ModelNotFound: ErrorKind(404, "model_not_found", "Model not found"),
     CollectionNotFound: ErrorKind(404, "collection_not_found", "Collection not found"),
@@ -251,12 +285,15 @@ ERRORS: dict[type[ServiceError], ErrorKind] = {
     ModelMismatch: ErrorKind(409, "model_mismatch", "Vectors of another model"),
     PayloadTooLarge: ErrorKind(413, "payload_too_large", "Payload too large"),
     ImageTooLarge: ErrorKind(413, "image_too_large", "Image too large"),
+    RequestTooCostly: ErrorKind(413, "request_too_costly", "Request too costly"),
     UnsupportedMediaType: ErrorKind(415, "unsupported_media_type", "Unsupported media type"),
     UnsupportedImage: ErrorKind(415, "unsupported_image", "Unsupported image format"),
     RangeNotSatisfiable: ErrorKind(416, "range_not_satisfiable", "Range not satisfiable"),
     InvalidRequest: ErrorKind(422, "invalid_request", "Invalid request"),
     BrokenImage: ErrorKind(422, "broken_image", "Broken image"),
+    ImageUrlFailed: ErrorKind(422, "image_url_failed", "Image URL failed"),
     InvalidItems: ErrorKind(422, "invalid_items", "Invalid items"),
+    RateLimited: ErrorKind(429, "rate_limit_exceeded", "Rate limit exceeded"),
     HeadTooLarge: ErrorKind(431, "head_too_large", "Head too large"),
     ClientGone: ErrorKind(499, "client_closed_request", "Client closed request"),
     EngineFailed: ErrorKind(500, "engine_failed", "Engine failed"),
@@ -319,8 +356,10 @@ def problem_body(error: ServiceError, *, instance: str, request_id: str) -> dict
 
 
 def openai_body(error: ServiceError, *, request_id: str) -> dict[str, Any]:
-    """Return the body of the response for an error, in OpenAI's format. The field `type` is invalid_request_error if
-    the status is below 500, and server_error otherwise."""
+    """Return the body of the response for an error, in OpenAI's format. The field `type` is rate_limit_error if the
+    status is 429, invalid_request_error for other statuses below 500, and server_error otherwise."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
+    if isinstance(error, RateLimited):
+        kind = "rate_limit_error"
     inner = {"message": error.detail, "type": kind, "param": error.param, "code": error.code, "request_id": request_id}
     return {"error": {**inner, **error.extra}}

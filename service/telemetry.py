@@ -11,6 +11,8 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from logging.handlers import WatchedFileHandler
+from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
 from prometheus_client import (
@@ -46,6 +48,7 @@ MAX_LOGGED_CHARS: Final = 500
 _TRACEPARENT: Final = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
 access_log = logging.getLogger("service.access")
+audit_log = logging.getLogger("audit")
 disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each counter and histogram, and no query uses it
 M = TypeVar("M", covariant=True)
 
@@ -92,8 +95,10 @@ class Metrics:
 
         self._add_requests(counter, gauge, histogram)
         self._add_images(counter, gauge, histogram)
+        self._add_limits(counter, gauge)
         self._add_store(gauge)
         self._add_process(counter, gauge)
+        self._add_jobs(gauge)
         for stage in STAGES:
             self.stage_seconds.labels(stage)
 
@@ -143,6 +148,30 @@ class Metrics:
         self.coalesced = counter(
             "coalesced_images_total", "Images that shared the running computation of an identical image."
         )
+        self.image_urls = counter(
+            "image_urls_total", "URLs of images that were requested: fetched or failed.", "result"
+        )
+
+    def _add_limits(self, counter: _Make[Counter], gauge: _Make[Gauge]) -> None:
+        self.rate_limited = counter(
+            "rate_limited_requests_total",
+            'Requests that a rate limit refused: all of them ("rate"), or images of a single costly request ("cost").',
+            "reason",
+        )
+        self.rate_limit_pixels = counter(
+            "rate_limit_pixels_total",
+            "Pixels that rate limits charged, by API key. Clients without a key are added up as _addresses, and keys "
+            f"beyond the first 100 as {OTHERS}.",
+            "client",
+        )
+        self.rate_limit_shared = gauge(
+            "rate_limit_shared", "1 if Redis shares the rate limits between processes; 0 if this process is alone."
+        )
+        self.rate_limit_events = counter(
+            "rate_limit_redis_events_total",
+            "Events of the rate limits in Redis: failed calls, skipped calls and recoveries.",
+            "event",
+        )
 
     def _add_store(self, gauge: _Make[Gauge]) -> None:
         self.index_recall = gauge(
@@ -191,6 +220,18 @@ class Metrics:
         )
         self.migration_pending_items = gauge(
             "migration_pending_items", "Items that a running migration has not embedded with the new model yet."
+        )
+
+    def _add_jobs(self, gauge: _Make[Gauge]) -> None:
+        self.jobs = gauge("jobs", "Jobs of this data folder in a state; finished jobs are kept for a while.", "state")
+        self.job_quiet = gauge(
+            "job_seconds_since_progress",
+            "Longest time for which a running job has shown neither progress nor output; 0: no job is running.",
+        )
+        self.worker_heartbeat_age = gauge(
+            "worker_heartbeat_age_seconds",
+            "Longest time since a worker reported that it is alive; 0: there are no workers. A worker that was killed "
+            "is forgotten after an hour.",
         )
 
     def count_request(
@@ -262,13 +303,26 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
-def configure_logging(level: str) -> None:
-    """Write all log records of at least this level to standard error, as lines of JSON."""
+def configure_logging(level: str, audit_file: Path | None = None) -> None:
+    """Write all log records of at least this level to standard error, as lines of JSON. Lines of the audit log are
+    written at every level, and also appended to `audit_file` if it is given. If another program moves this file away,
+    a new one is created.
+
+    Raises:
+        OSError: `audit_file` cannot be opened.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    audit_log.setLevel(logging.INFO)
+    audit_log.handlers[:] = []
+    if audit_file is not None:
+        audit_file.parent.mkdir(parents=True, exist_ok=True)
+        audit_handler = WatchedFileHandler(audit_file, encoding="utf-8")
+        audit_handler.setFormatter(JsonLines())
+        audit_log.addHandler(audit_handler)
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").setLevel(logging.ERROR)  # Pillow warns about every unusual image
 

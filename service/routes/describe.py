@@ -14,11 +14,14 @@ from service.errors import (
     DeadlineExceeded,
     EngineFailed,
     ImageTooLarge,
+    ImageUrlFailed,
     InvalidItems,
     InvalidRequest,
     ModelUnavailable,
     PayloadTooLarge,
     QueueFull,
+    RateLimited,
+    RequestTooCostly,
     ServiceError,
     ShuttingDown,
     StorageFailed,
@@ -33,12 +36,16 @@ Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 ALWAYS: Final[Errors] = (PayloadTooLarge, ServiceError, Unavailable, ShuttingDown, DeadlineExceeded)
 """The errors that `service/middleware.py` may raise on every route, apart from those for malformed requests."""
+LIMITED: Final[Errors] = (RateLimited,)
+"""The errors that `service/middleware.py` may also raise on routes below /v1/."""
 BODY: Final[Errors] = (BadRequest, UnsupportedMediaType, InvalidRequest)
 IMAGES: Final[Errors] = (
     *BODY,
     InvalidItems,
     BrokenImage,
+    ImageUrlFailed,
     ImageTooLarge,
+    RequestTooCostly,
     UnsupportedImage,
     EngineFailed,
     QueueFull,

@@ -177,7 +177,7 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def invoke(data_dir: Path, folder: Path, challenger: Path, *words: str):
-    command = ["compare-models", str(bundled_artifact()), str(challenger), "--data", str(folder)]
+    command = ["models", "compare", str(bundled_artifact()), str(challenger), "--data", str(folder)]
     options = [
         "--data-dir",
         str(data_dir),
