@@ -18,6 +18,7 @@ from cli import (
     export,
     find_region,
     heads,
+    models,
     search,
     serving,
     train_head,
@@ -64,13 +65,14 @@ for command in (
     training.average,
     training.report,
     export.export,
-    serving.models,
+    models.reindex,
     verify.verify,
     train_head.train_head,
 ):
     app.command()(command)
 app.add_typer(collection.app, name="collections")
 app.add_typer(heads.app, name="heads")
+app.add_typer(models.app, name="models")
 app.command("eval")(evaluate.evaluate)
 app.command("build-engine")(engines.build_engine)
 

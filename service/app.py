@@ -44,6 +44,7 @@ from service.routes import (
     vision,
 )
 from service.routes.direct import accept_trailing_slash, allowed_methods, answers_get, head_route, tell_root_path
+from service.scrape import observe_collections
 from service.search import opening
 from service.search.store import VectorStore
 from service.settings import Settings
@@ -95,8 +96,15 @@ def create_app(
             if tracing is not None:
                 stack.push_async_callback(tracing.close)
             app.state.service = await start.service(stack)
+            if names := await observe_collections(app.state.service):
+                log.warning(
+                    "the live model %s cannot search %s by image: embed them again with dinov2 reindex",
+                    app.state.service.artifact.name,
+                    ", ".join(names),
+                )
             if record is not None:
-                models = LiveModels(app.state.service, record, lambda service: setattr(app.state, "service", service))
+                app.state.service.generations = record.generations
+                models = LiveModels(app.state.service, record, partial(_go_live, app))
                 stack.push_async_callback(models.close)
                 await models.start()
             yield
@@ -204,6 +212,12 @@ class _Start:
 
     def _recall(self, collection: str, ratio: float) -> None:
         self.metrics.index_recall.labels(collection).set(ratio)
+
+
+async def _go_live(app: FastAPI, service: Service) -> None:
+    """Use another model for the requests that begin from now on."""
+    app.state.service = service
+    await observe_collections(service)
 
 
 async def _framework_error(request: Request, error: Exception) -> Response:

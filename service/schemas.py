@@ -276,6 +276,21 @@ class AliasIn(Body):
     collection: CollectionName = Field(description="collection that the alias will point to")
 
 
+class RollbackIn(Body):
+    """The body of `POST /v1/models/rollback`."""
+
+    force: bool = Field(False, description="go back even if items were written without an image since the switch")
+    keep_hours: float = Field(
+        24.0, ge=0, le=8760, description="time in hours for which going forward again is possible", allow_inf_nan=False
+    )
+
+
+class RemoveModelIn(Body):
+    """The body of `DELETE /v1/models/{name}`."""
+
+    force: bool = Field(False, description="remove the model even if collections have vectors of it")
+
+
 class SnapshotIn(Body):
     """The body of `POST /v1/collections/{name}/snapshots`. It has no fields."""
 

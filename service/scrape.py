@@ -7,8 +7,13 @@ import shutil
 from typing import Final
 
 from service.backup import last_backup
+from service.errors import ServiceError
+from service.search.partners import migrations_of
 from service.state import Service
+from service.tags import tag_parts
 
+STORE_LIMIT_S: Final = 2.0
+"""The time limit for asking the vector store about the models of its collections, in seconds."""
 CACHE_LIMIT_S: Final = 1.0
 """The time limit for asking the cache for its status, in seconds."""
 
@@ -29,8 +34,35 @@ async def observe(service: Service) -> None:
     else:
         metrics.disk_free_bytes.set(disk.free)
         metrics.disk_bytes.set(disk.total)
+    await observe_collections(service)
     backup = await asyncio.to_thread(last_backup, folder)
     metrics.last_backup.set(0 if backup is None else backup)
+
+
+async def observe_collections(service: Service) -> list[str]:
+    """Set the metrics of the collections that have no vectors of the live model. Return the names of those that cannot
+    be searched by image, because their model is not loaded."""
+    live = (service.artifact.fingerprint, service.engine.precision)
+    loaded = {live, *service.loaded.services}
+    metrics, unsearchable, pending = service.metrics, [], 0
+    metrics.items_without_live_vector.clear()
+    try:
+        async with asyncio.timeout(STORE_LIMIT_S):
+            for info in await service.store.collections():
+                parts = tag_parts(info.tag)
+                if (parts.fingerprint, parts.precision) != live and info.count:
+                    metrics.items_without_live_vector.labels(info.name).set(info.count)
+                if (parts.fingerprint, parts.precision) not in loaded and parts.pooling is not None:
+                    unsearchable.append(info.name)
+            if "migrations" in service.store.capabilities:
+                pairs = await migrations_of(service.store).partnerships()
+                pending = sum(pair.missing for pair in pairs if pair.role == "candidate")
+    except (ServiceError, TimeoutError) as error:
+        log.warning("metrics of the models of the collections: %s", error or "the vector store does not answer")
+    metrics.unsearchable_collections.set(len(unsearchable))
+    metrics.migration_pending_items.set(pending)
+    service.loaded.unsearchable = len(unsearchable)
+    return unsearchable
 
 
 async def _cache_works(service: Service) -> bool:

@@ -52,6 +52,7 @@ async def readyz(request: Request) -> JsonAnswer[ReadyzAnswer]:
         "warm_up": None if service.lifecycle.warm else "not warmed up",
         "worker": batcher.health(),
         "queue": "full" if batcher.full else None,
+        "generation": "loading the live model" if service.loaded.is_behind else None,
     }
     reasons = {name: fault for name, fault in checks.items() if fault is not None}
     cache = service.pipeline.cache
@@ -63,6 +64,7 @@ async def readyz(request: Request) -> JsonAnswer[ReadyzAnswer]:
         "model": service.artifact.name,
         "fingerprint": service.artifact.fingerprint,
         "cache": {"name": cache.name, "status": shown_status},
+        "unsearchable_collections": service.loaded.unsearchable,
     }
     if reasons:
         body["reasons"] = reasons

@@ -205,6 +205,8 @@ GOOD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
 
 BAD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("GET", "/v1/models/gpt", 404, {}),
+    ("DELETE", "/v1/models/gpt", 404, {}),
+    ("POST", "/v1/models/rollback", 409, {}),
     ("POST", "/v1/embeddings", 400, {"content": b"{", "headers": {"Content-Type": "application/json"}}),
     ("POST", "/v1/embeddings", 400, {"json": {"input": text(photo()), "dimensions": 7}}),
     ("POST", "/v1/embeddings", 404, {"json": {"input": text(photo()), "model": "gpt"}}),
