@@ -18,12 +18,14 @@ from cli import (
     export,
     find_region,
     heads,
+    jobs,
     models,
     search,
     serving,
     train_head,
     training,
     verify,
+    worker,
 )
 from cli.shared import fail
 from cli.vision import Commands
@@ -68,11 +70,13 @@ for command in (
     models.reindex,
     verify.verify,
     train_head.train_head,
+    worker.worker,
 ):
     app.command()(command)
 app.add_typer(collection.app, name="collections")
 app.add_typer(heads.app, name="heads")
 app.add_typer(models.app, name="models")
+app.add_typer(jobs.app, name="jobs")
 app.command("eval")(evaluate.evaluate)
 app.command("build-engine")(engines.build_engine)
 

@@ -20,13 +20,12 @@ from service.errors import Conflict, JobNotFound
 from service.jobs.job_file import WHAT, event_of, find_job, job_of, marks
 from service.jobs.job_log import JobLog
 from service.jobs.leases import Leases
+from service.jobs.process import LOCK
 from service.jobs.records import FINISHED, STATES, TRANSITIONS, Event, Job, NewJob, State
 from service.jobs.schedules import Schedules
 from service.jobs.workers import Workers
 from service.sqlite import translated
 
-LOCK: Final = "lock"
-"""The file in a job's folder that its child process locks (service/jobs/process.py)."""
 DEFAULT_KEPT: Final = 1000
 
 
