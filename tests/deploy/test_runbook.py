@@ -9,7 +9,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 RUNBOOK = (ROOT / "deploy" / "RUNBOOK.md").read_text()
-COMING = {"jobs", "keys", "models", "reindex"}
+COMING = {"keys"}
 """Commands that are being written: remove each one here as soon as it exists."""
 ALERTS = ROOT / "deploy" / "prometheus" / "alerts.yml"
 
