@@ -2,20 +2,23 @@
 
 import json
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from cli.compare import compare
 from cli.shared import (
     DATA,
     ArtifactsDirOption,
-    EngineOption,
     JsonOption,
     ThreadsOption,
     run_with,
 )
 from cli.shared import _warn as warn
+from model.files import write_text
 
 if TYPE_CHECKING:
     from service.live_models import Opened
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from service.settings import Settings
 
 app = typer.Typer(help="List models, and make one live while the service runs.")
+app.command()(compare)
 
 NameArgument = Annotated[
     str, typer.Argument(help="An artifact folder, the name of a model, its fingerprint, or the number of a generation.")
@@ -37,6 +41,13 @@ LostOption = Annotated[
 ]
 ShareOption = Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the time for which images are embedded.")]
 KeepOption = Annotated[float, typer.Option(min=0.0, help="Hours for which a rollback is possible after the switch.")]
+OwnEngineOption = Annotated[
+    str | None,
+    typer.Option(help="Engine: auto, fastest, or runtime[:precision]. Default: that of the service. [DINOV2_ENGINE]"),
+]
+ProgressOption = Annotated[
+    Path | None, typer.Option(help="File to which the progress is written as JSON.", hidden=True)
+]
 DAY_HOURS = 24.0
 
 
@@ -88,8 +99,9 @@ def promote(
     read_sources: Annotated[
         bool, typer.Option(help="Also read images from the sources of items, if they are not stored.")
     ] = False,
-    engine: EngineOption = "auto",
+    engine: OwnEngineOption = None,
     threads: ThreadsOption = None,
+    progress: ProgressOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a model live: embed every collection again, then switch all of them and the model at once.
@@ -102,7 +114,7 @@ def promote(
         places = _places(store, settings, read_sources=read_sources)
         path, opened = _open(name, settings, engine, threads)
         options = MigrationOptions(lost=lost, keep_s=keep_hours * 3600, share=share, reason="dinov2 models promote")
-        return await migrate(places, path, opened, options, _print_progress)
+        return await migrate(places, path, opened, options, _Progress(progress))
 
     _print_report(run_with(None, data_dir, work, makes=True), as_json)
 
@@ -125,6 +137,17 @@ def rollback(
     typer.echo(f"generation {result.generation.number} is live again: {result.generation.name}")
     for collection in result.created_since:
         typer.echo(f"{collection} was created since the switch and keeps the vectors of the other model", err=True)
+
+
+@app.command()
+def abandon(data_dir: ArtifactsDirOption = DATA) -> None:
+    """Give up a switch that was interrupted: delete what was prepared for it."""
+    from service.migration import abandon_all
+
+    async def work(store: "VectorStore", settings: "Settings") -> None:
+        await abandon_all(_places(store, settings))
+
+    run_with(None, data_dir, work, makes=True)
 
 
 @app.command()
@@ -157,8 +180,9 @@ def reindex(
     read_sources: Annotated[
         bool, typer.Option(help="Also read images from the sources of items, if they are not stored.")
     ] = False,
-    engine: EngineOption = "auto",
+    engine: OwnEngineOption = None,
     threads: ThreadsOption = None,
+    progress: ProgressOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Embed collections again with another model, while they are searched and written to. The live model stays."""
@@ -170,7 +194,7 @@ def reindex(
         options = MigrationOptions(
             collections=tuple(collections), lost=lost, share=share, promote=False, reason="dinov2 reindex"
         )
-        return await migrate(places, path, opened, options, _print_progress)
+        return await migrate(places, path, opened, options, _Progress(progress))
 
     _print_report(run_with(None, data_dir, work), as_json)
 
@@ -193,7 +217,7 @@ def _places(store: "VectorStore", settings: "Settings", *, read_sources: bool = 
     )
 
 
-def _open(name: str, settings: "Settings", engine: str, threads: int | None) -> "tuple[Path, Opened]":
+def _open(name: str, settings: "Settings", engine: str | None, threads: int | None) -> "tuple[Path, Opened]":
     """Load the model with this name. A published model is downloaded and exported if needed."""
     from service.artifact_choice import choose_artifact
     from service.errors import ModelNotFound
@@ -209,22 +233,31 @@ def _open(name: str, settings: "Settings", engine: str, threads: int | None) -> 
         except ModelNotFound:
             path = choose_artifact(name, settings.data_dir, _tell)
     changed = settings.model_copy(update={"threads": threads or settings.threads})
-    return path, open_model(changed, path, engine)
+    return path, open_model(changed, path, engine or settings.engine)
 
 
 def _tell(line: str) -> None:
     typer.echo(line, err=True)
 
 
-def _print_progress(report: "MigrationReport") -> None:
-    if sys.stderr.isatty():
-        line = f"{report.stage}: {report.embedded} embedded, {report.pending} pending"
-        typer.echo(f"\r{line:<100}", err=True, nl=False)
+class _Progress:
+    """Shows the progress of a migration on a terminal, and writes it to a file at most once a second."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self._stage, self._written_at = "", 0.0
+
+    def __call__(self, report: "MigrationReport") -> None:
+        if sys.stderr.isatty():
+            line = f"{report.stage}: {report.embedded} embedded, {report.pending} pending"
+            typer.echo(f"\r{line:<100}", err=True, nl=False)
+        now = time.monotonic()
+        if self._file is not None and (report.stage != self._stage or now - self._written_at >= 1):
+            self._stage, self._written_at = report.stage, now
+            write_text(self._file, json.dumps(asdict(report)))
 
 
 def _print_report(report: "MigrationReport", as_json: bool) -> None:
-    from dataclasses import asdict
-
     if sys.stderr.isatty():
         typer.echo("", err=True)
     if as_json:

@@ -40,6 +40,7 @@ from service.blas import use_one_blas_thread
 from service.errors import ServiceError
 from service.first_model import load_first
 from service.http_protocol import BoundedHttpProtocol
+from service.jobs.local import start_local_worker, stop_local_worker
 from service.settings import Settings, load_settings
 from service.starting import Starting
 from service.state import Lifecycle
@@ -75,7 +76,11 @@ def serve(overrides: Mapping[str, Any] | None = None) -> int:
     try:
         settings = load_settings(overrides)
         configure_logging(settings.log_level)
-        make_server(settings).run()
+        worker = start_local_worker(settings)
+        try:
+            make_server(settings, on_exit=worker.ask_to_stop if worker else None).run()
+        finally:
+            stop_local_worker(worker)
     except KeyboardInterrupt:  # the second Ctrl+C
         return 128 + signal.SIGINT
     except (ServiceError, ValueError, OSError, ModuleNotFoundError) as error:
@@ -116,8 +121,9 @@ def load(settings: Settings, report: Report) -> Loaded:
     return Loaded(app, opened.artifact, opened.engine)
 
 
-def make_server(settings: Settings) -> "DrainingServer":
-    """Return a server that listens, loads the model, and then answers requests with it."""
+def make_server(settings: Settings, on_exit: Callable[[], None] | None = None) -> "DrainingServer":
+    """Return a server that listens, loads the model, and then answers requests with it. `on_exit` is called when it
+    begins to shut down."""
 
     class HttpProtocol(BoundedHttpProtocol):
         header_timeout_s = settings.header_timeout_s
@@ -138,7 +144,12 @@ def make_server(settings: Settings) -> "DrainingServer":
         timeout_keep_alive=30,
     )
     return DrainingServer(
-        config, starting, partial(load, settings), grace_s=settings.shutdown_grace_s, root_path=settings.root_path
+        config,
+        starting,
+        partial(load, settings),
+        grace_s=settings.shutdown_grace_s,
+        root_path=settings.root_path,
+        on_exit=on_exit,
     )
 
 
@@ -164,12 +175,14 @@ class DrainingServer(uvicorn.Server):
         *,
         grace_s: float,
         root_path: str = "",
+        on_exit: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(config)
         self._root_path = root_path
         self._starting = starting
         self._load = load
         self._grace_s = grace_s
+        self._on_exit = on_exit
         self._lifecycle: Lifecycle | None = None  # None until the application is ready
         self._running = AsyncExitStack()
         self._drain_until: float | None = None
@@ -226,6 +239,8 @@ class DrainingServer(uvicorn.Server):
             log.error("closing the application failed", exc_info=error)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._on_exit is not None:
+            self._on_exit()
         if self._lifecycle is None:  # still starting, so no request is running
             self.should_exit = True
             return

@@ -439,6 +439,24 @@ async def abandon(places: Places, candidate: Generation) -> None:
     await retire_unused(places, keep=others, states=("candidate",))
 
 
+async def abandon_all(places: Places) -> None:
+    """Delete the vectors of every candidate, and retire candidates of which no collection has vectors.
+
+    Raises:
+        Conflict: a migration is running.
+    """
+    lock = lock_file(places.data_dir / "migration.lock")
+    if lock is None:
+        raise Conflict("a migration is running: cancel it first")
+    with lock:
+        if "migrations" in places.store.capabilities:
+            migrations = migrations_of(places.store)
+            for pair in await migrations.partnerships():
+                if pair.role == "candidate":
+                    await migrations.end(pair.collection.name)
+        await retire_unused(places, keep=(), states=("candidate",))
+
+
 async def retire_unused(places: Places, *, keep: Sequence[int], states: Sequence[State]) -> None:
     """Retire the generations in these states of which no collection has vectors, except those with the numbers in
     `keep`."""

@@ -12,6 +12,8 @@ from service.jobs.build_engine import BuildEngineParams, build_engine
 from service.jobs.evaluate import EvaluateParams, evaluate
 from service.jobs.export import ExportParams, export
 from service.jobs.kind import JobParams, Kind
+from service.jobs.reindex import ReindexParams, reindex
+from service.jobs.retrain import RetrainParams, retrain
 from service.jobs.train import TrainParams, train
 from service.settings import Settings
 
@@ -20,6 +22,10 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
         "train": Kind("train a model on your own images", TrainParams, train, needs=("torch",)),
         "export": Kind("turn a checkpoint or a run into an artifact", ExportParams, export),
         "build-engine": Kind("build a TensorRT plan on a GPU", BuildEngineParams, build_engine, needs=("cuda",)),
+        "reindex": Kind("embed collections again with another model", ReindexParams, reindex),
+        "retrain": Kind(
+            "train, compare with the live model, and make the better one live", RetrainParams, retrain, needs=("torch",)
+        ),
         "evaluate": Kind("evaluate a model on labelled images", EvaluateParams, evaluate, needs=("torch",)),
     }
 )

@@ -1,8 +1,8 @@
 """The worker that the service starts as its own child process, so that jobs run without further setup.
 
-The worker ends with the service: `stop_local_worker` sends SIGTERM, and if the service is killed, Linux does (see
-service/jobs/process.py). It then stops its job, which is put back into the queue. A worker that ends by itself, for
-example because memory is short, is started again.
+The process is started when the first job has been created. The worker ends with the service: `stop_local_worker` sends
+SIGTERM, and if the service is killed, Linux does (see service/jobs/process.py). It then stops its job, which is put
+back into the queue. A worker that ends by itself, for example because memory is short, is started again.
 """
 
 import logging
@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Final
 
 from service.jobs.process import launch_command
+from service.jobs.store import JobStore
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
 RESTART_S: Final = 5.0
+LOOK_S: Final = 1.0
 CODE: Final = Path(__file__).parents[2]
 
 
@@ -45,7 +47,17 @@ class LocalWorker:
             OSError: the process cannot be started.
         """
         self._thread.start()
-        self._started.wait()
+        if self._has_jobs():
+            self._started.wait()
+
+    def ask_to_stop(self) -> None:
+        """Ask the worker to stop, without waiting for it. `stop` waits."""
+        self._stopping.set()
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+
+    def _has_jobs(self) -> bool:
+        return JobStore.exists(self._settings.data_dir)
 
     def stop(self, timeout_s: float | None = None) -> None:
         """Stop the worker. Its job is put back into the queue. If it has not ended after `timeout_s` seconds (None: the
@@ -62,7 +74,9 @@ class LocalWorker:
         self._thread.join()
 
     def _watch(self) -> None:
-        """Start the worker, and start it again when it ends."""
+        """Start the worker when there are jobs, and start it again when it ends."""
+        while not self._has_jobs() and not self._stopping.wait(LOOK_S):
+            pass
         while not self._stopping.is_set():
             try:
                 self._process = process = self._start()
