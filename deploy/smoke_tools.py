@@ -192,21 +192,25 @@ class Load:
     wrong: list[str] = field(default_factory=list)
 
     @contextmanager
-    def sending(self, kinds: dict[str, Callable[[], str]], pause_s: float) -> Iterator["Load"]:
+    def sending(self, kinds: dict[str, Callable[[], str | None]], pause_s: float) -> Iterator["Load"]:
         """Send requests of each kind in a thread of its own, with pauses of `pause_s` seconds.
 
         Args:
             kinds: for each kind, a function that sends a request. It returns a description of what is wrong with the
-                response, or "". It raises OSError or ValueError if there is no valid response.
+                response, or "", or None if there was nothing to send. It raises OSError or ValueError if there is no
+                valid response.
             pause_s: seconds between the end of a request and the next one.
         """
         stop = threading.Event()
 
-        def loop(kind: str, send: Callable[[], str]) -> None:
+        def loop(kind: str, send: Callable[[], str | None]) -> None:
             while not stop.wait(pause_s):
                 began, fault = time.monotonic(), ""
                 try:
-                    if problem := send():
+                    problem = send()
+                    if problem is None:
+                        continue
+                    if problem:
                         self.wrong.append(f"{kind}: {problem}")
                 except (OSError, ValueError) as error:
                     fault = repr(error)
