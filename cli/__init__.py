@@ -19,7 +19,9 @@ from cli import (
     find_region,
     heads,
     jobs,
+    keys,
     models,
+    originals,
     search,
     serving,
     train_head,
@@ -75,7 +77,9 @@ for command in (
     app.command()(command)
 app.add_typer(collection.app, name="collections")
 app.add_typer(heads.app, name="heads")
+app.add_typer(keys.app, name="keys")
 app.add_typer(models.app, name="models")
+app.add_typer(originals.app, name="originals")
 app.add_typer(jobs.app, name="jobs")
 app.command("eval")(evaluate.evaluate)
 app.command("build-engine")(engines.build_engine)

@@ -5,6 +5,7 @@ import json
 import subprocess
 import time
 import urllib.parse
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -187,6 +188,8 @@ def _report(load: Load, traffic: _Traffic, outages: list[tuple[str, float, float
         mine = [sent for sent in load.sent if sent.kind == kind]
         failed = sum(bool(sent.fault) for sent in mine)
         say(f"     {kind}: {len(mine)} requests, {failed} failed")
+    for fault, count in Counter(sent.fault for sent in load.failures()).most_common(5):
+        say(f"     {count} times {fault}")
     expect("no response was wrong", not load.wrong, f"{len(load.sent)} responses" if not load.wrong else load.wrong[:3])
     outside = [
         sent

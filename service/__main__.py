@@ -41,6 +41,7 @@ from service.errors import ServiceError
 from service.first_model import load_first
 from service.http_protocol import BoundedHttpProtocol
 from service.jobs.local import start_local_worker, stop_local_worker
+from service.security import check_reachable
 from service.settings import Settings, load_settings
 from service.starting import Starting
 from service.state import Lifecycle
@@ -75,7 +76,8 @@ def serve(overrides: Mapping[str, Any] | None = None) -> int:
     line, which take precedence over the environment. If the service cannot start, print the error and return 2."""
     try:
         settings = load_settings(overrides)
-        configure_logging(settings.log_level)
+        configure_logging(settings.log_level, settings.audit_log)
+        check_reachable(settings)
         worker = start_local_worker(settings)
         try:
             make_server(settings, on_exit=worker.ask_to_stop if worker else None).run()
@@ -219,7 +221,9 @@ class DrainingServer(uvicorn.Server):
         self._starting.app = loaded.app
         gc.collect()
         gc.freeze()  # otherwise garbage collections would scan the objects made at startup and delay requests
-        print(greeting(loaded.artifact, loaded.engine, self._url() + self._root_path), flush=True)
+        needs_key = loaded.app.state.security.requires_keys
+        url = self._url() + self._root_path
+        print(greeting(loaded.artifact, loaded.engine, url, needs_key=needs_key), flush=True)
 
     async def shutdown(self, sockets: Any = None) -> None:
         """Stop listening, cancel the requests that are still running, and close the application. After a second signal,
@@ -263,20 +267,22 @@ class DrainingServer(uvicorn.Server):
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def greeting(artifact: Artifact, engine: Engine, url: str) -> str:
+def greeting(artifact: Artifact, engine: Engine, url: str, *, needs_key: bool = False) -> str:
     """Return the startup message with the address, the model, and two example commands. The second command works
-    without an image file. With the demo model, the message says how to serve published weights."""
+    without an image file. With the demo model, the message says how to serve published weights. If requests need an API
+    key, the commands read it from the variable KEY."""
     png = io.BytesIO()
     Image.linear_gradient("L").resize((16, 16)).save(png, "PNG")
     example = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode("ascii")
+    key = '-H "Authorization: Bearer $KEY" ' if needs_key else ""
     demo = "the demo model; for DINOv2's published weights: make run MODEL=dinov2_vits14\n"
     return (
         f"\ndinov2-service on {url}  (docs: {url}/docs)\n"
         f"model {artifact.name} from {artifact.path}, "
         f"engine {engine.name} ({engine.precision})\n{demo if artifact.path.parent == BUNDLED_DIR else ''}\n"
-        f"  curl -s {url}/v1/embeddings -H 'Content-Type: image/jpeg' --data-binary @photo.jpg\n\n"
+        f"  curl -s {url}/v1/embeddings {key}-H 'Content-Type: image/jpeg' --data-binary @photo.jpg\n\n"
         f"or, without an image file:\n\n"
-        f"  curl -s {url}/v1/embeddings -H 'Content-Type: application/json' -d '{{\"input\": \"{example}\"}}'\n"
+        f"  curl -s {url}/v1/embeddings {key}-H 'Content-Type: application/json' -d '{{\"input\": \"{example}\"}}'\n"
     )
 
 

@@ -384,6 +384,33 @@ class DeletedItems(Identity):
     deleted: int
 
 
+class ImageReference(TypedDict):
+    """An item that refers to a stored image."""
+
+    collection: str
+    id: str
+
+
+class ErasedImage(TypedDict):
+    """The answer to `DELETE /v1/originals/{digest}`. `references` is the number of items that referred to the image,
+    and `items` lists the first of them."""
+
+    digest: str
+    erased: Literal[True]
+    bytes: int
+    references: int
+    items: list[ImageReference]
+    items_deleted: bool
+
+
+class ErasedImages(TypedDict):
+    """The answer to `POST /v1/originals/erase-unreferenced`. `erased` is false after a dry run."""
+
+    images: int
+    bytes: int
+    erased: bool
+
+
 class PatchMatch(TypedDict):
     """A part of the query's image (`query_box`) and the part of the result's image (`box`) that matches it."""
 

@@ -7,10 +7,11 @@ The engine, the cache and the store can be passed in, so that tests can use fake
 need a running event loop. So they are opened when the application starts, and closed in reverse order when it stops.
 """
 
+import asyncio
 import logging
 import platform
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from starlette.types import ASGIApp
 from model.artifact import Artifact
 from model.engines.protocol import Engine, Tried
 from service.assembly import opened_service
-from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
+from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError, StorageFailed
 from service.features.cache import Cache
 from service.live_models import LiveModels, Record
 from service.middleware import Border, error_body
@@ -40,13 +41,22 @@ from service.routes import (
     items,
     models,
     openapi,
+    originals,
     search,
     vision,
 )
-from service.routes.direct import accept_trailing_slash, allowed_methods, answers_get, head_route, tell_root_path
+from service.routes.direct import (
+    accept_trailing_slash,
+    allowed_methods,
+    answers_get,
+    head_route,
+    protect,
+    tell_root_path,
+)
 from service.scrape import observe_collections
 from service.search import opening
 from service.search.store import VectorStore
+from service.security import Security
 from service.settings import Settings
 from service.state import Lifecycle, Service
 from service.telemetry import Metrics
@@ -54,6 +64,7 @@ from service.tracing import open_tracing
 
 log = logging.getLogger(__name__)
 
+SAVE_LAST_USED_S = 60.0
 DESCRIPTION = """DINOv2 image features: embeddings, similarity search, segmentation, attention maps, depth, classes.
 
 Errors are RFC 9457 problems (`application/problem+json`). On `/v1/embeddings` they have OpenAI's format."""
@@ -88,7 +99,7 @@ def create_app(
         _version(),
         on_spans=lambda result, count: metrics.spans.labels(result).inc(count),
     )
-    start = _Start(settings, artifact, engine, tried, cache, open_store, metrics, record)
+    start = _Start(settings, artifact, engine, tried, cache, open_store, metrics, Security(settings), record)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -117,7 +128,15 @@ def create_app(
         lifespan=lifespan,
         redirect_slashes=False,  # a redirect would repeat the Host header, which the client chooses
     )
-    app.state.border = partial(Border, settings=settings, metrics=metrics, lifecycle=start.lifecycle, tracing=tracing)
+    app.state.border = partial(
+        Border,
+        settings=settings,
+        metrics=metrics,
+        lifecycle=start.lifecycle,
+        tracing=tracing,
+        security=start.security,
+    )
+    app.state.security = start.security
     app.state.tracing = tracing
     app.state.lifecycle = start.lifecycle
     app.state.cache_status = "ok"  # the status that /readyz logged last
@@ -131,6 +150,7 @@ def create_app(
         items,
         duplicates,
         find_region,
+        originals,
         vision,
         analyze,
         classify,
@@ -141,6 +161,7 @@ def create_app(
     for route in app.routes:  # the framework's own, for instance /docs
         accept_trailing_slash(route)
         tell_root_path(route, settings.root_path)
+        protect(route)
     # Put the routes before the framework's own, without the wrappers that `include_router` would add.
     app.router.routes[:0] = [*routes, *(head_route(route) for route in routes if answers_get(route))]
     app.add_exception_handler(HTTPException, _framework_error)
@@ -176,12 +197,15 @@ class _Start:
     cache: Cache | None
     open_store: Callable[[], Awaitable[VectorStore]] | None
     metrics: Metrics
+    security: Security
     record: Record | None = None
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
 
     async def service(self, stack: AsyncExitStack) -> Service:
         """Create the parts that need the event loop, warm up the engine, and return the service. Push callbacks that
         close these parts onto `stack`."""
+        self.security.open()
+        stack.push_async_callback(_stop_saving, asyncio.create_task(_save_last_used(self.security)), self.security)
         store = await self._store()
         stack.push_async_callback(store.close)
         parts = opened_service(
@@ -214,6 +238,21 @@ class _Start:
         self.metrics.index_recall.labels(collection).set(ratio)
 
 
+async def _save_last_used(security: Security) -> None:
+    """Store every minute when the API keys were last used."""
+    while True:
+        await asyncio.sleep(SAVE_LAST_USED_S)
+        with suppress(StorageFailed):  # the times are only information
+            await security.save_last_used()
+
+
+async def _stop_saving(task: asyncio.Task[None], security: Security) -> None:
+    """Stop the task that `_save_last_used` runs in, and store the times a last time."""
+    task.cancel()
+    with suppress(StorageFailed):
+        await security.save_last_used()
+
+
 async def _go_live(app: FastAPI, service: Service) -> None:
     """Use another model for the requests that begin from now on."""
     app.state.service = service
@@ -223,7 +262,9 @@ async def _go_live(app: FastAPI, service: Service) -> None:
 async def _framework_error(request: Request, error: Exception) -> Response:
     """Return the response for an error that FastAPI or Starlette raised, for instance because no route has the
     requested path. It has the same format as the responses for the service's own errors."""
-    translated = _translated(request, error)
+    state = request.scope["state"]
+    # A sender without a key does not learn which routes there are.
+    translated = state["denial"] if "denial" in state else _translated(request, error)
     request.state.error = translated  # for the access log
     content_type, body = error_body(translated, request.url.path, request.state.request_id, request.app.state.root_path)
     return Response(

@@ -97,8 +97,8 @@ class ItemIn(Body):
     )
     image: Image = Field(
         None,
-        description="image as a data URL, as base64, or as an object that contains one of them; required if there "
-        "is no vector",
+        description="image as a data URL, base64 or https URL, or as an object that contains one of them; required if "
+        "there is no vector",
     )
     vector: Vector = Field(None, description="vector that was computed elsewhere; the service scales it to length 1")
     fingerprint: Fingerprint | None = Field(
@@ -107,7 +107,7 @@ class ItemIn(Body):
     source: str | None = Field(
         None,
         max_length=MAX_SOURCE_CHARACTERS,
-        description="path or URL of the image, or any other text; stored unchanged",
+        description="path or URL of the image, or any other text; stored unchanged; default: the URL if `image` is one",
     )
     metadata: dict[str, Any] = Field(default_factory=dict, description="JSON object that searches return and filter by")
 
@@ -304,6 +304,24 @@ class RestoreIn(Body):
     )
 
 
+# Stored images
+
+
+class EraseImageQuery(Schema):
+    """The query parameters of `DELETE /v1/originals/{digest}`."""
+
+    items: Literal["refuse", "keep", "delete"] = Field(
+        "refuse",
+        description="if items refer to the image: refuse to erase it, keep the items without it, or delete them too",
+    )
+
+
+class EraseImagesIn(Body):
+    """The body of `POST /v1/originals/erase-unreferenced`."""
+
+    dry_run: bool = Field(False, description="erase nothing, and only count the images")
+
+
 # Searching
 
 
@@ -323,7 +341,9 @@ Score = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 class PartIn(Body):
     """One part of a combined query. It has exactly one of `image`, `vector` and `id`."""
 
-    image: Image = Field(None, description="image as a data URL, as base64, or as an object that contains one of them")
+    image: Image = Field(
+        None, description="image as a data URL, base64 or https URL, or as an object that contains one of them"
+    )
     vector: QueryVector = None
     fingerprint: ModelPrint | None = Field(None, description="fingerprint of the model that made `vector`")
     id: ItemId | None = Field(None, description="id of an item of the collection")
@@ -371,7 +391,9 @@ class MaskIn(Body):
 class RegionIn(Body):
     """A region of an image. It has either `box` or `mask`."""
 
-    image: Image = Field(description="image as a data URL, as base64, or as an object that contains one of them")
+    image: Image = Field(
+        description="image as a data URL, base64 or https URL, or as an object that contains one of them"
+    )
     box: Annotated[list[Side] | None, FailFast()] = Field(
         None, min_length=4, max_length=4, description="[x, y, width, height] in pixels of the upright image"
     )
@@ -416,7 +438,9 @@ class QueryIn(Ranking):
 
     model_config = ConfigDict(strict=True)
 
-    image: Image = Field(None, description="image as a data URL, as base64, or as an object that contains one of them")
+    image: Image = Field(
+        None, description="image as a data URL, base64 or https URL, or as an object that contains one of them"
+    )
     vector: QueryVector = None
     fingerprint: ModelPrint | None = Field(None, description="fingerprint of the model that made `vector`")
     id: ItemId | None = Field(

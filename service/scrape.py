@@ -22,9 +22,8 @@ log = logging.getLogger(__name__)
 
 async def observe(service: Service) -> None:
     """Set the metrics of the state at the moment. A part that cannot be observed does not affect the others."""
-    metrics, batcher = service.metrics, service.pipeline.batcher
-    metrics.queue_age.set(batcher.oldest_s)
-    metrics.engine_up.set(batcher.health() is None)
+    metrics = service.metrics
+    _observe_queues(service)
     metrics.cache_up.set(await _cache_works(service))
     folder = service.settings.data_dir
     try:
@@ -37,6 +36,17 @@ async def observe(service: Service) -> None:
     await observe_collections(service)
     backup = await asyncio.to_thread(last_backup, folder)
     metrics.last_backup.set(0 if backup is None else backup)
+
+
+def _observe_queues(service: Service) -> None:
+    """Set the metrics of the queues of all loaded models, added up."""
+    pipelines = dict.fromkeys(each.pipeline for each in (service, *service.loaded.services.values()))
+    batchers = [pipeline.batcher for pipeline in pipelines]
+    metrics = service.metrics
+    metrics.queue_images.set(sum(batcher.images for batcher in batchers))
+    metrics.queue_patches.set(sum(batcher.patches for batcher in batchers))
+    metrics.queue_age.set(max(batcher.oldest_s for batcher in batchers))
+    metrics.engine_up.set(all(batcher.health() is None for batcher in batchers))
 
 
 async def observe_collections(service: Service) -> list[str]:

@@ -22,6 +22,7 @@ from service.settings import Settings
 from service.shared_results import SharedResults
 from service.tags import make_tag, tag_parts
 from service.telemetry import Metrics
+from service.web_images import WebImages
 
 
 @dataclass
@@ -62,6 +63,7 @@ class Service:
     originals: Originals
     pipeline: Pipeline
     model: ServedModel
+    web_images: WebImages
     loaded: LoadedModels = field(default_factory=LoadedModels)
     generations: Generations | None = None
     shared: SharedResults = field(default_factory=SharedResults)

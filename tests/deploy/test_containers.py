@@ -63,6 +63,10 @@ def test_the_header_and_the_documentation_name_every_profile() -> None:
 def test_ports_are_published_on_loopback_only(name: str) -> None:
     for port in SERVICES[name].get("ports", []):
         assert re.fullmatch(r"\$\{[A-Z0-9_]+_PUBLISH:-127\.0\.0\.1:(\d+)\}:\d+", port), port
+    if name in SERVING:  # the service judges the published address, not the one that it listens on
+        published = SERVICES[name].get("ports", SERVICES["proxy"]["ports"])[0].rpartition(":")[0]
+        assert SERVICES[name]["environment"]["DINOV2_PUBLISH"] == published
+        assert SERVICES[name]["environment"]["DINOV2_AUTH"] == "${DINOV2_AUTH:-auto}"
     assert ("ports" in SERVICES[name]) == (
         name in ("service", "service-gpu", "proxy", "prometheus", "grafana")
     )  # so neither Redis nor the worker

@@ -32,7 +32,14 @@ def test_bodies_of_the_allowed_size_pass() -> None:
 
 def test_nothing_is_buffered_that_must_arrive_at_once() -> None:
     text = NGINX["service.conf"]
-    assert values(text, "proxy_request_buffering") == ["off"]
+    [upload] = re.findall(r"location @upload \{([^}]+)\}", text)
+    assert values(upload, "proxy_request_buffering") == ["off"]
+    sizes = re.findall(r'if \(\$content_length ~ "([^"]+)"\)', text)
+    assert len(sizes) == 2
+    for size in sizes:
+        assert re.search(size, "1000000")
+        assert not re.search(size, "999999")
+        assert not re.search(size, "")
     [events] = re.findall(r"location ~ (\S+events\S+) \{([^}]+)\}", text)
     pattern, block = events
     assert values(block, "proxy_buffering") == ["off"]
@@ -74,10 +81,44 @@ def test_what_is_not_for_clients_is_hidden() -> None:
         assert [path for path in PUBLIC if re.search(pattern, path)] == []
 
 
-def test_requests_that_change_something_are_not_repeated() -> None:
-    for text in NGINX.values():
-        assert "non_idempotent" not in text
-    assert values(NGINX["service.conf"], "proxy_next_upstream") == ["error timeout"]
+READING = [
+    "/v1/embeddings",
+    "/images/v1/classify",
+    "/v1/collections/x/search",
+    "/v1/collections/x/duplicates/",
+    "/v1/collections/x/find-region",
+]
+CHANGING = [
+    "/v1/collections/x/items",
+    "/v1/jobs",
+    "/v1/collections/x/restore",
+    "/v1/jobs/4f/cancel",
+    "/v1/jobs/search/retry",
+]
+
+
+def test_a_post_request_that_changes_something_is_not_repeated() -> None:
+    """nginx repeats POST requests only with `non_idempotent`."""
+    text = NGINX["service.conf"]
+    assert text.count("non_idempotent") == 1
+    [pattern, block] = re.search(r"location ~ (\S+embeddings\S+) \{(.+?)^\}", text, re.DOTALL | re.MULTILINE).groups()
+    assert "non_idempotent" in block
+    assert [path for path in READING if not re.search(pattern, path)] == []
+    assert [path for path in CHANGING if re.search(pattern, path)] == []
+    outside = text.replace(block, "")
+    assert values(outside, "proxy_next_upstream") == ["error timeout http_503"]
+    assert "lb_retry_match" not in CADDYFILE  # by default, Caddy repeats GET only
+
+
+def test_every_route_that_may_be_repeated_exists() -> None:
+    from service.routes import openapi as _  # noqa: F401
+    from tests.fakes import FakeEngine, create_app, fake_artifact
+
+    app = create_app(Settings(), fake_artifact(), FakeEngine())
+    posts = {path.rsplit("/", 1)[1] for path, methods in app.openapi()["paths"].items() if "post" in methods}
+    names = set(re.search(r"\?\(([a-z|-]+)\)/\?\$ \{", NGINX["service.conf"])[1].split("|"))
+    assert names <= posts
+    assert not names & {"items", "aliases", "jobs", "restore", "snapshots", "cancel", "retry"}
 
 
 def test_temporary_files_are_in_the_writable_folder() -> None:
