@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from service.jobs.queue import JobQueue
-    from service.jobs.records import Job
+    from service.jobs.records import Event, Job, State
     from service.jobs.store import JobStore
     from service.settings import Settings
 
@@ -37,7 +37,9 @@ ParamsArgument = Annotated[
     list[str] | None,
     typer.Argument(help="Parameters of the job. Repeat a name to give several values.", metavar="NAME=VALUE"),
 ]
-POLL_S = 0.5
+POLL_S: Final = 0.5
+END_STATUSES: Final = {"succeeded": 0, "failed": 1, "cancelled": 3}
+"""The exit status of `dinov2 jobs watch` for each state in which a job has ended. Errors have the status 2."""
 
 
 @contextmanager
@@ -57,7 +59,11 @@ def _opened(data_dir: "Path") -> Iterator[tuple["JobStore", "JobQueue", "Setting
 def start(
     kind: KindArgument,
     params: ParamsArgument = None,
+    not_before: Annotated[
+        str | None, typer.Option(help="Earliest start, as an ISO 8601 time; without a time zone: local time.")
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Show the log until the job has ended.")] = False,
+    as_json: JsonOption = False,
     data_dir: DataDirOption = DATA,
 ) -> None:
     """Start a job. It is queued until a worker is free."""
@@ -67,15 +73,17 @@ def start(
     with _opened(data_dir) as (store, queue, settings):
         given = _values(params or [])
         checked_params(kind, given, settings)
-        job = store.create(NewJob(kind, given, requested_by="command line"))
+        job = store.create(NewJob(kind, given, requested_by="command line", not_before=_moment(not_before)))
         queue.announce(job)
-        typer.echo(job.id)
+        typer.echo(json.dumps(asdict(job)) if as_json else job.id)
         if wait:
             _follow(store, job.id)
 
 
 @app.command("list")
 def list_jobs(
+    state: Annotated[str | None, typer.Option(help="Only jobs in these states, e.g. queued,running.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Only jobs of these kinds, e.g. train,export.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Highest number of jobs.")] = 20,
     as_json: JsonOption = False,
     data_dir: DataDirOption = DATA,
@@ -85,7 +93,8 @@ def list_jobs(
     from rich.table import Table
 
     with _opened(data_dir) as (store, _, _):
-        jobs, workers = store.jobs(limit=limit), store.workers.alive()
+        kinds = None if kind is None else _listed(kind)
+        jobs, workers = store.jobs(states=_states(state), kinds=kinds, limit=limit), store.workers.alive()
     if as_json:
         typer.echo(json.dumps({"jobs": [asdict(job) for job in jobs], "workers": [asdict(row) for row in workers]}))
         return
@@ -121,28 +130,36 @@ def log(
 
 
 @app.command()
-def cancel(job: JobArgument, data_dir: DataDirOption = DATA) -> None:
-    """Cancel a job. A running job is stopped by its worker within a few seconds."""
+def watch(job: JobArgument, as_json: JsonOption = False, data_dir: DataDirOption = DATA) -> None:
+    """Print the events of a job, such as its progress, until it has ended. The exit status is 0 if the job has
+    succeeded, 1 if it has failed, and 3 if it was cancelled."""
     with _opened(data_dir) as (store, _, _):
-        typer.echo(_line(store.request_cancel(job, "command line")))
+        raise typer.Exit(_watch(store, job, as_json))
 
 
 @app.command()
-def retry(job: JobArgument, data_dir: DataDirOption = DATA) -> None:
+def cancel(job: JobArgument, as_json: JsonOption = False, data_dir: DataDirOption = DATA) -> None:
+    """Cancel a job. A running job is stopped by its worker within a few seconds."""
+    with _opened(data_dir) as (store, _, _):
+        _show_state(store.request_cancel(job, "command line"), as_json)
+
+
+@app.command()
+def retry(job: JobArgument, as_json: JsonOption = False, data_dir: DataDirOption = DATA) -> None:
     """Queue a failed or cancelled job again. Its finished steps are not repeated."""
     with _opened(data_dir) as (store, queue, _):
         again = store.retry(job)
         queue.announce(again)
-        typer.echo(_line(again))
+        _show_state(again, as_json)
 
 
 @app.command()
-def approve(job: JobArgument, data_dir: DataDirOption = DATA) -> None:
+def approve(job: JobArgument, as_json: JsonOption = False, data_dir: DataDirOption = DATA) -> None:
     """Approve the step for which a job waits."""
     with _opened(data_dir) as (store, queue, _):
         approved = store.approve(job, "command line")
         queue.announce(approved)
-        typer.echo(_line(approved))
+        _show_state(approved, as_json)
 
 
 @app.command()
@@ -234,6 +251,37 @@ def _follow(store: "JobStore", job_id: str) -> None:
         raise typer.Exit(code=1)
 
 
+def _watch(store: "JobStore", job_id: str, as_json: bool) -> int:
+    """Print the events of a job until it has ended, and return the exit status."""
+    after, seen = 0, None
+    while True:
+        stamp, job = store.stamp.read(), store.get(job_id)  # before the events, so that none is missing at the end
+        if stamp != seen:
+            seen = stamp
+            while events := store.events(after, job_id):
+                for event in events:
+                    _show_event(event, as_json)
+                after = events[-1].number
+        if job.state in END_STATUSES:
+            return END_STATUSES[job.state]
+        time.sleep(POLL_S)
+
+
+def _show_event(event: "Event", as_json: bool) -> None:
+    """Print an event as a line of JSON, or as a line of text with the local time."""
+    data = event.data
+    if as_json:
+        typer.echo(json.dumps(asdict(event)))
+    elif event.kind != "log":
+        text = {
+            "state": f"{data.get('state')}{': ' if data.get('error') else ''}{data.get('error') or ''}",
+            "progress": f"{data.get('progress') or 0:.0%} {data.get('text')}",
+            "step": f"finished the step {data.get('name')}",
+            "cancel": "the cancellation was requested",
+        }.get(event.kind, event.kind)
+        typer.echo(f"{datetime.fromtimestamp(event.time):%H:%M:%S}  {' '.join(text.split())}")
+
+
 def _print_log(store: "JobStore", job_id: str, position: int) -> int:
     """Print a log from a position on, and return the position of its end."""
     while True:
@@ -245,6 +293,11 @@ def _print_log(store: "JobStore", job_id: str, position: int) -> int:
         position = end
 
 
+def _show_state(job: "Job", as_json: bool) -> None:
+    """Print a job as JSON, or its state in one line."""
+    typer.echo(json.dumps(asdict(job)) if as_json else _line(job))
+
+
 def _line(job: "Job") -> str:
     """Return the state of a job in one line."""
     asked = "; its worker will stop it" if job.state == "running" and job.cancel_requested else ""
@@ -254,3 +307,36 @@ def _line(job: "Job") -> str:
 
 def _time(moment: float | None) -> str:
     return "" if moment is None else datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%d %H:%M")
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _states(text: str | None) -> "list[State]":
+    """Return the states in a comma-separated text, or all states if it is None.
+
+    Raises:
+        ValueError: there is no such state.
+    """
+    from service.jobs.records import STATES
+
+    names = STATES if text is None else _listed(text)
+    for name in names:
+        if name not in STATES:
+            raise ValueError(f"--state: unknown state {name!r}; use some of {', '.join(STATES)}")
+    return [state for state in STATES if state in names]
+
+
+def _moment(text: str | None) -> float | None:
+    """Return an ISO 8601 time in seconds since 1970.
+
+    Raises:
+        ValueError: the text is not a time.
+    """
+    if text is None:
+        return None
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"--not-before {text!r} is not an ISO 8601 time, such as 2030-12-24T03:00") from error

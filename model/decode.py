@@ -25,7 +25,7 @@ How pixels are interpreted:
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -164,22 +164,35 @@ class Stored(NamedTuple):
         return height / width if self.orientation in (5, 6, 7, 8) else width / height
 
 
-def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> Pixels:
+OnSize = Callable[[int, int], None]
+
+
+def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS, *, on_size: OnSize | None = None) -> Pixels:
     """Decode an image to RGB and return its pixels as a uint8 array [H, W, 3], contiguous and upright.
 
     The array may be read-only.
+
+    `on_size` is called with the stored image's width and height when its header has been read. It may raise a
+    DecodeError to refuse the image before any pixel is decompressed. If a frame is larger than the header states,
+    `on_size` is called again with the frame's width and height.
 
     Raises:
         TooLarge: the image exceeds one of `limits`, or a JPEG has too many scans or segments.
         Unsupported: the format or the pixel type is not supported.
         Broken: `data` is empty, damaged or truncated.
     """
-    stored = decode_stored(data, limits)
+    stored = decode_stored(data, limits, on_size=on_size)
     with _translated("image", limits):
         return np.ascontiguousarray(np.asarray(upright(stored.rgb, stored.orientation)))
 
 
-def decode_stored(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS, *, least_side: int | None = None) -> Stored:
+def decode_stored(
+    data: bytes,
+    limits: DecodeLimits = DEFAULT_LIMITS,
+    *,
+    least_side: int | None = None,
+    on_size: OnSize | None = None,
+) -> Stored:
     """Decode an image to RGB and return it without turning it upright.
 
     Args:
@@ -188,6 +201,7 @@ def decode_stored(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS, *, least_s
         least_side: the minimum side, in pixels, of a JPEG that is decoded at reduced size. A JPEG is decoded at 1/2,
             1/4 or 1/8 of its size, which is faster, if both sides of the result are at least this long. If None, JPEGs
             are decoded at full size. Other formats are always decoded at full size.
+        on_size: as in `decode`, without `least_side`.
 
     Raises:
         TooLarge, Unsupported, Broken: for the same reasons as in `decode`.
@@ -206,9 +220,13 @@ def decode_stored(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS, *, least_s
     with _translated(name, limits), Image.open(BytesIO(data), formats=[PILLOW_NAMES.get(name, name)]) as image:
         _check_header(image, limits)
         size = image.size
+        if on_size is not None:
+            on_size(*size)
         drawn = None if least_side is None else image.draft(None, (least_side, least_side))
         image.load()
         _check_header(image, limits)  # a frame may be larger than the header states
+        if on_size is not None and image.size != size:
+            on_size(*image.size)
         return Stored(_to_rgb(image), _orientation(image), size if drawn else image.size, drawn[1] if drawn else None)
 
 

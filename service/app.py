@@ -26,6 +26,8 @@ from model.engines.protocol import Engine, Tried
 from service.assembly import opened_service
 from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError, StorageFailed
 from service.features.cache import Cache
+from service.jobs.opened import OpenedJobs
+from service.limits import Limits
 from service.live_models import LiveModels, Record
 from service.middleware import Border, error_body
 from service.routes import (
@@ -39,9 +41,12 @@ from service.routes import (
     find_region,
     health,
     items,
+    job_events,
+    jobs,
     models,
     openapi,
     originals,
+    schedules,
     search,
     vision,
 )
@@ -99,13 +104,15 @@ def create_app(
         _version(),
         on_spans=lambda result, count: metrics.spans.labels(result).inc(count),
     )
-    start = _Start(settings, artifact, engine, tried, cache, open_store, metrics, Security(settings), record)
+    limits, security = Limits.of(settings, metrics), Security(settings)
+    start = _Start(settings, artifact, engine, tried, cache, open_store, metrics, limits, security, record)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             if tracing is not None:
                 stack.push_async_callback(tracing.close)
+            stack.push_async_callback(asyncio.to_thread, app.state.jobs.close)
             app.state.service = await start.service(stack)
             if names := await observe_collections(app.state.service):
                 log.warning(
@@ -133,12 +140,15 @@ def create_app(
         settings=settings,
         metrics=metrics,
         lifecycle=start.lifecycle,
+        limits=start.limits,
         tracing=tracing,
         security=start.security,
     )
     app.state.security = start.security
     app.state.tracing = tracing
     app.state.lifecycle = start.lifecycle
+    app.state.jobs = OpenedJobs(settings)
+    app.state.streams = job_events.OpenStreams()
     app.state.cache_status = "ok"  # the status that /readyz logged last
     resources = (
         search,
@@ -154,6 +164,9 @@ def create_app(
         vision,
         analyze,
         classify,
+        job_events,  # before `jobs`, because "events" would be the id of a job
+        jobs,
+        schedules,
         health,
     )
     routes = [route for resource in resources for route in resource.router.routes]
@@ -197,6 +210,7 @@ class _Start:
     cache: Cache | None
     open_store: Callable[[], Awaitable[VectorStore]] | None
     metrics: Metrics
+    limits: Limits | None
     security: Security
     record: Record | None = None
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
@@ -206,6 +220,8 @@ class _Start:
         close these parts onto `stack`."""
         self.security.open()
         stack.push_async_callback(_stop_saving, asyncio.create_task(_save_last_used(self.security)), self.security)
+        if self.limits is not None:
+            stack.push_async_callback(self.limits.close)
         store = await self._store()
         stack.push_async_callback(store.close)
         parts = opened_service(

@@ -15,8 +15,9 @@ SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 """The methods that change nothing."""
 METHODS: Final = b"GET, HEAD, POST, PUT, PATCH, DELETE"
 EXPOSED: Final = (
-    b"X-Request-ID, Retry-After, Server-Timing, Allow, Accept-Encoding, Accept-Ranges, Content-Disposition, "
-    b"Content-Encoding, Content-Range, ETag, WWW-Authenticate, X-Depth-Min, X-Depth-Max, X-Depth-Units-Per-Metre"
+    b"X-Request-ID, Retry-After, RateLimit, RateLimit-Policy, Server-Timing, Allow, Accept-Encoding, Accept-Ranges, "
+    b"Content-Disposition, Content-Encoding, Content-Range, ETag, Location, WWW-Authenticate, X-Depth-Min, "
+    b"X-Depth-Max, X-Depth-Units-Per-Metre, X-Log-Bytes, X-Log-Position"
 )
 """The headers of an answer that a page may read, in addition to those that browsers always show to pages."""
 MAX_AGE_S: Final = 600

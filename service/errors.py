@@ -15,7 +15,8 @@
     ├── Conflict                        409 conflict
     │   └── ModelMismatch               409 model_mismatch
     ├── PayloadTooLarge                 413 payload_too_large
-    │   └── ImageTooLarge               413 image_too_large
+    │   ├── ImageTooLarge               413 image_too_large
+    │   └── RequestTooCostly            413 request_too_costly
     ├── UnsupportedMediaType            415 unsupported_media_type
     │   └── UnsupportedImage            415 unsupported_image
     ├── RangeNotSatisfiable             416 range_not_satisfiable
@@ -23,6 +24,7 @@
     │   ├── BrokenImage                 422 broken_image
     │   ├── ImageUrlFailed              422 image_url_failed
     │   └── InvalidItems                422 invalid_items (or the status and code of an item)
+    ├── RateLimited                     429 rate_limit_exceeded (Retry-After)
     ├── HeadTooLarge                    431 head_too_large
     ├── ClientGone                      499 client_closed_request (only logged)
     ├── EngineFailed                    500 engine_failed
@@ -145,6 +147,9 @@ class PayloadTooLarge(ServiceError): ...
 class ImageTooLarge(PayloadTooLarge): ...
 
 
+class RequestTooCostly(PayloadTooLarge): ...
+
+
 class UnsupportedMediaType(ServiceError): ...
 
 
@@ -227,6 +232,9 @@ def invalid_items_detail(items: list[ItemError], total: int) -> str:
     return f"{len(items)} of {total} items cannot be used: {reasons}"
 
 
+class RateLimited(ServiceError): ...
+
+
 class HeadTooLarge(ServiceError): ...
 
 
@@ -277,6 +285,7 @@ ERRORS: dict[type[ServiceError], ErrorKind] = {
     ModelMismatch: ErrorKind(409, "model_mismatch", "Vectors of another model"),
     PayloadTooLarge: ErrorKind(413, "payload_too_large", "Payload too large"),
     ImageTooLarge: ErrorKind(413, "image_too_large", "Image too large"),
+    RequestTooCostly: ErrorKind(413, "request_too_costly", "Request too costly"),
     UnsupportedMediaType: ErrorKind(415, "unsupported_media_type", "Unsupported media type"),
     UnsupportedImage: ErrorKind(415, "unsupported_image", "Unsupported image format"),
     RangeNotSatisfiable: ErrorKind(416, "range_not_satisfiable", "Range not satisfiable"),
@@ -284,6 +293,7 @@ ERRORS: dict[type[ServiceError], ErrorKind] = {
     BrokenImage: ErrorKind(422, "broken_image", "Broken image"),
     ImageUrlFailed: ErrorKind(422, "image_url_failed", "Image URL failed"),
     InvalidItems: ErrorKind(422, "invalid_items", "Invalid items"),
+    RateLimited: ErrorKind(429, "rate_limit_exceeded", "Rate limit exceeded"),
     HeadTooLarge: ErrorKind(431, "head_too_large", "Head too large"),
     ClientGone: ErrorKind(499, "client_closed_request", "Client closed request"),
     EngineFailed: ErrorKind(500, "engine_failed", "Engine failed"),
@@ -346,8 +356,10 @@ def problem_body(error: ServiceError, *, instance: str, request_id: str) -> dict
 
 
 def openai_body(error: ServiceError, *, request_id: str) -> dict[str, Any]:
-    """Return the body of the response for an error, in OpenAI's format. The field `type` is invalid_request_error if
-    the status is below 500, and server_error otherwise."""
+    """Return the body of the response for an error, in OpenAI's format. The field `type` is rate_limit_error if the
+    status is 429, invalid_request_error for other statuses below 500, and server_error otherwise."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
+    if isinstance(error, RateLimited):
+        kind = "rate_limit_error"
     inner = {"message": error.detail, "type": kind, "param": error.param, "code": error.code, "request_id": request_id}
     return {"error": {**inner, **error.extra}}

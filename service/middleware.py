@@ -1,5 +1,5 @@
-"""The middleware that handles every request: request ids, size limits, compression, deadlines, disconnects, errors,
-CORS, metrics, traces and the access log.
+"""The middleware that handles every request: request ids, size and rate limits, compression, deadlines, disconnects,
+errors, CORS, metrics, traces and the access log.
 
 The class `Border` is this middleware. `Border` answers every request exactly once, unless the client has disconnected.
 Every answer has a request id. Every request is counted once in the metrics and logged in one line. `Border` is a plain
@@ -29,6 +29,7 @@ import orjson
 
 from service.access_log import UNMATCHED, request_fields, span_attributes
 from service.cors import Cors, parse_origins
+from service.costs import current_cost
 from service.encodings import BodyDecoder, accepts_gzip, body_decoder, gzipped
 from service.errors import (
     OPENAI_PATHS,
@@ -43,11 +44,12 @@ from service.errors import (
     openai_body,
     problem_body,
 )
+from service.limits import Admission, Limits
 from service.off_loop import off_loop
 from service.security import Security, audit, is_audited
 from service.settings import Settings
 from service.state import Lifecycle
-from service.telemetry import Metrics, access_log, log_request
+from service.telemetry import Metrics, access_log, client_address, log_request
 from service.tracing import RequestTrace, Tracing
 
 Message = MutableMapping[str, Any]
@@ -76,6 +78,7 @@ class Border:
         settings: Settings,
         metrics: Metrics,
         lifecycle: Lifecycle,
+        limits: Limits | None = None,
         tracing: Tracing | None = None,
         security: Security | None = None,
     ) -> None:
@@ -84,6 +87,7 @@ class Border:
         self.settings = settings
         self.metrics = metrics
         self.lifecycle = lifecycle
+        self.limits = limits
         self.tracing = tracing
         self.cors = Cors(parse_origins(settings.cors_origins)) if settings.cors_origins else None
 
@@ -100,7 +104,9 @@ class _Exchange:
     def __init__(self, border: Border, scope: Scope, receive: Receive, send: Send) -> None:
         self._app, self._scope, self._receive, self._send = border.app, scope, receive, send
         self._settings, self._metrics, self._lifecycle = border.settings, border.metrics, border.lifecycle
-        self._cors, self._tracing, self._security = border.cors, border.tracing, border.security
+        self._cors, self._limits, self._tracing = border.cors, border.limits, border.tracing
+        self._security = border.security
+        self._admission: Admission | None = None
         prefix = self._settings.root_path
         if prefix and f"{scope['path']}/".startswith(f"{prefix}/"):  # the proxy has not removed it
             scope["path"] = scope["path"][len(prefix) :] or "/"
@@ -136,6 +142,9 @@ class _Exchange:
                 self._watch_soon.cancel()
             if self._watcher is not None:
                 self._watcher.cancel()
+            if self._admission is not None and self._limits is not None:
+                current_cost.set(None)
+                self._limits.settle(self._admission)
             lifecycle.in_flight -= counted
             lifecycle.buffered_bytes -= self._body_bytes
             self._metrics.requests_in_flight.set(lifecycle.in_flight)
@@ -153,6 +162,8 @@ class _Exchange:
                 raise ShuttingDown("the service is shutting down", retry_after_s=1)
             _check_target(self._scope)
             self._check_length()
+            if counted and self._limits is not None:
+                await self._admit(self._limits)
             async with asyncio.timeout(self._settings.request_deadline_s) as deadline:
                 self._scope["state"]["deadline"] = deadline
 
@@ -181,6 +192,15 @@ class _Exchange:
             self._set_gone()
         except Exception:  # noqa: BLE001  no exception may reach uvicorn
             await self._unhandled()
+
+    async def _admit(self, limits: Limits) -> None:
+        """Charge the fixed cost of the request to its client. Routes outside of /v1/ are not limited.
+
+        Raises:
+            RateLimited: the client has used its limit.
+        """
+        self._admission = await limits.admit(self._scope["state"].get("principal"), self._client)
+        current_cost.set(self._admission.cost)
 
     async def _unhandled(self) -> None:
         if self._gone.is_set():  # the client disconnected while it was sending the body
@@ -298,6 +318,8 @@ class _Exchange:
             headers.append((b"x-request-id", self.request_id.encode()))
             if self._cors is not None:
                 headers += self._cors.headers(self._headers)
+            if self._admission is not None:
+                headers += self._admission.headers()
             message = {**message, "headers": headers}
             if b"accept-encoding" in self._headers and self._is_compressible(headers):
                 self._held = message
@@ -361,6 +383,13 @@ class _Exchange:
             attributes = span_attributes(self._scope, method, route, self._status, self.request_id, fields)
             name = method if route == UNMATCHED else f"{method} {route}"
             trace.end(name, attributes, str(fields.get("detail", "")) if self._status >= 500 else None)
+
+    @property
+    def _client(self) -> str:
+        """The address of the client, or an empty text if it is unknown."""
+        proxies = self._settings.trusted_proxies
+        forwarded = _joined(self._scope["headers"], b"x-forwarded-for") if proxies else b""
+        return client_address((self._scope.get("client") or ("",))[0], forwarded, proxies)
 
 
 async def _compressed(start: Message, body: Message) -> tuple[Message, Message]:

@@ -1,5 +1,5 @@
-"""Set the metrics that describe the state at the moment: the queue, the engine, the cache, the disk and the last
-backup. `GET /metrics` calls this before it answers."""
+"""Set the metrics that describe the state at the moment: the queue, the engine, the cache, the disk, the last backup,
+and the jobs. `GET /metrics` calls this before it answers."""
 
 import asyncio
 import logging
@@ -8,9 +8,11 @@ from typing import Final
 
 from service.backup import last_backup
 from service.errors import ServiceError
+from service.jobs.opened import OpenedJobs
 from service.search.partners import migrations_of
 from service.state import Service
 from service.tags import tag_parts
+from service.telemetry import Metrics
 
 STORE_LIMIT_S: Final = 2.0
 """The time limit for asking the vector store about the models of its collections, in seconds."""
@@ -20,7 +22,7 @@ CACHE_LIMIT_S: Final = 1.0
 log = logging.getLogger(__name__)
 
 
-async def observe(service: Service) -> None:
+async def observe(service: Service, jobs: OpenedJobs) -> None:
     """Set the metrics of the state at the moment. A part that cannot be observed does not affect the others."""
     metrics = service.metrics
     _observe_queues(service)
@@ -36,6 +38,21 @@ async def observe(service: Service) -> None:
     await observe_collections(service)
     backup = await asyncio.to_thread(last_backup, folder)
     metrics.last_backup.set(0 if backup is None else backup)
+    await _observe_jobs(jobs, metrics)
+
+
+async def _observe_jobs(jobs: OpenedJobs, metrics: Metrics) -> None:
+    """Set the metrics of jobs, if there is a job store."""
+    try:
+        figures = await asyncio.to_thread(jobs.figures)
+    except ServiceError as error:
+        log.warning("metrics of jobs: %s", error)
+        return
+    if figures is not None:
+        for state, count in figures.counts.items():
+            metrics.jobs.labels(state).set(count)
+        metrics.job_quiet.set(figures.quiet_s)
+        metrics.worker_heartbeat_age.set(figures.silent_s)
 
 
 def _observe_queues(service: Service) -> None:

@@ -94,7 +94,9 @@ class Settings(BaseSettings):
     )
 
     redis_url: str | None = Field(
-        None, description="Redis server for the cache: redis://[:password@]host:port/db; unset: cache in the process"
+        None,
+        description="Redis server for the cache and the rate limits, redis://[:password@]host:port/db; unset: each "
+        "process has its own",
     )
     redis_password_file: Path | None = Field(
         None, description="file with the password for redis_url and jobs_redis_url, which then must not contain one"
@@ -164,6 +166,19 @@ class Settings(BaseSettings):
         description="hosts from which clients may let the service fetch images: comma-separated names such as "
         "images.example.com, *.example.com or images.example.com:8443, or * for all public hosts; unset: none; see "
         "docs/image-urls.md",
+    )
+
+    rate_pixels_per_s: int | None = Field(
+        None,
+        ge=1,
+        le=10**12,
+        description="rate limit of each API key, or of each address without a key; unset: no limit; see docs/limits.md",
+    )
+    rate_burst_pixels: int | None = Field(
+        None, ge=1, le=10**15, description="what a client may use at once; unset: the rate limit of 60 seconds"
+    )
+    rate_request_pixels: int = Field(
+        50_000, ge=0, description="cost of a request in addition to its images, as a number of pixels"
     )
 
     queue_max_images: int = Field(
@@ -341,6 +356,29 @@ class Settings(BaseSettings):
                 f"max_body_bytes={self.max_body_bytes} must not exceed max_buffered_bytes={self.max_buffered_bytes}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _rate_and_burst_fit(self) -> Self:
+        rate, burst = self.rate_pixels_per_s, self.rate_burst_pixels
+        if rate is None:
+            if burst is not None:
+                raise ValueError(f"rate_burst_pixels={burst} needs a rate limit: set rate_pixels_per_s too")
+            return self
+        if self.burst_pixels < self.rate_request_pixels:
+            raise ValueError(
+                f"rate_request_pixels={self.rate_request_pixels} must not exceed the burst, which is "
+                f"{self.burst_pixels} pixels: no request could ever be answered"
+            )
+        if self.burst_pixels > rate * 24 * 3600:
+            raise ValueError(
+                f"rate_burst_pixels={burst} must not exceed the rate limit of one day, which is {rate * 24 * 3600}"
+            )
+        return self
+
+    @property
+    def burst_pixels(self) -> int:
+        """What a client may use at once, in pixels. 0 if there is no rate limit."""
+        return self.rate_burst_pixels or 60 * (self.rate_pixels_per_s or 0)
 
     @property
     def items_per_request(self) -> int:

@@ -95,8 +95,10 @@ class Metrics:
 
         self._add_requests(counter, gauge, histogram)
         self._add_images(counter, gauge, histogram)
+        self._add_limits(counter, gauge)
         self._add_store(gauge)
         self._add_process(counter, gauge)
+        self._add_jobs(gauge)
         for stage in STAGES:
             self.stage_seconds.labels(stage)
 
@@ -150,6 +152,27 @@ class Metrics:
             "image_urls_total", "URLs of images that were requested: fetched or failed.", "result"
         )
 
+    def _add_limits(self, counter: _Make[Counter], gauge: _Make[Gauge]) -> None:
+        self.rate_limited = counter(
+            "rate_limited_requests_total",
+            'Requests that a rate limit refused: all of them ("rate"), or images of a single costly request ("cost").',
+            "reason",
+        )
+        self.rate_limit_pixels = counter(
+            "rate_limit_pixels_total",
+            "Pixels that rate limits charged, by API key. Clients without a key are added up as _addresses, and keys "
+            f"beyond the first 100 as {OTHERS}.",
+            "client",
+        )
+        self.rate_limit_shared = gauge(
+            "rate_limit_shared", "1 if Redis shares the rate limits between processes; 0 if this process is alone."
+        )
+        self.rate_limit_events = counter(
+            "rate_limit_redis_events_total",
+            "Events of the rate limits in Redis: failed calls, skipped calls and recoveries.",
+            "event",
+        )
+
     def _add_store(self, gauge: _Make[Gauge]) -> None:
         self.index_recall = gauge(
             "index_recall_ratio", "Share of the true ten nearest items that sampled live searches found.", "collection"
@@ -197,6 +220,18 @@ class Metrics:
         )
         self.migration_pending_items = gauge(
             "migration_pending_items", "Items that a running migration has not embedded with the new model yet."
+        )
+
+    def _add_jobs(self, gauge: _Make[Gauge]) -> None:
+        self.jobs = gauge("jobs", "Jobs of this data folder in a state; finished jobs are kept for a while.", "state")
+        self.job_quiet = gauge(
+            "job_seconds_since_progress",
+            "Longest time for which a running job has shown neither progress nor output; 0: no job is running.",
+        )
+        self.worker_heartbeat_age = gauge(
+            "worker_heartbeat_age_seconds",
+            "Longest time since a worker reported that it is alive; 0: there are no workers. A worker that was killed "
+            "is forgotten after an hour.",
         )
 
     def count_request(

@@ -33,10 +33,11 @@ import numpy as np
 import numpy.typing as npt
 
 from model.artifact import Artifact
-from model.decode import DecodeLimits
+from model.decode import DecodeLimits, OnSize
 from model.engines.protocol import Engine
 from model.pooling import PARTS, Pooling, pool
 from model.preprocess import PreprocessSpec, crop_box, output_size, preprocess
+from service.costs import current_cost
 from service.errors import BrokenImage, InvalidRequest
 from service.features.batcher import Batcher
 from service.features.cache import Cache, cache_key
@@ -488,9 +489,11 @@ class Pipeline:
             del self._flights[key]
 
     async def _decode(self, image: bytes, spec: PreprocessSpec, *, keep_image: bool) -> _Decoded:
+        on_size = self._charging(spec)
+
         def work() -> _Decoded:
             started = time.perf_counter()
-            rgb = decode(image, self._decode_limits)
+            rgb = decode(image, self._decode_limits, on_size=on_size)
             decoded_at = time.perf_counter()
             try:
                 if spec != self._spec:
@@ -503,6 +506,19 @@ class Pipeline:
             return _Decoded(pixels, rgb if keep_image else None, size, started, decoded_at - started, preprocess_s)
 
         return await self._in_thread(self._decoders, work)
+
+    def _charging(self, spec: PreprocessSpec) -> OnSize | None:
+        """Return a function that adds the cost of an image to that of the current request: the pixels that are decoded,
+        and the pixels of the network's input. Return None if the request is not limited."""
+        cost, most = current_cost.get(), self._max_input_patches * self._patch_size**2
+        if cost is None:
+            return None
+
+        def charge(width: int, height: int) -> None:
+            input_height, input_width = output_size(height, width, spec)
+            cost.add(width * height + min(input_height * input_width, most))  # a larger input will be refused
+
+        return charge
 
     async def _in_thread(self, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         """Run `work` in a thread of the pool and return its result. If the caller is cancelled before `work` has begun,

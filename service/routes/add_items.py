@@ -155,13 +155,21 @@ def _request_key(request: Request, service: Service) -> str | None:
     Raises:
         InvalidRequest: the value is empty, too long or not printable ASCII, or the store does not support this header.
     """
-    key: str | None = request.headers.get(KEY_HEADER)
-    if key is None:
-        return None
-    if not _KEY.fullmatch(key):
-        raise InvalidRequest(f"{KEY_HEADER} must have 1 to 128 printable ASCII characters", param=KEY_HEADER)
-    if "idempotency" not in service.store.capabilities:
+    key = idempotency_key(request)
+    if key is not None and "idempotency" not in service.store.capabilities:
         raise InvalidRequest(f"{KEY_HEADER} is not supported by this vector store", param=KEY_HEADER)
+    return key
+
+
+def idempotency_key(request: Request) -> str | None:
+    """Return the value of the header `Idempotency-Key`, or None if the request has no such header.
+
+    Raises:
+        InvalidRequest: the value is empty, too long or not printable ASCII.
+    """
+    key: str | None = request.headers.get(KEY_HEADER)
+    if key is not None and not _KEY.fullmatch(key):
+        raise InvalidRequest(f"{KEY_HEADER} must have 1 to 128 printable ASCII characters", param=KEY_HEADER)
     return key
 
 

@@ -20,6 +20,8 @@ from service.errors import (
     ModelUnavailable,
     PayloadTooLarge,
     QueueFull,
+    RateLimited,
+    RequestTooCostly,
     ServiceError,
     ShuttingDown,
     StorageFailed,
@@ -34,6 +36,8 @@ Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 ALWAYS: Final[Errors] = (PayloadTooLarge, ServiceError, Unavailable, ShuttingDown, DeadlineExceeded)
 """The errors that `service/middleware.py` may raise on every route, apart from those for malformed requests."""
+LIMITED: Final[Errors] = (RateLimited,)
+"""The errors that `service/middleware.py` may also raise on routes below /v1/."""
 BODY: Final[Errors] = (BadRequest, UnsupportedMediaType, InvalidRequest)
 IMAGES: Final[Errors] = (
     *BODY,
@@ -41,6 +45,7 @@ IMAGES: Final[Errors] = (
     BrokenImage,
     ImageUrlFailed,
     ImageTooLarge,
+    RequestTooCostly,
     UnsupportedImage,
     EngineFailed,
     QueueFull,

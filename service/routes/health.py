@@ -80,7 +80,7 @@ async def metrics(request: Request) -> Response:
     Accept header asks for it. Only OpenMetrics has the ids of traces."""
     service = service_of(request)
     recorded = service.metrics
-    await observe(service)
+    await observe(service, request.app.state.jobs)
     try:
         async with asyncio.timeout(USAGE_LIMIT_S):
             recorded.set_usage(*await _usage(service.store))

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode
 from starlette.routing import BaseRoute
 
+from model.files import NAME_PATTERN as SCHEDULE_PATTERN
 from service.cors import SAFE_METHODS
 from service.errors import (
     ERRORS,
@@ -27,7 +28,7 @@ from service.errors import (
     Unauthenticated,
 )
 from service.routes.answers import JsonAnswer
-from service.routes.describe import ALWAYS, Operation, Upload, operation_of
+from service.routes.describe import ALWAYS, LIMITED, Operation, Upload, operation_of
 from service.routes.direct import DirectRoute, route_need
 from service.schema_base import NULL, Schema
 from service.search.checks import NAME_PATTERN
@@ -45,11 +46,14 @@ _PATH_PARAMETERS: Final[dict[str, Json]] = {
     "digest": {"type": "string", "pattern": "^[0-9a-f]{64}$", "description": "sha256 of an image, in hex"},
     "snapshot": {"type": "string", "description": "name of a snapshot, such as 20260131T235959.123Z"},
     "model": {"type": "string", "description": "one of the model's names"},
+    "job_id": {"type": "string", "description": "id of a job, such as train-0a1b2c3d4e"},
+    "schedule": {"type": "string", "pattern": SCHEDULE_PATTERN, "description": "name of a schedule"},
 }
 _REQUEST_HEADERS: Final[dict[str, str]] = {
     "X-Request-ID": "id of the request, which the answer and the log repeat; default: a new id",
     "Idempotency-Key": "key of 1 to 128 printable ASCII characters; a repeated request with the same key and the same "
-    "items changes nothing",
+    "content changes nothing",
+    "Last-Event-ID": "number of the last event that the client has received; the stream begins after this event",
     "Range": "part of the file to download, for example bytes=1000-",
 }
 _ANSWER_HEADERS: Final[dict[str, str]] = {
@@ -57,16 +61,34 @@ _ANSWER_HEADERS: Final[dict[str, str]] = {
     "Server-Timing": "duration of each stage in milliseconds",
     "Retry-After": "number of seconds after which the client should try again",
     "WWW-Authenticate": "how to authenticate, and which scope is needed",
+    "RateLimit": "what the client may still use, in pixels (draft-ietf-httpapi-ratelimit-headers)",
+    "RateLimit-Policy": "the client's limit (draft-ietf-httpapi-ratelimit-headers)",
     "X-Model": "name of the model",
     "X-Model-Fingerprint": "fingerprint of the model",
     "Content-Range": "position of the part in the file",
+    "Location": "path of the job or the schedule",
+    "X-Log-Position": "position after the text, which is the value of `after` for the next part",
+    "X-Log-Bytes": "number of bytes written to the log so far",
     "X-Depth-Min": "smallest depth in the picture, in metres",
     "X-Depth-Max": "largest depth in the picture, in metres",
     "X-Depth-Units-Per-Metre": "value in a 16-bit PNG that stands for one metre: 1000 or 256",
 }
+_STATUSES: Final[dict[int, str]] = {
+    200: "OK",
+    201: "Created",
+    202: "Accepted",
+    204: "No content",
+    206: "Part of the file",
+    503: "Not available",
+}
 
 
-_ERROR_HEADERS: Final = {401: ("WWW-Authenticate",), 403: ("WWW-Authenticate",), 503: ("Retry-After",)}
+_ERROR_HEADERS: Final = {
+    401: ("WWW-Authenticate",),
+    403: ("WWW-Authenticate",),
+    429: ("Retry-After", "RateLimit", "RateLimit-Policy"),
+    503: ("Retry-After",),
+}
 _KEY_SCHEME: Final = "apiKey"
 _SECURITY_SCHEMES: Final[dict[str, Json]] = {
     _KEY_SCHEME: {
@@ -273,16 +295,20 @@ def _successes(route: DirectRoute, operation: Operation, schemas: _Schemas) -> d
     for media_type in operation.media_types:
         content[media_type] = {"schema": {"type": "string"} if media_type.startswith("text/") else BINARY}
     headers = _headers("X-Request-ID", *operation.answer_headers)
-    descriptions = {200: "OK", 201: "Created", 206: "Part of the file", 503: "Not available"}
     return {
-        str(status): {"description": descriptions[status], "headers": headers, "content": dict(content)}
+        str(status): {
+            "description": _STATUSES[status],
+            "headers": headers,
+            "content": {} if status == 204 else dict(content),
+        }
         for status in operation.statuses
     }
 
 
 def _failures(errors: Iterable[type[ServiceError]], path: str, schemas: _Schemas) -> dict[str, Json]:
     codes = defaultdict[int, list[str]](list)
-    for kind in sorted({ERRORS[error] for error in (*errors, *ALWAYS)}):
+    limited = LIMITED if path.startswith("/v1/") else ()
+    for kind in sorted({ERRORS[error] for error in (*errors, *ALWAYS, *limited)}):
         codes[kind.status].append(kind.code)
     openai = path in OPENAI_PATHS
     media_type, schema = ("application/json", OpenAIError) if openai else ("application/problem+json", Problem)

@@ -131,6 +131,12 @@ async def _item(tmp_path: Path) -> httpx.Response:
         return await run.client.get("/v1/collections/shop/items/nobody")
 
 
+@provokes("job_not_found")
+async def _job(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        return await run.client.get("/v1/jobs/train-0")
+
+
 @provokes("method_not_allowed")
 async def _method(tmp_path: Path) -> httpx.Response:
     async with running(tmp_path) as run:
@@ -194,6 +200,19 @@ async def _payload(tmp_path: Path) -> httpx.Response:
 @provokes("image_too_large")
 async def _image_too_large(tmp_path: Path) -> httpx.Response:
     async with running(tmp_path, max_image_pixels=1000) as run:
+        return await run.client.post(EMBED, json={"input": base64_of(photo())})
+
+
+@provokes("request_too_costly")
+async def _costly(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path, rate_pixels_per_s=10, rate_burst_pixels=1000, rate_request_pixels=1) as run:
+        return await run.client.post(EMBED, json={"input": base64_of(photo())})
+
+
+@provokes("rate_limit_exceeded")
+async def _rate(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path, rate_pixels_per_s=10, rate_burst_pixels=1000, rate_request_pixels=1000) as run:
+        await run.client.get("/v1/models")
         return await run.client.post(EMBED, json={"input": base64_of(photo())})
 
 
@@ -305,7 +324,6 @@ async def test_what_is_no_fault_of_the_service_is_not_logged_as_one(tmp_path, ca
 
 NEVER_SENT = {
     "client_closed_request",  # nobody is left to read it; test_pipeline.py sees it in the metrics
-    "job_not_found",  # no route of jobs exists yet
 }
 
 
@@ -321,7 +339,8 @@ async def test_provoked_over_http(tmp_path, code):
         assert answer.headers["Content-Type"] == "application/json"
         error = body["error"]
         assert error["code"] == code
-        assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+        below_500 = "rate_limit_error" if status == 429 else "invalid_request_error"
+        assert error["type"] == ("server_error" if status >= 500 else below_500)
         assert error["message"]
         assert error["request_id"] == answer.headers["X-Request-ID"]
     else:
@@ -329,7 +348,7 @@ async def test_provoked_over_http(tmp_path, code):
         assert {"type", "title", "status", "detail", "instance", "code", "request_id"} <= set(body)
         assert (body["code"], body["status"], body["title"]) == (code, status, title)
         assert body["request_id"] == answer.headers["X-Request-ID"]
-    if code in ("queue_full", "shutting_down", "unavailable"):
+    if code in ("queue_full", "shutting_down", "unavailable", "rate_limit_exceeded"):
         assert int(answer.headers["Retry-After"]) >= 1
 
 

@@ -352,6 +352,8 @@ async def test_what_the_document_says_of_uploads_names_and_headers(tmp_path):
     assert document["components"]["schemas"]["SearchIn"]["properties"]["k"]["anyOf"][-1] == {"type": "null"}
     embeddings = document["paths"]["/v1/embeddings"]["post"]["responses"]
     assert "Retry-After" in embeddings["503"]["headers"]
+    assert {"Retry-After", "RateLimit", "RateLimit-Policy"} <= set(embeddings["429"]["headers"])
+    assert "429" not in document["paths"]["/livez"]["get"]["responses"]
     assert embeddings["422"]["content"] == {
         "application/json": {"schema": {"$ref": "#/components/schemas/OpenAIError"}}
     }
