@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import time
 import urllib.parse
@@ -41,29 +42,33 @@ def _has_worker() -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def _request_inside(project: Project, service: str, image: bytes) -> Any:
-    """Embed an image with the container of one Compose service, past the proxy."""
+def _request_inside(project: Project, service: str, image: bytes) -> tuple[Any, int]:
+    """Embed an image with the container of one Compose service, past the proxy. Return the JSON response, and how many
+    pixels are left of the client's rate limit."""
     code = (
-        "import sys, urllib.request; r = urllib.request.Request('http://127.0.0.1:8000/v1/embeddings', "
-        "bytes.fromhex(sys.stdin.read()), {'Content-Type': 'image/jpeg'}); "
-        "print(urllib.request.urlopen(r, timeout=10).read().decode())"
+        "import json, sys, urllib.request; r = urllib.request.Request('http://127.0.0.1:8000/v1/embeddings', "
+        "bytes.fromhex(sys.stdin.read()), {'Content-Type': 'image/jpeg'}); a = urllib.request.urlopen(r, timeout=10); "
+        "print(json.dumps([json.load(a), a.headers['RateLimit']]))"
     )
     container = project.container(service)
     command = ["docker", "exec", "-i", container, "python", "-c", code]
     answer = subprocess.run(command, input=image.hex().encode(), capture_output=True, check=True)
-    return json.loads(answer.stdout)
+    body, limit = json.loads(answer.stdout)
+    left = re.search(r";r=(\d+)", limit or "")
+    return body, int(left[1]) if left else 0
 
 
 def _check_shared(project: Project) -> None:
     """Check that a vector that one container computed is a cache hit in the other, and that both see each write."""
     image = noise()
-    first = _request_inside(project, "service", image)
-    second = _request_inside(project, "replica", image)
+    first, left = _request_inside(project, "service", image)
+    second, left_then = _request_inside(project, "replica", image)
     same = first["data"][0]["embedding"] == second["data"][0]["embedding"]
     expect(
         "a vector that one container computed is a cache hit in the other",
         computed(first) and not computed(second) and same,
     )
+    expect("both containers share the rate limits", 0 < left_then < left, f"{left} pixels left, then {left_then}")
     _put(project.proxy, COLLECTION, {})
     vector = first["data"][0]["embedding"]
     _put(project.service, f"{COLLECTION}/items/first", {"vector": vector})
