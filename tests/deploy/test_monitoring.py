@@ -166,6 +166,11 @@ def test_one_unit_test_is_a_healthy_service_and_covers_all_alerts() -> None:
     assert not any(case["exp_alerts"] for case in healthy["alert_rule_test"])
 
 
+def test_each_recorded_rule_has_a_unit_test_of_its_value() -> None:
+    expressions = " ".join(one["expr"] for test in unit_tests() for one in test.get("promql_expr_test", []))
+    assert metrics_in(expressions) == RECORDED
+
+
 def test_no_unit_test_is_about_an_alert_that_is_gone() -> None:
     assert {case["alertname"] for test in unit_tests() for case in test["alert_rule_test"]} == set(ALERTS)
 

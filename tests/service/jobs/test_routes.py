@@ -80,7 +80,7 @@ async def test_reading_creates_no_store(tmp_path):
         for method in ("GET", "DELETE"):
             assert (await run.client.request(method, "/v1/schedules/nightly")).json()["code"] == "not_found"
         assert not (tmp_path / "jobs").exists()
-        assert "dinov2_jobs{" not in metrics
+        assert 'dinov2_jobs{state="failed"} 0.0' in metrics
         await created(run)
         assert (tmp_path / "jobs" / "jobs.sqlite3").exists()
 
