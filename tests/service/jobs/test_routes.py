@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from service.jobs.kind import JobParams, Kind
 from service.jobs.kinds import KINDS as REAL_KINDS
 from service.jobs.opened import OpenedJobs, _Progress
 from service.jobs.records import NewJob, WorkerRow
@@ -291,15 +292,20 @@ async def test_hostile_bodies_and_queries(tmp_path):
             assert len(answer.content) < 4000
 
 
+class NestedParams(JobParams):
+    rules: dict[str, Any]
+
+
 @pytest.mark.parametrize(("depth", "status"), [(20, 202), (40, 422), (900, 422)])
 async def test_deep_parameters_are_refused_or_can_be_shown(tmp_path, depth, status):
-    (tmp_path / "datasets" / "shop").mkdir(parents=True)
     rules = b'{"a": ' * depth + b"1" + b"}" * depth
-    body = b'{"kind": "retrain", "data": "shop", "gate_rules": ' + rules + b"}"
+    body = b'{"kind": "nested", "rules": ' + rules + b"}"
     async with running(tmp_path) as run:
+        run.app.state.jobs.kinds = {"nested": Kind("take any rules", NestedParams, lambda context: None)}
         answer = await run.client.post(JOBS, content=body, headers={"Content-Type": "application/json"})
         listed = await run.client.get(JOBS)
     assert (answer.status_code, listed.status_code) == (status, 200)
+    assert status == 202 or "nested more than 32 levels deep" in answer.text
 
 
 async def test_unicode_in_parameters_is_kept(tmp_path):
