@@ -539,14 +539,14 @@ async def test_without_redis_each_process_limits_alone_until_redis_is_back(redis
     two, _ = shared_limits(redis_server.url)
 
     def shown() -> float | None:
-        return metrics.registry.get_sample_value("dinov2_rate_limit_shared")
+        return metrics.registry.get_sample_value("dinov2_rate_limit_degraded")
 
     assert await outcomes(one, 3) == [True] * 3
     assert await outcomes(two, 3) == [True] * 3
-    assert (shown(), caplog.records) == (1, [])
+    assert (shown(), caplog.records) == (0, [])
     redis_server.kill()
     assert await outcomes(one, 9) == [True] * 7 + [False] * 2  # it knows what its own requests cost
-    assert shown() == 0
+    assert shown() == 1
     [record] = caplog.records
     assert record.levelno == logging.WARNING
     assert "each process limits its clients alone: ConnectionError" in record.getMessage()
@@ -555,7 +555,7 @@ async def test_without_redis_each_process_limits_alone_until_redis_is_back(redis
     await asyncio.sleep(0.6)  # until the circuit breaker tries again
     caplog.clear()
     assert await outcomes(one, 5) == [True] * 4 + [False]  # Redis still has the six requests before its end
-    assert shown() == 1
+    assert shown() == 0
     assert [record.levelno for record in caplog.records] == [logging.INFO]
     events = {
         event: metrics.registry.get_sample_value("dinov2_rate_limit_redis_events_total", {"event": event})
