@@ -18,11 +18,16 @@ from cli import (
     export,
     find_region,
     heads,
+    jobs,
+    keys,
+    models,
+    originals,
     search,
     serving,
     train_head,
     training,
     verify,
+    worker,
 )
 from cli.shared import fail
 from cli.vision import Commands
@@ -64,13 +69,18 @@ for command in (
     training.average,
     training.report,
     export.export,
-    serving.models,
+    models.reindex,
     verify.verify,
     train_head.train_head,
+    worker.worker,
 ):
     app.command()(command)
 app.add_typer(collection.app, name="collections")
 app.add_typer(heads.app, name="heads")
+app.add_typer(keys.app, name="keys")
+app.add_typer(models.app, name="models")
+app.add_typer(originals.app, name="originals")
+app.add_typer(jobs.app, name="jobs")
 app.command("eval")(evaluate.evaluate)
 app.command("build-engine")(engines.build_engine)
 

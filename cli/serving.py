@@ -1,6 +1,5 @@
 """The commands `dinov2 serve`, `dinov2 embed` and `dinov2 models`, which serve, apply and list models."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +12,6 @@ from cli.shared import (
     ServedModelOption,
     decode_limits,
     fail,
-    readable_artifacts,
     settings_for,
 )
 from model.pooling import DEFAULT_POOLING, Pooling
@@ -104,26 +102,3 @@ def embed(
     typer.echo(account)
     if not report.embedded:
         raise typer.Exit(code=1)
-
-
-def models(
-    data_dir: ArtifactsDirOption = DATA,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
-    """List the local artifacts, and the published models that can be downloaded."""
-    from model.zoo import ENTRIES
-
-    local = [
-        {"path": str(path), "name": manifest.name, "fingerprint": manifest.fingerprint}
-        for path, manifest in readable_artifacts(data_dir)
-    ]
-    published = [{"name": entry.name, "licence": entry.licence, "url": entry.url} for entry in ENTRIES.values()]
-    if as_json:
-        typer.echo(json.dumps({"artifacts": local, "published": published}, indent=2))
-        return
-    typer.echo("Artifacts (dinov2 serve --model PATH):")
-    for row in local:
-        typer.echo(f"  {row['name']:<28} {row['fingerprint'][:8]}  {row['path']}")
-    typer.echo("Published (dinov2 serve --model NAME downloads and exports it once):")
-    for row in published:
-        typer.echo(f"  {row['name']:<28} {row['licence']}  {row['url']}")

@@ -40,6 +40,8 @@ from service.blas import use_one_blas_thread
 from service.errors import ServiceError
 from service.first_model import load_first
 from service.http_protocol import BoundedHttpProtocol
+from service.jobs.local import start_local_worker, stop_local_worker
+from service.security import check_reachable
 from service.settings import Settings, load_settings
 from service.starting import Starting
 from service.state import Lifecycle
@@ -74,8 +76,13 @@ def serve(overrides: Mapping[str, Any] | None = None) -> int:
     line, which take precedence over the environment. If the service cannot start, print the error and return 2."""
     try:
         settings = load_settings(overrides)
-        configure_logging(settings.log_level)
-        make_server(settings).run()
+        configure_logging(settings.log_level, settings.audit_log)
+        check_reachable(settings)
+        worker = start_local_worker(settings)
+        try:
+            make_server(settings, on_exit=worker.ask_to_stop if worker else None).run()
+        finally:
+            stop_local_worker(worker)
     except KeyboardInterrupt:  # the second Ctrl+C
         return 128 + signal.SIGINT
     except (ServiceError, ValueError, OSError, ModuleNotFoundError) as error:
@@ -116,8 +123,9 @@ def load(settings: Settings, report: Report) -> Loaded:
     return Loaded(app, opened.artifact, opened.engine)
 
 
-def make_server(settings: Settings) -> "DrainingServer":
-    """Return a server that listens, loads the model, and then answers requests with it."""
+def make_server(settings: Settings, on_exit: Callable[[], None] | None = None) -> "DrainingServer":
+    """Return a server that listens, loads the model, and then answers requests with it. `on_exit` is called when it
+    begins to shut down."""
 
     class HttpProtocol(BoundedHttpProtocol):
         header_timeout_s = settings.header_timeout_s
@@ -138,7 +146,12 @@ def make_server(settings: Settings) -> "DrainingServer":
         timeout_keep_alive=30,
     )
     return DrainingServer(
-        config, starting, partial(load, settings), grace_s=settings.shutdown_grace_s, root_path=settings.root_path
+        config,
+        starting,
+        partial(load, settings),
+        grace_s=settings.shutdown_grace_s,
+        root_path=settings.root_path,
+        on_exit=on_exit,
     )
 
 
@@ -164,12 +177,14 @@ class DrainingServer(uvicorn.Server):
         *,
         grace_s: float,
         root_path: str = "",
+        on_exit: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(config)
         self._root_path = root_path
         self._starting = starting
         self._load = load
         self._grace_s = grace_s
+        self._on_exit = on_exit
         self._lifecycle: Lifecycle | None = None  # None until the application is ready
         self._running = AsyncExitStack()
         self._drain_until: float | None = None
@@ -206,7 +221,9 @@ class DrainingServer(uvicorn.Server):
         self._starting.app = loaded.app
         gc.collect()
         gc.freeze()  # otherwise garbage collections would scan the objects made at startup and delay requests
-        print(greeting(loaded.artifact, loaded.engine, self._url() + self._root_path), flush=True)
+        needs_key = loaded.app.state.security.requires_keys
+        url = self._url() + self._root_path
+        print(greeting(loaded.artifact, loaded.engine, url, needs_key=needs_key), flush=True)
 
     async def shutdown(self, sockets: Any = None) -> None:
         """Stop listening, cancel the requests that are still running, and close the application. After a second signal,
@@ -226,6 +243,8 @@ class DrainingServer(uvicorn.Server):
             log.error("closing the application failed", exc_info=error)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._on_exit is not None:
+            self._on_exit()
         if self._lifecycle is None:  # still starting, so no request is running
             self.should_exit = True
             return
@@ -248,20 +267,22 @@ class DrainingServer(uvicorn.Server):
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def greeting(artifact: Artifact, engine: Engine, url: str) -> str:
+def greeting(artifact: Artifact, engine: Engine, url: str, *, needs_key: bool = False) -> str:
     """Return the startup message with the address, the model, and two example commands. The second command works
-    without an image file. With the demo model, the message says how to serve published weights."""
+    without an image file. With the demo model, the message says how to serve published weights. If requests need an API
+    key, the commands read it from the variable KEY."""
     png = io.BytesIO()
     Image.linear_gradient("L").resize((16, 16)).save(png, "PNG")
     example = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode("ascii")
+    key = '-H "Authorization: Bearer $KEY" ' if needs_key else ""
     demo = "the demo model; for DINOv2's published weights: make run MODEL=dinov2_vits14\n"
     return (
         f"\ndinov2-service on {url}  (docs: {url}/docs)\n"
         f"model {artifact.name} from {artifact.path}, "
         f"engine {engine.name} ({engine.precision})\n{demo if artifact.path.parent == BUNDLED_DIR else ''}\n"
-        f"  curl -s {url}/v1/embeddings -H 'Content-Type: image/jpeg' --data-binary @photo.jpg\n\n"
+        f"  curl -s {url}/v1/embeddings {key}-H 'Content-Type: image/jpeg' --data-binary @photo.jpg\n\n"
         f"or, without an image file:\n\n"
-        f"  curl -s {url}/v1/embeddings -H 'Content-Type: application/json' -d '{{\"input\": \"{example}\"}}'\n"
+        f"  curl -s {url}/v1/embeddings {key}-H 'Content-Type: application/json' -d '{{\"input\": \"{example}\"}}'\n"
     )
 
 

@@ -108,14 +108,45 @@ class ModelAnswer(TypedDict):
     patch_size: int
     input_size: list[int]
     preprocess: Annotated[dict[str, Any], DocumentedAs(PreprocessSpec)]
-    engine: str
-    precision: str
+    engine: Annotated[str | None, Field(description="runtime that computes its vectors; null: it was never loaded")]
+    precision: Annotated[str | None, Field(description="precision of its vectors; null: it was never loaded")]
     engines_tried: list[TriedEngine]
     parity: list[Annotated[dict[str, Any], DocumentedAs(ParityRecord)]]
     provenance: dict[str, Any]
     licence: str
     created_at: str
     heads: list[HeadAnswer]
+    state: Annotated[
+        Literal["live", "candidate", "former", "available", "retired"],
+        Field(description="live answers requests; former can be rolled back to; available was never live"),
+    ]
+    generation: Annotated[int | None, Field(description="number in the record of models; null: it was never live")]
+    live_since: Annotated[float | None, Field(description="seconds since 1970")]
+    keep_until: Annotated[
+        float | None, Field(description="end of the window for a rollback to a former model, in seconds since 1970")
+    ]
+    metrics: Annotated[dict[str, Any], Field(description="what was measured when it was compared with the live model")]
+
+
+class RolledBackAnswer(Identity):
+    """The answer to `POST /v1/models/rollback`."""
+
+    generation: int
+    collections: Annotated[list[str], Field(description="collections that have vectors of this model again")]
+    lacking: Annotated[
+        dict[str, int], Field(description="number of items in each collection that were written without an image")
+    ]
+    created_since: Annotated[
+        list[str], Field(description="collections that keep vectors of the other model, because they are newer")
+    ]
+
+
+class RemovedModel(TypedDict):
+    """The answer to `DELETE /v1/models/{name}`."""
+
+    id: str
+    object: Literal["model"]
+    deleted: Literal[True]
 
 
 class ModelsAnswer(TypedDict):
@@ -353,6 +384,33 @@ class DeletedItems(Identity):
     deleted: int
 
 
+class ImageReference(TypedDict):
+    """An item that refers to a stored image."""
+
+    collection: str
+    id: str
+
+
+class ErasedImage(TypedDict):
+    """The answer to `DELETE /v1/originals/{digest}`. `references` is the number of items that referred to the image,
+    and `items` lists the first of them."""
+
+    digest: str
+    erased: Literal[True]
+    bytes: int
+    references: int
+    items: list[ImageReference]
+    items_deleted: bool
+
+
+class ErasedImages(TypedDict):
+    """The answer to `POST /v1/originals/erase-unreferenced`. `erased` is false after a dry run."""
+
+    images: int
+    bytes: int
+    erased: bool
+
+
 class PatchMatch(TypedDict):
     """A part of the query's image (`query_box`) and the part of the result's image (`box`) that matches it."""
 
@@ -462,3 +520,6 @@ class ReadyzAnswer(Identity):
     status: Literal["ready", "degraded", "unready"]
     reasons: NotRequired[dict[str, str]]
     cache: CacheStatus
+    unsearchable_collections: Annotated[
+        int, Field(description="number of collections whose model is not loaded, so they cannot be searched by image")
+    ]

@@ -7,10 +7,11 @@ The engine, the cache and the store can be passed in, so that tests can use fake
 need a running event loop. So they are opened when the application starts, and closed in reverse order when it stops.
 """
 
+import asyncio
 import logging
 import platform
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,8 +24,9 @@ from starlette.types import ASGIApp
 from model.artifact import Artifact
 from model.engines.protocol import Engine, Tried
 from service.assembly import opened_service
-from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
+from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError, StorageFailed
 from service.features.cache import Cache
+from service.jobs.opened import OpenedJobs
 from service.limits import Limits
 from service.live_models import LiveModels, Record
 from service.middleware import Border, error_body
@@ -39,14 +41,27 @@ from service.routes import (
     find_region,
     health,
     items,
+    job_events,
+    jobs,
     models,
     openapi,
+    originals,
+    schedules,
     search,
     vision,
 )
-from service.routes.direct import accept_trailing_slash, allowed_methods, answers_get, head_route, tell_root_path
+from service.routes.direct import (
+    accept_trailing_slash,
+    allowed_methods,
+    answers_get,
+    head_route,
+    protect,
+    tell_root_path,
+)
+from service.scrape import observe_collections
 from service.search import opening
 from service.search.store import VectorStore
+from service.security import Security
 from service.settings import Settings
 from service.state import Lifecycle, Service
 from service.telemetry import Metrics
@@ -54,6 +69,7 @@ from service.tracing import open_tracing
 
 log = logging.getLogger(__name__)
 
+SAVE_LAST_USED_S = 60.0
 DESCRIPTION = """DINOv2 image features: embeddings, similarity search, segmentation, attention maps, depth, classes.
 
 Errors are RFC 9457 problems (`application/problem+json`). On `/v1/embeddings` they have OpenAI's format."""
@@ -88,16 +104,25 @@ def create_app(
         _version(),
         on_spans=lambda result, count: metrics.spans.labels(result).inc(count),
     )
-    start = _Start(settings, artifact, engine, tried, cache, open_store, metrics, Limits.of(settings, metrics), record)
+    limits, security = Limits.of(settings, metrics), Security(settings)
+    start = _Start(settings, artifact, engine, tried, cache, open_store, metrics, limits, security, record)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             if tracing is not None:
                 stack.push_async_callback(tracing.close)
+            stack.push_async_callback(asyncio.to_thread, app.state.jobs.close)
             app.state.service = await start.service(stack)
+            if names := await observe_collections(app.state.service):
+                log.warning(
+                    "the live model %s cannot search %s by image: embed them again with dinov2 reindex",
+                    app.state.service.artifact.name,
+                    ", ".join(names),
+                )
             if record is not None:
-                models = LiveModels(app.state.service, record, lambda service: setattr(app.state, "service", service))
+                app.state.service.generations = record.generations
+                models = LiveModels(app.state.service, record, partial(_go_live, app))
                 stack.push_async_callback(models.close)
                 await models.start()
             yield
@@ -117,9 +142,13 @@ def create_app(
         lifecycle=start.lifecycle,
         limits=start.limits,
         tracing=tracing,
+        security=start.security,
     )
+    app.state.security = start.security
     app.state.tracing = tracing
     app.state.lifecycle = start.lifecycle
+    app.state.jobs = OpenedJobs(settings)
+    app.state.streams = job_events.OpenStreams()
     app.state.cache_status = "ok"  # the status that /readyz logged last
     resources = (
         search,
@@ -131,9 +160,13 @@ def create_app(
         items,
         duplicates,
         find_region,
+        originals,
         vision,
         analyze,
         classify,
+        job_events,  # before `jobs`, because "events" would be the id of a job
+        jobs,
+        schedules,
         health,
     )
     routes = [route for resource in resources for route in resource.router.routes]
@@ -141,6 +174,7 @@ def create_app(
     for route in app.routes:  # the framework's own, for instance /docs
         accept_trailing_slash(route)
         tell_root_path(route, settings.root_path)
+        protect(route)
     # Put the routes before the framework's own, without the wrappers that `include_router` would add.
     app.router.routes[:0] = [*routes, *(head_route(route) for route in routes if answers_get(route))]
     app.add_exception_handler(HTTPException, _framework_error)
@@ -177,12 +211,15 @@ class _Start:
     open_store: Callable[[], Awaitable[VectorStore]] | None
     metrics: Metrics
     limits: Limits | None
+    security: Security
     record: Record | None = None
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
 
     async def service(self, stack: AsyncExitStack) -> Service:
         """Create the parts that need the event loop, warm up the engine, and return the service. Push callbacks that
         close these parts onto `stack`."""
+        self.security.open()
+        stack.push_async_callback(_stop_saving, asyncio.create_task(_save_last_used(self.security)), self.security)
         if self.limits is not None:
             stack.push_async_callback(self.limits.close)
         store = await self._store()
@@ -217,10 +254,33 @@ class _Start:
         self.metrics.index_recall.labels(collection).set(ratio)
 
 
+async def _save_last_used(security: Security) -> None:
+    """Store every minute when the API keys were last used."""
+    while True:
+        await asyncio.sleep(SAVE_LAST_USED_S)
+        with suppress(StorageFailed):  # the times are only information
+            await security.save_last_used()
+
+
+async def _stop_saving(task: asyncio.Task[None], security: Security) -> None:
+    """Stop the task that `_save_last_used` runs in, and store the times a last time."""
+    task.cancel()
+    with suppress(StorageFailed):
+        await security.save_last_used()
+
+
+async def _go_live(app: FastAPI, service: Service) -> None:
+    """Use another model for the requests that begin from now on."""
+    app.state.service = service
+    await observe_collections(service)
+
+
 async def _framework_error(request: Request, error: Exception) -> Response:
     """Return the response for an error that FastAPI or Starlette raised, for instance because no route has the
     requested path. It has the same format as the responses for the service's own errors."""
-    translated = _translated(request, error)
+    state = request.scope["state"]
+    # A sender without a key does not learn which routes there are.
+    translated = state["denial"] if "denial" in state else _translated(request, error)
     request.state.error = translated  # for the access log
     content_type, body = error_body(translated, request.url.path, request.state.request_id, request.app.state.root_path)
     return Response(

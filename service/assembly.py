@@ -19,6 +19,7 @@ from service.search.store import VectorStore
 from service.settings import Settings
 from service.state import Lifecycle, Service
 from service.telemetry import Metrics
+from service.web_images import WebImages
 
 
 @asynccontextmanager
@@ -45,7 +46,7 @@ async def opened_service(
         cache: the vector cache. If None, the cache that the settings specify is created.
         metrics, lifecycle: these objects of the process. If None, new ones are created.
     """
-    metrics = metrics or Metrics()
+    metrics, lifecycle = metrics or Metrics(), lifecycle or Lifecycle()
     async with AsyncExitStack() as stack:
         originals = Originals(settings.originals_place)
         stack.push_async_callback(originals.close)
@@ -53,17 +54,20 @@ async def opened_service(
         stack.push_async_callback(cache.close)
         pipeline = make_pipeline(settings, artifact, engine, cache, metrics)
         stack.push_async_callback(pipeline.close)
+        web_images = WebImages(settings, lifecycle, on_result=lambda result: metrics.image_urls.labels(result).inc())
+        stack.push_async_callback(web_images.close)
         yield Service(
             settings=settings,
             artifact=artifact,
             engine=engine,
             tried=tried,
             metrics=metrics,
-            lifecycle=lifecycle or Lifecycle(),
+            lifecycle=lifecycle,
             store=store,
             originals=originals,
             pipeline=pipeline,
             model=ServedModel(artifact, pipeline.forward_zeros, pipeline.forward_pixels),
+            web_images=web_images,
         )
 
 

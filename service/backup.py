@@ -6,7 +6,7 @@
 
 The service may run during a backup. Each snapshot is consistent: it contains its collection as it was at one moment.
 Two collections may be from different moments. The images are copied after the snapshot that refers to them. They still
-exist then, because stored images are never changed or deleted.
+exist then, unless an operator erases them in between (`service/erasure.py`). Such images are counted as not stored.
 
 A backup to the folder of an older backup copies only the images that are missing there. The older backup stays complete
 until `backup.json` is replaced. An interrupted backup can therefore be run again. A restore is atomic: it restores all

@@ -11,10 +11,13 @@ from typing import Final
 
 Headers = list[tuple[bytes, bytes]]
 
+SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+"""The methods that change nothing."""
 METHODS: Final = b"GET, HEAD, POST, PUT, PATCH, DELETE"
 EXPOSED: Final = (
     b"X-Request-ID, Retry-After, RateLimit, RateLimit-Policy, Server-Timing, Allow, Accept-Encoding, Accept-Ranges, "
-    b"Content-Disposition, Content-Encoding, Content-Range, ETag, X-Depth-Min, X-Depth-Max, X-Depth-Units-Per-Metre"
+    b"Content-Disposition, Content-Encoding, Content-Range, ETag, Location, WWW-Authenticate, X-Depth-Min, "
+    b"X-Depth-Max, X-Depth-Units-Per-Metre, X-Log-Bytes, X-Log-Position"
 )
 """The headers of an answer that a page may read, in addition to those that browsers always show to pages."""
 MAX_AGE_S: Final = 600
@@ -43,6 +46,10 @@ class Cors:
         self._origins = frozenset(origin.encode() for origin in origins)
         self._any = "*" in origins
 
+    def allows(self, origin: bytes) -> bool:
+        """Return whether pages of this origin may call the service."""
+        return self._any or origin.lower() in self._origins
+
     def headers(self, request: Mapping[bytes, bytes]) -> Headers:
         """Return the CORS headers for the answer to a request. `request` contains the headers of the request."""
         if self._any:
@@ -60,7 +67,7 @@ class Cors:
         origin = request.get(b"origin")
         if origin is None or b"access-control-request-method" not in request:
             return None
-        if not self._any and origin.lower() not in self._origins:
+        if not self.allows(origin):
             return None
         headers = [
             (b"access-control-allow-methods", METHODS),
@@ -69,3 +76,22 @@ class Cors:
         ]
         wanted = request.get(b"access-control-request-headers")
         return headers if wanted is None else [(b"access-control-allow-headers", wanted), *headers]
+
+
+def is_foreign(request: Mapping[bytes, bytes], cors: Cors | None) -> bool:
+    """Return whether a web page of another origin sent a request, and `cors` does not allow this origin. `request`
+    contains the headers of the request.
+
+    Browsers set `Sec-Fetch-Site` and `Origin` themselves, and pages cannot change them. Browsers older than 2023 do not
+    send `Sec-Fetch-Site`, and no browser sends it over plain HTTP except to this machine. Then the host in `Origin` is
+    compared with `Host`. Other clients send neither header.
+    """
+    origin, site = request.get(b"origin"), request.get(b"sec-fetch-site")
+    if site is None and origin is None:
+        return False
+    if origin is not None and cors is not None and cors.allows(origin):
+        return False
+    if site is not None:
+        return site not in (b"same-origin", b"none")
+    host = request.get(b"host", b"").lower()
+    return not host or (origin or b"").lower().partition(b"://")[2] != host

@@ -1,13 +1,14 @@
-"""Decode images that are sent in JSON: as data URLs, as plain base64, or in the objects that clients of other services
-send.
+"""Decode images that are sent in JSON: as data URLs, as plain base64, as links, or in the objects that clients of other
+services send.
 
-A text that is a link, a sentence or not valid base64 causes an error only for its own image. With `on_error=partial`,
-the other images are still processed.
+A text that is a sentence, not valid base64 or a link that cannot be fetched causes an error only for its own image.
+With `on_error=partial`, the other images are still processed.
 """
 
 import binascii
 import re
 import reprlib
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Final
 
@@ -16,6 +17,10 @@ from service.errors import BrokenImage, ImageTooLarge, InvalidRequest
 from service.off_loop import off_loop
 from service.outcomes import Outcome, attempt, successes
 from service.settings import Settings
+from service.web_images import WebImages
+
+Fetched = Mapping[str, Outcome[bytes]]
+"""The bytes or the error of each link in a request."""
 
 _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(;[^,]*)?,", re.ASCII | re.IGNORECASE)
 _LINK = re.compile(r"[a-z][a-z0-9+.-]{1,15}://", re.ASCII | re.IGNORECASE)
@@ -28,32 +33,60 @@ IMAGE_FIELDS: Final = ("image", "image_url", "image_base64", "source", "base64",
 """The fields that contain the image in an object. OpenAI, LiteLLM and vLLM use `image_url`; Jina `image`, `bytes` and
 `url`; Voyage and Cohere `image_base64` and `image_url` in `content`; and LangChain `source`, `data` and `base64`."""
 _MAX_NESTED: Final = 4
+_START: Final = 100  # enough characters to recognise a link
 _FORMS: Final = (
     'send a data URL (data:image/jpeg;base64,...), plain base64, or an object such as {"type": "image_url", '
     '"image_url": {"url": "data:image/jpeg;base64,..."}}'
 )
 
 
-async def decode_texts(texts: list[Any], settings: Settings) -> list[Outcome[bytes]]:
-    """Decode images from a JSON body. Return one outcome for each image, in order: the decoded bytes or an error."""
+async def decode_texts(texts: list[Any], settings: Settings, web: WebImages) -> list[Outcome[bytes]]:
+    """Decode images from a JSON body, and fetch those that are links. Return one outcome for each image, in order: its
+    bytes or an error."""
     found = [attempt(i, image_text, text) for i, text in enumerate(texts)]
+    fetched = await web.fetch_all(_links(found))
 
     def work() -> list[Outcome[bytes]]:
-        return [text.then(_decoded, settings.max_image_bytes) for text in found]
+        return [text.then(_decoded, settings.max_image_bytes, fetched) for text in found]
 
     return await off_loop(sum(map(len, successes(found))), work)
 
 
-def image_from_text(value: Any, max_bytes: int) -> bytes:
-    """Decode one image from a JSON body and return the bytes. `value` is a data URL, plain base64 or an object that
-    contains one of them. Line breaks, the URL-safe characters `-` and `_`, and missing padding are accepted.
+async def fetch_links(values: Iterable[Any], web: WebImages) -> Fetched:
+    """Fetch the images that are links. `values` are images of a JSON body. Invalid ones are ignored."""
+    return await web.fetch_all(_links(attempt(i, image_text, value) for i, value in enumerate(values)))
+
+
+def _links(texts: Iterable[Outcome[str]]) -> list[str]:
+    return [link for text in successes(texts) if (link := _link_in(text)) is not None]
+
+
+def _link_in(text: str) -> str | None:
+    """Return a text without surrounding spaces if it is a link, and None otherwise."""
+    return text.strip() if _LINK.match(text[:_START].lstrip()) else None
+
+
+def link_of(value: Any) -> str | None:
+    """Return the link to the image `value` of a JSON body, or None if the image is not sent as a link.
 
     Raises:
-        InvalidRequest: `value` contains no image, or it is a link, or a data URL without base64.
+        InvalidRequest: `value` contains no image.
+    """
+    return _link_in(image_text(value))
+
+
+def image_from_text(value: Any, max_bytes: int, fetched: Fetched) -> bytes:
+    """Decode one image from a JSON body and return the bytes. `value` is a data URL, plain base64, a link or an object
+    that contains one of them. Line breaks, the URL-safe characters `-` and `_`, and missing padding are accepted.
+    `fetched` contains the outcome of each link (see `fetch_links`).
+
+    Raises:
+        InvalidRequest: `value` contains no image, or a data URL without base64.
         ImageTooLarge: the image has more than `max_bytes` bytes.
         BrokenImage: the text is not valid base64.
+        ServiceError: the error of the link.
     """
-    return _decoded(image_text(value), max_bytes)
+    return _decoded(image_text(value), max_bytes, fetched)
 
 
 def image_text(value: Any, nested: int = 0) -> str:
@@ -94,8 +127,11 @@ def _text_in(fields: dict[str, Any], nested: int) -> str:
     return image_text(fields[present[0]], nested + 1)
 
 
-def _decoded(text: str, max_bytes: int) -> bytes:
-    """Decode a data URL or plain base64, and return the bytes. `image_from_text` lists the errors."""
+def _decoded(text: str, max_bytes: int, fetched: Fetched) -> bytes:
+    """Decode a data URL or plain base64, or take the bytes of a link, and return the bytes. `image_from_text` lists the
+    errors."""
+    if (link := _link_in(text)) is not None:
+        return fetched[link].result()
     start = 0
     if text[:1].isspace():
         text = text.lstrip()
@@ -104,8 +140,6 @@ def _decoded(text: str, max_bytes: int) -> bytes:
         if match is None or not (match[2] or "").lower().endswith(";base64"):
             raise InvalidRequest("a data URL must look like data:image/jpeg;base64,...")
         start = match.end()
-    elif _LINK.match(text):
-        raise InvalidRequest(f"the service does not fetch links: {_FORMS}")
     if (len(text) - start) // 4 * 3 > max_bytes + 2:
         raise ImageTooLarge(f"the image has about {(len(text) - start) // 4 * 3} bytes; the limit is {max_bytes}")
     payload = text[start:] if start else text

@@ -41,23 +41,23 @@ class ImageUrl(Schema):
 
     model_config = ConfigDict(extra="allow")
 
-    url: str = Field(description="data URL; a link is an error")
+    url: str = Field(description="data URL or https URL")
 
 
 class ImageObject(Schema):
     """An image as an object, in one of the forms that clients of other services send. Exactly one of the fields other
-    than `type` must be set."""
+    than `type` must be set. An https URL is an error unless the service fetches images from its host."""
 
     model_config = ConfigDict(extra="allow")
 
     type: str | None = Field(None, description="ignored")
-    image: str | None = Field(None, description="data URL or base64")
-    image_url: str | ImageUrl | None = Field(None, description="data URL; a link is an error")
-    image_base64: str | None = Field(None, description="data URL or base64")
-    base64: str | None = Field(None, description="data URL or base64")
-    data: str | None = Field(None, description="data URL or base64")
-    bytes: str | None = Field(None, description="data URL or base64")
-    url: str | None = Field(None, description="data URL; a link is an error")
+    image: str | None = Field(None, description="data URL, base64 or https URL")
+    image_url: str | ImageUrl | None = Field(None, description="data URL or https URL")
+    image_base64: str | None = Field(None, description="data URL, base64 or https URL")
+    base64: str | None = Field(None, description="data URL, base64 or https URL")
+    data: str | None = Field(None, description="data URL, base64 or https URL")
+    bytes: str | None = Field(None, description="data URL, base64 or https URL")
+    url: str | None = Field(None, description="data URL or https URL")
     source: dict[str, Any] | None = Field(None, description="object with the base64 text in `data`")
     content: list[dict[str, Any]] | None = Field(None, description="list with one image object")
 

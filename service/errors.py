@@ -3,6 +3,9 @@
     ServiceError                        500 internal_error
     ├── BadRequest                      400 bad_request
     │   └── UnsupportedDimensions       400 unsupported_dimensions
+    ├── Unauthenticated                 401 unauthenticated (WWW-Authenticate)
+    ├── MissingScope                    403 missing_scope (WWW-Authenticate)
+    ├── CrossOrigin                     403 cross_origin
     ├── NotFound                        404 not_found
     │   ├── ModelNotFound               404 model_not_found
     │   ├── CollectionNotFound          404 collection_not_found
@@ -19,6 +22,7 @@
     ├── RangeNotSatisfiable             416 range_not_satisfiable
     ├── InvalidRequest                  422 invalid_request
     │   ├── BrokenImage                 422 broken_image
+    │   ├── ImageUrlFailed              422 image_url_failed
     │   └── InvalidItems                422 invalid_items (or the status and code of an item)
     ├── RateLimited                     429 rate_limit_exceeded (Retry-After)
     ├── HeadTooLarge                    431 head_too_large
@@ -97,6 +101,22 @@ class BadRequest(ServiceError): ...
 class UnsupportedDimensions(BadRequest): ...
 
 
+class Unauthenticated(ServiceError):
+    """The error for a request without a valid API key. Only the audit log shows `reason` and `key_id`, because a client
+    must not learn whether a key exists. `challenge` is the value of the header WWW-Authenticate."""
+
+    def __init__(self, detail: str, *, challenge: str, reason: str, key_id: str | None = None) -> None:
+        super().__init__(detail, headers={"WWW-Authenticate": challenge})
+        self.reason = reason
+        self.key_id = key_id
+
+
+class MissingScope(ServiceError): ...
+
+
+class CrossOrigin(ServiceError): ...
+
+
 class NotFound(ServiceError): ...
 
 
@@ -143,6 +163,9 @@ class InvalidRequest(ServiceError): ...
 
 
 class BrokenImage(InvalidRequest): ...
+
+
+class ImageUrlFailed(InvalidRequest): ...
 
 
 class ItemErrorBody(TypedDict):
@@ -249,6 +272,9 @@ ERRORS: dict[type[ServiceError], ErrorKind] = {
     ServiceError: ErrorKind(500, "internal_error", "Internal error"),
     BadRequest: ErrorKind(400, "bad_request", "Bad request"),
     UnsupportedDimensions: ErrorKind(400, "unsupported_dimensions", "Dimensions not supported"),
+    Unauthenticated: ErrorKind(401, "unauthenticated", "No valid API key"),
+    MissingScope: ErrorKind(403, "missing_scope", "Scope missing"),
+    CrossOrigin: ErrorKind(403, "cross_origin", "Page of another origin"),
     NotFound: ErrorKind(404, "not_found", "Not found"),
     ModelNotFound: ErrorKind(404, "model_not_found", "Model not found"),
     CollectionNotFound: ErrorKind(404, "collection_not_found", "Collection not found"),
@@ -265,6 +291,7 @@ ERRORS: dict[type[ServiceError], ErrorKind] = {
     RangeNotSatisfiable: ErrorKind(416, "range_not_satisfiable", "Range not satisfiable"),
     InvalidRequest: ErrorKind(422, "invalid_request", "Invalid request"),
     BrokenImage: ErrorKind(422, "broken_image", "Broken image"),
+    ImageUrlFailed: ErrorKind(422, "image_url_failed", "Image URL failed"),
     InvalidItems: ErrorKind(422, "invalid_items", "Invalid items"),
     RateLimited: ErrorKind(429, "rate_limit_exceeded", "Rate limit exceeded"),
     HeadTooLarge: ErrorKind(431, "head_too_large", "Head too large"),

@@ -44,7 +44,7 @@ def load_first(settings: Settings, report: Callable[[str], object]) -> FirstMode
     else:
         path = _path_of(live, settings, report)
     report(f"loading {path.name}")
-    opened = _open(settings, path, settings.engine)
+    opened = open_model(settings, path, settings.engine)
     generation = generations.add(
         opened.artifact.fingerprint,
         opened.artifact.name,
@@ -66,10 +66,15 @@ def load_generation(settings: Settings, generation: Generation) -> Opened:
         ValueError, OSError, ModuleNotFoundError: the artifact is gone or damaged, or no engine can run it.
     """
     engine = f"{generation.engine}:{generation.precision}"
-    return _open(settings, artifact_of(generation, settings.data_dir), engine)
+    return open_model(settings, artifact_of(generation, settings.data_dir), engine)
 
 
-def _open(settings: Settings, path: Path, engine: str) -> Opened:
+def open_model(settings: Settings, path: Path, engine: str) -> Opened:
+    """Load the artifact at `path` and an engine for it.
+
+    Raises:
+        ValueError, OSError, ModuleNotFoundError: the artifact is damaged, or no engine can run it.
+    """
     artifact = load_artifact(path, derived_dir=settings.data_dir / "derived")
     photos = read_photos(settings.engine_photos, PHOTOS_AT_LOAD) if settings.engine_photos else None
     choice = choose_engine(artifact, engine, threads=settings.threads, photos=photos)

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -58,7 +58,7 @@ class LiveModels:
     """The models of one process. `service` is the service with the first model. `on_live` is called with the service of
     the generation that becomes live."""
 
-    def __init__(self, service: Service, record: Record, on_live: Callable[[Service], None]) -> None:
+    def __init__(self, service: Service, record: Record, on_live: Callable[[Service], Awaitable[None]]) -> None:
         self._base = service
         self._record = record
         self._on_live = on_live
@@ -120,9 +120,10 @@ class LiveModels:
             if generation.number not in self._loaded:
                 await self._load(generation)
         live = next((each for each in wanted if each.state == "live"), None)
+        self._base.loaded.is_behind = live is not None and live.number not in self._loaded
         if live is not None and live.number != self._live and live.number in self._loaded:
             self._live = live.number
-            self._on_live(self._loaded[live.number])
+            await self._on_live(self._loaded[live.number])
             log.info("generation %d is live: %s (%s)", live.number, live.name, live.precision)
         numbers = {each.number for each in wanted} | {self._live}
         for number in self._loaded.keys() - numbers:

@@ -46,6 +46,7 @@ from service.errors import (
 )
 from service.limits import Admission, Limits
 from service.off_loop import off_loop
+from service.security import Security, audit, is_audited
 from service.settings import Settings
 from service.state import Lifecycle
 from service.telemetry import Metrics, access_log, client_address, log_request
@@ -79,8 +80,10 @@ class Border:
         lifecycle: Lifecycle,
         limits: Limits | None = None,
         tracing: Tracing | None = None,
+        security: Security | None = None,
     ) -> None:
         self.app = app
+        self.security = security  # None while the service starts and every request gets the same answer
         self.settings = settings
         self.metrics = metrics
         self.lifecycle = lifecycle
@@ -102,6 +105,7 @@ class _Exchange:
         self._app, self._scope, self._receive, self._send = border.app, scope, receive, send
         self._settings, self._metrics, self._lifecycle = border.settings, border.metrics, border.lifecycle
         self._cors, self._limits, self._tracing = border.cors, border.limits, border.tracing
+        self._security = border.security
         self._admission: Admission | None = None
         prefix = self._settings.root_path
         if prefix and f"{scope['path']}/".startswith(f"{prefix}/"):  # the proxy has not removed it
@@ -152,6 +156,8 @@ class _Exchange:
                 raise self._scope["refusal"]
             if self._cors is not None and await self._answer_preflight(self._cors):
                 return
+            if self._security is not None:
+                self._security.admit(self._scope, self._headers)
             if counted and self._lifecycle.draining:
                 raise ShuttingDown("the service is shutting down", retry_after_s=1)
             _check_target(self._scope)
@@ -364,10 +370,13 @@ class _Exchange:
             method, route, self._status, seconds, self._received_bytes, code, None if trace is None else trace.trace_id
         )
         logged = access_log.isEnabledFor(logging.INFO)
-        if not logged and trace is None:
+        audited = is_audited(self._scope, error)
+        if not logged and not audited and trace is None:
             return
         proxies = self._settings.trusted_proxies
         fields = request_fields(self._scope, route, error, self._received_bytes, proxies, trace)
+        if audited:
+            audit(self._scope, self._status, error, self.request_id, fields.get("client"))
         if logged:
             log_request(method, route, self._status, seconds, self.request_id, **fields)
         if trace is not None:

@@ -28,7 +28,7 @@ from model.pooling import Pooling, width
 from model.preprocess import preprocess
 from service.errors import CollectionNotFound, Conflict, NotFound, ServiceError, StorageFailed, Unavailable
 from service.features.images import decode
-from service.generations import Generation, Generations
+from service.generations import Generation, Generations, State
 from service.ingest.embed import vectors_of
 from service.live_models import Opened
 from service.originals import Originals, photo_digest
@@ -59,6 +59,7 @@ class MigrationOptions:
     keep_s: the length of the window for a rollback, in seconds.
     share: the share of its time for which the copier may embed, above 0 and up to 1.
     replicas_s: how long to wait for replicas to load the model, in seconds.
+    promote: whether the model becomes live. If not, only the collections change.
     """
 
     collections: tuple[str, ...] | None = None
@@ -68,6 +69,7 @@ class MigrationOptions:
     batch_size: int = 8
     replicas_s: float = 900.0
     limits: DecodeLimits = DEFAULT_LIMITS
+    promote: bool = True
     reason: str = ""
 
 
@@ -144,16 +146,16 @@ class _Migration:
             artifact.fingerprint, artifact.name, self._path, engine.name, engine.precision, reason=self._options.reason
         )
         self._report.generation = candidate.number
-        await self._end_earlier(live, candidate)
-        try:
-            names = await self._wanted()
-            await self._prepare(names)
-        except (Conflict, StorageFailed):
-            await abandon(self._places, candidate)
-            raise
+        names = await self._decided(candidate)
+        await self._end_earlier(candidate)
         await self._switch(names, candidate, live)
-        await self._follow_stragglers(live, candidate)
+        if self._options.collections is None:
+            # A replica may have created a collection with the old model at the moment of the switch.
+            await asyncio.sleep(2 * WAIT_S)
+            if names := [name for name in await self._decided(candidate) if name not in self._report.switched]:
+                await self._switch(names, candidate, live)
         await self._end_without_rollback()
+        await retire_unused(self._places, keep=[candidate.number], states=("candidate",))
         await self._tell("done")
         return self._report
 
@@ -163,7 +165,20 @@ class _Migration:
         if answer is not None:
             await answer
 
-    async def _end_earlier(self, live: Generation | None, candidate: Generation) -> None:
+    async def _decided(self, candidate: Generation) -> list[str]:
+        """Return the names of the collections to re-embed, after deciding about items whose image cannot be read."""
+        try:
+            names = [name for name in await self._wanted() if name not in self._report.kept]
+            await self._tell("listing items without a readable image")
+            for name in names:
+                await self._survey(name)
+            return await self._without_lost(names)
+        except (Conflict, StorageFailed):
+            if candidate.state != "live":
+                await abandon(self._places, candidate)
+            raise
+
+    async def _end_earlier(self, candidate: Generation) -> None:
         """End the window of an earlier switch, because a collection can have only one second set of vectors.
         Collections that this migration has switched already keep theirs."""
         if "migrations" in self._places.store.capabilities:
@@ -171,9 +186,8 @@ class _Migration:
             for pair in await migrations.partnerships():
                 if candidate.model not in (model_of(pair.partner.tag), model_of(pair.collection.tag)):
                     await migrations.end(pair.collection.name)
-        for each in self._places.generations.all() if candidate.state != "live" else ():
-            if each.state in ("former", "candidate") and each.number not in (candidate.number, live and live.number):
-                self._places.generations.retire(each.number)
+        states: tuple[State, ...] = ("candidate",) if candidate.state == "live" else ("candidate", "former")
+        await retire_unused(self._places, keep=[candidate.number], states=states)
 
     async def _end_without_rollback(self) -> None:
         """Delete the former vectors of collections whose old model is not the one that a rollback would make live."""
@@ -228,20 +242,12 @@ class _Migration:
 
     # ---- embedding
 
-    async def _prepare(self, names: list[str]) -> None:
-        """Give each collection a partner, and decide about the items whose image cannot be read. Collections that stay
-        on the old model are removed from `names`."""
-        if not names:
-            return
-        migrations = migrations_of(self._places.store)
-        for name in names:
-            info = await self._places.store.info(name)
-            pooling = tag_parts(info.tag).pooling
-            assert pooling is not None
-            await migrations.start(name, self._tag(info), self._dimension(pooling))
-        await self._tell("listing items without a readable image")
-        for name in names:
-            await self._survey(name)
+    async def _without_lost(self, names: list[str]) -> list[str]:
+        """Decide about the items whose image cannot be read. Return the collections that are re-embedded anyway.
+
+        Raises:
+            Conflict: there are such items, and the options refuse them.
+        """
         self._report.lost = {name: sorted(ids) for name, ids in self._lost.items() if ids}
         if self._report.lost and self._options.lost == "refuse":
             count = sum(map(len, self._report.lost.values()))
@@ -251,16 +257,14 @@ class _Migration:
                 f"{ids[0]!r} of {name!r}: drop them (lost=drop), or keep their collections on the old model (lost=keep)"
             )
         if self._options.lost == "keep":
-            for name in self._report.lost:
-                names.remove(name)
-                self._report.kept.append(name)
-                await migrations.end(name)
+            self._report.kept += [name for name in names if self._report.lost.get(name)]
+        return [name for name in names if name not in self._report.kept]
 
     async def _survey(self, name: str) -> None:
         """Note the items whose image is neither stored nor at a source that may be read."""
-        lost = self._lost.setdefault(name, {})
+        lost, tag = self._lost.setdefault(name, {}), self._tag(await self._places.store.info(name))
         after = 0
-        while page := await migrations_of(self._places.store).missing(name, after=after, limit=PAGE):
+        while page := await migrations_of(self._places.store).missing(name, tag, after=after, limit=PAGE):
             after = page[-1].number
             for item in page:
                 if not await self._has_image(item):
@@ -275,14 +279,20 @@ class _Migration:
     async def _fill(self, name: str) -> bool:
         """Embed the items that the partner of a collection lacks. Return whether any were embedded."""
         migrations, lost = migrations_of(self._places.store), self._lost.setdefault(name, {})
+        info = await self._places.store.info(name)
+        tag, pooling = self._tag(info), tag_parts(info.tag).pooling
+        assert pooling is not None
+        if info.tag == tag:
+            return False  # switched before this migration was interrupted
+        await migrations.start(name, tag, self._dimension(pooling))
         after, added = 0, 0
-        while page := await migrations.missing(name, after=after, limit=self._options.batch_size):
+        while page := await migrations.missing(name, tag, after=after, limit=self._options.batch_size):
             after = page[-1].number
             wanted = [item for item in page if lost.get(item.id) != item.number]
             if not wanted:
                 continue
             started = time.monotonic()
-            added += await self._embed(name, wanted)
+            added += await self._embed(name, wanted, tag, pooling)
             self._report.embedded += len(wanted)
             self._report.pending = sum(pair.missing for pair in await migrations.partnerships())
             await self._tell(f"embedding {name}")
@@ -290,14 +300,11 @@ class _Migration:
             await asyncio.sleep(busy * (1 / self._options.share - 1))
         return added > 0
 
-    async def _embed(self, name: str, wanted: Sequence[Missing]) -> int:
+    async def _embed(self, name: str, wanted: Sequence[Missing], tag: str, pooling: Pooling) -> int:
         images = [await self._read(name, item) for item in wanted]
         readable = [(item, image) for item, image in zip(wanted, images, strict=True) if image is not None]
-        [pair] = [pair for pair in await self._partners() if pair.collection.name == name]
-        pooling = tag_parts(pair.partner.tag).pooling
-        assert pooling is not None
         filled = await asyncio.to_thread(self._vectors, name, readable, pooling)
-        return await migrations_of(self._places.store).fill(name, pair.partner.tag, filled) if filled else 0
+        return await migrations_of(self._places.store).fill(name, tag, filled) if filled else 0
 
     async def _partners(self) -> list[Partnership]:
         return await migrations_of(self._places.store).partnerships()
@@ -360,13 +367,14 @@ class _Migration:
             await self._wait_for_replicas(candidate)
             if await self._try_switch(names, last=attempt == MOVED - 1):
                 break
-        await asyncio.to_thread(
-            self._places.generations.promote,
-            candidate.number,
-            expected=live.number if live else None,
-            keep_s=self._options.keep_s,
-            reason=self._options.reason,
-        )
+        if self._options.promote:
+            await asyncio.to_thread(
+                self._places.generations.promote,
+                candidate.number,
+                expected=live.number if live else None,
+                keep_s=self._options.keep_s,
+                reason=self._options.reason,
+            )
         self._report.switched += names
         await self._tell("switched")
 
@@ -393,7 +401,8 @@ class _Migration:
         lost, after, count = self._lost.get(name, {}), 0, 0
         if not lost:
             return 0
-        while page := await migrations_of(self._places.store).missing(name, after=after, limit=PAGE):
+        tag = self._tag(await self._places.store.info(name))
+        while page := await migrations_of(self._places.store).missing(name, tag, after=after, limit=PAGE):
             after = page[-1].number
             count += sum(lost.get(item.id) == item.number for item in page)
         return count
@@ -412,16 +421,6 @@ class _Migration:
             await self._tell(f"waiting for {len(waiting)} replicas to load the model")
             await asyncio.sleep(WAIT_S)
 
-    async def _follow_stragglers(self, live: Generation | None, candidate: Generation) -> None:
-        """Migrate collections that a replica created with the old model at the moment of the switch."""
-        if self._options.collections is not None:
-            return
-        await asyncio.sleep(2 * WAIT_S)
-        names = [name for name in await self._wanted() if name not in self._report.kept]
-        if names:
-            await self._prepare(names)
-            await self._switch(names, candidate, live)
-
 
 def model_of(tag: str) -> tuple[str, str]:
     """Return the fingerprint and the precision in a tag, which identify a generation."""
@@ -436,7 +435,37 @@ async def abandon(places: Places, candidate: Generation) -> None:
         for pair in await migrations.partnerships():
             if pair.role == "candidate" and model_of(pair.partner.tag) == candidate.model:
                 await migrations.end(pair.collection.name)
-    await asyncio.to_thread(places.generations.retire, candidate.number)
+    others = [each.number for each in places.generations.all() if each.number != candidate.number]
+    await retire_unused(places, keep=others, states=("candidate",))
+
+
+async def abandon_all(places: Places) -> None:
+    """Delete the vectors of every candidate, and retire candidates of which no collection has vectors.
+
+    Raises:
+        Conflict: a migration is running.
+    """
+    lock = lock_file(places.data_dir / "migration.lock")
+    if lock is None:
+        raise Conflict("a migration is running: cancel it first")
+    with lock:
+        if "migrations" in places.store.capabilities:
+            migrations = migrations_of(places.store)
+            for pair in await migrations.partnerships():
+                if pair.role == "candidate":
+                    await migrations.end(pair.collection.name)
+        await retire_unused(places, keep=(), states=("candidate",))
+
+
+async def retire_unused(places: Places, *, keep: Sequence[int], states: Sequence[State]) -> None:
+    """Retire the generations in these states of which no collection has vectors, except those with the numbers in
+    `keep`."""
+    used = {model_of(info.tag) for info in await places.store.collections()}
+    if "migrations" in places.store.capabilities:
+        used |= {model_of(pair.partner.tag) for pair in await migrations_of(places.store).partnerships()}
+    for each in await asyncio.to_thread(places.generations.all):
+        if each.state in states and each.model not in used and each.number not in keep:
+            await asyncio.to_thread(places.generations.retire, each.number)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,10 @@ image is always complete. Object stores give the same guarantee. On other file s
 partial file. Reading a partial file raises an error, because the sha256 of its content differs from its name. The next
 write of the same image replaces the partial file, because its size is wrong.
 
-This module never deletes an image, because several items may share one image, even in different collections.
+Several items may share one image, even in different collections. So an image stays when an item is deleted. The module
+`service/erasure.py` finds out which images are no longer needed, and erases them with `Originals.erase`. To make this
+safe while other requests store images, `put` renews the time stamp of an image that is already stored, and `erase`
+spares images with a new time stamp.
 
 Exceptions of the storage packages are translated to `StorageFailed` errors, which contain no paths or addresses.
 """
@@ -19,9 +22,10 @@ import asyncio
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
@@ -34,8 +38,16 @@ from service.errors import NotFound, ServiceError, StorageFailed
 THREADS: Final = 4
 """The number of threads, and so the highest number of concurrent calls to the storage. It is small because each call
 has an image in memory."""
+RENEW_AFTER_S: Final = 60.0
+RENEW_REMOTE_AFTER_S: Final = 12 * 3600.0
+"""The age of a stored image from which `put` renews its time stamp. In a remote storage, this means to send the image
+again, so it is done more rarely."""
 SCHEME: Final = "original:"
-_DIGEST: Final = re.compile("[0-9a-f]{64}")
+_ERASING: Final = ".erasing"
+_TIME_FIELDS: Final = ("LastModified", "last_modified")  # s3fs and adlfs
+SHA256: Final = re.compile("[0-9a-f]{64}")
+"""The form of a digest: the sha256 of an image in hex."""
+"""The form of a digest: the sha256 of an image in hex."""
 T = TypeVar("T")
 
 
@@ -48,7 +60,7 @@ def source_of(digest: str) -> str:
 def digest_of(source: str | None) -> str | None:
     """Return the digest in `source` if it is a text that `source_of` returned. Otherwise return None."""
     digest = (source or "").removeprefix(SCHEME)
-    return digest if source is not None and source.startswith(SCHEME) and _DIGEST.fullmatch(digest) else None
+    return digest if source is not None and source.startswith(SCHEME) and SHA256.fullmatch(digest) else None
 
 
 class HasPhoto(Protocol):
@@ -106,6 +118,29 @@ class Originals:
         """
         return await self._call(self._size_of, digest)
 
+    async def renew(self, digest: str) -> bool:
+        """Renew the time stamp of a stored image, so that `erase` spares it, and return True. Return False if the image
+        is not stored, or if it is in a remote storage and must be sent again for a new time stamp."""
+        return await self._call(self._renew_if_old, self._path(digest))
+
+    async def stored_before(self, time_s: float) -> dict[str, int]:
+        """Return the digests of the images whose time stamp is older than `time_s` (in seconds since 1970), with their
+        sizes in bytes."""
+        return await self._call(self._stored_before, time_s)
+
+    async def erase(self, digest: str, *, unless_since: float | None = None) -> int | None:
+        """Delete the image with this sha256 and return its size in bytes. If its time stamp is not older than
+        `unless_since` (in seconds since 1970), keep it and return None.
+
+        In a local folder, no image that is stored at the same time is lost. In a remote storage, an image is lost if it
+        is stored again between the two calls that read its time stamp and delete it.
+
+        Raises:
+            NotFound: the image is not stored.
+            StorageFailed: the image cannot be deleted.
+        """
+        return await self._call(self._erase, digest, unless_since)
+
     async def missing_bytes(self, target: "Originals") -> int:
         """Return the total size of the images that `target` does not have, in bytes. This storage is a local folder."""
         return await self._call(self._missing_bytes, target)
@@ -133,7 +168,8 @@ class Originals:
         digest = hashlib.sha256(data).hexdigest()
         path = self._path(digest)
         with _translated("stored"):
-            exists = self._size(path) == len(data)
+            info = self._info(path)
+            exists = info is not None and info["size"] == len(data) and self._renew_if_old(path, info)
             if isinstance(self._fs, LocalFileSystem):
                 _put_local(Path(path), None if exists else data)
             elif not exists:
@@ -158,10 +194,65 @@ class Originals:
             raise StorageFailed(f"the stored image {digest} is damaged: its sha256 differs")
         return data
 
+    def _renew_if_old(self, path: str, info: Mapping[str, Any] | None = None) -> bool:
+        """See `renew`."""
+        local = isinstance(self._fs, LocalFileSystem)
+        try:
+            age = time.time() - self._modified(path, info)
+            if local and age > RENEW_AFTER_S:
+                os.utime(path)
+                os.stat(path)  # `erase` may have renamed the file while `utime` ran, before its time was set
+        except FileNotFoundError:  # erased at this moment
+            return False
+        except NotImplementedError:  # a storage without time stamps; `erase` refuses to work with it
+            return True
+        return local or age <= RENEW_REMOTE_AFTER_S
+
+    def _modified(self, path: str, info: Mapping[str, Any] | None = None) -> float:
+        """Return the time stamp of a file in seconds since 1970. `info` is what the storage says about the file, if it
+        was already asked.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            NotImplementedError: the storage has no time stamps.
+        """
+        if isinstance(self._fs, LocalFileSystem):
+            return os.stat(path).st_mtime
+        listed = [info[name] for name in _TIME_FIELDS if name in info] if info else []
+        modified: float = (listed[0] if listed else self._fs.modified(path)).timestamp()
+        return modified
+
+    def _stored_before(self, time_s: float) -> dict[str, int]:
+        with _translated("listed"):
+            if isinstance(self._fs, LocalFileSystem):
+                for aside in Path(self._root).glob(f"*/*/*{_ERASING}"):  # of a process that was killed
+                    _put_back(aside, aside.with_name(aside.name.removesuffix(_ERASING)))
+            found = {}
+            for path, info in self._fs.find(self._root, detail=True).items():
+                digest = path.rpartition("/")[2]
+                with suppress(FileNotFoundError):  # erased by another process
+                    if SHA256.fullmatch(digest) and self._modified(path, info) < time_s:
+                        found[digest] = info["size"]
+            return found
+
+    def _erase(self, digest: str, unless_since: float | None) -> int | None:
+        path = self._path(digest)
+        with _translated("erased"):
+            try:
+                if isinstance(self._fs, LocalFileSystem):
+                    return _erase_local(Path(path), unless_since)
+                if unless_since is not None and self._modified(path) >= unless_since:
+                    return None
+                size: int = self._fs.info(path)["size"]
+                self._fs.rm_file(path)
+                return size
+            except FileNotFoundError as error:
+                raise NotFound(f"the image {digest} is not stored") from error
+
     def _missing_bytes(self, target: "Originals") -> int:
         with _translated("looked up"):
             images = ((path, path.stat().st_size) for path in Path(self._root).glob("*/*/*"))
-            found = ((path.name, size) for path, size in images if _DIGEST.fullmatch(path.name))
+            found = ((path.name, size) for path, size in images if SHA256.fullmatch(path.name))
             return sum(size for digest, size in found if target._size(target._path(digest)) != size)
 
     def _size_of(self, digest: str) -> int | None:
@@ -171,14 +262,19 @@ class Originals:
     def _size(self, path: str) -> int | None:
         """Return the size of a file in bytes, or None if there is no such file or the storage does not know its
         size."""
+        info = self._info(path)
+        return info["size"] if info is not None and isinstance(info["size"], int) else None
+
+    def _info(self, path: str) -> dict[str, Any] | None:
+        """Return what the storage knows about a file, or None if there is no such file."""
         try:
-            size = self._fs.info(path)["size"]
+            info: dict[str, Any] = self._fs.info(path)
         except FileNotFoundError:
             return None
-        return size if isinstance(size, int) else None
+        return info
 
     def _path(self, digest: str) -> str:
-        assert _DIGEST.fullmatch(digest), digest
+        assert SHA256.fullmatch(digest), digest
         return f"{self._root}/{digest[:2]}/{digest[2:4]}/{digest}"
 
 
@@ -208,6 +304,27 @@ def _put_local(path: Path, data: bytes | None) -> None:
         sync(path.parent)
     for folder in (path.parent.parent, root, *([root.parent] if root_is_new else [])):
         sync(folder)
+
+
+def _erase_local(path: Path, unless_since: float | None) -> int | None:
+    """See `Originals.erase`. The file is renamed before its time stamp is read. A request that stores the same image
+    has either renewed the time stamp before, or finds no file and writes a new one."""
+    aside = path.with_name(path.name + _ERASING)
+    path.rename(aside)
+    stat = aside.stat()
+    if unless_since is not None and stat.st_mtime >= unless_since:
+        _put_back(aside, path)
+        return None
+    aside.unlink()
+    sync(path.parent)
+    return stat.st_size
+
+
+def _put_back(aside: Path, path: Path) -> None:
+    """Undo the renaming of an image, unless another process has done this or has stored the image again."""
+    with suppress(FileNotFoundError, FileExistsError):
+        path.hardlink_to(aside)
+    aside.unlink(missing_ok=True)
 
 
 @contextmanager

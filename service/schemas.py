@@ -97,8 +97,8 @@ class ItemIn(Body):
     )
     image: Image = Field(
         None,
-        description="image as a data URL, as base64, or as an object that contains one of them; required if there "
-        "is no vector",
+        description="image as a data URL, base64 or https URL, or as an object that contains one of them; required if "
+        "there is no vector",
     )
     vector: Vector = Field(None, description="vector that was computed elsewhere; the service scales it to length 1")
     fingerprint: Fingerprint | None = Field(
@@ -107,7 +107,7 @@ class ItemIn(Body):
     source: str | None = Field(
         None,
         max_length=MAX_SOURCE_CHARACTERS,
-        description="path or URL of the image, or any other text; stored unchanged",
+        description="path or URL of the image, or any other text; stored unchanged; default: the URL if `image` is one",
     )
     metadata: dict[str, Any] = Field(default_factory=dict, description="JSON object that searches return and filter by")
 
@@ -276,6 +276,21 @@ class AliasIn(Body):
     collection: CollectionName = Field(description="collection that the alias will point to")
 
 
+class RollbackIn(Body):
+    """The body of `POST /v1/models/rollback`."""
+
+    force: bool = Field(False, description="go back even if items were written without an image since the switch")
+    keep_hours: float = Field(
+        24.0, ge=0, le=8760, description="time in hours for which going forward again is possible", allow_inf_nan=False
+    )
+
+
+class RemoveModelIn(Body):
+    """The body of `DELETE /v1/models/{name}`."""
+
+    force: bool = Field(False, description="remove the model even if collections have vectors of it")
+
+
 class SnapshotIn(Body):
     """The body of `POST /v1/collections/{name}/snapshots`. It has no fields."""
 
@@ -287,6 +302,24 @@ class RestoreIn(Body):
     source: CollectionName | None = Field(
         None, alias="from", description="collection from which the snapshot was taken; default: the name in the path"
     )
+
+
+# Stored images
+
+
+class EraseImageQuery(Schema):
+    """The query parameters of `DELETE /v1/originals/{digest}`."""
+
+    items: Literal["refuse", "keep", "delete"] = Field(
+        "refuse",
+        description="if items refer to the image: refuse to erase it, keep the items without it, or delete them too",
+    )
+
+
+class EraseImagesIn(Body):
+    """The body of `POST /v1/originals/erase-unreferenced`."""
+
+    dry_run: bool = Field(False, description="erase nothing, and only count the images")
 
 
 # Searching
@@ -308,7 +341,9 @@ Score = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 class PartIn(Body):
     """One part of a combined query. It has exactly one of `image`, `vector` and `id`."""
 
-    image: Image = Field(None, description="image as a data URL, as base64, or as an object that contains one of them")
+    image: Image = Field(
+        None, description="image as a data URL, base64 or https URL, or as an object that contains one of them"
+    )
     vector: QueryVector = None
     fingerprint: ModelPrint | None = Field(None, description="fingerprint of the model that made `vector`")
     id: ItemId | None = Field(None, description="id of an item of the collection")
@@ -356,7 +391,9 @@ class MaskIn(Body):
 class RegionIn(Body):
     """A region of an image. It has either `box` or `mask`."""
 
-    image: Image = Field(description="image as a data URL, as base64, or as an object that contains one of them")
+    image: Image = Field(
+        description="image as a data URL, base64 or https URL, or as an object that contains one of them"
+    )
     box: Annotated[list[Side] | None, FailFast()] = Field(
         None, min_length=4, max_length=4, description="[x, y, width, height] in pixels of the upright image"
     )
@@ -401,7 +438,9 @@ class QueryIn(Ranking):
 
     model_config = ConfigDict(strict=True)
 
-    image: Image = Field(None, description="image as a data URL, as base64, or as an object that contains one of them")
+    image: Image = Field(
+        None, description="image as a data URL, base64 or https URL, or as an object that contains one of them"
+    )
     vector: QueryVector = None
     fingerprint: ModelPrint | None = Field(None, description="fingerprint of the model that made `vector`")
     id: ItemId | None = Field(

@@ -1,5 +1,5 @@
-"""Set the metrics that describe the state at the moment: the queue, the engine, the cache, the disk and the last
-backup. `GET /metrics` calls this before it answers."""
+"""Set the metrics that describe the state at the moment: the queue, the engine, the cache, the disk, the last backup,
+and the jobs. `GET /metrics` calls this before it answers."""
 
 import asyncio
 import logging
@@ -7,19 +7,25 @@ import shutil
 from typing import Final
 
 from service.backup import last_backup
+from service.errors import ServiceError
+from service.jobs.opened import OpenedJobs
+from service.search.partners import migrations_of
 from service.state import Service
+from service.tags import tag_parts
+from service.telemetry import Metrics
 
+STORE_LIMIT_S: Final = 2.0
+"""The time limit for asking the vector store about the models of its collections, in seconds."""
 CACHE_LIMIT_S: Final = 1.0
 """The time limit for asking the cache for its status, in seconds."""
 
 log = logging.getLogger(__name__)
 
 
-async def observe(service: Service) -> None:
+async def observe(service: Service, jobs: OpenedJobs) -> None:
     """Set the metrics of the state at the moment. A part that cannot be observed does not affect the others."""
-    metrics, batcher = service.metrics, service.pipeline.batcher
-    metrics.queue_age.set(batcher.oldest_s)
-    metrics.engine_up.set(batcher.health() is None)
+    metrics = service.metrics
+    _observe_queues(service)
     metrics.cache_up.set(await _cache_works(service))
     folder = service.settings.data_dir
     try:
@@ -29,8 +35,61 @@ async def observe(service: Service) -> None:
     else:
         metrics.disk_free_bytes.set(disk.free)
         metrics.disk_bytes.set(disk.total)
+    await observe_collections(service)
     backup = await asyncio.to_thread(last_backup, folder)
     metrics.last_backup.set(0 if backup is None else backup)
+    await _observe_jobs(jobs, metrics)
+
+
+async def _observe_jobs(jobs: OpenedJobs, metrics: Metrics) -> None:
+    """Set the metrics of jobs, if there is a job store."""
+    try:
+        figures = await asyncio.to_thread(jobs.figures)
+    except ServiceError as error:
+        log.warning("metrics of jobs: %s", error)
+        return
+    if figures is not None:
+        for state, count in figures.counts.items():
+            metrics.jobs.labels(state).set(count)
+        metrics.job_quiet.set(figures.quiet_s)
+        metrics.worker_heartbeat_age.set(figures.silent_s)
+
+
+def _observe_queues(service: Service) -> None:
+    """Set the metrics of the queues of all loaded models, added up."""
+    pipelines = dict.fromkeys(each.pipeline for each in (service, *service.loaded.services.values()))
+    batchers = [pipeline.batcher for pipeline in pipelines]
+    metrics = service.metrics
+    metrics.queue_images.set(sum(batcher.images for batcher in batchers))
+    metrics.queue_patches.set(sum(batcher.patches for batcher in batchers))
+    metrics.queue_age.set(max(batcher.oldest_s for batcher in batchers))
+    metrics.engine_up.set(all(batcher.health() is None for batcher in batchers))
+
+
+async def observe_collections(service: Service) -> list[str]:
+    """Set the metrics of the collections that have no vectors of the live model. Return the names of those that cannot
+    be searched by image, because their model is not loaded."""
+    live = (service.artifact.fingerprint, service.engine.precision)
+    loaded = {live, *service.loaded.services}
+    metrics, unsearchable, pending = service.metrics, [], 0
+    metrics.items_without_live_vector.clear()
+    try:
+        async with asyncio.timeout(STORE_LIMIT_S):
+            for info in await service.store.collections():
+                parts = tag_parts(info.tag)
+                if (parts.fingerprint, parts.precision) != live and info.count:
+                    metrics.items_without_live_vector.labels(info.name).set(info.count)
+                if (parts.fingerprint, parts.precision) not in loaded and parts.pooling is not None:
+                    unsearchable.append(info.name)
+            if "migrations" in service.store.capabilities:
+                pairs = await migrations_of(service.store).partnerships()
+                pending = sum(pair.missing for pair in pairs if pair.role == "candidate")
+    except (ServiceError, TimeoutError) as error:
+        log.warning("metrics of the models of the collections: %s", error or "the vector store does not answer")
+    metrics.unsearchable_collections.set(len(unsearchable))
+    metrics.migration_pending_items.set(pending)
+    service.loaded.unsearchable = len(unsearchable)
+    return unsearchable
 
 
 async def _cache_works(service: Service) -> bool:

@@ -31,9 +31,10 @@ from service.addresses import (
     with_redis_password,
 )
 from service.cors import parse_origins
+from service.image_urls import parse_hosts
 
 PREFIX = "DINOV2_"
-READ_BY_COMPOSE = frozenset({"DINOV2_PUBLISH", "DINOV2_MEMORY"})
+READ_BY_COMPOSE = frozenset({"DINOV2_MEMORY"})
 """Variables that docker-compose.yml reads on the host. They are not settings of the service, but an .env file may pass
 them to it."""
 _SECRET: Final = ("redis_url", "jobs_redis_url", "originals_url", "vector_store")
@@ -52,6 +53,22 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free port")
+    publish: str | None = Field(
+        None,
+        description="in a container: the address and port on the host at which others reach the service; only used to "
+        "decide whether other machines reach it; unset: host",
+    )
+    auth: Literal["auto", "off", "on"] = Field(
+        "auto",
+        description="whether requests need an API key; auto: as soon as a key has been created, and without any key "
+        "the service does not start on an address that other machines reach; see docs/security.md",
+    )
+    metrics_auth: bool = Field(
+        True, description="whether /metrics needs an API key with the scope read, if requests need keys"
+    )
+    audit_log: Path | None = Field(
+        None, description="file to which the audit log is also appended; unset: only to standard error"
+    )
     root_path: str = Field(
         "",
         description="path prefix under which a proxy publishes the service, such as /images; links contain it, and "
@@ -137,8 +154,19 @@ class Settings(BaseSettings):
         description="limit of width x height of one image, checked before decoding",
     )
     max_batch_items: int = Field(64, ge=1, le=2048, description="highest number of images in one request")
-    max_body_bytes: int = Field(64 * 2**20, ge=1, description="size limit of one request body")
-    max_buffered_bytes: int = Field(2**30, ge=1, description="limit on the total size of all request bodies in memory")
+    max_body_bytes: int = Field(
+        64 * 2**20, ge=1, description="size limit of one request body, and of the images that are fetched for a request"
+    )
+    max_buffered_bytes: int = Field(
+        2**30, ge=1, description="limit on the total size of all request bodies and fetched images in memory"
+    )
+
+    image_urls: str | None = Field(
+        None,
+        description="hosts from which clients may let the service fetch images: comma-separated names such as "
+        "images.example.com, *.example.com or images.example.com:8443, or * for all public hosts; unset: none; see "
+        "docs/image-urls.md",
+    )
 
     rate_pixels_per_s: int | None = Field(
         None,
@@ -232,9 +260,9 @@ class Settings(BaseSettings):
         folder."""
         return {name: value for name, value in values.items() if value != ""}
 
-    @field_validator("log_level", mode="before")
+    @field_validator("log_level", "auth", mode="before")
     @classmethod
-    def _log_level_in_any_case(cls, value: Any) -> Any:
+    def _word_in_any_case(cls, value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value
 
     @model_validator(mode="before")
@@ -259,7 +287,7 @@ class Settings(BaseSettings):
             raise ValueError(f"must not begin with /{first}, because the service has routes there")
         return prefix
 
-    @field_validator("data_dir", "engine_photos", "redis_password_file")
+    @field_validator("data_dir", "engine_photos", "redis_password_file", "audit_log")
     @classmethod
     def _home_is_expanded(cls, value: Path | None) -> Path | None:
         return None if value is None else expanded(value)
@@ -300,6 +328,13 @@ class Settings(BaseSettings):
     def _vector_store_is_known(cls, value: str) -> str:
         if value != "embedded":
             milvus_parts(value)
+        return value
+
+    @field_validator("image_urls")
+    @classmethod
+    def _image_urls_are_hosts(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_hosts(value)
         return value
 
     @field_validator("cors_origins")

@@ -14,6 +14,7 @@ from service.answer_schemas import Identity
 from service.errors import ModelNotFound, Unavailable
 from service.features.pipeline import Pipeline
 from service.features.served_model import ServedModel
+from service.generations import Generations
 from service.originals import Originals
 from service.rankings import Rankings
 from service.search.store import VectorStore
@@ -21,6 +22,7 @@ from service.settings import Settings
 from service.shared_results import SharedResults
 from service.tags import make_tag, tag_parts
 from service.telemetry import Metrics
+from service.web_images import WebImages
 
 
 @dataclass
@@ -41,6 +43,8 @@ class LoadedModels:
 
     services: dict[tuple[str, str], "Service"] = field(default_factory=dict)
     expected: frozenset[tuple[str, str]] = frozenset()
+    is_behind: bool = False  # another generation is live, and this process has not loaded it yet
+    unsearchable: int = 0  # collections whose model is not loaded
 
 
 @dataclass
@@ -59,7 +63,9 @@ class Service:
     originals: Originals
     pipeline: Pipeline
     model: ServedModel
+    web_images: WebImages
     loaded: LoadedModels = field(default_factory=LoadedModels)
+    generations: Generations | None = None
     shared: SharedResults = field(default_factory=SharedResults)
     rankings: Rankings = field(default_factory=Rankings)
 

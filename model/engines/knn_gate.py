@@ -107,6 +107,42 @@ def _batches(pixels: Iterator[FloatArray]) -> Iterator[list[FloatArray]]:
         yield batch
 
 
+def knn_hits(
+    train: FloatArray,
+    train_labels: npt.NDArray[np.intp],
+    test: FloatArray,
+    test_labels: npt.NDArray[np.intp],
+    ks: Sequence[int],
+    *,
+    leave_one_out: bool = False,
+) -> npt.NDArray[np.bool_]:
+    """Return, for each class token in `test` [m, D] and each of the K values in `ks`, whether k-NN on `train` [n, D]
+    classifies it correctly, as bool [m, K].
+
+    The k nearest images in `train` vote for their classes with weight exp(cosine / KNN_TEMPERATURE). If `train` has
+    fewer than k images, all of them vote. If `leave_one_out` is True, `test` must be `train`, and no image votes for
+    itself.
+    """
+    most = min(max(ks), len(train) - leave_one_out)
+    n_classes = int(max(train_labels.max(), test_labels.max())) + 1
+    unit_train, hits = unit_length(train), np.empty((len(test), len(ks)), np.bool_)
+    for top in range(0, len(test), 1024):
+        rows = np.arange(top, min(top + 1024, len(test)))
+        similarity = unit_length(test[rows]) @ unit_train.T  # [rows, n]
+        if leave_one_out:
+            similarity[rows - top, rows] = -np.inf
+        nearest = np.argpartition(-similarity, most - 1, axis=1)[:, :most]
+        values = np.take_along_axis(similarity, nearest, axis=1)
+        order = np.argsort(-values, axis=1, kind="stable")
+        nearest, values = np.take_along_axis(nearest, order, axis=1), np.take_along_axis(values, order, axis=1)
+        weights, classes = np.exp(values / KNN_TEMPERATURE), train_labels[nearest]  # [rows, most]
+        for column, k in enumerate(ks):
+            votes = np.zeros((len(rows), n_classes))
+            np.add.at(votes, (np.arange(len(rows))[:, None], classes[:, :k]), weights[:, :k])
+            hits[rows, column] = votes.argmax(axis=1) == test_labels[rows]
+    return hits
+
+
 def knn_right(
     train: FloatArray,
     train_labels: npt.NDArray[np.intp],
@@ -118,23 +154,9 @@ def knn_right(
 ) -> int:
     """Return how many class tokens in `test` [m, D] are classified correctly by k-NN on `train` [n, D].
 
-    The k nearest images in `train` vote for their classes with weight exp(cosine / KNN_TEMPERATURE). If `train` has
-    fewer than k images, all of them vote. If `leave_one_out` is True, `test` must be `train`, and no image votes for
-    itself.
+    The arguments are those of `knn_hits`, with a single k.
     """
-    k = min(k, len(train) - leave_one_out)
-    unit_train, right = unit_length(train), 0
-    for top in range(0, len(test), 1024):
-        rows = np.arange(top, min(top + 1024, len(test)))
-        similarity = unit_length(test[rows]) @ unit_train.T  # [rows, n]
-        if leave_one_out:
-            similarity[rows - top, rows] = -np.inf
-        nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-        weights = np.exp(np.take_along_axis(similarity, nearest, axis=1) / KNN_TEMPERATURE)
-        votes = np.zeros((len(rows), int(max(train_labels.max(), test_labels.max())) + 1))
-        np.add.at(votes, (np.arange(len(rows))[:, None], train_labels[nearest]), weights)
-        right += int((votes.argmax(axis=1) == test_labels[rows]).sum())
-    return right
+    return int(knn_hits(train, train_labels, test, test_labels, (k,), leave_one_out=leave_one_out).sum())
 
 
 def knn_gate(reference: ClassTokens, candidate: ClassTokens) -> GateRecord:

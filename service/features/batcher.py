@@ -122,6 +122,11 @@ class Batcher(Generic[Row]):
         return self._reserved
 
     @property
+    def patches(self) -> int:
+        """The number of patches that wait for the engine."""
+        return self._queued_patches
+
+    @property
     def waiting(self) -> int:
         """The number of decoded images that wait for the engine."""
         return len(self._queue)
@@ -162,13 +167,11 @@ class Batcher(Generic[Row]):
         if self._reserved + images > self._queue_max_images:
             raise self._queue_full(f"{self._reserved} of {self._queue_max_images} images")
         self._reserved += images
-        self._metrics.queue_images.set(self._reserved)
 
     def release(self, images: int) -> None:
         """Free `images` places that were reserved with `reserve`."""
         self._reserved -= images
         assert self._reserved >= 0
-        self._metrics.queue_images.set(self._reserved)
 
     def submit(self, pixels: FloatArray, outputs: tuple[str, ...] = ()) -> "asyncio.Future[Done[Row]]":
         """Put one image, float32 [3, h, w], into the queue and return a future for its result. `outputs` are the names
@@ -191,7 +194,6 @@ class Batcher(Generic[Row]):
             self._queue.append(job)
             self._queued_patches += patches
             self._wake.notify()
-        self._metrics.queue_patches.set(self._queued_patches)
         return job.future
 
     def close(self, timeout_s: float = 5.0) -> None:
@@ -274,7 +276,6 @@ class Batcher(Generic[Row]):
             patches += job.patches
         self._queue.extendleft(reversed(passed))
         self._queued_patches -= patches
-        self._metrics.queue_patches.set(self._queued_patches)
         return batch
 
     def _outcomes(self, batch: list[Job[Row]]) -> list[Outcome[Row]]:

@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 
 from model.pooling import width
-from service.data_urls import image_from_text
+from service.data_urls import Fetched, image_from_text, link_of
 from service.errors import CollectionNotFound, InvalidRequest, ItemError, ModelMismatch
 from service.features.pipeline import Embedded
 from service.options import check_fields, parse_options
@@ -139,9 +139,9 @@ async def _other_vectors(
     return collection.partner, [replace(new.item, vector=vectors[index]) for index, new in good if index in vectors]
 
 
-def item_from_json(index: int, raw: Any, max_image_bytes: int) -> NewItem:
+def item_from_json(index: int, raw: Any, max_image_bytes: int, fetched: Fetched) -> NewItem:
     """Parse the item at `index` of the list `items` in a request body. The item is checked as far as is possible
-    without the store and the neural network.
+    without the store and the neural network. `fetched` contains the images that are links.
 
     Raises:
         ServiceError: the item is invalid.
@@ -149,17 +149,20 @@ def item_from_json(index: int, raw: Any, max_image_bytes: int) -> NewItem:
     if not isinstance(raw, dict):
         raise InvalidRequest(f"items.{index}: an item must be an object, not {type(raw).__name__}")
     check_fields(raw, f"items.{index}")
-    return item_from_fields(parse_options(ItemIn, raw), max_image_bytes)
+    return item_from_fields(parse_options(ItemIn, raw), max_image_bytes, fetched)
 
 
-def item_from_fields(sent: ItemIn, max_image_bytes: int) -> NewItem:
-    """Make an item from the fields of a JSON object in a request. Raises ServiceError if the item is invalid."""
+def item_from_fields(sent: ItemIn, max_image_bytes: int, fetched: Fetched) -> NewItem:
+    """Make an item from the fields of a JSON object in a request. If its image is a link, `fetched` contains the image,
+    and the link is the default of `source`. Raises ServiceError if the item is invalid."""
     if (sent.image is None) == (sent.vector is None):
         raise InvalidRequest("an item must have either an image or a vector")
     if sent.image is not None:
         if sent.fingerprint is not None:
             raise InvalidRequest("fingerprint requires a vector: images are embedded by the served model")
-        return _image_item(image_from_text(sent.image, max_image_bytes), sent.id, sent.metadata, sent.source)
+        image = image_from_text(sent.image, max_image_bytes, fetched)
+        source = link_of(sent.image) if sent.source is None else sent.source
+        return _image_item(image, sent.id, sent.metadata, source)
     if sent.id is None:
         raise InvalidRequest("an item with a vector needs an id")
     item = Item(sent.id, normalised(sent.vector or []), sent.metadata, sent.source)

@@ -32,6 +32,7 @@ from service.sqlite import Schema, connect, prepare, transaction, translated
 from service.stamp import Stamp
 
 FOLDER: Final = "jobs"
+FILE: Final = "jobs.sqlite3"
 WHAT: Final = "the job store"
 REMOVED_EVENTS_KEPT: Final = 1000
 """Event streams that were interrupted can learn about this many removed jobs."""
@@ -75,7 +76,7 @@ class JobFile:
         Raises:
             StorageFailed: the file cannot be used.
         """
-        path = folder / "jobs.sqlite3"
+        path = folder / FILE
         prepare(path, SCHEMA, what=WHAT)
         with translated(WHAT):
             self._db = connect(path)

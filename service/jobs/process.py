@@ -21,6 +21,8 @@ from typing import IO, BinaryIO, Final
 
 from model.files import lock_file
 
+LOCK: Final = "lock"
+"""The file in a job's folder that its child locks."""
 POLL_S: Final = 0.2
 TAIL_BYTES: Final = 8192
 PIPE_BYTES: Final = 65_536
@@ -34,11 +36,26 @@ if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, int(sys.argv[2]))
 if os.getppid() != int(sys.argv[1]):
     sys.exit(143)
-lock = int(sys.argv[3])
-os.ftruncate(lock, 0)
-os.write(lock, b"%d" % os.getpid())
+if (lock := int(sys.argv[3])) >= 0:
+    os.ftruncate(lock, 0)
+    os.write(lock, b"%d" % os.getpid())
 os.execv(sys.argv[4], sys.argv[4:])
 """
+
+
+def launch_command(
+    command: Sequence[str], *, death_signal: signal.Signals = signal.SIGTERM, lock: BinaryIO | None = None
+) -> list[str]:
+    """Return a command that first asks Linux for a signal when the thread or process that starts it ends, writes its id
+    into the file `lock` if it is given, and then becomes `command`.
+
+    Args:
+        command: the absolute path of the program, and its arguments.
+        death_signal: the signal that it gets.
+        lock: a file that it inherits.
+    """
+    numbers = (os.getpid(), int(death_signal), -1 if lock is None else lock.fileno())
+    return [sys.executable, "-I", "-S", "-c", _LAUNCH, *map(str, numbers), *command]
 
 
 @dataclass(frozen=True)
@@ -135,10 +152,8 @@ class Child:
         Raises:
             OSError: the process cannot be started.
         """
-        launch = [sys.executable, "-I", "-S", "-c", _LAUNCH]
-        numbers = [str(int(number)) for number in (os.getpid(), death_signal, lock.fileno())]
         self._process = subprocess.Popen(  # noqa: S603 - the caller builds the command from checked values
-            [*launch, *numbers, *command],
+            launch_command(command, death_signal=death_signal, lock=lock),
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

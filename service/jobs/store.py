@@ -17,16 +17,15 @@ from typing import Final
 
 from model.files import lock_file
 from service.errors import Conflict, JobNotFound
-from service.jobs.job_file import WHAT, event_of, find_job, job_of, marks
+from service.jobs.job_file import FILE, FOLDER, WHAT, event_of, find_job, job_of, marks
 from service.jobs.job_log import JobLog
 from service.jobs.leases import Leases
+from service.jobs.process import LOCK
 from service.jobs.records import FINISHED, STATES, TRANSITIONS, Event, Job, NewJob, State
 from service.jobs.schedules import Schedules
 from service.jobs.workers import Workers
 from service.sqlite import translated
 
-LOCK: Final = "lock"
-"""The file in a job's folder that its child process locks (service/jobs/process.py)."""
 DEFAULT_KEPT: Final = 1000
 
 
@@ -50,6 +49,11 @@ class JobStore(Leases):
         self.stamp = self._file.stamp
         self.workers = Workers(self._file)
         self.schedules = Schedules(self._file)
+
+    @staticmethod
+    def exists(data_dir: Path) -> bool:
+        """Return whether a job was ever created in a data folder."""
+        return (data_dir / FOLDER / FILE).is_file()
 
     def close(self) -> None:
         self._file.close()

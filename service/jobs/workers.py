@@ -43,3 +43,11 @@ class Workers:
                 "SELECT * FROM workers WHERE heartbeat >= ? ORDER BY started, id", (self._file.now() - GONE_S,)
             )
             return [worker_of(row) for row in rows]
+
+    def known(self) -> list[WorkerRow]:
+        """Return all workers that have not left, oldest first. Some of them may have died."""
+        with self._file.read() as db:
+            rows = db.execute(
+                "SELECT * FROM workers WHERE heartbeat >= ? ORDER BY started, id", (self._file.now() - FORGOTTEN_S,)
+            )
+            return [worker_of(row) for row in rows]

@@ -28,6 +28,7 @@ from service.settings import Settings
 from service.state import Service
 from service.timings import ms_since, slowest
 from service.vision.head_classes import head_scores, open_classification_head
+from service.web_images import WebImages
 
 _ONLY_WITH: Final = {
     **dict.fromkeys(("label", "k", "filter", "calibration_filter", "params"), ("collection",)),
@@ -83,10 +84,10 @@ class ClassifyResults:
 
 
 async def read_classify(
-    images: list[Outcome[bytes]], fields: dict[str, Any], settings: Settings, *, is_json: bool
+    images: list[Outcome[bytes]], fields: dict[str, Any], settings: Settings, web: WebImages, *, is_json: bool
 ) -> ClassifyRequest:
     """Parse the fields of a request. `fields` does not contain the images to classify. If `is_json` is false, the
-    fields are strings from a form or a query string.
+    fields are strings from a form or a query string. `web` fetches example images that are links.
 
     Raises:
         InvalidRequest: a field is invalid, or the request does not have exactly one of `collection`, `classes` and
@@ -115,7 +116,7 @@ async def read_classify(
         return ClassifyRequest(images, options, _reference(options))
     if way == "head":
         return ClassifyRequest(images, options)
-    return ClassifyRequest(images, options, examples=await _examples(classes, settings, len(images)))
+    return ClassifyRequest(images, options, examples=await _examples(classes, settings, web, len(images)))
 
 
 async def classify(
@@ -276,7 +277,7 @@ def _reference(options: ClassifyOptions) -> Reference:
     )
 
 
-async def _examples(classes: Any, settings: Settings, images: int) -> list[Example]:
+async def _examples(classes: Any, settings: Settings, web: WebImages, images: int) -> list[Example]:
     """Parse the example images of each class. `images` is the number of images to classify."""
     if not isinstance(classes, dict) or not classes:
         raise InvalidRequest(
@@ -298,7 +299,7 @@ async def _examples(classes: Any, settings: Settings, images: int) -> list[Examp
             )
         if not texts:
             raise InvalidRequest(f"classes: {name!r} has no image: at least one is needed", param="classes")
-    decoded = iter(await decode_texts([text for texts in of_names.values() for text in texts], settings))
+    decoded = iter(await decode_texts([text for texts in of_names.values() for text in texts], settings, web))
     examples = []
     for name, texts in of_names.items():
         for position in range(len(texts)):

@@ -19,7 +19,7 @@ from pydantic import FailFast, Field, TypeAdapter, ValidationError
 from service.data_urls import decode_texts
 from service.errors import InvalidRequest
 from service.options import Model, check_fields, parse_options
-from service.outcomes import Outcome, attempt_await, numbered, successes
+from service.outcomes import Outcome, attempt, numbered, successes
 from service.retrieval.query import FORMS, Part, Query, SearchRequest
 from service.schemas import MAX_PARTS, ParamsIn, PartIn, QueryIn, Ranking, SearchIn, SearchOptions
 from service.search.checks import check_id
@@ -27,6 +27,7 @@ from service.search.filters import MAX_VALUES, And, Filter, In, Not, Or, parse_f
 from service.search.specs import MAX_DIMENSION
 from service.search.store import MAX_DEPTH, SearchParams
 from service.settings import Settings
+from service.web_images import WebImages
 
 MAX_RESULTS_OF_BATCH: Final = MAX_DEPTH
 _FLOATS: Final = TypeAdapter(Annotated[list[Annotated[float, Field(strict=True)]], FailFast()])
@@ -34,13 +35,13 @@ _FLOATS: Final = TypeAdapter(Annotated[list[Annotated[float, Field(strict=True)]
 
 @dataclass
 class _Reader:
-    """A parser for the queries of one request. A filter that several queries share is parsed only once."""
+    """A parser for the queries of one request. A filter that several queries share is parsed only once. In the parsed
+    queries, each image is still as it was sent. `_with_images` decodes the images of all queries together."""
 
-    settings: Settings
     filters: dict[int, Filter] = field(default_factory=dict)  # by `id()` of the JSON object, which outlives the reader
     values: int = 0  # number of values in all filters
 
-    async def query(self, fields: dict[str, Any], body: QueryIn | None = None) -> Query:
+    def query(self, fields: dict[str, Any], body: QueryIn | None = None) -> Query:
         """Parse and check one query, and return it. If the caller has already parsed `fields`, `body` is the parsed
         object."""
         body = body or _parsed(QueryIn, fields)
@@ -55,9 +56,7 @@ class _Reader:
         region = None
         if form == "combine":
             assert body.combine is not None
-            parts = tuple(
-                [await self._part(part, part.weight, f"combine.{i}.", i) for i, part in enumerate(body.combine)]
-            )
+            parts = tuple(self._part(part, part.weight, f"combine.{i}.", i) for i, part in enumerate(body.combine))
         elif form == "region":
             assert body.region is not None
             region = body.region.model_dump(include={"box", "mask"}, exclude_none=True)
@@ -66,9 +65,9 @@ class _Reader:
                     f"region: exactly one of box and mask is needed, not {' and '.join(region) or 'none'}",
                     param="region",
                 )
-            parts = (Part(image=await self._image(body.region.image)),)
+            parts = (Part(image=_undecoded(body.region.image)),)
         else:
-            parts = (await self._part(body, 1.0, ""),)
+            parts = (self._part(body, 1.0, ""),)
         return self.ranked(form, parts, body, region)
 
     def ranked(
@@ -94,7 +93,7 @@ class _Reader:
             ),
         )
 
-    async def _part(self, part: PartIn | QueryIn, weight: float, where: str, index: int = 0) -> Part:
+    def _part(self, part: PartIn | QueryIn, weight: float, where: str, index: int = 0) -> Part:
         names = [name for name in ("image", "vector", "id") if getattr(part, name) is not None]
         if len(names) != 1:
             raise InvalidRequest(
@@ -108,11 +107,7 @@ class _Reader:
             raise InvalidRequest(f"{where}fingerprint requires a vector: it names its model", param="combine")
         if part.id is not None:
             return Part(id=check_id(part.id, f"{where}id"), weight=weight)
-        return Part(image=await self._image(part.image, index), weight=weight)
-
-    async def _image(self, text: str | None, index: int = 0) -> Outcome[bytes]:
-        [image] = await decode_texts([text], self.settings)
-        return replace(image, index=index)
+        return Part(image=_undecoded(part.image, index), weight=weight)
 
     def _filter(self, body: Any) -> Filter:
         if id(body) not in self.filters:
@@ -124,6 +119,25 @@ class _Reader:
         return self.filters[id(body)]
 
 
+def _undecoded(sent: Any, index: int = 0) -> Outcome[Any]:
+    """Return an outcome with an image as it was sent, which `_with_images` replaces. `index` is the position of the
+    part in its query."""
+    return Outcome(index, sent)
+
+
+async def _with_images(queries: list[Outcome[Query]], settings: Settings, web: WebImages) -> list[Outcome[Query]]:
+    """Decode the images of all queries, and fetch those that are links. Return the queries with their images."""
+    sent = [part.image.value for query in successes(queries) for part in query.parts if part.image is not None]
+    if not sent:
+        return queries
+    images = iter(await decode_texts(list(sent), settings, web))
+
+    def decoded(part: Part) -> Part:
+        return part if part.image is None else replace(part, image=replace(next(images), index=part.image.index))
+
+    return [query.then(lambda query: replace(query, parts=tuple(map(decoded, query.parts)))) for query in queries]
+
+
 def read_image_search(image: Outcome[bytes], fields: dict[str, Any], settings: Settings) -> SearchRequest:
     """Build the search request for one image. `fields` contains the options as strings, from a form or a query string.
 
@@ -131,32 +145,34 @@ def read_image_search(image: Outcome[bytes], fields: dict[str, Any], settings: S
         InvalidRequest: an option is invalid.
     """
     options = parse_options(SearchOptions, _from_text(fields))
-    query = _Reader(settings).ranked("image", (Part(image=image),), options)
+    query = _Reader().ranked("image", (Part(image=image),), options)
     return SearchRequest(numbered([query]), options.model)
 
 
-async def read_search(fields: dict[str, Any], settings: Settings) -> SearchRequest:
-    """Parse the JSON object of a search request. The object contains either one query or the list `queries`.
+async def read_search(fields: dict[str, Any], settings: Settings, web: WebImages) -> SearchRequest:
+    """Parse the JSON object of a search request. The object contains either one query or the list `queries`. `web`
+    fetches images that are links.
 
     Raises:
         ServiceError: the whole request, or its only query, is invalid.
     """
-    reader = _Reader(settings)
+    reader = _Reader()
     body = _parsed(SearchIn, fields)
     if body.queries is None:
         if "on_error" in body.model_fields_set:
             raise InvalidRequest("on_error requires queries", param="on_error")
-        query = await reader.query(fields, body)
+        query = reader.query(fields, body)
         _check_images([query], settings)
-        return SearchRequest(numbered([query]), body.model)
+        return SearchRequest(await _with_images(numbered([query]), settings, web), body.model)
     forms = [name for name in (*FORMS, "fingerprint") if getattr(body, name) is not None]
     if forms:
         raise InvalidRequest(
             f"{' and '.join(forms)} cannot be combined with queries: put it into each query", param="queries"
         )
     shared = {name: value for name, value in fields.items() if name in Ranking.model_fields}
-    queries = [await attempt_await(i, _one_of_many(reader, shared, part)) for i, part in enumerate(body.queries)]
+    queries = [attempt(i, _one_of_many, reader, shared, part) for i, part in enumerate(body.queries)]
     _check_batch(successes(queries), settings)
+    queries = await _with_images(queries, settings, web)
     return SearchRequest(queries, body.model, batch=True, on_error=body.on_error)
 
 
@@ -176,11 +192,11 @@ def _parsed(model: type[Model], fields: dict[str, Any]) -> Model:
     return parse_options(model, fields)
 
 
-async def _one_of_many(reader: _Reader, shared: dict[str, Any], fields: Any) -> Query:
+def _one_of_many(reader: _Reader, shared: dict[str, Any], fields: Any) -> Query:
     if not isinstance(fields, dict):
         raise InvalidRequest(f"a query must be an object, not {reprlib.repr(fields)}")
     check_fields(fields, "the query")
-    query = await reader.query({**fields, **{name: shared[name] for name in shared if fields.get(name) is None}})
+    query = reader.query({**fields, **{name: shared[name] for name in shared if fields.get(name) is None}})
     if query.ranking.rerank is not None:
         raise InvalidRequest("rerank is not possible in a batch: send the query alone", param="rerank")
     return query

@@ -57,7 +57,7 @@ async def read_references(service: Service, target: Target, references: Sequence
         ServiceError: the queue is full, or the service failed.
     """
     texts = [reference.image for reference in references if reference.image is not None]
-    images = iter(await decode_texts(texts, service.settings))
+    images = iter(await decode_texts(texts, service.settings, service.web_images))
     items = await _items(service, target, [reference.id for reference in references if reference.id is not None])
     marked = []
     for i, reference in enumerate(references):

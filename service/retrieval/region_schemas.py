@@ -19,7 +19,9 @@ class ReferenceIn(Body):
     """A reference: an image or an item, and the region in it. It has exactly one of `image` and `id`, and exactly one
     of `box`, `mask` and `point`."""
 
-    image: Image = Field(None, description="image as a data URL, as base64, or as an object that contains one of them")
+    image: Image = Field(
+        None, description="image as a data URL, base64 or https URL, or as an object that contains one of them"
+    )
     id: ItemId | None = Field(
         None, description="id of an item whose image is stored; the answer does not contain this item"
     )

@@ -7,7 +7,7 @@ from typing import Any, Final
 from fastapi import APIRouter, Request
 
 from service.answer_schemas import AddedItems, PutItem
-from service.data_urls import check_count
+from service.data_urls import check_count, fetch_links
 from service.errors import (
     CollectionNotFound,
     Conflict,
@@ -138,8 +138,9 @@ async def _read_one(request: Request, item_id: str, settings: Settings) -> tuple
                 f"id {str(body.id)[:80]!r} differs from the id in the path, {item_id[:80]!r}", param="id"
             )
         sent = body.model_copy(update={"id": item_id})
+        fetched = await fetch_links([sent.image], service_of(request).web_images)
         size = len(await request.body())
-        return await off_loop(size, lambda: item_from_fields(sent, settings.max_image_bytes)), body.model
+        return await off_loop(size, lambda: item_from_fields(sent, settings.max_image_bytes, fetched)), body.model
     upload = await read_upload(request, settings, key="image")
     check_count(len(upload.images), settings.model_copy(update={"max_batch_items": 1}), "file")
     options = parse_options(ItemPutOptions, upload.fields)
@@ -154,13 +155,21 @@ def _request_key(request: Request, service: Service) -> str | None:
     Raises:
         InvalidRequest: the value is empty, too long or not printable ASCII, or the store does not support this header.
     """
-    key: str | None = request.headers.get(KEY_HEADER)
-    if key is None:
-        return None
-    if not _KEY.fullmatch(key):
-        raise InvalidRequest(f"{KEY_HEADER} must have 1 to 128 printable ASCII characters", param=KEY_HEADER)
-    if "idempotency" not in service.store.capabilities:
+    key = idempotency_key(request)
+    if key is not None and "idempotency" not in service.store.capabilities:
         raise InvalidRequest(f"{KEY_HEADER} is not supported by this vector store", param=KEY_HEADER)
+    return key
+
+
+def idempotency_key(request: Request) -> str | None:
+    """Return the value of the header `Idempotency-Key`, or None if the request has no such header.
+
+    Raises:
+        InvalidRequest: the value is empty, too long or not printable ASCII.
+    """
+    key: str | None = request.headers.get(KEY_HEADER)
+    if key is not None and not _KEY.fullmatch(key):
+        raise InvalidRequest(f"{KEY_HEADER} must have 1 to 128 printable ASCII characters", param=KEY_HEADER)
     return key
 
 
@@ -170,10 +179,12 @@ async def _read(request: Request, settings: Settings) -> tuple[list[Outcome[NewI
     if media_type(request) == "application/json":
         body = parse_options(ItemsIn, await read_exact_json(request, _metadata))
         _check_counts(body.items, settings)
+        images = [raw.get("image") for raw in body.items if isinstance(raw, dict)]
+        fetched = await fetch_links(images, service_of(request).web_images)
         limit = settings.max_image_bytes
 
         def from_json() -> list[Outcome[NewItem]]:
-            return [attempt(i, item_from_json, i, raw, limit) for i, raw in enumerate(body.items)]
+            return [attempt(i, item_from_json, i, raw, limit, fetched) for i, raw in enumerate(body.items)]
 
         return await off_loop(len(await request.body()), from_json), body
     upload = await read_upload(request, settings, key="items", fields_per_image=len(_PER_IMAGE))

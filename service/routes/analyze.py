@@ -90,7 +90,7 @@ async def _read_class(options: AnalyzeOptions, service: Service) -> ClassifyRequ
             param="size",
         )
     try:
-        return await read_classify(numbered([b""]), fields, service.settings, is_json=True)
+        return await read_classify(numbered([b""]), fields, service.settings, service.web_images, is_json=True)
     except InvalidRequest as error:
         raise InvalidRequest(f"classify: {error.detail}", param="classify") from error
 

@@ -21,6 +21,7 @@ from service.data_urls import check_count, decode_texts
 from service.errors import BadRequest, InvalidRequest, UnsupportedMediaType
 from service.off_loop import off_loop
 from service.outcomes import Outcome, numbered
+from service.routes.direct import service_of
 from service.schema_base import Schema
 from service.search.checks import loads_exactly, may_have_lost_digits
 from service.settings import Settings
@@ -67,7 +68,7 @@ async def read_upload(request: Request, settings: Settings, *, key: str, fields_
         images = fields.pop(key)
         texts = images if isinstance(images, list) else [images]
         check_count(len(texts), settings, key)
-        return Upload(await decode_texts(texts, settings), fields)
+        return Upload(await decode_texts(texts, settings, service_of(request).web_images), fields)
     if kind == "multipart/form-data":
         max_fields = MAX_FORM_FIELDS + fields_per_image * settings.items_per_request
         upload = await _read_form(request, settings, max_fields)

@@ -41,7 +41,7 @@ async def classify(request: Request) -> JsonAnswer[ClassifyAnswer]:
     upload = await read_upload(request, service.settings, key="images")
     refuse_query_options(request, ClassifyOptions)
     is_json = media_type(request) == "application/json"
-    asked = await read_classify(upload.images, upload.fields, service.settings, is_json=is_json)
+    asked = await read_classify(upload.images, upload.fields, service.settings, service.web_images, is_json=is_json)
     options = asked.options
     request.state.collection = options.collection
     results = await classify_images(service, asked)

@@ -16,6 +16,7 @@ from fastapi.routing import APIRoute
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import Receive, Scope, Send
 
+from service.security import Need, needed, require
 from service.state import Service
 
 _ITEM_ID: Final = "(?P<item_id>.*)"
@@ -29,17 +30,40 @@ def service_of(request: Request) -> Service:
 
 
 class DirectRoute(APIRoute):
-    """A route that awaits `endpoint(request, **path_parameters)` and sends the response that the endpoint returns."""
+    """A route that awaits `endpoint(request, **path_parameters)` and sends the response that the endpoint returns. The
+    sender of the request must have the scope that `service/security.py` assigns to the route."""
 
     def __init__(self, path: str, endpoint: Any, **options: Any) -> None:
         super().__init__(path, endpoint, **options | {"response_model": None})
+        need = route_need(self)
 
         async def call(scope: Scope, receive: Receive, send: Send) -> None:
+            require(scope["state"], need)
             answer: Response = await endpoint(Request(scope, receive, send), **scope["path_params"])
             await answer(scope, receive, send)
 
         self.app = call
         accept_trailing_slash(self)
+
+
+def route_need(route: BaseRoute) -> Need:
+    """Return what a route needs. Each route of this service has one method, apart from HEAD and OPTIONS."""
+    assert isinstance(route, Route)
+    methods = route.methods or set()
+    [method] = methods - {"HEAD", "OPTIONS"} or {"GET"}
+    return needed(method, route.path)
+
+
+def protect(route: BaseRoute) -> None:
+    """Make a route of the framework check the sender of a request, as `DirectRoute` does."""
+    assert isinstance(route, Route)
+    need, inner = route_need(route), route.app
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        require(scope["state"], need)
+        await inner(scope, receive, send)
+
+    route.app = call
 
 
 def accept_trailing_slash(route: BaseRoute) -> None:

@@ -52,6 +52,7 @@ async def readyz(request: Request) -> JsonAnswer[ReadyzAnswer]:
         "warm_up": None if service.lifecycle.warm else "not warmed up",
         "worker": batcher.health(),
         "queue": "full" if batcher.full else None,
+        "generation": "loading the live model" if service.loaded.is_behind else None,
     }
     reasons = {name: fault for name, fault in checks.items() if fault is not None}
     cache = service.pipeline.cache
@@ -63,6 +64,7 @@ async def readyz(request: Request) -> JsonAnswer[ReadyzAnswer]:
         "model": service.artifact.name,
         "fingerprint": service.artifact.fingerprint,
         "cache": {"name": cache.name, "status": shown_status},
+        "unsearchable_collections": service.loaded.unsearchable,
     }
     if reasons:
         body["reasons"] = reasons
@@ -78,14 +80,15 @@ async def metrics(request: Request) -> Response:
     Accept header asks for it. Only OpenMetrics has the ids of traces."""
     service = service_of(request)
     recorded = service.metrics
-    await observe(service)
+    await observe(service, request.app.state.jobs)
     try:
         async with asyncio.timeout(USAGE_LIMIT_S):
             recorded.set_usage(*await _usage(service.store))
     except (ServiceError, TimeoutError) as error:  # the other metrics matter most when the store is in trouble
         log.warning("metrics of the collections: %s", error or "the vector store does not answer")
         recorded.set_usage([], {})  # old values would look like current ones
-    content, content_type = recorded.render_for(request.headers.get("accept", ""))
+    accept = request.headers.get("accept", "")
+    content, content_type = await asyncio.to_thread(recorded.render_for, accept)  # takes up to 10 ms
     return Response(content, headers={"Content-Type": content_type})
 
 

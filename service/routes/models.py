@@ -1,4 +1,5 @@
-"""Describe the served model and how its engine was checked: `GET /v1/models`."""
+"""Describe the models and how their engines were checked, roll back to the former model, and remove models:
+`/v1/models`."""
 
 import asyncio
 import re
@@ -6,14 +7,22 @@ from datetime import UTC, datetime
 
 from fastapi import APIRouter, Request
 
+from model.artifact import Artifact
 from model.dinotxt.store import TEXT_ENCODER, Record, list_dinotxt
 from model.heads.record import HeadRecord
 from model.heads.store import list_heads
-from service.answer_schemas import HeadAnswer, ModelAnswer, ModelsAnswer
-from service.errors import ModelNotFound
+from model.zoo import ENTRIES
+from service.answer_schemas import HeadAnswer, ModelAnswer, ModelsAnswer, RemovedModel, RolledBackAnswer
+from service.errors import Conflict, ModelNotFound, StorageFailed
+from service.migration import Places, roll_back
+from service.model_list import KnownModel, known_models, model_named, remove_model
+from service.options import parse_options
 from service.routes.answers import JsonAnswer, json_response
-from service.routes.describe import Operation, describe
+from service.routes.bodies import read_optional_json
+from service.routes.describe import BODY, Operation, describe
 from service.routes.direct import DirectRoute, service_of
+from service.schemas import RemoveModelIn, RollbackIn
+from service.sqlite import translated as storage_errors
 from service.state import Service
 
 router = APIRouter(tags=["models"], route_class=DirectRoute)
@@ -21,52 +30,127 @@ router = APIRouter(tags=["models"], route_class=DirectRoute)
 
 @router.get("/v1/models", summary="List models")
 async def list_models(request: Request) -> JsonAnswer[ModelsAnswer]:
-    """Return a list in OpenAI's format. Its only entry describes the served model."""
-    answer = await asyncio.to_thread(model_answer, service_of(request))  # reads the records of the heads
-    return json_response({"object": "list", "data": [answer]})
+    """Return a list in OpenAI's format. The live model comes first. The others were live before, are prepared to be, or
+    lie in the data folder."""
+    service = service_of(request)
+    data = await asyncio.to_thread(_all_models, service)  # reads the records of the heads
+    return json_response({"object": "list", "data": data})
+
+
+@router.post("/v1/models/rollback", summary="Roll back to the former model")
+@describe(Operation(errors=(*BODY, Conflict, StorageFailed), body=RollbackIn, body_required=False))
+async def rollback(request: Request) -> JsonAnswer[RolledBackAnswer]:
+    """Make the model that was live before live again, with all collections as they are now. This takes less than a
+    second. It is possible until the window after the switch ends (`keep_until` of the former model). The status is 409
+    if there is no such model, or if items were written without an image since the switch. With `force`, these items are
+    missing afterwards."""
+    service = service_of(request)
+    body = parse_options(RollbackIn, await read_optional_json(request))
+    if service.generations is None:
+        raise Conflict("this service has no record of models")
+    places = Places(service.store, service.generations, service.originals, service.settings.data_dir)
+    result = await roll_back(places, keep_s=body.keep_hours * 3600, force=body.force)
+    return json_response(
+        {
+            "model": result.generation.name,
+            "fingerprint": result.generation.fingerprint,
+            "generation": result.generation.number,
+            "collections": result.collections,
+            "lacking": dict(result.lacking),
+            "created_since": result.created_since,
+        }
+    )
 
 
 @router.get("/v1/models/{name:path}", summary="Get a model")
 @describe(Operation(errors=(ModelNotFound,)))
 async def get_model(request: Request, name: str) -> JsonAnswer[ModelAnswer]:
-    """Return the description of the served model. The path may contain any of the model's names. The status is 404 for
-    any other name."""
+    """Return the description of a model. The path may contain any of its names. With `auto`, this is the live model.
+    The status is 404 for any other name."""
     service = service_of(request)
-    service = service.named(name)
-    return json_response(await asyncio.to_thread(model_answer, service))
+    models = await asyncio.to_thread(_all_models, service)
+    for model in models:
+        if name == "auto" or name in (model["id"], *model["aliases"]):
+            return json_response(model)
+    service.named(name)  # raises ModelNotFound with the names of the served model
+    raise ModelNotFound(f"there is no model {name[:80]!r}", param="model")
 
 
-def model_answer(service: Service) -> ModelAnswer:
-    """Return the description of the served model for an answer. It includes everything that determines the vectors:
-    fingerprint, preprocessing, engine and precision. It also includes the measured differences between the features of
-    each engine and those of the reference (`parity`), the origin of the weights (`provenance`), and the model's current
-    heads."""
-    manifest = service.artifact.manifest
+@router.delete("/v1/models/{name:path}", summary="Remove a model")
+@describe(Operation(errors=(*BODY, ModelNotFound, Conflict, StorageFailed), body=RemoveModelIn, body_required=False))
+async def delete_model(request: Request, name: str) -> JsonAnswer[RemovedModel]:
+    """Delete a model that is not loaded from the data folder. The status is 409 if it is loaded, or if collections have
+    vectors of it and `force` is not set."""
+    service = service_of(request)
+    body = parse_options(RemoveModelIn, await read_optional_json(request))
+    models = await asyncio.to_thread(known_models, service.settings.data_dir, service.generations)
+    known = model_named(models, name)
+    with storage_errors("the model"):
+        await remove_model(known, service.generations, service.store, force=body.force)
+    return json_response({"id": known.name, "object": "model", "deleted": True})
+
+
+def _all_models(service: Service) -> list[ModelAnswer]:
+    """Describe the live model, the other loaded models, and the models that are not loaded."""
+    loaded = {(each.artifact.fingerprint, each.engine.precision): each for each in service.loaded.services.values()}
+    loaded[service.artifact.fingerprint, service.engine.precision] = service
+    answers: list[ModelAnswer] = []
+    described = set()
+    for known in known_models(service.settings.data_dir, service.generations):
+        model = known.generation.model if known.generation else (known.manifest.fingerprint, "")
+        each = loaded.get(model)
+        if each is None and known.manifest.fingerprint == service.artifact.fingerprint and known.generation is None:
+            each = service
+        described.add(model)
+        answers.append(_answer(service, known, each))
+    if (service.artifact.fingerprint, service.engine.precision) not in described and not any(
+        answer["fingerprint"] == service.artifact.fingerprint for answer in answers
+    ):
+        artifact = service.artifact
+        answers.insert(0, _answer(service, KnownModel(artifact.path, artifact.manifest, None), service))
+    return answers
+
+
+def _answer(live: Service, known: KnownModel, loaded: Service | None) -> ModelAnswer:
+    """Return the description of a model for an answer. It includes everything that determines the vectors: fingerprint,
+    preprocessing, engine and precision. It also includes the measured differences between the features of each engine
+    and those of the reference (`parity`), the origin of the weights (`provenance`), and the model's current heads.
+    `loaded` is the service of the model, or None if it is not loaded."""
+    manifest, generation = known.manifest, known.generation
+    artifact = loaded.artifact if loaded else Artifact(known.path, manifest, {})
+    state = "live" if loaded is live else known.state
+    entry = ENTRIES.get(manifest.name)
     return {
-        "id": service.artifact.name,
+        "id": known.name,
         "object": "model",
         "created": _unix_time(manifest.created),
         "owned_by": "dinov2-service",
         "fingerprint": manifest.fingerprint,
-        "aliases": service.model_names,
+        "aliases": [known.name, manifest.name, manifest.fingerprint, *(entry.aliases if entry else ())],
         "dimensions": manifest.config.embed_dim,
         "patch_size": manifest.config.patch_size,
         "input_size": list(manifest.input_size),
         "preprocess": manifest.preprocess.model_dump(mode="json") | {"fit": manifest.preprocess.fit},
-        "engine": service.engine.name,
-        "precision": service.engine.precision,
+        "engine": loaded.engine.name if loaded else generation.engine if generation else None,
+        "precision": loaded.engine.precision if loaded else generation.precision if generation else None,
         "engines_tried": [
-            {"engine": tried.engine, "outcome": tried.outcome, "reason": _without_folders(tried.reason, service)}
-            for tried in service.tried
+            {"engine": tried.engine, "outcome": tried.outcome, "reason": _without_folders(tried.reason, loaded)}
+            for tried in (loaded.tried if loaded else ())
+            if loaded is not None
         ],
         "parity": [record.model_dump(mode="json") for record in manifest.parity],
         "provenance": manifest.provenance,
         "licence": manifest.licence,
         "created_at": manifest.created,
         "heads": [
-            *(_head(record) for record in list_heads(service.artifact)),
-            *(_dinotxt(record, manifest.config.depth - 1) for record in list_dinotxt(service.artifact)),
+            *(_head(record) for record in list_heads(artifact)),
+            *(_dinotxt(record, manifest.config.depth - 1) for record in list_dinotxt(artifact)),
         ],
+        "state": state,
+        "generation": generation.number if generation else None,
+        "live_since": generation.live_since if generation else None,
+        "keep_until": generation.keep_until if generation else None,
+        "metrics": generation.metrics if generation else {},
     }
 
 

@@ -15,10 +15,21 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode
 from starlette.routing import BaseRoute
 
-from service.errors import ERRORS, OPENAI_PATHS, OpenAIError, Problem, ServiceError
+from model.files import NAME_PATTERN as SCHEDULE_PATTERN
+from service.cors import SAFE_METHODS
+from service.errors import (
+    ERRORS,
+    OPENAI_PATHS,
+    CrossOrigin,
+    MissingScope,
+    OpenAIError,
+    Problem,
+    ServiceError,
+    Unauthenticated,
+)
 from service.routes.answers import JsonAnswer
 from service.routes.describe import ALWAYS, LIMITED, Operation, Upload, operation_of
-from service.routes.direct import DirectRoute
+from service.routes.direct import DirectRoute, route_need
 from service.schema_base import NULL, Schema
 from service.search.checks import NAME_PATTERN
 from service.search.store import MAX_ID_CHARACTERS
@@ -32,30 +43,61 @@ _PATH_PARAMETERS: Final[dict[str, Json]] = {
     "name": _NAME | {"description": "name of a collection or alias"},
     "alias": _NAME | {"description": "name of an alias"},
     "item_id": {"type": "string", "minLength": 1, "maxLength": MAX_ID_CHARACTERS, "description": "id of an item"},
+    "digest": {"type": "string", "pattern": "^[0-9a-f]{64}$", "description": "sha256 of an image, in hex"},
     "snapshot": {"type": "string", "description": "name of a snapshot, such as 20260131T235959.123Z"},
     "model": {"type": "string", "description": "one of the model's names"},
+    "job_id": {"type": "string", "description": "id of a job, such as train-0a1b2c3d4e"},
+    "schedule": {"type": "string", "pattern": SCHEDULE_PATTERN, "description": "name of a schedule"},
 }
 _REQUEST_HEADERS: Final[dict[str, str]] = {
     "X-Request-ID": "id of the request, which the answer and the log repeat; default: a new id",
     "Idempotency-Key": "key of 1 to 128 printable ASCII characters; a repeated request with the same key and the same "
-    "items changes nothing",
+    "content changes nothing",
+    "Last-Event-ID": "number of the last event that the client has received; the stream begins after this event",
     "Range": "part of the file to download, for example bytes=1000-",
 }
 _ANSWER_HEADERS: Final[dict[str, str]] = {
     "X-Request-ID": "id of the request",
     "Server-Timing": "duration of each stage in milliseconds",
     "Retry-After": "number of seconds after which the client should try again",
+    "WWW-Authenticate": "how to authenticate, and which scope is needed",
     "RateLimit": "what the client may still use, in pixels (draft-ietf-httpapi-ratelimit-headers)",
     "RateLimit-Policy": "the client's limit (draft-ietf-httpapi-ratelimit-headers)",
     "X-Model": "name of the model",
     "X-Model-Fingerprint": "fingerprint of the model",
     "Content-Range": "position of the part in the file",
+    "Location": "path of the job or the schedule",
+    "X-Log-Position": "position after the text, which is the value of `after` for the next part",
+    "X-Log-Bytes": "number of bytes written to the log so far",
     "X-Depth-Min": "smallest depth in the picture, in metres",
     "X-Depth-Max": "largest depth in the picture, in metres",
     "X-Depth-Units-Per-Metre": "value in a 16-bit PNG that stands for one metre: 1000 or 256",
 }
+_STATUSES: Final[dict[int, str]] = {
+    200: "OK",
+    201: "Created",
+    202: "Accepted",
+    204: "No content",
+    206: "Part of the file",
+    503: "Not available",
+}
 
-_FAILURE_HEADERS: Final = {429: ("Retry-After", "RateLimit", "RateLimit-Policy"), 503: ("Retry-After",)}
+
+_ERROR_HEADERS: Final = {
+    401: ("WWW-Authenticate",),
+    403: ("WWW-Authenticate",),
+    429: ("Retry-After", "RateLimit", "RateLimit-Policy"),
+    503: ("Retry-After",),
+}
+_KEY_SCHEME: Final = "apiKey"
+_SECURITY_SCHEMES: Final[dict[str, Json]] = {
+    _KEY_SCHEME: {
+        "type": "http",
+        "scheme": "bearer",
+        "bearerFormat": "dv2_ID_SECRET_CHECKSUM",
+        "description": "An API key, which `dinov2 keys create` makes. Keys are needed as soon as one exists.",
+    }
+}
 
 
 class _Generator(GenerateJsonSchema):
@@ -85,7 +127,7 @@ def document(routes: Iterable[BaseRoute], *, title: str, version: str, descripti
         },
         "servers": [{"url": server}],
         "paths": paths,
-        "components": {"schemas": schemas.components},
+        "components": {"schemas": schemas.components, "securitySchemes": _SECURITY_SCHEMES},
     }
 
 
@@ -183,6 +225,7 @@ def _operation(route: DirectRoute, schemas: _Schemas) -> Json:
         "description": route.description,
         "operationId": route.endpoint.__name__,
         "parameters": _parameters(route, operation, schemas),
+        "security": _security(route),
     }
     if operation.body is not None:
         content: Json = {"application/json": {"schema": schemas.of(operation.body)}}
@@ -192,10 +235,29 @@ def _operation(route: DirectRoute, schemas: _Schemas) -> Json:
     elif operation.upload is not None:
         answer["requestBody"] = {"required": True, "content": _upload(operation.upload, schemas)}
     answer["responses"] = _successes(route, operation, schemas)
-    for status, response in _failures(operation.errors, route.path, schemas).items():
+    for status, response in _failures((*operation.errors, *_denials(route)), route.path, schemas).items():
         there = answer["responses"].setdefault(status, response)
         there["content"] = response["content"] | there["content"]
     return answer
+
+
+def _security(route: DirectRoute) -> list[Json]:
+    """Return what a route needs: nothing, or a key with a scope. A service without keys does not ask for one, so the
+    first choice is always to send none."""
+    need = route_need(route)
+    scope = "read" if need == "metrics" else need
+    return [{}] if need == "open" else [{}, {_KEY_SCHEME: [scope]}]
+
+
+def _denials(route: DirectRoute) -> list[type[ServiceError]]:
+    """Return the errors for senders who may not call a route. A key always has the scope `read`."""
+    need = route_need(route)
+    errors: list[type[ServiceError]] = [] if need == "open" else [Unauthenticated]
+    if need in ("write", "admin"):
+        errors.append(MissingScope)
+    if not set(route.methods or ()) <= SAFE_METHODS:
+        errors.append(CrossOrigin)
+    return errors
 
 
 def _parameters(route: DirectRoute, operation: Operation, schemas: _Schemas) -> list[Json]:
@@ -233,9 +295,12 @@ def _successes(route: DirectRoute, operation: Operation, schemas: _Schemas) -> d
     for media_type in operation.media_types:
         content[media_type] = {"schema": {"type": "string"} if media_type.startswith("text/") else BINARY}
     headers = _headers("X-Request-ID", *operation.answer_headers)
-    descriptions = {200: "OK", 201: "Created", 206: "Part of the file", 503: "Not available"}
     return {
-        str(status): {"description": descriptions[status], "headers": headers, "content": dict(content)}
+        str(status): {
+            "description": _STATUSES[status],
+            "headers": headers,
+            "content": {} if status == 204 else dict(content),
+        }
         for status in operation.statuses
     }
 
@@ -250,7 +315,7 @@ def _failures(errors: Iterable[type[ServiceError]], path: str, schemas: _Schemas
     return {
         str(status): {
             "description": f"Error: {', '.join(names)}",
-            "headers": _headers("X-Request-ID", *_FAILURE_HEADERS.get(status, ())),
+            "headers": _headers("X-Request-ID", *_ERROR_HEADERS.get(status, ())),
             "content": {media_type: {"schema": schemas.of(schema)}},
         }
         for status, names in sorted(codes.items())

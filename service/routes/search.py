@@ -21,7 +21,7 @@ from service.routes.direct import DirectRoute, service_of
 from service.schemas import SearchIn, SearchOptions
 from service.search.checks import check_name
 from service.search.store import Hit
-from service.settings import Settings
+from service.state import Service
 from service.timings import ms_since
 
 router = APIRouter(prefix="/v1/collections", tags=["search"], route_class=DirectRoute)
@@ -42,7 +42,7 @@ async def search(request: Request, name: str) -> JsonAnswer[SearchAnswer]:
     started = time.perf_counter()
     service = service_of(request)
     check_name(name)
-    search_request = await _read(request, service.settings)
+    search_request = await _read(request, service)
     results = await search_collection(service, name, search_request)
     answer = _batch(request, search_request, results) if search_request.batch else _answer(results.queries[0].result())
     timings = results.timings | {"total": ms_since(started)}
@@ -56,11 +56,12 @@ async def search(request: Request, name: str) -> JsonAnswer[SearchAnswer]:
     return json_response(body, headers=server_timing(timings))
 
 
-async def _read(request: Request, settings: Settings) -> SearchRequest:
+async def _read(request: Request, service: Service) -> SearchRequest:
     """Parse a search request. The body is JSON with one query or a list of queries, a form with one image file, or one
     image as the raw body."""
+    settings = service.settings
     if media_type(request) == "application/json":
-        return await read_search(await json_of(request), settings)
+        return await read_search(await json_of(request), settings, service.web_images)
     upload = await read_upload(request, settings, key="image")
     check_count(len(upload.images), settings.model_copy(update={"max_batch_items": 1}), "file")
     return read_image_search(upload.images[0], upload.fields, settings)

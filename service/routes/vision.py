@@ -53,7 +53,7 @@ def add_route(router: APIRouter, task: Task[Any, Any], answer: Answerer, errors:
     """
     key = "images" if task.many else "image"
     image: Any = Image
-    about = "image as a data URL, as base64, or as an object that contains one of them"
+    about = "image as a data URL, base64 or https URL, or as an object that contains one of them"
     if task.many:
         image, about = list[Image], f"{task.images[0]} to {task.images[1]} images, each {about.removeprefix('image ')}"
     fields: dict[str, Any] = {key: (image, Field(description=about))}

@@ -80,9 +80,9 @@ class Migrations(Protocol):
     async def former(self, collection: str) -> CollectionInfo | None:
         """Return the description of the former of a collection, or None if it has none. A candidate does not count."""
 
-    async def missing(self, collection: str, *, after: int = 0, limit: int = 256) -> list[Missing]:
-        """Return items that the partner lacks, in ascending order of their numbers, from the first number above
-        `after`."""
+    async def missing(self, collection: str, tag: str, *, after: int = 0, limit: int = 256) -> list[Missing]:
+        """Return items that have no vector with this tag in the partner, in ascending order of their numbers, from the
+        first number above `after`. Without such a partner, these are all items."""
 
     async def fill(self, collection: str, tag: str, vectors: Sequence[Filled]) -> int:
         """Add vectors to the partner that has this tag. Skip those whose item has been replaced or deleted, or has a
@@ -146,9 +146,9 @@ class EmbeddedMigrations:
         info: CollectionInfo | None = await self._read(work)
         return info
 
-    async def missing(self, collection: str, *, after: int = 0, limit: int = 256) -> list[Missing]:
+    async def missing(self, collection: str, tag: str, *, after: int = 0, limit: int = 256) -> list[Missing]:
         result: list[Missing] = await self._read(
-            partial(_missing, name=check_name(collection), after=after, limit=limit)
+            partial(_missing, name=check_name(collection), tag=tag, after=after, limit=limit)
         )
         return result
 
@@ -277,13 +277,14 @@ def _partnerships(db: sqlite3.Connection) -> list[Partnership]:
     return [_partnership(db, row) for row in database.every(db) if row.partner is not None]
 
 
-def _missing(db: sqlite3.Connection, name: str, after: int, limit: int) -> list[Missing]:
+def _missing(db: sqlite3.Connection, name: str, tag: str, after: int, limit: int) -> list[Missing]:
     row = database.find(db, name)
-    if row.partner is None:
-        return []
+    partner = partner_of(db, row)
+    condition = "1"
+    if partner is not None and partner.spec.tag == tag:
+        condition = f"NOT EXISTS (SELECT 1 FROM items_{partner.key} p WHERE p.id = i.id)"
     query = f"""SELECT i.number, i.id, i.source, i.digest FROM items_{row.key} i
-                WHERE i.number > ? AND NOT EXISTS (SELECT 1 FROM items_{row.partner} p WHERE p.id = i.id)
-                ORDER BY i.number LIMIT ?"""
+                WHERE i.number > ? AND {condition} ORDER BY i.number LIMIT ?"""
     return [Missing(*columns) for columns in db.execute(query, (after, limit))]
 
 

@@ -119,7 +119,7 @@ async def copy_photos(
             try:
                 size = await source.size(digest)
                 present = await target.size(digest)
-                if size is not None and present == size:
+                if size is not None and present == size and await target.renew(digest):
                     photos.present += 1
                     return
                 data = await source.get(digest)

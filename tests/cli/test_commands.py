@@ -15,7 +15,7 @@ runner = CliRunner()
 
 
 def test_every_option_and_command_has_help() -> None:
-    for command in ("serve", "embed", "train", "compare", "average", "report", "export", "build-engine", "models"):
+    for command in ("serve", "embed", "train", "compare", "average", "report", "export", "build-engine"):
         result = runner.invoke(cli.app, [command, "--help"])
         assert result.exit_code == 0
         info = next(c for c in cli.app.registered_commands if (c.name or c.callback.__name__) == command)

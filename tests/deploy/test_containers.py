@@ -39,6 +39,9 @@ def test_only_loopback_is_published_and_never_redis() -> None:
     for container in SERVICES.values():
         for port in container.get("ports", []):
             assert port == "${DINOV2_PUBLISH:-127.0.0.1:8000}:8000"
+        if "ports" in container:  # the service judges the published address, not the one that it listens on
+            assert container["environment"]["DINOV2_PUBLISH"] == "${DINOV2_PUBLISH:-127.0.0.1:8000}"
+            assert container["environment"]["DINOV2_AUTH"] == "${DINOV2_AUTH:-auto}"
     assert "ports" not in SERVICES["redis"]
 
 

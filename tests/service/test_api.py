@@ -158,7 +158,8 @@ async def test_models(tmp_path):
     async with running(tmp_path) as run:
         listed = (await run.client.get("/v1/models")).json()
         one = (await run.client.get("/v1/models/dinov2_fake")).json()
-    assert listed["data"] == [one]
+    assert listed["data"][0] == one
+    assert {model["state"] for model in listed["data"][1:]} == {"available"}
     assert one["fingerprint"] == "a" * 64
     assert one["dimensions"] == DIMS
     assert one["engine"] == "fake"
@@ -171,7 +172,7 @@ async def test_the_model_says_which_engines_were_tried(tmp_path):
     tried = (Tried("tensorrt:bf16", "passed over", "no GPU"), Tried("onnxruntime:fp32", "serves", "the first that can"))
     async with running(tmp_path) as run:
         run.service.tried = tried
-        (one,) = (await run.client.get("/v1/models")).json()["data"]
+        one = (await run.client.get("/v1/models/auto")).json()
     assert one["engines_tried"] == [
         {"engine": "tensorrt:bf16", "outcome": "passed over", "reason": "no GPU"},
         {"engine": "onnxruntime:fp32", "outcome": "serves", "reason": "the first that can"},
@@ -188,7 +189,7 @@ async def test_the_model_does_not_say_where_files_lie(tmp_path):
     async with running(tmp_path) as run:
         run.service.settings = run.service.settings.model_copy(update={"data_dir": tmp_path / "some data"})
         run.service.tried = tuple(Tried("torch:fp32", "passed over", reason) for reason in reasons)
-        (one,) = (await run.client.get("/v1/models")).json()["data"]
+        one = (await run.client.get("/v1/models/auto")).json()
     assert [tried["reason"] for tried in one["engines_tried"]] == [*reasons.values()]
 
 
@@ -404,7 +405,7 @@ async def test_a_model_that_pads_images(tmp_path):
     artifact = replace(artifact, manifest=artifact.manifest.model_copy(update={"preprocess": spec}))
     image = photo(1, size=(60, 20))
     async with running(tmp_path, artifact=artifact) as run:
-        [model] = (await run.client.get("/v1/models")).json()["data"]
+        model = (await run.client.get("/v1/models/auto")).json()
         mask = (await run.client.post("/v1/segment", json={"image": data_url(image), "format": "rle"})).json()
         await run.client.put("/v1/collections/shop", json={"pooling": "mean", "originals": True})
         await run.client.post("/v1/collections/shop/items", files={"file": image})
@@ -426,5 +427,5 @@ async def test_a_model_that_pads_images(tmp_path):
 
 async def test_the_default_fit_is_shown(tmp_path):
     async with running(tmp_path) as run:
-        [model] = (await run.client.get("/v1/models")).json()["data"]
+        model = (await run.client.get("/v1/models/auto")).json()
     assert model["preprocess"]["fit"] == "crop"

@@ -254,11 +254,11 @@ def test_base64_is_not_taken_for_text():
             " ".join(lines[i : i + 40] for i in range(0, len(lines), 40)),
             f"\n  {lines[:90]}\n  {lines[90:]}",
         ):
-            assert image_from_text(spelt, 10_000) == image
+            assert image_from_text(spelt, 10_000, {}) == image
     for data in (b"%PDF-1.7 and so on", b"", bytes(40), bytes(range(200))):  # `decode` says what these are
-        assert image_from_text(text(data), 1000) == data
+        assert image_from_text(text(data), 1000, {}) == data
     with pytest.raises(BrokenImage):
-        image_from_text("%%%", 1000)
+        image_from_text("%%%", 1000, {})
 
 
 # ---- OpenAI's fields

@@ -1,11 +1,14 @@
 """Tests of CORS: which pages a browser lets call the service, with raw requests and with a browser."""
 
 import asyncio
+import base64
 import http.server
 import re
 import shutil
 import subprocess
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -123,9 +126,9 @@ call().then(text => { document.getElementById("out").textContent = text; });
 </script>"""
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-@pytest.mark.parametrize("allowed", [True, False])
-def test_a_page_in_a_browser(tmp_path: Path, allowed: bool) -> None:
+@contextmanager
+def served_page() -> Iterator[tuple[str, Callable[[str], None]]]:
+    """Serve one page from a port of its own. Yield the page's origin and a function that sets its text."""
     page = b""
 
     class Pages(http.server.BaseHTTPRequestHandler):
@@ -137,24 +140,38 @@ def test_a_page_in_a_browser(tmp_path: Path, allowed: bool) -> None:
 
         def log_message(self, *_args: object) -> None: ...
 
+    def show(text: str) -> None:
+        nonlocal page
+        page = text.encode()
+
     pages = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pages)
     threading.Thread(target=pages.serve_forever, daemon=True).start()
-    origin = f"http://127.0.0.1:{pages.server_port}"
-    server = Server(tmp_path / "data", **({"DINOV2_CORS_ORIGINS": f"https://x.example,{origin}"} if allowed else {}))
     try:
-        import base64
-
-        image = base64.b64encode(photo()).decode()
-        page = PAGE_TEXT.replace("URL", server.url).replace("IMAGE", image).encode()
-        assert BROWSER is not None
-        command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
-        done = subprocess.run(
-            [*command, f"--user-data-dir={tmp_path / 'profile'}", origin], capture_output=True, text=True, timeout=120
-        )
+        yield f"http://127.0.0.1:{pages.server_port}", show
     finally:
         pages.shutdown()
         pages.server_close()
-        assert server.stop() == 0
+
+
+def page_in_browser(url: str, profile: Path) -> str:
+    """Open a page in the browser and return the text in its element `out` after its scripts have run."""
+    assert BROWSER is not None
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
+    done = subprocess.run([*command, f"--user-data-dir={profile}", url], capture_output=True, text=True, timeout=120)
     shown = re.search(r"<pre id=\"out\">(.*?)</pre>", done.stdout)
     assert shown, done.stdout + done.stderr
-    assert shown[1] == ("status 200, 1 vector, id true, put 201" if allowed else "blocked: TypeError")
+    return shown[1]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_page_in_a_browser(tmp_path: Path, allowed: bool) -> None:
+    with served_page() as (origin, show):
+        settings = {"DINOV2_CORS_ORIGINS": f"https://x.example,{origin}"} if allowed else {}
+        server = Server(tmp_path / "data", **settings)
+        try:
+            show(PAGE_TEXT.replace("URL", server.url).replace("IMAGE", base64.b64encode(photo()).decode()))
+            text = page_in_browser(origin, tmp_path / "profile")
+        finally:
+            assert server.stop() == 0
+    assert text == ("status 200, 1 vector, id true, put 201" if allowed else "blocked: TypeError")

@@ -22,8 +22,10 @@ from service.errors import (
     QueueFull,
     UnsupportedImage,
 )
+from service.keys import KeyStore
 from service.search.store import CollectionSpec
 from service.telemetry import JsonLines
+from service.web_images import WebImages
 from tests.dict_store import DictStore
 from tests.fakes import FakeEngine, Running, photo, plain_photo, running, until
 
@@ -85,6 +87,25 @@ async def _dimensions(tmp_path: Path) -> httpx.Response:
         return await run.client.post(EMBED, json={"input": base64_of(photo()), "dimensions": 4})
 
 
+@provokes("unauthenticated")
+async def _unauthenticated(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path, auth="on") as run:
+        return await run.client.post(EMBED, json={"input": base64_of(photo())})
+
+
+@provokes("missing_scope")
+async def _scope(tmp_path: Path) -> httpx.Response:
+    key, _ = KeyStore(tmp_path).create("reader", ["read"])
+    async with running(tmp_path) as run:
+        return await run.client.put("/v1/collections/shop", headers={"Authorization": f"Bearer {key}"})
+
+
+@provokes("cross_origin")
+async def _origin(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        return await run.client.put("/v1/collections/shop", headers={"Origin": "https://other.example"})
+
+
 @provokes("not_found")
 async def _not_found(tmp_path: Path) -> httpx.Response:
     async with running(tmp_path) as run:
@@ -110,6 +131,12 @@ async def _item(tmp_path: Path) -> httpx.Response:
         return await run.client.get("/v1/collections/shop/items/nobody")
 
 
+@provokes("job_not_found")
+async def _job(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        return await run.client.get("/v1/jobs/train-0")
+
+
 @provokes("method_not_allowed")
 async def _method(tmp_path: Path) -> httpx.Response:
     async with running(tmp_path) as run:
@@ -129,6 +156,15 @@ async def _mismatch(tmp_path: Path) -> httpx.Response:
         other = run.service.tag("b" * 64)
         await run.service.store.create("shop", CollectionSpec(other, 8))
         return await run.client.post("/v1/collections/shop/items", files={"file": photo()})
+
+
+@provokes("image_url_failed")
+async def _image_url(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path, image_urls="*") as run:
+        run.service.web_images = WebImages(
+            run.service.settings, run.service.lifecycle, resolve=lambda host, port: ["127.0.0.1"]
+        )
+        return await run.client.post(EMBED, json={"input": "https://images.example.com/a.jpg"})
 
 
 @provokes("range_not_satisfiable")
@@ -288,7 +324,6 @@ async def test_what_is_no_fault_of_the_service_is_not_logged_as_one(tmp_path, ca
 
 NEVER_SENT = {
     "client_closed_request",  # nobody is left to read it; test_pipeline.py sees it in the metrics
-    "job_not_found",  # no route of jobs exists yet
 }
 
 

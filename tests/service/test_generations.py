@@ -154,7 +154,7 @@ def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         manifest = read_manifest(path)
         return Opened(fake_artifact(manifest.name, manifest.fingerprint[0]), FakeEngine(precision=precision))
 
-    monkeypatch.setattr(first_model, "_open", opened)
+    monkeypatch.setattr(first_model, "open_model", opened)
     return tmp_path
 
 

@@ -131,11 +131,24 @@ async def test_the_state_of_the_queue_and_of_the_engine_are_metrics(tmp_path):
         await until(lambda: run.service.pipeline.batcher.waiting == 1)
         await asyncio.sleep(0.08)
         assert 0.08 <= await sample(run, "queue_oldest_seconds") < 5
+        assert (await sample(run, "queue_images"), await sample(run, "queue_patches")) == (2, 4)
         assert await sample(run, "engine_up") == 0
         engine.gate.set()
         await asyncio.gather(*waiting)
         assert await sample(run, "queue_oldest_seconds") == 0
         assert await sample(run, "engine_up") == 1
+
+
+async def test_the_queues_of_two_models_are_added_up(tmp_path):
+    async with running(tmp_path) as run, running(tmp_path / "other") as other:
+        run.service.loaded.services = {("b", "fp32"): other.service, ("a", "fp32"): run.service}
+        run.service.pipeline.batcher.reserve(2)
+        other.service.pipeline.batcher.reserve(3)
+        assert await sample(run, "queue_images") == 5
+        other.service.pipeline.batcher._dead = True
+        assert await sample(run, "engine_up") == 0
+        run.service.pipeline.batcher.release(2)
+        other.service.pipeline.batcher.release(3)
 
 
 async def test_how_full_batches_are_is_a_metric(tmp_path):

@@ -95,7 +95,7 @@ def test_base64_is_measured_before_it_is_decoded(monkeypatch, size):
     image = bytes(range(size % 251)) + bytes(size - size % 251)
     for padded in (True, False):
         text = base64.b64encode(image).decode()
-        assert image_from_text(text if padded else text.rstrip("="), size) == image
+        assert image_from_text(text if padded else text.rstrip("="), size, {}) == image
 
     def never(*_args, **_options):
         raise AssertionError("it was decoded")
@@ -103,7 +103,7 @@ def test_base64_is_measured_before_it_is_decoded(monkeypatch, size):
     monkeypatch.setattr(data_urls.binascii, "a2b_base64", never)
     for prefix in ("", "data:image/png;base64,"):
         with pytest.raises(ImageTooLarge, match=f"the limit is {size}"):
-            image_from_text(prefix + base64.b64encode(image + b"123").decode(), size)
+            image_from_text(prefix + base64.b64encode(image + b"123").decode(), size, {})
 
 
 def test_base64_in_any_of_its_spellings():
@@ -113,9 +113,9 @@ def test_base64_in_any_of_its_spellings():
     assert "/" in text
     lines = "\r\n".join(text[i : i + 76] for i in range(0, len(text), 76))
     for spelt in (base64.urlsafe_b64encode(image).decode(), lines, text.rstrip("="), f" {text} "):
-        assert image_from_text(spelt, 1000) == image
+        assert image_from_text(spelt, 1000, {}) == image
     with pytest.raises(BrokenImage):
-        image_from_text("%%%%", 1000)
+        image_from_text("%%%%", 1000, {})
 
 
 async def test_at_most_ten_faults_are_told(tmp_path):

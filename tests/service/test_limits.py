@@ -21,8 +21,10 @@ from service.costs import Cost, TooCostly, current_cost
 from service.errors import RateLimited
 from service.features import pipeline
 from service.features.pipeline import View
+from service.keys import KeyStore
 from service.limits import MOST_KEYS, Limit, Limits, _network
 from service.redis_guard import RedisGuard
+from service.security import Security
 from service.settings import Settings
 from service.telemetry import Metrics
 from tests.dict_store import DictStore
@@ -56,10 +58,25 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @dataclass(frozen=True)
 class Principal:
-    """A stand-in for the holder of an API key."""
+    """A stand-in for the sender of a request, with a limit of its own or without."""
 
     key_id: str | None
     limit: Limit | None = None
+    name: str | None = None
+    scopes: frozenset[str] = frozenset({"open", "metrics", "read", "write", "admin"})
+
+
+@pytest.fixture(autouse=True)
+def _principals_of_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let requests of `client_of` pass with the principal that the test has chosen."""
+    admit = Security.admit
+
+    def admit_principal(self, scope, headers):
+        admit(self, scope, headers)
+        if scope.get("principal") is not None:
+            scope["state"]["principal"] = scope["principal"]
+
+    monkeypatch.setattr(Security, "admit", admit_principal)
 
 
 @asynccontextmanager
@@ -69,8 +86,7 @@ async def client_of(
     """Yield a client with a key or an address."""
 
     async def app(scope, receive, send):
-        state = {} if principal is None else {"principal": principal}
-        await run.app({**scope, "client": (address, 1), "state": state}, receive, send)
+        await run.app({**scope, "client": (address, 1), "principal": principal}, receive, send)
 
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
         yield client
@@ -395,6 +411,17 @@ async def test_a_key_has_its_own_bucket_and_maybe_its_own_limit(tmp_path, clock)
     assert [answer.status_code for answer in answers] == [200, 200, 429]
     assert answers[0].headers["RateLimit-Policy"] == '"default";q=400;qu="pixels";w=40'
     assert answers[2].headers["Retry-After"] == "20"
+
+
+async def test_api_keys_are_limited_apart(tmp_path, clock):
+    (first, first_key), (second, _) = (KeyStore(tmp_path).create(name, ["read"]) for name in ("one", "two"))
+    async with running(tmp_path, **LIMITED | {"rate_request_pixels": BURST}) as run:
+        assert (await run.client.get("/v1/models")).status_code == 401  # at the cost of the address
+        for key, statuses in ((first, [200, 429]), (second, [200, 429])):
+            for status in statuses:
+                answer = await run.client.get("/v1/models", headers={"Authorization": f"Bearer {key}"})
+                assert answer.status_code == status
+        assert (charged(run, first_key.id), charged(run)) == (BURST, BURST)
 
 
 async def test_a_client_behind_a_proxy_has_its_own_bucket(tmp_path, clock):

@@ -4,6 +4,7 @@ import base64
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from hashlib import sha256
 from typing import Any
 
 import pytest
@@ -116,6 +117,8 @@ GOOD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
         {"json": {"originals": True, "pooling": "mean", "indexed": ["n"], "index": {"kind": "hnsw", "m": 16}}},
     ),
     ("PUT", "/v1/collections/bare", 201, {}),
+    ("POST", "/v1/originals/erase-unreferenced", 200, {}),
+    ("POST", "/v1/originals/erase-unreferenced", 200, {"json": {"dry_run": True}}),
     ("GET", "/v1/collections", 200, {}),
     ("GET", SHOP, 200, {}),
     ("GET", f"{SHOP}/stats", 200, {}),
@@ -200,11 +203,15 @@ GOOD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("GET", f"{SHOP}/snapshots/SNAPSHOT", 416, {"headers": {"Range": "bytes=99999999-"}}),
     ("GET", f"{SHOP}/snapshots/SNAPSHOT", 400, {"headers": {"Range": "bytes=x"}}),
     ("DELETE", f"{SHOP}/snapshots/SNAPSHOT", 200, {}),
+    ("DELETE", f"/v1/originals/{sha256(photo(8)).hexdigest()}", 409, {}),
+    ("DELETE", f"/v1/originals/{sha256(photo(8)).hexdigest()}?items=delete", 200, {}),
     ("DELETE", SHOP, 200, {}),
 ]
 
 BAD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("GET", "/v1/models/gpt", 404, {}),
+    ("DELETE", "/v1/models/gpt", 404, {}),
+    ("POST", "/v1/models/rollback", 409, {}),
     ("POST", "/v1/embeddings", 400, {"content": b"{", "headers": {"Content-Type": "application/json"}}),
     ("POST", "/v1/embeddings", 400, {"json": {"input": text(photo()), "dimensions": 7}}),
     ("POST", "/v1/embeddings", 404, {"json": {"input": text(photo()), "model": "gpt"}}),
@@ -251,6 +258,9 @@ BAD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("POST", "/v1/collections/bare/find-region", 422, {"json": {"references": [REFERENCE]}}),
     ("PUT", "/v1/aliases/live", 404, {"json": {"collection": "none"}}),
     ("DELETE", "/v1/aliases/none", 404, {}),
+    ("DELETE", f"/v1/originals/{'0' * 64}", 404, {}),
+    ("DELETE", "/v1/originals/all", 422, {}),
+    ("POST", "/v1/originals/erase-unreferenced", 422, {"json": {"dry_run": "perhaps"}}),
     ("POST", "/v1/collections/none/snapshots", 404, {}),
     ("GET", "/v1/collections/UP/snapshots", 422, {}),
     ("GET", "/v1/collections/bare/snapshots/20260101T000000.000Z", 404, {}),

@@ -169,7 +169,6 @@ def test_limits_on_bytes_fit_into_each_other():
 
 
 def test_names_that_only_compose_reads_are_let_through(monkeypatch):
-    monkeypatch.setenv("DINOV2_PUBLISH", "127.0.0.1:8000")
     monkeypatch.setenv("DINOV2_MEMORY", "4g")
     assert load_settings().port == 8000
 

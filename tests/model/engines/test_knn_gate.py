@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from model.engines import parity
-from model.engines.knn_gate import ClassTokens, LabelledImages, class_tokens, find_labelled, knn_gate, knn_right
+from model.engines.knn_gate import (
+    ClassTokens,
+    LabelledImages,
+    class_tokens,
+    find_labelled,
+    knn_gate,
+    knn_hits,
+    knn_right,
+)
 from model.preprocess import PreprocessSpec, preprocess
 
 SPEC = PreprocessSpec(resize=80, crop=70)
@@ -31,6 +39,17 @@ def test_knn_is_what_training_measures(leave_one_out: bool, k: int) -> None:
     theirs = knn_accuracy(*(torch.from_numpy(a) for a in arrays), [k], leave_one_out=leave_one_out)[k]
     assert knn_right(*arrays, k, leave_one_out=leave_one_out) == round(theirs * len(test))
     assert theirs > 0.5 if k < 1000 else theirs > 0
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_several_values_of_k_share_one_search(leave_one_out: bool) -> None:
+    train, labels = clusters(120, seed=1)
+    test, test_labels = (train, labels) if leave_one_out else clusters(90, seed=2)
+    ks = (1, 3, 20, 1000)
+    hits = knn_hits(train, labels, test, test_labels, ks, leave_one_out=leave_one_out)
+    alone = [knn_right(train, labels, test, test_labels, k, leave_one_out=leave_one_out) for k in ks]
+    assert hits.sum(axis=0).tolist() == alone
+    assert len(set(alone)) > 1
 
 
 def test_no_image_of_a_later_block_is_its_own_neighbour() -> None:

@@ -128,15 +128,15 @@ async def test_an_image_with_many_outputs_counts_for_more_patches():
 
 
 async def test_patches_of_mixed_shapes_are_given_back():
-    engine, metrics = FakeEngine(), Metrics()
-    async with batching(engine, queue_max_patches=64, metrics=metrics) as batcher:
+    engine = FakeEngine()
+    async with batching(engine, queue_max_patches=64) as batcher:
         for _ in range(3):
             first = await held(batcher, engine)
             rest = [batcher.submit(image(0, side)) for side in (28, 56, 28, 42, 56)]
-            assert metrics.registry.get_sample_value("dinov2_queue_patches") == 4 + 16 + 4 + 9 + 16
+            assert batcher.patches == 4 + 16 + 4 + 9 + 16
             engine.gate.set()
             await asyncio.gather(first, *rest)
-            assert metrics.registry.get_sample_value("dinov2_queue_patches") == 0
+            assert batcher.patches == 0
             assert not batcher.full
         await held(batcher, engine)
         batcher.submit(image(0, 112))  # the whole limit
@@ -184,7 +184,7 @@ async def test_the_departed_cost_no_engine_time():
         assert not batcher.full  # their patches are given back
     assert [shape[0] for shape in engine.batches] == [1, 2]
     assert metrics.registry.get_sample_value("dinov2_dropped_images_total") == 2
-    assert metrics.registry.get_sample_value("dinov2_queue_patches") == 0
+    assert batcher.patches == 0
 
 
 async def test_whoever_leaves_a_batch_that_fails_is_not_tried_singly():
@@ -226,9 +226,9 @@ async def test_the_figures_count_images_and_failed_passes():
         with pytest.raises(EngineFailed):
             await batcher.submit(image(13))
         batcher.reserve(3)
-        assert metrics.registry.get_sample_value("dinov2_queue_images") == 3
+        assert batcher.images == 3
         batcher.release(2)
-        assert metrics.registry.get_sample_value("dinov2_queue_images") == 1
+        assert batcher.images == 1
     assert metrics.registry.get_sample_value("dinov2_images_total") == 4
     assert metrics.registry.get_sample_value("dinov2_batch_images_sum") == 4
     assert metrics.registry.get_sample_value("dinov2_engine_errors_total") == 1

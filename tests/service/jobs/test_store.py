@@ -16,8 +16,9 @@ from model.files import lock_file
 from service.errors import Conflict, JobNotFound, ServiceError
 from service.jobs.job_log import JobLog
 from service.jobs.leases import MAX_LOSSES
+from service.jobs.process import LOCK
 from service.jobs.records import FINISHED, Job, Lease, LeaseLost, NewJob
-from service.jobs.store import LOCK, JobStore
+from service.jobs.store import JobStore
 
 ROOT = Path(__file__).parents[3]
 LEASE_S = 8.0

@@ -26,7 +26,7 @@ async def filled(run) -> None:
 
 
 async def ask(run, fields: dict):
-    return await search(run.service, "shop", await read_search(fields, run.service.settings))
+    return await search(run.service, "shop", await read_search(fields, run.service.settings, run.service.web_images))
 
 
 async def test_one_vector_takes_one_call_of_the_store(tmp_path):

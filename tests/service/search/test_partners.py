@@ -39,7 +39,7 @@ def filled(model: str, missing: Sequence[Missing]) -> list[Filled]:
 
 async def migrate(store: EmbeddedStore, name: str = "c", to: str = "b") -> None:
     await store.migrations.start(name, TAG[to], SIZE[to])
-    while missing := await store.migrations.missing(name):
+    while missing := await store.migrations.missing(name, TAG[to]):
         await store.migrations.fill(name, TAG[to], filled(to, missing))
     await store.migrations.switch({name: TAG[to]})
 
@@ -103,7 +103,7 @@ async def test_any_sequence_equals_a_dictionary(
             await store.migrations.start("c", TAG[other], SIZE[other])
             assert len(await store.migrations.partnerships()) == 1 >= len(pairs)
         elif step == "look":
-            looked = await store.migrations.missing("c")
+            looked = await store.migrations.missing("c", TAG[other])
         elif step == "fill" and await store.migrations.partnerships():
             await store.migrations.fill("c", TAG[other], filled(other, looked))
         elif step == "switch" and (pairs := await store.migrations.partnerships()):
@@ -134,7 +134,7 @@ async def check(store: EmbeddedStore, live: str, plain: dict[str, tuple[int, dic
     if pairs:
         partner, other = pairs[0].partner, "b" if live == "a" else "a"
         assert partner.tag == TAG[other]
-        lacked = {missing.id for missing in await store.migrations.missing("c")}
+        lacked = {missing.id for missing in await store.migrations.missing("c", TAG[other])}
         assert (len(lacked), partner.count) == (pairs[0].missing, len(plain) - len(lacked))
         await check_version(store, partner.ref, other, plain, plain.keys() - lacked)
 
@@ -162,13 +162,13 @@ async def check_version(
 
 async def test_a_copier_neither_revives_nor_overwrites(store: EmbeddedStore) -> None:
     await store.migrations.start("c", TAG["b"], SIZE["b"])
-    seen = await store.migrations.missing("c")
+    seen = await store.migrations.missing("c", TAG["b"])
     await store.delete("c", ["i0"])
     await store.upsert("c", [item("a", "i1", 100)], tag=TAG["a"])
     await store.upsert("c", [item("a", "i2", 200)], tag=TAG["a"], other=(TAG["b"], [item("b", "i2", 200)]))
     assert await store.migrations.fill("c", TAG["b"], filled("b", seen)) == 3
     [pair] = await store.migrations.partnerships()
-    assert [missing.id for missing in await store.migrations.missing("c")] == ["i1"]
+    assert [missing.id for missing in await store.migrations.missing("c", TAG["b"])] == ["i1"]
     [gone, current] = await store.get(pair.partner.ref, ["i0", "i2"])
     assert gone is None
     assert current is not None
@@ -250,7 +250,7 @@ async def test_all_collections_switch_or_none(store: EmbeddedStore) -> None:
     await store.upsert("d", [item("a", "x", 1)], tag=TAG["a"])
     for name in ("c", "d"):
         await store.migrations.start(name, TAG["b"], SIZE["b"])
-    await store.migrations.fill("c", TAG["b"], filled("b", await store.migrations.missing("c")))
+    await store.migrations.fill("c", TAG["b"], filled("b", await store.migrations.missing("c", TAG["b"])))
     with pytest.raises(Conflict, match="lack 1 of the 1 items of collection 'd'"):
         await store.migrations.switch({"c": TAG["b"], "d": TAG["b"]})
     assert {info.tag for info in await store.collections()} == {TAG["a"]}

@@ -1,0 +1,54 @@
+"""The table of all kinds of jobs. A new kind needs one entry here."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from model.messages import in_words
+from service.errors import InvalidRequest
+from service.jobs.build_engine import BuildEngineParams, build_engine
+from service.jobs.evaluate import EvaluateParams, evaluate
+from service.jobs.export import ExportParams, export
+from service.jobs.kind import JobParams, Kind
+from service.jobs.reindex import ReindexParams, reindex
+from service.jobs.retrain import RetrainParams, retrain
+from service.jobs.train import TrainParams, train
+from service.settings import Settings
+
+KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
+    {
+        "train": Kind("train a model on your own images", TrainParams, train, needs=("torch",)),
+        "export": Kind("turn a checkpoint or a run into an artifact", ExportParams, export),
+        "build-engine": Kind("build a TensorRT plan on a GPU", BuildEngineParams, build_engine, needs=("cuda",)),
+        "reindex": Kind("embed collections again with another model", ReindexParams, reindex),
+        "retrain": Kind(
+            "train, compare with the live model, and make the better one live", RetrainParams, retrain, needs=("torch",)
+        ),
+        "evaluate": Kind("evaluate a model on labelled images", EvaluateParams, evaluate, needs=("torch",)),
+    }
+)
+
+
+def checked_params(
+    kind: str, params: Mapping[str, Any], settings: Settings, kinds: Mapping[str, Kind] = KINDS
+) -> JobParams:
+    """Return the parameters of a job, with absolute paths without links.
+
+    Raises:
+        InvalidRequest: the kind is unknown, or a parameter is not allowed. The message says what is allowed.
+    """
+    if kind not in kinds:
+        raise InvalidRequest(f"unknown kind {kind[:80]!r}: use one of {', '.join(kinds)}", param="kind")
+    try:
+        return kinds[kind].params.model_validate(dict(params)).resolved(settings)
+    except ValidationError as error:
+        raise InvalidRequest(in_words(error), param="params") from error
+    except ValueError as error:
+        raise InvalidRequest(str(error), param="params") from error
+
+
+def kinds_here(kinds: Mapping[str, Kind] = KINDS) -> list[str]:
+    """Return the kinds whose packages are installed on this machine."""
+    return [name for name, kind in kinds.items() if kind.can_run_here]

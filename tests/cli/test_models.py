@@ -1,0 +1,141 @@
+"""Tests of `dinov2 models` and `dinov2 reindex`, with a service that runs beside them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import cli
+from model.artifact import Artifact, bundled_artifact
+from service import first_model
+from service.artifact_choice import readable_artifacts
+from service.generations import Generations
+from service.live_models import Opened
+from service.settings import Settings
+from tests.fakes import FakeEngine, fake_artifact, photo
+
+runner = CliRunner()
+
+
+def put_artifact(data_dir: Path, digit: str) -> Artifact:
+    """Write an artifact folder that has only a manifest, and return the artifact."""
+    artifact = fake_artifact(f"model_{digit}", digit)
+    folder = data_dir / "artifacts" / artifact.name
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(artifact.manifest.model_dump_json())
+    return artifact
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data folder with the artifacts a (live) and b, whose engines are faked."""
+    names = {}
+    for digit in "ab":
+        artifact = put_artifact(tmp_path, digit)
+        names[artifact.name] = Opened(artifact, FakeEngine(seed=ord(digit)))
+    monkeypatch.setattr(first_model, "open_model", lambda settings, path, engine: names[path.name])
+    generations = Generations(tmp_path)
+    path = tmp_path / "artifacts" / "model_a-aaaaaaaa"
+    first = generations.add("a" * 64, "model_a-aaaaaaaa", path, "fake", "fp32", reason="test")
+    generations.promote(first.number, expected=None, keep_s=0)
+    return tmp_path
+
+
+def run(data_dir: Path, *words: str, status: int = 0) -> str:
+    result = runner.invoke(cli.app, [*words, "--data-dir", str(data_dir)])
+    assert result.exit_code == status, result.output
+    return result.output
+
+
+async def fill(data_dir: Path, name: str = "shop") -> None:
+    """Make a collection with three stored images, with vectors of model a."""
+    from service.originals import Originals, source_of
+    from service.search.embedded import open_embedded
+    from service.search.store import CollectionSpec, Item
+    from service.tags import make_tag
+
+    store, originals = await open_embedded(data_dir), Originals(data_dir / "originals")
+    tag = make_tag("a" * 64, "cls", (28, 28), "fp32")
+    await store.create(name, CollectionSpec(tag, 8, originals=True))
+    for n in range(3):
+        digest = await originals.put(photo(n))
+        vector = np.eye(8, dtype=np.float32)[n]
+        await store.upsert(name, [Item(f"i{n}", vector, source=source_of(digest), digest=digest)], tag=tag)
+    await store.close()
+    await originals.close()
+
+
+def states(data_dir: Path) -> dict[str, str]:
+    listed = json.loads(run(data_dir, "models", "list", "--json"))["artifacts"]
+    return {row["name"]: row["state"] for row in listed}
+
+
+async def test_promote_and_roll_back(data_dir: Path) -> None:
+    await fill(data_dir)
+    assert states(data_dir)["model_b"] == "available"
+    # In a thread, because the command runs an event loop of its own.
+    out = await _in_thread(run, data_dir, "models", "promote", "model_b")
+    assert "generation 2: 3 items embedded; switched shop" in out
+    assert {name: state for name, state in states(data_dir).items() if name.startswith("model_")} == {
+        "model_b": "live",
+        "model_a": "former",
+    }
+    shown = json.loads(await _in_thread(run, data_dir, "collections", "list", "--json"))
+    assert shown[0]["tag"].startswith("b" * 64)
+    assert "generation 1 is live again" in await _in_thread(run, data_dir, "models", "rollback")
+    assert "generation 1 is live" not in await _in_thread(run, data_dir, "models", "list")
+    assert states(data_dir)["model_a"] == "live"
+
+
+async def test_reindex_changes_only_the_collection(data_dir: Path) -> None:
+    await fill(data_dir)
+    out = await _in_thread(run, data_dir, "reindex", "shop", "--model", "model_b", "--json")
+    report = json.loads(out[out.index("{") :])
+    assert (report["switched"], report["embedded"]) == (["shop"], 3)
+    assert {name: state for name, state in states(data_dir).items() if name.startswith("model_")} == {
+        "model_a": "live",
+        "model_b": "candidate",
+    }
+    out = await _in_thread(run, data_dir, "reindex", "shop")
+    assert "switched shop" in out
+    assert states(data_dir)["model_b"] == "retired"
+
+
+async def test_what_cannot_be_done_is_told(data_dir: Path) -> None:
+    await fill(data_dir)
+    assert "no former generation" in await _in_thread(run, data_dir, "models", "rollback", status=2)
+    assert "there is no collection 'x'" in await _in_thread(run, data_dir, "reindex", "x", status=2)
+    assert "is not an artifact folder" in await _in_thread(run, data_dir, "models", "promote", "./x", status=2)
+    assert "is live" in await _in_thread(run, data_dir, "models", "remove", "model_a", status=2)
+    assert "part of the installation" in await _in_thread(
+        run, data_dir, "models", "remove", bundled_artifact().name, status=2
+    )
+    shutil.rmtree(data_dir / "originals")
+    assert "3 items of 1 collections" in await _in_thread(run, data_dir, "models", "promote", "model_b", status=2)
+
+
+async def test_a_model_with_collections_is_removed_only_by_force(data_dir: Path) -> None:
+    await fill(data_dir)
+    await _in_thread(run, data_dir, "models", "promote", "model_b", "--lost", "drop", "--keep-hours", "0")
+    generations = Generations(data_dir)
+    generations.retire(1)
+    await fill(data_dir, "old")
+    assert "old have vectors" in await _in_thread(run, data_dir, "models", "remove", "model_a", status=2)
+    assert "removed model_a" in await _in_thread(run, data_dir, "models", "remove", "1", "--force")
+    assert "model_a" not in [manifest.name for _, manifest in readable_artifacts(data_dir)]
+    assert [each.number for each in generations.all()] == [2]
+
+
+async def _in_thread(work, *args, **options) -> str:
+    import asyncio
+
+    return await asyncio.to_thread(work, *args, **options)
+
+
+def test_settings_of_the_fixture(data_dir: Path) -> None:
+    """The fake models are those that a service would load."""
+    opened, record = first_model.load_first(Settings(data_dir=data_dir), lambda step: None)
+    assert (opened.artifact.name, record.first.number) == ("model_a-aaaaaaaa", 1)
