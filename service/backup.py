@@ -3,6 +3,7 @@
     OUT/backup.json                 what the backup contains; written last, in one step
     OUT/snapshots/NAME/TIME.sqlite3 one snapshot for each collection
     OUT/originals/                  the images to which the items of these snapshots refer
+    OUT/state/                      copies of the databases of models, API keys and jobs, if they exist
 
 The service may run during a backup. Each snapshot is consistent: it contains its collection as it was at one moment.
 Two collections may be from different moments. The images are copied after the snapshot that refers to them. They still
@@ -12,14 +13,17 @@ A backup to the folder of an older backup copies only the images that are missin
 until `backup.json` is replaced. An interrupted backup can therefore be run again. A restore is atomic: it restores all
 collections or none.
 
-Artifacts (exported models) are not copied, because they can be large and never change. `backup.json` lists them.
+`restore` does not restore `state/`, because the running service uses these databases: see deploy/RUNBOOK.md. Artifacts
+(exported models) are not copied, because they can be large and never change. `backup.json` lists them.
 """
 
 import asyncio
 import hashlib
 import json
 import shutil
+import sqlite3
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +31,7 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from model.files import lock_file, write_text
+from model.files import lock_file, publish, write_text
 from model.messages import in_words
 from service.errors import CollectionNotFound, StorageFailed
 from service.originals import Originals
@@ -38,6 +42,8 @@ from service.search.transfer import Photos, copy_photos
 CONTENTS: Final = "backup.json"
 SNAPSHOTS: Final = "snapshots"
 ORIGINALS: Final = "originals"
+STATE: Final = "state"
+_DATABASES: Final = ("models.sqlite3", "keys.sqlite3", "jobs/jobs.sqlite3")  # in the data folder
 _LAST: Final = "last-backup.json"  # in the store's folder
 _LOCK: Final = ".lock"
 _WRITES: Final = 2  # of the bytes of a snapshot during a restore
@@ -134,6 +140,7 @@ async def _back_up(
                 await _copy_images(path, originals, target, images)
     finally:
         await target.close()
+    await asyncio.to_thread(_copy_state, store.folder, out / STATE)
     names = {one.name for one in saved}
     aliases = {alias: name for alias, name in (await store.aliases()).items() if name in names}
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -146,6 +153,30 @@ async def _back_up(
     if not images.unreadable:
         _note(store.folder, contents.created, out, report)
     return Saved(contents, images)
+
+
+def _copy_state(data_dir: Path, target: Path) -> None:
+    """Copy the databases of models, keys and jobs to the folder `target`. Each copy is consistent, although other
+    processes may write to the database.
+
+    Raises:
+        StorageFailed: a database cannot be read, or its copy cannot be written.
+    """
+    for name in _DATABASES:
+        source, path = data_dir / name, target / name
+        if not source.is_file():
+            path.unlink(missing_ok=True)  # of an older backup
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f".{path.name}.new")
+        new.unlink(missing_ok=True)
+        try:
+            with closing(sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True, timeout=30)) as db:
+                db.execute("VACUUM INTO ?", (str(new),))
+            new.chmod(0o600)  # the keys' digests are nobody else's business
+            publish(new, path)
+        except (OSError, sqlite3.Error) as error:
+            raise StorageFailed(f"{source} cannot be copied to {path}: {error}") from error
 
 
 def _note(folder: Path, created: str, out: Path, report: Report) -> None:
@@ -261,7 +292,7 @@ def _check_folder(out: Path) -> None:
         read_contents(out)
         return
     out.mkdir(parents=True, exist_ok=True)
-    others = sorted(path.name for path in out.iterdir() if path.name not in (SNAPSHOTS, ORIGINALS, _LOCK))
+    others = sorted(path.name for path in out.iterdir() if path.name not in (SNAPSHOTS, ORIGINALS, STATE, _LOCK))
     if others:
         raise ValueError(
             f"{out} contains {others[0]} but no {CONTENTS}: give a new or empty folder, or that of a backup"

@@ -99,7 +99,7 @@ class Settings(BaseSettings):
         "process has its own",
     )
     redis_password_file: Path | None = Field(
-        None, description="file with the password for redis_url, which then must not contain one"
+        None, description="file with the password for redis_url and jobs_redis_url, which then must not contain one"
     )
     cache_bytes: int = Field(
         256 * 2**20, ge=0, description="memory limit of the cache in the process; 0: no cache, not even in Redis"
@@ -268,14 +268,15 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _redis_password_is_read(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Add the password from `redis_password_file` to `redis_url`, and return the settings."""
-        url, file = values.get("redis_url"), values.get("redis_password_file")
-        if not url or not file:
-            return values
-        try:
-            return {**values, "redis_url": with_redis_password(str(url), secret_in(expanded(Path(file))))}
-        except ValueError as error:
-            raise ValueError(f"redis_url with redis_password_file: {error}") from None
+        """Add the password from `redis_password_file` to the URLs of Redis, and return the settings."""
+        file = values.get("redis_password_file")
+        urls = {name: str(values[name]) for name in ("redis_url", "jobs_redis_url") if file and values.get(name)}
+        for name, url in urls.items():
+            try:
+                urls[name] = with_redis_password(url, secret_in(expanded(Path(str(file)))))
+            except ValueError as error:
+                raise ValueError(f"{name} with redis_password_file: {error}") from None
+        return values | urls
 
     @field_validator("root_path")
     @classmethod

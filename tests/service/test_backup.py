@@ -295,3 +295,44 @@ async def test_a_failed_restore_leaves_images_that_the_service_stored_meanwhile(
     assert await other.originals.get(hashlib.sha256(photo(1)).hexdigest()) == photo(1)
     assert [info.name for info in await other.store.collections()] == ["live"]
     assert item is not None
+
+
+def numbers_in(path: Path) -> list[int]:
+    with closing(sqlite3.connect(path)) as db:
+        return [number for (number,) in db.execute("SELECT number FROM kept ORDER BY number")]
+
+
+async def test_the_databases_of_models_keys_and_jobs_are_copied_while_they_are_in_use(
+    site: Site, tmp_path: Path
+) -> None:
+    """The copy of a database has its committed rows, also those in its write-ahead log, and no others."""
+    state = tmp_path / "backup" / "state"
+    (site.folder / "jobs").mkdir()
+    names = ("keys.sqlite3", "jobs/jobs.sqlite3")
+    opened = [sqlite3.connect(site.folder / name) for name in names]
+    for db in opened:
+        db.execute("PRAGMA journal_mode = wal")
+        db.execute("CREATE TABLE kept (number INTEGER)")
+        db.execute("INSERT INTO kept VALUES (1)")
+        db.commit()
+        db.execute("INSERT INTO kept VALUES (2)")  # a transaction that is open during the backup
+    await site.back_up(tmp_path / "backup")
+    assert {name: numbers_in(state / name) for name in names} == {name: [1] for name in names}
+    assert all((state / name).stat().st_mode & 0o777 == 0o600 for name in names)
+    assert not (state / "models.sqlite3").exists()
+
+    for db in opened:
+        db.commit()
+        db.close()
+    (site.folder / "keys.sqlite3").unlink()
+    await site.back_up(tmp_path / "backup")
+    assert numbers_in(state / "jobs/jobs.sqlite3") == [1, 2]
+    assert sorted(path.name for path in state.rglob("*")) == ["jobs", "jobs.sqlite3"]
+
+
+async def test_a_damaged_database_fails_the_backup_and_leaves_the_older_one(site: Site, tmp_path: Path) -> None:
+    older = (await site.back_up(tmp_path / "backup")).contents
+    (site.folder / "keys.sqlite3").write_bytes(b"no database" * 100)
+    with pytest.raises(StorageFailed, match=r"keys\.sqlite3 cannot be copied"):
+        await site.back_up(tmp_path / "backup")
+    assert read_contents(tmp_path / "backup") == older

@@ -224,8 +224,10 @@ def test_the_password_of_redis_can_be_in_a_file(tmp_path, monkeypatch, url, whol
     (tmp_path / "password").write_text("a/b@c d\n")
     monkeypatch.setenv("DINOV2_REDIS_URL", url)
     monkeypatch.setenv("DINOV2_REDIS_PASSWORD_FILE", str(tmp_path / "password"))
+    monkeypatch.setenv("DINOV2_JOBS_REDIS_URL", "redis://jobs")
     settings = load_settings()
     assert settings.redis_url == whole
+    assert settings.jobs_redis_url == "redis://:a%2Fb%40c%20d@jobs"
     assert "a%2Fb" not in str(settings.shown())
 
 
