@@ -44,7 +44,13 @@ def compare(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="A rule of the gate, e.g. margin=0.02. It can be repeated."),
     ] = None,
-    engine: Annotated[str, typer.Option(help="Engine of both models: auto, fastest, or runtime[:precision].")] = "auto",
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="Engine of both models: auto, fastest, or runtime[:precision]. Default: that of the service. "
+            "[DINOV2_ENGINE]"
+        ),
+    ] = None,
     threads: ThreadsOption = None,
     pooling: Annotated[Pooling, typer.Option(help="Features that form the vector.")] = DEFAULT_POOLING,
     data_dir: ArtifactsDirOption = DATA,
@@ -58,14 +64,15 @@ def compare(
     from service.jobs.compare import compare as compare_models
 
     try:
+        settings = settings_for(None, data_dir)
         options = CompareOptions(
-            engine=engine,
+            engine=engine or settings.engine,
             threads=threads,
             pooling=pooling,
             labels=labels,
             most=most,
             set_file=set_file,
-            limits=decode_limits(settings_for(None, data_dir)),
+            limits=decode_limits(settings),
             rules=read_rules(rule or []),
         )
         old, new = choose_artifact(champion, data_dir), choose_artifact(challenger, data_dir)

@@ -32,7 +32,9 @@ app = typer.Typer(
 )
 
 JobArgument = Annotated[str, typer.Argument(help="Id of the job.", metavar="JOB")]
-KindArgument = Annotated[str, typer.Argument(help="Kind of the job: train, export, build-engine or evaluate.")]
+KindArgument = Annotated[
+    str, typer.Argument(help="Kind of the job: train, export, build-engine, evaluate, reindex or retrain.")
+]
 ParamsArgument = Annotated[
     list[str] | None,
     typer.Argument(help="Parameters of the job. Repeat a name to give several values.", metavar="NAME=VALUE"),

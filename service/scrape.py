@@ -9,6 +9,7 @@ from typing import Final
 from service.backup import last_backup
 from service.errors import ServiceError
 from service.jobs.opened import OpenedJobs
+from service.jobs.records import STATES
 from service.search.partners import migrations_of
 from service.state import Service
 from service.tags import tag_parts
@@ -42,15 +43,16 @@ async def observe(service: Service, jobs: OpenedJobs) -> None:
 
 
 async def _observe_jobs(jobs: OpenedJobs, metrics: Metrics) -> None:
-    """Set the metrics of jobs, if there is a job store."""
+    """Set the metrics of jobs. Without a job store there are no jobs. The zeros are set nevertheless, because an alert
+    compares the number of failed jobs with an earlier one."""
     try:
         figures = await asyncio.to_thread(jobs.figures)
     except ServiceError as error:
         log.warning("metrics of jobs: %s", error)
         return
+    for state in STATES:
+        metrics.jobs.labels(state).set(0 if figures is None else figures.counts[state])
     if figures is not None:
-        for state, count in figures.counts.items():
-            metrics.jobs.labels(state).set(count)
         metrics.job_quiet.set(figures.quiet_s)
         metrics.worker_heartbeat_age.set(figures.silent_s)
 

@@ -217,6 +217,34 @@ ROWS: dict[str, list[Panel]] = {
             "Whether the cache works, and its events per second.",
         ),
     ],
+    "Limits": [
+        one(
+            "Requests over a limit",
+            "reqps",
+            rate("dinov2_rate_limited_requests_total", "reason"),
+            "{{reason}}",
+            "Requests that a rate limit refused.",
+            stacked=True,
+        ),
+        one(
+            "Pixels by client",
+            "none",
+            rate("dinov2_rate_limit_pixels_total", "client"),
+            "{{client}}",
+            "Pixels per second that the rate limits charged to each API key.",
+            stacked=True,
+        ),
+        Panel(
+            "Limits in Redis",
+            "none",
+            [
+                Query(f"dinov2_rate_limit_shared{{{I}}}", "shared {{instance}}"),
+                Query(rate("dinov2_rate_limit_redis_events_total", "event"), "{{event}}"),
+            ],
+            "Whether the replicas share the limits, and events per second.",
+        ),
+        one("URLs of images", "ops", rate("dinov2_image_urls_total", "result"), "{{result}}", stacked=True),
+    ],
     "Collections": [
         one("Items", "none", "max by (collection) (dinov2_collection_items)", "{{collection}}"),
         Panel(

@@ -113,6 +113,7 @@ class Context(Generic[P]):
         self._metrics: dict[str, Any] = dict(job.metrics)
         self._reported_at = self._flushed_at = 0.0
         self._pending = b""
+        self._told_wait = False
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def check_cancelled(self) -> None:
@@ -227,6 +228,10 @@ class Context(Generic[P]):
     def _while_waiting(self) -> None:
         """End the wait for the folder if another worker has the job, or this worker stops. A cancelled job goes on
         waiting, because its processes must end."""
+        if not self._told_wait:
+            self._told_wait = True
+            self._output(b"waiting for the process of an earlier attempt to end\n")
+            self._flush()
         if self._hold.lost or self._hold.stop.requested:
             self._hold.check()
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from service.errors import JobNotFound
-from service.jobs.job_file import FOLDER
 from service.jobs.kind import Kind
 from service.jobs.kinds import KINDS
 from service.jobs.queue import JobQueue, open_jobs, open_queue
@@ -19,7 +18,6 @@ from service.jobs.records import Job, State
 from service.jobs.store import JobStore
 from service.settings import Settings
 
-FILE: Final = "jobs.sqlite3"
 _RUNNING: Final[tuple[State, ...]] = ("running",)
 
 
@@ -39,7 +37,6 @@ class OpenedJobs:
     def __init__(self, settings: Settings, kinds: Mapping[str, Kind] = KINDS) -> None:
         self.settings = settings
         self.kinds = kinds
-        self._path = settings.data_dir / FOLDER / FILE
         self._lock = threading.Lock()
         self._store: JobStore | None = None
         self._queue: JobQueue | None = None
@@ -67,7 +64,7 @@ class OpenedJobs:
         Raises:
             StorageFailed: the store cannot be used.
         """
-        return self.store() if self._store is not None or self._path.exists() else None
+        return self.store() if self._store is not None or JobStore.exists(self.settings.data_dir) else None
 
     def with_job(self, job_id: str) -> JobStore:
         """Return the store. The caller wants to use a job in it.

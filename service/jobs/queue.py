@@ -80,7 +80,7 @@ def _run_due(worker: Worker) -> bool:
     try:
         worker.store.schedules.create_due()
         return worker.run_next()
-    except ServiceError as error:
+    except (ServiceError, ValueError) as error:  # ValueError: the time zone of a schedule is no longer known
         log.error("%s", error)
         return False
 
@@ -166,7 +166,7 @@ class RqQueue:
                 if f"{job.id}-{job.token}" not in self._queue(job.kind).get_job_ids():
                     self.announce(job)
                 created.discard(job.id)
-        except (ServiceError, redis.RedisError) as error:
+        except (ServiceError, ValueError, redis.RedisError) as error:
             log.warning("queued jobs are not announced: %s", error)
             return
         for job_id in created:

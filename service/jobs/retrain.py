@@ -10,7 +10,7 @@ the model that was live at the start: if another model becomes live meanwhile, t
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from model.files import NAME_PATTERN
 from service.artifact_choice import artifact_of
@@ -20,6 +20,7 @@ from service.jobs.export import ExportParams, run_export
 from service.jobs.reindex import MigrationParams, path_of, run_migration
 from service.jobs.roots import data_source
 from service.jobs.train import RUN, Override, TrainParams, read_object, run_training
+from service.jobs.verdict import GateRules
 from service.schema_base import ONE_OR_MORE
 from service.settings import Settings
 
@@ -53,6 +54,12 @@ class RetrainParams(MigrationParams):
     )
     gate_rules: dict[str, Any] = Field(default={}, max_length=30, description="rules of the gate that differ")
     approve: bool = Field(False, description="whether the job waits for approval before the new model becomes live")
+
+    @field_validator("gate_rules")
+    @classmethod
+    def _rules_are_known(cls, rules: dict[str, Any]) -> dict[str, Any]:
+        GateRules.read(rules)
+        return rules
 
     @property
     def training(self) -> TrainParams:

@@ -6,6 +6,7 @@ A job is work that takes minutes to days, such as a training. The service only s
 """
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
@@ -38,6 +39,9 @@ from service.routes.job_schemas import (
 
 MAX_PARAMS_BYTES: Final = 64 * 1024
 """The size limit of a body that creates a job. A list of datasets and overrides takes a few kilobytes."""
+MAX_DEPTH: Final = 32
+"""The highest number of nested levels in a body that creates a job. Deeper JSON could be stored, but not always be sent
+in an answer."""
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=DirectRoute)
 
@@ -271,12 +275,24 @@ async def read_fields(request: Request) -> dict[str, Any]:
     """Return the JSON object in the body of a request that creates a job or a schedule.
 
     Raises:
-        InvalidRequest: the body is larger than `MAX_PARAMS_BYTES`, or is not an object.
+        InvalidRequest: the body is larger than `MAX_PARAMS_BYTES`, is nested more than `MAX_DEPTH` levels deep, or is
+            not an object.
     """
     size = len(await request.body())
     if size > MAX_PARAMS_BYTES:
         raise InvalidRequest(f"the body has {size:,} bytes; at most {MAX_PARAMS_BYTES:,} are accepted for a job")
-    return await read_json(request)
+    fields = await read_json(request)
+    level: list[Any] = [fields]
+    for _ in range(MAX_DEPTH):
+        level = [inner for value in level for inner in _inner(value)]
+    if level:
+        raise InvalidRequest(f"the body is nested more than {MAX_DEPTH} levels deep")
+    return fields
+
+
+def _inner(value: Any) -> Iterable[Any]:
+    """Return the elements of a JSON object or list. Other values have none."""
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 async def _check_action(request: Request) -> None:

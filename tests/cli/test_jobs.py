@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 
 import cli
 from model.artifact import BUNDLED_DIR
+from service.jobs.kinds import KINDS
 from service.jobs.store import JobStore
 
 runner = CliRunner()
@@ -91,7 +92,7 @@ def test_schedules() -> None:
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (("start", "dance"), "unknown kind 'dance': use one of train, export, build-engine, evaluate"),
+        (("start", "dance"), f"unknown kind 'dance': use one of {', '.join(KINDS)}"),
         (("start", "export"), "source"),
         (("start", "export", "source"), "'source' must look like name=value"),
         (("start", "train", "data=/etc", "recipe=smoke"), "data '/etc' is not below a folder from which jobs may read"),
@@ -115,5 +116,5 @@ def test_a_worker_knows_its_kinds() -> None:
     said = invoke("worker", "--kinds", "train,dance", "--once")
     assert (said.exit_code, said.stderr) == (
         2,
-        "error: --kinds: unknown kind 'dance'; use some of train, export, build-engine, evaluate\n",
+        f"error: --kinds: unknown kind 'dance'; use some of {', '.join(KINDS)}\n",
     )

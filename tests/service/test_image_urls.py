@@ -182,6 +182,10 @@ def test_rule_is_at_least_as_strict_as_python():
     assert public > 4000
 
 
+def test_address_with_a_zone_is_refused():
+    assert why_not_public("2606:4700:4700::1111%eth0") == "2606:4700:4700::1111%eth0 has a zone"
+
+
 def test_what_is_not_an_address_is_an_error():
     with pytest.raises(ValueError, match="does not appear to be an IPv4 or IPv6 address"):
         why_not_public("images.example.com")

@@ -15,6 +15,8 @@ from model.export.artifact import export_artifact
 from model.export.options import Backbone, ExportOptions
 from service.jobs import compare as compare_module
 from service.jobs.compare import CompareOptions, Progress, compare, list_file
+from service.jobs.gate import Evidence, judge
+from service.jobs.gate_scores import Pair
 from service.jobs.own_views import own_views
 from service.jobs.verdict import GateRules
 from tests.fakes import FakeEngine, fake_artifact, no_file_left_open, photo
@@ -93,6 +95,19 @@ def test_a_damaged_file_of_features_is_computed_again(engines: Engines, folder: 
     with no_file_left_open():
         assert compare(Path("a"), Path("b"), folder, tmp_path) == first
     assert [name for name, _ in engines.loaded] == ["a", "b", "a"]
+
+
+def test_images_of_val_are_classified_by_those_of_train(engines: Engines, folder: Path, tmp_path: Path) -> None:
+    (folder / "train").mkdir()
+    for name in "ab":
+        (folder / "val" / name).mkdir(parents=True)
+        (folder / "val" / name / "1.png").write_bytes(photo(100 + ord(name)))
+        (folder / name).rename(folder / "train" / name)
+    verdict = compare(Path("a"), Path("b"), folder, tmp_path, CompareOptions(rules=RULES))
+    assert verdict.figures.accuracy is not None
+    assert verdict.figures.accuracy.n_queries == 2
+    assert "leave-one-out" not in verdict.figures.accuracy.measure
+    assert verdict.figures.champion.n_images == 26
 
 
 def test_images_without_classes_are_embedded_with_their_crops(engines: Engines, folder: Path, tmp_path: Path) -> None:
@@ -209,6 +224,26 @@ def test_the_command_passes_a_model_against_itself_and_refuses_random_weights(
     assert any(line.startswith("challenger  random-") for line in lines)
     assert any("collapse" in line or "the challenger is worse" in line for line in lines)
     assert "loading dinov2_vitt14" not in refused.stderr  # the champion's features were stored
+
+
+def test_the_engine_is_that_of_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[CompareOptions] = []
+
+    def fake(champion, challenger, folder, data_dir, options, progress):
+        used.append(options)
+        images = np.eye(4, dtype=np.float32)
+        return judge(Evidence(Pair(images, images), ["a", "a", "b", "b"]), options.rules)
+
+    monkeypatch.setattr(compare_module, "compare", fake)
+    monkeypatch.setenv("DINOV2_ENGINE", "onnxruntime:int8")
+    command = ["models", "compare", str(bundled_artifact()), str(bundled_artifact()), "--data", str(tmp_path)]
+    out = tmp_path / "verdict.json"
+    result = CliRunner().invoke(cli.app, [*command, "--data-dir", str(tmp_path), "--out", str(out)])
+    assert result.exit_code == 3, result.output
+    assert "the set is too small to decide: 4 queries" in result.stdout
+    assert json.loads(out.read_text())["too_small"] is True
+    CliRunner().invoke(cli.app, [*command, "--data-dir", str(tmp_path), "--engine", "fastest"])
+    assert [options.engine for options in used] == ["onnxruntime:int8", "fastest"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from service.jobs.collapse import neighbours_kept, rankme_share, spread
 from service.jobs.gate import Evidence, judge
 from service.jobs.gate_scores import Pair, view_scores
+from service.jobs.retrain import RetrainParams
 from service.jobs.verdict import GateRules, Verdict
 
 CLASSES, PER_CLASS = 10, 30  # of the index part
@@ -160,6 +161,13 @@ def test_leave_one_out_uses_each_image_as_a_query() -> None:
     assert "leave-one-out" in verdict.figures.accuracy.measure
 
 
+def test_no_image_votes_for_itself() -> None:
+    shuffled = np.random.default_rng(8).permutation(INDEX_LABELS)
+    verdict = judge(Evidence(Pair(INDEX, INDEX), names(shuffled)), GateRules(ks=(1,)))
+    assert verdict.figures.accuracy is not None
+    assert verdict.figures.accuracy.champion == pytest.approx(1 / CLASSES, abs=0.06)
+
+
 @pytest.mark.parametrize(
     ("collapsed", "sign"),
     [
@@ -282,6 +290,12 @@ def test_a_verdict_is_json() -> None:
 def test_wrong_rules_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GateRules.read(values)
+
+
+def test_a_retraining_with_wrong_rules_is_refused_before_it_starts() -> None:
+    assert RetrainParams(data=["images"], gate_rules={"margin": 0.02}).gate_rules == {"margin": 0.02}
+    with pytest.raises(ValueError, match="unknown gate rule 'margins'"):
+        RetrainParams(data=["images"], gate_rules={"margins": 0.02})
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ async def test_reading_creates_no_store(tmp_path):
         for method in ("GET", "DELETE"):
             assert (await run.client.request(method, "/v1/schedules/nightly")).json()["code"] == "not_found"
         assert not (tmp_path / "jobs").exists()
-        assert "dinov2_jobs{" not in metrics
+        assert 'dinov2_jobs{state="failed"} 0.0' in metrics
         await created(run)
         assert (tmp_path / "jobs" / "jobs.sqlite3").exists()
 
@@ -291,6 +291,17 @@ async def test_hostile_bodies_and_queries(tmp_path):
             answer = await run.client.get(f"{JOBS}/{strange}/log")
             assert (answer.status_code, answer.json()["code"]) == (404, "job_not_found"), strange
             assert len(answer.content) < 4000
+
+
+@pytest.mark.parametrize(("depth", "status"), [(20, 202), (40, 422), (900, 422)])
+async def test_deep_parameters_are_refused_or_can_be_shown(tmp_path, depth, status):
+    (tmp_path / "datasets" / "shop").mkdir(parents=True)
+    rules = b'{"a": ' * depth + b"1" + b"}" * depth
+    body = b'{"kind": "retrain", "data": "shop", "gate_rules": ' + rules + b"}"
+    async with running(tmp_path) as run:
+        answer = await run.client.post(JOBS, content=body, headers={"Content-Type": "application/json"})
+        listed = await run.client.get(JOBS)
+    assert (answer.status_code, listed.status_code) == (status, 200)
 
 
 async def test_unicode_in_parameters_is_kept(tmp_path):

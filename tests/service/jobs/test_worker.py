@@ -206,42 +206,49 @@ def test_sigterm_saves_the_job_and_puts_it_back_into_the_queue(place: Place) -> 
 
 @ONLY_LINUX
 def test_a_killed_worker_is_noticed_within_ten_seconds(place: Place) -> None:
-    job = place.create("count", until=300)
-    with place.worker() as first:
+    with place.worker() as one, place.worker() as other:
+        job = place.create("count", until=500)
         eventually(lambda: "counting from 0" in place.log(job))
         before = place.store.get(job.id)
-        with place.worker():
-            first.kill()
-            first.wait()
-            assert eventually(lambda: place.store.get(job.id).token > before.token) < NOTICED_S
-            eventually(lambda: place.store.get(job.id).state == "succeeded", 60)
+        killed = _working(place, job, one, other)
+        killed.kill()
+        killed.wait()
+        assert eventually(lambda: place.store.get(job.id).token > before.token) < NOTICED_S
+        eventually(lambda: place.store.get(job.id).state == "succeeded", 60)
     job = place.store.get(job.id)
-    assert (job.results, job.attempt) == ({"count": 300}, 2)
+    assert (job.results, job.attempt) == ({"count": 500}, 2)
     assert job.worker != before.worker
     assert not (place.store.folder(job.id) / "overlap").exists()
     (saved,) = [line for line in place.log(job).splitlines() if line.startswith("counting from")][1:]
     assert int(saved.split()[-1]) > 0
 
 
+def _working(place: Place, job: Job, *processes: "subprocess.Popen[str]") -> "subprocess.Popen[str]":
+    """Return the process of the worker that runs a job."""
+    worker = place.store.get(job.id).worker
+    (pid,) = [row.pid for row in place.store.workers.alive() if row.id == worker]
+    return next(process for process in processes if process.pid == pid)
+
+
 def test_a_suspended_worker_is_fenced_off(place: Place) -> None:
-    job = place.create("count", until=100_000)
-    with place.worker() as first:
+    with place.worker() as one, place.worker() as other:
+        job = place.create("count", until=100_000)
         eventually(lambda: "counting from 0" in place.log(job))
         old = place.store.get(job.id)
-        first.send_signal(signal.SIGSTOP)
-        with place.worker():
-            assert eventually(lambda: place.store.get(job.id).token > old.token) < NOTICED_S
-            eventually(lambda: place.log(job).count("counting from") == 2)
-            taken = place.store.get(job.id)
-            first.send_signal(signal.SIGCONT)
-            time.sleep(3)  # the first worker notices that it has lost the job
-            now = place.store.get(job.id)
-            assert (now.state, now.token, now.worker) == ("running", taken.token, taken.worker)
-            assert place.log(job).count("counting from") == 2
-            folder = place.store.folder(job.id)
-            assert len(holders(folder / "lock")) == 1
-            assert not (folder / "overlap").exists()
-            assert first.poll() is None
+        suspended = _working(place, job, one, other)
+        suspended.send_signal(signal.SIGSTOP)
+        assert eventually(lambda: place.store.get(job.id).token > old.token) < NOTICED_S
+        eventually(lambda: place.log(job).count("counting from") == 2)
+        taken = place.store.get(job.id)
+        suspended.send_signal(signal.SIGCONT)
+        time.sleep(3)  # the first worker notices that it has lost the job
+        now = place.store.get(job.id)
+        assert (now.state, now.token, now.worker) == ("running", taken.token, taken.worker)
+        assert place.log(job).count("counting from") == 2
+        folder = place.store.folder(job.id)
+        assert len(holders(folder / "lock")) == 1
+        assert not (folder / "overlap").exists()
+        assert suspended.poll() is None
 
 
 def test_a_job_whose_child_is_killed_is_started_again(tmp_path: Path) -> None:
