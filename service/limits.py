@@ -94,7 +94,6 @@ class Limits:
         self._redis = redis
         self._shared = None if redis is None else SharedBuckets(redis, self._local, self._note)
         self._keys = set[str]()  # the API keys that have their own label
-        metrics.rate_limit_shared.set(redis is not None)
 
     @staticmethod
     def of(settings: Settings, metrics: Metrics) -> "Limits | None":
@@ -176,7 +175,7 @@ class Limits:
     def _note(self, works: bool) -> None:
         """Log that Redis has failed, or that it works again."""
         assert self._redis is not None
-        self._metrics.rate_limit_shared.set(works)
+        self._metrics.rate_limit_degraded.set(not works)
         if works:
             log.info("rate limits: Redis answers again, so all processes share the limits")
         else:

@@ -231,7 +231,7 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=16,
-        description="number of trusted proxies in front of the service, needed to log the client's address from "
+        description="number of trusted proxies in front of the service, needed to read the client's address from "
         "X-Forwarded-For; 0: the header is ignored",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(

@@ -74,8 +74,7 @@ class SharedBuckets:
         """Return whether a request can be admitted without asking Redis. `unsent_us` includes the cost of the
         request."""
         return (
-            self._works
-            and time.monotonic() - self._answered_s.get(name, float("-inf")) < KEEP_S
+            time.monotonic() - self._answered_s.get(name, float("-inf")) < KEEP_S
             and unsent_us * _UNSENT <= burst_us
             and (self._estimates.owed_us(name, burst_us) + cost_us) * _USED <= burst_us
         )

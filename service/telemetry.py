@@ -164,8 +164,9 @@ class Metrics:
             f"beyond the first 100 as {OTHERS}.",
             "client",
         )
-        self.rate_limit_shared = gauge(
-            "rate_limit_shared", "1 if Redis shares the rate limits between processes; 0 if this process is alone."
+        self.rate_limit_degraded = gauge(
+            "rate_limit_degraded",
+            "1 if Redis should share the rate limits but has failed, so this process limits its clients alone.",
         )
         self.rate_limit_events = counter(
             "rate_limit_redis_events_total",

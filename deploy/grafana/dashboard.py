@@ -238,10 +238,10 @@ ROWS: dict[str, list[Panel]] = {
             "Limits in Redis",
             "none",
             [
-                Query(f"dinov2_rate_limit_shared{{{I}}}", "shared {{instance}}"),
+                Query(f"dinov2_rate_limit_degraded{{{I}}}", "Redis failed {{instance}}"),
                 Query(rate("dinov2_rate_limit_redis_events_total", "event"), "{{event}}"),
             ],
-            "Whether the replicas share the limits, and events per second.",
+            "1 if Redis has failed, so the replica limits its clients alone; and events per second.",
         ),
         one("URLs of images", "ops", rate("dinov2_image_urls_total", "result"), "{{result}}", stacked=True),
     ],

@@ -57,7 +57,7 @@ class ReindexParams(MigrationParams):
 
 
 def local_model(name: str, settings: Settings) -> str:
-    """Return the path of a model of the data folder, the name of a published model, or "auto".
+    """Return the name of a model of the data folder or of a published model, a path that a job may read, or "auto".
 
     Raises:
         ValueError: there is no such model.
@@ -66,7 +66,7 @@ def local_model(name: str, settings: Settings) -> str:
         return name
     generations = Generations(settings.data_dir) if Generations.exists(settings.data_dir) else None
     try:
-        return str(model_named(known_models(settings.data_dir, generations), name).path.absolute())
+        return model_named(known_models(settings.data_dir, generations), name).name
     except ModelNotFound:
         return model_source(name, settings)
 

@@ -666,3 +666,45 @@ def test_scans_of_a_jpeg_in_a_tiff_are_bounded() -> None:
     assert decode(few).shape == (24, 40, 3)
     with pytest.raises(Broken):
         decode(many)
+
+
+# ---- the size, before the pixels
+
+
+@pytest.mark.parametrize("name", sorted(CORPUS))
+def test_the_size_is_reported_once(name: str) -> None:
+    sizes: list[tuple[int, int]] = []
+    image = decode(CORPUS[name], on_size=lambda width, height: sizes.append((width, height)))
+    assert sizes == [(image.shape[1], image.shape[0])]
+
+
+def test_an_image_can_be_refused_before_its_pixels_are_decompressed() -> None:
+    """The pixels of this PNG are missing, which would be an error of its own."""
+
+    def refuse(width: int, height: int) -> None:
+        raise TooLarge(f"{width} x {height} is too much today")
+
+    with pytest.raises(TooLarge, match="40 x 24 is too much today"):
+        decode(encode(RGB, "PNG")[:60], on_size=refuse)
+
+
+def test_the_size_of_a_broken_image_is_reported() -> None:
+    sizes: list[tuple[int, int]] = []
+    with pytest.raises(Broken):
+        decode(encode(RGB, "PNG")[:60], on_size=lambda width, height: sizes.append((width, height)))
+    assert sizes == [(40, 24)]
+
+
+def test_a_larger_frame_is_reported_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No format that Pillow reads today has such frames after the header was read, so the test makes one."""
+    load = PngImagePlugin.PngImageFile.load
+
+    def grown(self: PngImagePlugin.PngImageFile) -> object:
+        result = load(self)
+        self.im, self._size = Image.new("RGB", (300, 200)).im, (300, 200)
+        return result
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", grown)
+    sizes: list[tuple[int, int]] = []
+    decode(encode(RGB, "PNG"), on_size=lambda width, height: sizes.append((width, height)))
+    assert sizes == [(40, 24), (300, 200)]

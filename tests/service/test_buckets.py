@@ -185,6 +185,7 @@ def test_memory_is_released_after_a_peak() -> None:
     local = LocalBuckets(most=1000, now_us=clock)
     for n in range(1000):
         local.take(f"old:{n}", n + 1, BURST_US)
+    local.charge("old:0", BURST_US, BURST_US)  # the bucket that would have been full first
     clock.now_us += 2000
     for n in range(1100):  # each new bucket drops two old ones
         clock.now_us += 2

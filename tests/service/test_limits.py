@@ -21,8 +21,10 @@ from service.costs import Cost, TooCostly, current_cost
 from service.errors import RateLimited
 from service.features import pipeline
 from service.features.pipeline import View
+from service.keys import KeyStore
 from service.limits import MOST_KEYS, Limit, Limits, _network
 from service.redis_guard import RedisGuard
+from service.security import Security
 from service.settings import Settings
 from service.telemetry import Metrics
 from tests.dict_store import DictStore
@@ -56,10 +58,25 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @dataclass(frozen=True)
 class Principal:
-    """A stand-in for the holder of an API key."""
+    """A stand-in for the sender of a request, with a limit of its own or without."""
 
     key_id: str | None
     limit: Limit | None = None
+    name: str | None = None
+    scopes: frozenset[str] = frozenset({"open", "metrics", "read", "write", "admin"})
+
+
+@pytest.fixture(autouse=True)
+def _principals_of_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let requests of `client_of` pass with the principal that the test has chosen."""
+    admit = Security.admit
+
+    def admit_principal(self, scope, headers):
+        admit(self, scope, headers)
+        if scope.get("principal") is not None:
+            scope["state"]["principal"] = scope["principal"]
+
+    monkeypatch.setattr(Security, "admit", admit_principal)
 
 
 @asynccontextmanager
@@ -69,8 +86,7 @@ async def client_of(
     """Yield a client with a key or an address."""
 
     async def app(scope, receive, send):
-        state = {} if principal is None else {"principal": principal}
-        await run.app({**scope, "client": (address, 1), "state": state}, receive, send)
+        await run.app({**scope, "client": (address, 1), "principal": principal}, receive, send)
 
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
         yield client
@@ -397,6 +413,17 @@ async def test_a_key_has_its_own_bucket_and_maybe_its_own_limit(tmp_path, clock)
     assert answers[2].headers["Retry-After"] == "20"
 
 
+async def test_api_keys_are_limited_apart(tmp_path, clock):
+    (first, first_key), (second, _) = (KeyStore(tmp_path).create(name, ["read"]) for name in ("one", "two"))
+    async with running(tmp_path, **LIMITED | {"rate_request_pixels": BURST}) as run:
+        assert (await run.client.get("/v1/models")).status_code == 401  # at the cost of the address
+        for key, statuses in ((first, [200, 429]), (second, [200, 429])):
+            for status in statuses:
+                answer = await run.client.get("/v1/models", headers={"Authorization": f"Bearer {key}"})
+                assert answer.status_code == status
+        assert (charged(run, first_key.id), charged(run)) == (BURST, BURST)
+
+
 async def test_a_client_behind_a_proxy_has_its_own_bucket(tmp_path, clock):
     limit = LIMITED | {"rate_request_pixels": BURST}
     for proxies, status in ((1, 200), (0, 429)):
@@ -539,14 +566,14 @@ async def test_without_redis_each_process_limits_alone_until_redis_is_back(redis
     two, _ = shared_limits(redis_server.url)
 
     def shown() -> float | None:
-        return metrics.registry.get_sample_value("dinov2_rate_limit_shared")
+        return metrics.registry.get_sample_value("dinov2_rate_limit_degraded")
 
     assert await outcomes(one, 3) == [True] * 3
     assert await outcomes(two, 3) == [True] * 3
-    assert (shown(), caplog.records) == (1, [])
+    assert (shown(), caplog.records) == (0, [])
     redis_server.kill()
     assert await outcomes(one, 9) == [True] * 7 + [False] * 2  # it knows what its own requests cost
-    assert shown() == 0
+    assert shown() == 1
     [record] = caplog.records
     assert record.levelno == logging.WARNING
     assert "each process limits its clients alone: ConnectionError" in record.getMessage()
@@ -555,7 +582,7 @@ async def test_without_redis_each_process_limits_alone_until_redis_is_back(redis
     await asyncio.sleep(0.6)  # until the circuit breaker tries again
     caplog.clear()
     assert await outcomes(one, 5) == [True] * 4 + [False]  # Redis still has the six requests before its end
-    assert shown() == 1
+    assert shown() == 0
     assert [record.levelno for record in caplog.records] == [logging.INFO]
     events = {
         event: metrics.registry.get_sample_value("dinov2_rate_limit_redis_events_total", {"event": event})
