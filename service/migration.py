@@ -386,10 +386,9 @@ class _Migration:
         if any(lost.values()) and self._options.lost != "drop":
             name = next(name for name in lost if lost[name])
             raise Conflict(f"{lost[name]} items of {name!r} cannot be embedded with the new model; see the log")
+        tags = {name: self._tag(pairs[name].collection) for name in names if name in pairs}
         try:
-            await migrations_of(self._places.store).switch(
-                {name: pairs[name].partner.tag for name in names if pairs[name].role == "candidate"}, may_lack=lost
-            )
+            await migrations_of(self._places.store).switch(tags, may_lack=lost)
         except (Conflict, CollectionNotFound):  # items were written or a collection was deleted in the meantime
             if last:
                 raise

@@ -7,11 +7,13 @@ from pydantic import Field
 from service.jobs.context import Context
 from service.jobs.kind import JobParams
 from service.jobs.roots import data_source, model_source
-from service.jobs.train import Override, read_object
+from service.jobs.train import Override, read_object, with_source
 from service.schema_base import ONE_OR_MORE
 from service.settings import Settings
 
 REPORT: Final = "evaluation.json"
+PATHS: Final = frozenset({"ground_truth"})
+"""Settings of the tasks that name a file."""
 
 Task = Literal["knn", "logistic", "linear", "segmentation", "depth", "retrieval"]
 
@@ -31,7 +33,8 @@ class EvaluateParams(JobParams):
     def resolved(self, settings: Settings) -> Self:
         """Return the parameters with absolute paths without links. See `JobParams.resolved`."""
         model = self.model if self.model == "auto" else model_source(self.model, settings)
-        return self.model_copy(update={"model": model, "data": data_source(self.data, settings)})
+        given = [with_source(override, PATHS, data_source, settings) for override in self.settings]
+        return self.model_copy(update={"model": model, "data": data_source(self.data, settings), "settings": given})
 
 
 def evaluate(context: Context[EvaluateParams]) -> None:

@@ -15,8 +15,10 @@ from pydantic import Field, field_validator
 from model.files import NAME_PATTERN
 from service.artifact_choice import artifact_of
 from service.generations import Generations
+from service.jobs.compare import list_file
 from service.jobs.context import ChildFailed, Context, JobFailed
 from service.jobs.export import ExportParams, run_export
+from service.jobs.frozen_set import open_frozen_set
 from service.jobs.reindex import MigrationParams, path_of, run_migration
 from service.jobs.roots import data_source
 from service.jobs.train import RUN, Override, TrainParams, read_object, run_training
@@ -79,6 +81,7 @@ def retrain(context: Context[RetrainParams]) -> None:
     """Do the work of a job."""
     params = context.params
     champion = context.step("champion", lambda: _live(context))
+    context.step("frozen set", lambda: _freeze(context))
     overrides = list(params.overrides)
     if params.recipe == "continue" and not any(each.startswith("init=") for each in overrides):
         overrides.append(f'init="{champion["path"]}"')
@@ -105,6 +108,15 @@ def _live(context: Context[RetrainParams]) -> dict[str, Any]:
         raise JobFailed("no model is live: start the service once, so that it records its model")
     path = artifact_of(live, context.data_dir).absolute()
     return {"generation": live.number, "fingerprint": live.fingerprint, "path": str(path)}
+
+
+def _freeze(context: Context[RetrainParams]) -> dict[str, Any]:
+    """Choose the images of the gate, or check those that were chosen before, so that the job does not fail after the
+    training because one is missing."""
+    folder = Path(str(context.params.gate_data))
+    context.report(0.0, "checking the images of the gate")
+    frozen = open_frozen_set(list_file(context.data_dir, folder), folder, tell=context.log)
+    return {"images": len(frozen.images), "sha256": frozen.digest}
 
 
 def _check_champion(context: Context[RetrainParams], champion: dict[str, Any], challenger: dict[str, Any]) -> None:

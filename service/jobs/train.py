@@ -7,7 +7,7 @@ not known here. The child checks them.
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 
@@ -63,23 +63,30 @@ class TrainParams(JobParams):
 
     def resolved(self, settings: Settings) -> Self:
         """Return the parameters with absolute paths without links. See `JobParams.resolved`."""
-        overrides = [_with_model(override, settings) for override in self.overrides]
+        overrides = [with_source(override, MODELS, model_source, settings) for override in self.overrides]
         return self.model_copy(
             update={"data": [data_source(text, settings) for text in self.data], "overrides": overrides}
         )
 
 
-def _with_model(override: str, settings: Settings) -> str:
-    """Return an override whose model, if it names one, is a published model or an absolute path without links."""
+def with_source(
+    override: str, keys: Collection[str], source: Callable[[str, Settings], str], settings: Settings
+) -> str:
+    """Return an override of the form `key=value`. If the key is one of `keys`, replace its value with what `source`
+    returns for it, as a TOML string.
+
+    Raises:
+        ValueError: the value is not allowed.
+    """
     key, _, value = override.partition("=")
-    if key not in MODELS:
+    if key not in keys:
         return override
     text = value.strip()
     if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":  # a TOML string
         text = text[1:-1]
     if re.search(r"[\"'\\\n]", text):
-        raise ValueError(f"{override[:200]!r}: the path of a model must not contain quotes or backslashes")
-    return f'{key}="{model_source(text, settings)}"'
+        raise ValueError(f"{override[:200]!r}: a path must not contain quotes or backslashes")
+    return f'{key}="{source(text, settings)}"'
 
 
 def train(context: Context[TrainParams]) -> None:

@@ -151,6 +151,21 @@ async def test_a_rollback_takes_less_than_a_second_and_has_every_write(tmp_path:
         assert (await one.search("c", images[1]))["data"][0]["id"] == "i1"
 
 
+async def test_after_a_rollback_the_same_model_can_be_promoted_again(tmp_path: Path) -> None:
+    """The vectors that the first migration computed are still there, so nothing is embedded again."""
+    async with life(tmp_path) as one:
+        images = await make_collection(one)
+        await one.migrate("b")
+        await roll_back(one.places)
+        report = await one.migrate("b")
+        assert (report.switched, report.embedded) == (["c"], 0)
+        await one.live_is("b")
+        assert (await one.search("c", images[0]))["fingerprint"] == "b" * 64
+        await roll_back(one.places)
+        await one.live_is("a")
+        assert (await one.search("c", images[0]))["fingerprint"] == "a" * 64
+
+
 async def test_the_window_ends(tmp_path: Path) -> None:
     async with life(tmp_path) as one:
         await make_collection(one)

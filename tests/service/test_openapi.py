@@ -5,13 +5,16 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from service.documented_schemas import FilterIn
+from service.generations import Generations
 from service.routes.direct import DirectRoute
 from service.search import filters
+from tests.cli.test_models import put_artifact
 from tests.dict_store import DictStore
 from tests.fakes import DIMS, FakeDinoTxt, Running, photo, running
 from tests.service.vision.head_models import fake_with_depth
@@ -314,6 +317,16 @@ def waiting_job(run: Running, job_id: str) -> str:
     return job_id
 
 
+def with_a_former(data_dir: Path) -> Generations:
+    """Return a record in which one model was live before another."""
+    generations = Generations(data_dir)
+    for digit in "ab":
+        live = generations.live()
+        new = generations.add(digit * 64, f"model_{digit}", data_dir, "fake", "fp32", reason="test")
+        generations.promote(new.number, expected=live.number if live else None, keep_s=60)
+    return generations
+
+
 async def test_every_answer_is_as_the_document_says(tmp_path, monkeypatch):
     monkeypatch.setattr("service.vision.words.open_dinotxt", lambda artifact, name: FakeDinoTxt())
     snapshot = ""
@@ -333,6 +346,10 @@ async def test_every_answer_is_as_the_document_says(tmp_path, monkeypatch):
                 made["JOB"] = answer.json()["id"]
             if path.endswith("/snapshots") and status == 201:
                 snapshot = answer.json()["name"]
+        run.service.generations = with_a_former(tmp_path)
+        put_artifact(tmp_path, "c")
+        assert (await run.client.delete("/v1/models/model_c")).status_code == 200
+        assert (await run.client.post("/v1/models/rollback")).status_code == 200
     operations = [op for methods in contract.document["paths"].values() for op in methods.values()]
     assert {operation["operationId"] for operation in operations} == {name for name, _ in contract.seen}
     for operation in operations:

@@ -413,10 +413,10 @@ class Blocked:
         module, name = target.rsplit(".", 1)
         function = getattr(importlib.import_module(module), name)
 
-        def waiting(*args):
+        def waiting(*args, **options):
             self.calls += 1
             assert self.opened.wait(30)
-            return function(*args)
+            return function(*args, **options)
 
         monkeypatch.setattr(target, waiting)
 

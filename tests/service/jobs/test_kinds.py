@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from service.errors import InvalidRequest
 from service.jobs.context import ChildFailed, Context, Hold, JobFailed
+from service.jobs.evaluate import PATHS, EvaluateParams
 from service.jobs.kinds import KINDS, checked_params
 from service.jobs.records import Job, NewJob
 from service.jobs.roots import data_source, model_source
@@ -136,17 +138,33 @@ def test_a_recipe_is_a_name(settings: Settings) -> None:
             checked_params("train", {"data": ["shop"], "recipe": recipe}, settings)
 
 
+def _is_text(field: Any) -> bool:
+    """Return whether a setting is a path or any text."""
+    words = str(field.annotation)
+    return re.search(r"\b(Path|str)\b", words) is not None and "Literal" not in words
+
+
 def test_every_setting_of_training_that_names_a_file_or_server_is_checked() -> None:
     pytest.importorskip("torch", reason="the configuration of training imports torch")
     from training.config import TrainConfig
 
     harmless = {"device", "model", "teacher_model", "vit"}  # names and numbers
-    named = {
-        name
-        for name, field in TrainConfig.model_fields.items()
-        if any(word in str(field.annotation) for word in ("Path", "str")) and "Literal" not in str(field.annotation)
-    }
+    named = {name for name, field in TrainConfig.model_fields.items() if _is_text(field)}
     assert named == MODELS | REFUSED.keys() | harmless
+
+
+def test_every_setting_of_an_evaluation_that_names_a_file_is_checked(tmp_path: Path, settings: Settings) -> None:
+    pytest.importorskip("torch", reason="the settings of evaluations import torch")
+    from training.evaluate.settings import SETTINGS
+
+    named = {name for task in SETTINGS.values() for name, field in task.model_fields.items() if _is_text(field)}
+    assert named == PATHS
+    given = {"model": "auto", "task": "retrieval", "data": "shop"}
+    params = checked_params("evaluate", {**given, "settings": "ground_truth=shop/truth.json"}, settings)
+    assert isinstance(params, EvaluateParams)
+    assert params.settings == [f'ground_truth="{tmp_path}/data/datasets/shop/truth.json"']
+    with pytest.raises(InvalidRequest, match="is not below a folder"):
+        checked_params("evaluate", {**given, "settings": ["ground_truth=/etc/passwd"]}, settings)
 
 
 class Commands(Context[Any]):

@@ -79,11 +79,17 @@ class Commands:
         return ""
 
 
+def fill_folder(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for n in range(3):
+        (folder / f"{n}.png").write_bytes(photo(n))
+
+
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     """A data folder with images, model a (live) and model b."""
     data_dir = tmp_path / "data"
-    (data_dir / "datasets" / "shop").mkdir(parents=True)
+    fill_folder(data_dir / "datasets" / "shop")
     for digit in "ab":
         put_artifact(data_dir, digit)
     generations = Generations(data_dir)
@@ -143,6 +149,18 @@ def test_a_worse_model_is_refused_and_the_reasons_are_told(settings: Settings, c
     assert live.number == 1
 
 
+def test_a_missing_image_of_the_gate_ends_the_job_before_the_training(settings: Settings, commands: Commands) -> None:
+    store, job_id = started(settings, "retrain", data=["shop"])
+    run(store, job_id, settings)
+    (settings.data_dir / "datasets" / "shop" / "1.png").unlink()
+    commands.calls.clear()
+    store, job_id = started(settings, "retrain", data=["shop"])
+    job = run(store, job_id, settings)
+    assert job.state == "failed"
+    assert "1.png" in str(job.error)
+    assert commands.calls == []
+
+
 def test_a_person_can_decide_before_the_switch(settings: Settings, commands: Commands) -> None:
     store, job_id = started(settings, "retrain", data=["shop"], approve=True)
     assert run(store, job_id, settings).state == "waiting"
@@ -180,7 +198,7 @@ def test_another_model_that_became_live_meanwhile_stops_the_switch(settings: Set
 
 
 def test_a_service_that_never_started_has_no_live_model(tmp_path: Path, commands: Commands) -> None:
-    (tmp_path / "new" / "datasets" / "shop").mkdir(parents=True)
+    fill_folder(tmp_path / "new" / "datasets" / "shop")
     fresh = Settings(data_dir=tmp_path / "new")
     store, job_id = started(fresh, "retrain", data=["shop"])
     assert "no model is live" in str(run(store, job_id, fresh).error)

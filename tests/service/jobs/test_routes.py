@@ -5,18 +5,19 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
+from service.jobs.kind import JobParams, Kind
 from service.jobs.kinds import KINDS as REAL_KINDS
 from service.jobs.opened import OpenedJobs, _Progress
 from service.jobs.records import NewJob, WorkerRow
 from service.jobs.store import JobStore
 from service.routes.job_schemas import JobIn, ScheduleIn
 from service.routes.jobs import MAX_PARAMS_BYTES, _from_first_character, _whole_characters
+from service.security import Principal
 from tests.fakes import Running, running
 from tests.service.jobs.kinds_for_tests import KINDS
 
@@ -211,17 +212,15 @@ async def test_an_idempotency_key_creates_one_job(tmp_path):
     assert bad.json()["param"] == "Idempotency-Key"
 
 
-async def test_the_job_has_the_id_of_the_key_that_created_it(tmp_path):
+async def test_the_job_has_the_id_of_the_key_that_created_it(tmp_path, monkeypatch):
+    sender = Principal("k1", "operator", frozenset({"open", "metrics", "read", "write", "admin"}))
     async with service(tmp_path) as run:
-
-        async def app(scope, receive, send):
-            scope.setdefault("state", {})["principal"] = SimpleNamespace(key_id="k1")
-            await run.app(scope, receive, send)
-
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
-            job = (await client.post(JOBS, json={"kind": "steps"})).json()
-            await client.post(f"{JOBS}/{job['id']}/cancel")
-            nightly = await client.put("/v1/schedules/nightly", json={"kind": "steps", "every": "6 h"})
+        monkeypatch.setattr(
+            run.app.state.security, "admit", lambda scope, headers: scope["state"].update(principal=sender)
+        )
+        job = (await run.client.post(JOBS, json={"kind": "steps"})).json()
+        await run.client.post(f"{JOBS}/{job['id']}/cancel")
+        nightly = await run.client.put("/v1/schedules/nightly", json={"kind": "steps", "every": "6 h"})
         [cancelled] = [event for event in store_of(run).events() if event.kind == "cancel"]
     assert job["requested_by"] == nightly.json()["requested_by"] == cancelled.data["by"] == "k1"
 
@@ -293,15 +292,20 @@ async def test_hostile_bodies_and_queries(tmp_path):
             assert len(answer.content) < 4000
 
 
+class NestedParams(JobParams):
+    rules: dict[str, Any]
+
+
 @pytest.mark.parametrize(("depth", "status"), [(20, 202), (40, 422), (900, 422)])
 async def test_deep_parameters_are_refused_or_can_be_shown(tmp_path, depth, status):
-    (tmp_path / "datasets" / "shop").mkdir(parents=True)
     rules = b'{"a": ' * depth + b"1" + b"}" * depth
-    body = b'{"kind": "retrain", "data": "shop", "gate_rules": ' + rules + b"}"
+    body = b'{"kind": "nested", "rules": ' + rules + b"}"
     async with running(tmp_path) as run:
+        run.app.state.jobs.kinds = {"nested": Kind("take any rules", NestedParams, lambda context: None)}
         answer = await run.client.post(JOBS, content=body, headers={"Content-Type": "application/json"})
         listed = await run.client.get(JOBS)
     assert (answer.status_code, listed.status_code) == (status, 200)
+    assert status == 202 or "nested more than 32 levels deep" in answer.text
 
 
 async def test_unicode_in_parameters_is_kept(tmp_path):
