@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -174,7 +175,12 @@ async def test_a_restarted_process_writes_both_vectors_from_its_first_request(tm
     live = generations.live()
     assert live is not None
     new = opened("b")
-    record = Record(generations, live, lambda generation: opened(generation.fingerprint[0]))
+
+    def slowly(generation: Generation) -> Opened:
+        time.sleep(0.3)
+        return opened(generation.fingerprint[0])
+
+    record = Record(generations, live, slowly)
     async with running(tmp_path, engine=new.engine, artifact=new.artifact, record=record) as run:
         again = Life(run, generations, Places(run.service.store, generations, run.service.originals, tmp_path))
         await again.put("c", "new", photo(7))
