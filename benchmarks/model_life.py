@@ -83,7 +83,7 @@ class Counts:
     lock: threading.Lock = field(default_factory=threading.Lock)
     requests: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
-    while_down: int = 0
+    while_down: Counter[str] = field(default_factory=Counter)
     answers: list[tuple[str, str, int, Any]] = field(default_factory=list)  # kind, fingerprint, query, content
     last_write: dict[int, bool | None] = field(default_factory=dict)  # item -> is there; None: not acknowledged
     latencies: list[float] = field(default_factory=list)
@@ -185,11 +185,11 @@ class Life:
                     self.counts.requests[kind] += 1
                     self.counts.latencies.append(time.monotonic() - began)
                     if problem is not None and self.options.kills and began < self.down_until:
-                        self.counts.while_down += 1
+                        self.counts.while_down[problem] += 1
                     elif problem is not None:
                         self.counts.failed[problem] += 1
                 if problem is not None:
-                    time.sleep(0.05)
+                    time.sleep(0.2)
 
     def request(self, http: httpx.Client, kind: str, item: int) -> str | None:
         """Send one request and keep its answer. Return the problem if it failed."""
@@ -203,7 +203,7 @@ class Life:
             else:
                 answer = http.post("/v1/embeddings", **image)
             if answer.status_code != 200:
-                return f"{kind} {answer.status_code}: {answer.text[:400]}"
+                return f"{kind} {answer.status_code}: {answer.text[:200]}"
             body = answer.json()
             if kind == "search":
                 self.keep("hits", body, item)
@@ -213,10 +213,10 @@ class Life:
                 query = {"vector": body["data"][0]["embedding"], "fingerprint": body["fingerprint"], "k": 10}
                 answer = http.post(f"{path}/search", json=query)
                 if answer.status_code != 200:
-                    return f"{kind} {answer.status_code}: {answer.text[:400]}"
+                    return f"{kind} {answer.status_code}: {answer.text[:200]}"
                 self.keep("hits", answer.json(), item)
         except httpx.HTTPError as error:
-            return f"{kind}: {type(error).__name__}"
+            return type(error).__name__
         return None
 
     def write(self, http: httpx.Client, kind: str, item: int, path: str, image: dict[str, Any]) -> str | None:
@@ -225,7 +225,7 @@ class Life:
         if answer.status_code in (200, 201) or (kind == "delete" and answer.status_code == 404):
             self.counts.last_write[item] = kind == "put"
             return None
-        return f"{kind} {answer.status_code}: {answer.text[:400]}"
+        return f"{kind} {answer.status_code}: {answer.text[:200]}"
 
     def keep(self, kind: str, body: dict[str, Any], item: int) -> None:
         if kind == "vector":
@@ -250,7 +250,7 @@ class Life:
         killer = threading.Thread(target=self.kill_at_random)
         try:
             killer.start()
-            while sum(self.counts.requests.values()) < self.options.requests or not self.kills_are_done():
+            while self.answered() < self.options.requests or not self.kills_are_done():
                 self.change_model()
         finally:
             self.ended.set()
@@ -264,6 +264,11 @@ class Life:
             process.terminate()
             process.wait()
         return self.result(seconds, lost, wrong)
+
+    def answered(self) -> int:
+        """Return the number of requests that did not fail."""
+        counts = self.counts
+        return sum(counts.requests.values()) - sum(counts.while_down.values()) - sum(counts.failed.values())
 
     def kills_are_done(self) -> bool:
         return sum(self.kills.values()) >= self.options.kills
@@ -371,7 +376,8 @@ class Life:
             "by_kind": dict(counts.requests),
             "failed": failed,
             "failures": dict(counts.failed.most_common(5)),
-            "failed_while_a_part_was_down": counts.while_down,
+            "answered": self.answered(),
+            "failed_while_a_part_was_down": dict(counts.while_down.most_common(8)),
             "answers_checked": len(counts.answers),
             "answers_of_another_model": len(wrong),
             "examples": wrong[:5],

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
@@ -65,10 +65,30 @@ from service.security import Security
 from service.settings import Settings
 from service.state import Lifecycle, Service
 from service.telemetry import Metrics
-from service.tracing import open_tracing
+from service.tracing import Tracing, open_tracing
 
 log = logging.getLogger(__name__)
 
+RESOURCES: Final = (
+    search,
+    embeddings,
+    models,
+    collections,
+    aliases,
+    add_items,
+    items,
+    duplicates,
+    find_region,
+    originals,
+    vision,
+    analyze,
+    classify,
+    job_events,  # before `jobs`, because "events" would be the id of a job
+    jobs,
+    schedules,
+    health,
+)
+"""The modules with the routes. The first route that matches a path answers a request."""
 SAVE_LAST_USED_S = 60.0
 DESCRIPTION = """DINOv2 image features: embeddings, similarity search, segmentation, attention maps, depth, classes.
 
@@ -105,80 +125,59 @@ def create_app(
         on_spans=lambda result, count: metrics.spans.labels(result).inc(count),
     )
     limits, security = Limits.of(settings, metrics), Security(settings)
-    start = _Start(settings, artifact, engine, tried, cache, open_store, metrics, limits, security, record)
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with AsyncExitStack() as stack:
-            if tracing is not None:
-                stack.push_async_callback(tracing.close)
-            stack.push_async_callback(asyncio.to_thread, app.state.jobs.close)
-            app.state.service = await start.service(stack)
-            if names := await observe_collections(app.state.service):
-                log.warning(
-                    "the live model %s cannot search %s by image: embed them again with dinov2 reindex",
-                    app.state.service.artifact.name,
-                    ", ".join(names),
-                )
-            if record is not None:
-                app.state.service.generations = record.generations
-                models = LiveModels(app.state.service, record, partial(_go_live, app))
-                stack.push_async_callback(models.close)
-                await models.start()
-            yield
-            start.lifecycle.draining = True
-
+    start = _Start(settings, artifact, engine, tried, cache, open_store, metrics, tracing, limits, security, record)
     app = App(
         title="dinov2-service",
         version=_version(),
         description=DESCRIPTION,
-        lifespan=lifespan,
+        lifespan=partial(_lifespan, start=start),
         redirect_slashes=False,  # a redirect would repeat the Host header, which the client chooses
     )
-    app.state.border = partial(
-        Border,
-        settings=settings,
-        metrics=metrics,
-        lifecycle=start.lifecycle,
-        limits=start.limits,
-        tracing=tracing,
-        security=start.security,
-    )
-    app.state.security = start.security
+    app.state.border = start.border()
+    app.state.security = security
     app.state.tracing = tracing
     app.state.lifecycle = start.lifecycle
     app.state.jobs = OpenedJobs(settings)
     app.state.streams = job_events.OpenStreams()
     app.state.cache_status = "ok"  # the status that /readyz logged last
-    resources = (
-        search,
-        embeddings,
-        models,
-        collections,
-        aliases,
-        add_items,
-        items,
-        duplicates,
-        find_region,
-        originals,
-        vision,
-        analyze,
-        classify,
-        job_events,  # before `jobs`, because "events" would be the id of a job
-        jobs,
-        schedules,
-        health,
-    )
-    routes = [route for resource in resources for route in resource.router.routes]
     app.state.root_path = settings.root_path
-    for route in app.routes:  # the framework's own, for instance /docs
-        accept_trailing_slash(route)
-        tell_root_path(route, settings.root_path)
-        protect(route)
-    # Put the routes before the framework's own, without the wrappers that `include_router` would add.
-    app.router.routes[:0] = [*routes, *(head_route(route) for route in routes if answers_get(route))]
+    _add_routes(app)
     app.add_exception_handler(HTTPException, _framework_error)
     return app
+
+
+def _add_routes(app: "App") -> None:
+    """Add the routes of all resources to the application."""
+    for route in app.routes:  # the framework's own, for instance /docs
+        accept_trailing_slash(route)
+        tell_root_path(route, app.state.root_path)
+        protect(route)
+    routes = [route for resource in RESOURCES for route in resource.router.routes]
+    # Put the routes before the framework's own, without the wrappers that `include_router` would add.
+    app.router.routes[:0] = [*routes, *(head_route(route) for route in routes if answers_get(route))]
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI, *, start: "_Start") -> AsyncIterator[None]:
+    """Open the parts of the service before the `yield`, and close them after it."""
+    async with AsyncExitStack() as stack:
+        if start.tracing is not None:
+            stack.push_async_callback(start.tracing.close)
+        stack.push_async_callback(asyncio.to_thread, app.state.jobs.close)
+        service = app.state.service = await start.service(stack)
+        if names := await observe_collections(service):
+            log.warning(
+                "the live model %s cannot search %s by image: embed them again with dinov2 reindex",
+                service.artifact.name,
+                ", ".join(names),
+            )
+        if start.record is not None:
+            service.generations = start.record.generations
+            models = LiveModels(service, start.record, partial(_go_live, app))
+            stack.push_async_callback(models.close)
+            await models.start()
+        yield
+        start.lifecycle.draining = True
 
 
 class App(FastAPI):
@@ -210,10 +209,23 @@ class _Start:
     cache: Cache | None
     open_store: Callable[[], Awaitable[VectorStore]] | None
     metrics: Metrics
+    tracing: Tracing | None
     limits: Limits | None
     security: Security
     record: Record | None = None
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
+
+    def border(self) -> "partial[Border]":
+        """Return a function that puts the `Border` around an application."""
+        return partial(
+            Border,
+            settings=self.settings,
+            metrics=self.metrics,
+            lifecycle=self.lifecycle,
+            limits=self.limits,
+            tracing=self.tracing,
+            security=self.security,
+        )
 
     async def service(self, stack: AsyncExitStack) -> Service:
         """Create the parts that need the event loop, warm up the engine, and return the service. Push callbacks that
@@ -239,9 +251,8 @@ class _Start:
         self.lifecycle.warm = True
         self.metrics.build_info.labels(_version(), platform.python_version()).set(1)
         manifest, engine = self.artifact.manifest, self.engine
-        self.metrics.model_info.labels(manifest.name, manifest.fingerprint, engine.name, engine.precision, "live").set(
-            1
-        )
+        labels = (manifest.name, manifest.fingerprint, engine.name, engine.precision, "live")
+        self.metrics.model_info.labels(*labels).set(1)
         log.info("ready", extra={"fields": {**service.identity(), "settings": self.settings.shown()}})
         return service
 

@@ -72,7 +72,13 @@ class LiveModels:
         self._register()
 
     async def start(self) -> None:
-        """Note in the record that this process is running, and begin to watch the record."""
+        """Load the models of the record, note in it that this process is running, and begin to watch it.
+
+        The models are loaded before the first request, so that every write reaches both sets of vectors of a collection
+        that has two.
+        """
+        self._stamp = self._record.generations.stamp()
+        await self._follow()
         await self._beat()
         self._task = asyncio.create_task(self._watch())
 

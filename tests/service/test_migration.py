@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -164,6 +165,27 @@ async def test_after_a_rollback_the_same_model_can_be_promoted_again(tmp_path: P
         await roll_back(one.places)
         await one.live_is("a")
         assert (await one.search("c", images[0]))["fingerprint"] == "a" * 64
+
+
+async def test_a_restarted_process_writes_both_vectors_from_its_first_request(tmp_path: Path) -> None:
+    async with life(tmp_path) as one:
+        await make_collection(one)
+        await one.migrate("b")
+    generations = Generations(tmp_path)
+    live = generations.live()
+    assert live is not None
+    new = opened("b")
+
+    def slowly(generation: Generation) -> Opened:
+        time.sleep(0.3)
+        return opened(generation.fingerprint[0])
+
+    record = Record(generations, live, slowly)
+    async with running(tmp_path, engine=new.engine, artifact=new.artifact, record=record) as run:
+        again = Life(run, generations, Places(run.service.store, generations, run.service.originals, tmp_path))
+        await again.put("c", "new", photo(7))
+        [pair] = await migrations_of(run.service.store).partnerships()
+        assert (pair.role, pair.missing) == ("former", 0)
 
 
 async def test_the_window_ends(tmp_path: Path) -> None:

@@ -359,7 +359,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
 
 STUCK = """
 import sys, time, service.features.pipeline
-service.features.pipeline.{name} = lambda *_: print("stuck", file=sys.stderr, flush=True) or time.sleep(600)
+service.features.pipeline.{name} = lambda *_, **options: print("stuck", file=sys.stderr, flush=True) or time.sleep(600)
 from service.__main__ import main
 sys.exit(main())
 """
