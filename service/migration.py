@@ -12,6 +12,7 @@ request is decided by the tag of its collection, so at no moment can an answer m
 """
 
 import asyncio
+import hashlib
 import logging
 import shutil
 import time
@@ -26,7 +27,7 @@ from model.decode import DEFAULT_LIMITS, DecodeLimits
 from model.files import lock_file
 from model.pooling import Pooling, width
 from model.preprocess import preprocess
-from service.errors import CollectionNotFound, Conflict, NotFound, ServiceError, StorageFailed, Unavailable
+from service.errors import CollectionNotFound, Conflict, ServiceError, StorageFailed, Unavailable
 from service.features.images import decode
 from service.generations import Generation, Generations, State
 from service.ingest.embed import vectors_of
@@ -146,18 +147,26 @@ class _Migration:
             artifact.fingerprint, artifact.name, self._path, engine.name, engine.precision, reason=self._options.reason
         )
         self._report.generation = candidate.number
-        names = await self._decided(candidate)
+        try:
+            await self._change(candidate, live)
+        except (Conflict, StorageFailed, Unavailable):
+            if candidate.state != "live":
+                await abandon(self._places, candidate)
+            raise
+        await self._end_without_rollback()
+        await retire_unused(self._places, keep=[candidate.number], states=("candidate",))
+        await self._tell("done")
+        return self._report
+
+    async def _change(self, candidate: Generation, live: Generation | None) -> None:
+        names = await self._decided()
         await self._end_earlier(candidate)
         await self._switch(names, candidate, live)
         if self._options.collections is None:
             # A replica may have created a collection with the old model at the moment of the switch.
             await asyncio.sleep(2 * WAIT_S)
-            if names := [name for name in await self._decided(candidate) if name not in self._report.switched]:
+            if names := [name for name in await self._decided() if name not in self._report.switched]:
                 await self._switch(names, candidate, live)
-        await self._end_without_rollback()
-        await retire_unused(self._places, keep=[candidate.number], states=("candidate",))
-        await self._tell("done")
-        return self._report
 
     async def _tell(self, stage: str) -> None:
         self._report.stage = stage
@@ -165,18 +174,13 @@ class _Migration:
         if answer is not None:
             await answer
 
-    async def _decided(self, candidate: Generation) -> list[str]:
+    async def _decided(self) -> list[str]:
         """Return the names of the collections to re-embed, after deciding about items whose image cannot be read."""
-        try:
-            names = [name for name in await self._wanted() if name not in self._report.kept]
-            await self._tell("listing items without a readable image")
-            for name in names:
-                await self._survey(name)
-            return await self._without_lost(names)
-        except (Conflict, StorageFailed):
-            if candidate.state != "live":
-                await abandon(self._places, candidate)
-            raise
+        names = [name for name in await self._wanted() if name not in self._report.kept]
+        await self._tell("listing items without a readable image")
+        for name in names:
+            await self._survey(name)
+        return await self._without_lost(names)
 
     async def _end_earlier(self, candidate: Generation) -> None:
         """End the window of an earlier switch, because a collection can have only one second set of vectors.
@@ -310,19 +314,18 @@ class _Migration:
         return await migrations_of(self._places.store).partnerships()
 
     async def _read(self, name: str, item: Missing) -> bytes | None:
+        """Return the image of an item, or note the item as lost and return None."""
         digest = photo_digest(item)
         try:
-            if digest is not None:
+            if digest is not None and await self._places.originals.size(digest) is not None:
                 return await self._places.originals.get(digest)
-        except NotFound:
-            pass  # the source may be readable
-        except StorageFailed as error:
-            log.warning("item %r of %r: %s", item.id, name, error.detail)
-        if item.source is not None and self._places.read_source is not None:
-            try:
-                return await asyncio.to_thread(self._places.read_source, item.source)
-            except (OSError, ValueError, ServiceError) as error:
-                log.warning("item %r of %r: %s", item.id, name, error)
+            if item.source is not None and self._places.read_source is not None:
+                image = await asyncio.to_thread(self._places.read_source, item.source)
+                if digest in (None, hashlib.sha256(image).hexdigest()):
+                    return image
+                log.warning("item %r of %r: the image at its source has changed", item.id, name)
+        except (OSError, ValueError, ServiceError) as error:
+            log.warning("item %r of %r: %s", item.id, name, error)
         self._lose(name, item)
         return None
 

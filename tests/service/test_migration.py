@@ -254,6 +254,8 @@ async def test_a_damaged_original_does_not_end_up_as_a_missing_item(tmp_path: Pa
         file.write_bytes(images[2][:-9] + b"different")
         with pytest.raises(Conflict, match="1 items of 'c' cannot be embedded"):
             await one.migrate()
+        assert await migrations_of(one.run.service.store).partnerships() == []  # nothing is written twice any more
+        assert [each.state for each in one.generations.all()] == ["live", "retired"]
         assert (await one.search("c", images[2]))["fingerprint"] == "a" * 64
         report = await one.migrate(lost="drop")
         assert report.lost == {"c": ["i2"]}
@@ -268,6 +270,9 @@ async def test_sources_are_read_only_if_allowed(tmp_path: Path) -> None:
         await one.ask("PATCH", "/v1/collections/c/items/x", json={"source": "memory:3"})
         read = {"memory:3": photo(3)}
         one.places = replace(one.places, read_source=lambda source: read[source])
+        changed = replace(one.places, read_source=lambda source: photo(4))
+        with pytest.raises(Conflict, match="1 items of 'c' cannot be embedded"):
+            await migrate(changed, Path("artifacts/b"), opened("b"), MigrationOptions())
         report = await one.migrate()
         assert report.switched == ["c"]
 
