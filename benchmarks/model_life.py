@@ -42,6 +42,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from model.artifact import bundled_artifact, find_artifacts, load_artifact
+from model.cpus import available_cpus
 from model.engines.choice import load_engine
 from model.export.artifact import export_artifact
 from model.export.options import Backbone, ExportOptions
@@ -387,6 +388,7 @@ class Life:
             "changes": self.changes,
             "kills": dict(self.kills),
             "seconds": round(seconds, 1),
+            "cpus": available_cpus(),
             "latency_ms": {f"p{p}": round(1e3 * latencies[int(len(latencies) * p / 100)], 1) for p in (50, 99)},
             "command": f"python benchmarks/model_life.py {' '.join(sys.argv[1:])}",
         }
