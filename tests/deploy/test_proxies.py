@@ -138,7 +138,7 @@ def test_caddy_accepts_its_file() -> None:
 
 @pytest.mark.skipif(shutil.which("nginx") is None, reason="needs nginx")
 def test_nginx_accepts_its_files(tmp_path: Path) -> None:
-    text = NGINX["scale.conf"].replace("/etc/nginx/dinov2", str(FOLDER)).replace("/tmp/", f"{tmp_path}/")
+    text = NGINX["scale.conf"].replace("/tmp/", f"{tmp_path}/").replace("/etc/nginx/dinov2", str(FOLDER))
     (tmp_path / "scale.conf").write_text(text)
     command = ["nginx", "-e", "stderr", "-t", "-c", str(tmp_path / "scale.conf")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)

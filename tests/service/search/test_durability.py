@@ -473,8 +473,8 @@ async def test_a_snapshot_is_of_one_moment(store: EmbeddedStore, monkeypatch: py
     make, db = database.make, store._connect()
     db.execute("PRAGMA busy_timeout = 0")
 
-    def between(*given: Any) -> database.Row:
-        row = make(*given)
+    def between(*given: Any, **options: Any) -> database.Row:
+        row = make(*given, **options)
         with sqlite.transaction(db):
             database.remove(db, 1, [2])
         return row
@@ -508,8 +508,8 @@ async def test_a_dropped_collection_leaves_no_rows_and_no_tables(store: Embedded
 async def test_a_store_of_another_version_is_refused(tmp_path: Path) -> None:
     await (await opened(tmp_path)).close()
     with closing(sqlite3.connect(tmp_path / "search.sqlite3")) as db:
-        db.execute("PRAGMA user_version = 3")
-    with pytest.raises(StorageFailed, match=r"not a vector store of this version .*version 3; expected"):
+        db.execute("PRAGMA user_version = 4")
+    with pytest.raises(StorageFailed, match=r"not a vector store of this version .*version 4; expected"):
         await opened(tmp_path)
 
 
