@@ -204,7 +204,7 @@ class Life:
             else:
                 answer = http.post("/v1/embeddings", **image)
             if answer.status_code != 200:
-                return f"{kind} {answer.status_code}: {answer.text[:200]}"
+                return f"{answer.status_code}: {_detail(answer)}"
             body = answer.json()
             if kind == "search":
                 self.keep("hits", body, item)
@@ -214,7 +214,7 @@ class Life:
                 query = {"vector": body["data"][0]["embedding"], "fingerprint": body["fingerprint"], "k": 10}
                 answer = http.post(f"{path}/search", json=query)
                 if answer.status_code != 200:
-                    return f"{kind} {answer.status_code}: {answer.text[:200]}"
+                    return f"{answer.status_code}: {_detail(answer)}"
                 self.keep("hits", answer.json(), item)
         except httpx.HTTPError as error:
             return type(error).__name__
@@ -226,7 +226,7 @@ class Life:
         if answer.status_code in (200, 201) or (kind == "delete" and answer.status_code == 404):
             self.counts.last_write[item] = kind == "put"
             return None
-        return f"{kind} {answer.status_code}: {answer.text[:200]}"
+        return f"{answer.status_code}: {_detail(answer)}"
 
     def keep(self, kind: str, body: dict[str, Any], item: int) -> None:
         if kind == "vector":
@@ -378,7 +378,10 @@ class Life:
             "failed": failed,
             "failures": dict(counts.failed.most_common(5)),
             "answered": self.answered(),
-            "failed_while_a_part_was_down": dict(counts.while_down.most_common(8)),
+            "failed_while_a_part_was_down": {
+                "total": sum(counts.while_down.values()),
+                "most_frequent": dict(counts.while_down.most_common(8)),
+            },
             "answers_checked": len(counts.answers),
             "answers_of_another_model": len(wrong),
             "examples": wrong[:5],
@@ -417,6 +420,11 @@ def reference(artifact: Any, images: list[bytes]) -> np.ndarray:
     rows = [vectors_of(engine, [each], "cls", True)[0] for each in pixels]
     engine.close()
     return np.stack(rows)
+
+
+def _detail(answer: httpx.Response) -> str:
+    body = answer.json()
+    return str(body.get("detail") or body.get("error", {}).get("message"))[:200]
 
 
 def _workers(service: int) -> list[int]:

@@ -156,6 +156,14 @@ class Generations:
                 (number,),
             )
 
+    def keep(self, number: int) -> None:
+        """Let replicas load a former or retired generation as a candidate, because collections have its vectors."""
+        with self._writing() as db:
+            db.execute(
+                "UPDATE generations SET state = 'candidate', keep_until = NULL WHERE number = ? AND state != 'live'",
+                (number,),
+            )
+
     def forget(self, number: int) -> None:
         """Delete a retired generation from the record."""
         with self._writing() as db:

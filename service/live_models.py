@@ -56,7 +56,7 @@ class Record:
 
 class LiveModels:
     """The models of one process. `service` is the service with the first model. `on_live` is called with the service of
-    the generation that becomes live."""
+    the live generation after each change of the record."""
 
     def __init__(self, service: Service, record: Record, on_live: Callable[[Service], Awaitable[None]]) -> None:
         self._base = service
@@ -129,13 +129,13 @@ class LiveModels:
         self._base.loaded.is_behind = live is not None and live.number not in self._loaded
         if live is not None and live.number != self._live and live.number in self._loaded:
             self._live = live.number
-            await self._on_live(self._loaded[live.number])
             log.info("generation %d is live: %s (%s)", live.number, live.name, live.precision)
         numbers = {each.number for each in wanted} | {self._live}
         for number in self._loaded.keys() - numbers:
             self._release(number)
         self._register()
         self._set_metrics(wanted)
+        await self._on_live(self._loaded[self._live])
 
     async def _load(self, generation: Generation) -> None:
         log.info("loading generation %d: %s", generation.number, generation.name)
@@ -199,5 +199,9 @@ async def end_window(service: Service, generations: Generations, former: Generat
             parts = tag_parts(pair.partner.tag)
             if pair.role == "former" and (parts.fingerprint, parts.precision) == former.model:
                 await migrations.end(pair.collection.name)
+    tags = [tag_parts(info.tag) for info in await service.store.collections()]
+    if former.model in {(parts.fingerprint, parts.precision) for parts in tags}:
+        await asyncio.to_thread(generations.keep, former.number)  # its collections can still be searched
+        return
     await asyncio.to_thread(generations.retire, former.number)
     log.info("generation %d is retired: %s", former.number, former.name)

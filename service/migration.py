@@ -154,6 +154,7 @@ class _Migration:
                 await abandon(self._places, candidate)
             raise
         await self._end_without_rollback()
+        await keep_used(self._places)
         await retire_unused(self._places, keep=[candidate.number], states=("candidate",))
         await self._tell("done")
         return self._report
@@ -255,10 +256,10 @@ class _Migration:
         self._report.lost = {name: sorted(ids) for name, ids in self._lost.items() if ids}
         if self._report.lost and self._options.lost == "refuse":
             count = sum(map(len, self._report.lost.values()))
-            name, ids = next(iter(self._report.lost.items()))
             raise Conflict(
-                f"{count} items of {len(self._report.lost)} collections have no image that can be read, for instance "
-                f"{ids[0]!r} of {name!r}: drop them (lost=drop), or keep their collections on the old model (lost=keep)"
+                f"{count} items of {len(self._report.lost)} collections have no image that can be read "
+                f"({described(self._report.lost)}): drop them (lost=drop), or keep their collections on the old model "
+                "(lost=keep)"
             )
         if self._options.lost == "keep":
             self._report.kept += [name for name in names if self._report.lost.get(name)]
@@ -271,14 +272,8 @@ class _Migration:
         while page := await migrations_of(self._places.store).missing(name, tag, after=after, limit=PAGE):
             after = page[-1].number
             for item in page:
-                if not await self._has_image(item):
+                if not await has_image(self._places, item):
                     lost[item.id] = item.number
-
-    async def _has_image(self, item: Missing) -> bool:
-        digest = photo_digest(item)
-        if digest is not None and await self._places.originals.size(digest) is not None:
-            return True
-        return item.source is not None and self._places.read_source is not None
 
     async def _fill(self, name: str) -> bool:
         """Embed the items that the partner of a collection lacks. Return whether any were embedded."""
@@ -298,7 +293,7 @@ class _Migration:
             started = time.monotonic()
             added += await self._embed(name, wanted, tag, pooling)
             self._report.embedded += len(wanted)
-            self._report.pending = sum(pair.missing for pair in await migrations.partnerships())
+            self._report.pending = await migrations.pending()
             await self._tell(f"embedding {name}")
             busy = time.monotonic() - started
             await asyncio.sleep(busy * (1 / self._options.share - 1))
@@ -424,6 +419,14 @@ class _Migration:
             await asyncio.sleep(WAIT_S)
 
 
+def described(lost: Mapping[str, Sequence[str]], most: int = 10) -> str:
+    """Return a text that names items by their collections, at most `most` of each."""
+    return "; ".join(
+        f"{name}: {', '.join(ids[:most])}{f' and {len(ids) - most} more' if len(ids) > most else ''}"
+        for name, ids in lost.items()
+    )
+
+
 def model_of(tag: str) -> tuple[str, str]:
     """Return the fingerprint and the precision in a tag, which identify a generation."""
     parts = tag_parts(tag)
@@ -439,6 +442,36 @@ async def abandon(places: Places, candidate: Generation) -> None:
                 await migrations.end(pair.collection.name)
     others = [each.number for each in places.generations.all() if each.number != candidate.number]
     await retire_unused(places, keep=others, states=("candidate",))
+
+
+async def keep_used(places: Places) -> None:
+    """Let replicas load the retired models of which a collection still has vectors, so that it can be searched."""
+    used = {model_of(info.tag) for info in await places.store.collections()}
+    for each in await asyncio.to_thread(places.generations.all):
+        if each.state == "retired" and each.model in used:
+            await asyncio.to_thread(places.generations.keep, each.number)
+
+
+async def items_without_image(places: Places) -> dict[str, list[str]]:
+    """Return the ids of the items that a migration of all collections could not embed again, by collection."""
+    models = {each.model for each in await asyncio.to_thread(places.generations.all)}
+    lost: dict[str, list[str]] = {}
+    for info in await places.store.collections():
+        if model_of(info.tag) not in models or "migrations" not in places.store.capabilities:
+            continue
+        after = 0
+        while page := await migrations_of(places.store).missing(info.name, "", after=after, limit=PAGE):
+            after = page[-1].number
+            lost.setdefault(info.name, []).extend([item.id for item in page if not await has_image(places, item)])
+    return {name: ids for name, ids in lost.items() if ids}
+
+
+async def has_image(places: Places, item: Missing) -> bool:
+    """Return whether the image of an item is stored, or may be read from its source."""
+    digest = photo_digest(item)
+    if digest is not None and await places.originals.size(digest) is not None:
+        return True
+    return item.source is not None and places.read_source is not None
 
 
 async def abandon_all(places: Places) -> None:

@@ -84,8 +84,7 @@ async def observe_collections(service: Service) -> list[str]:
                 if (parts.fingerprint, parts.precision) not in loaded and parts.pooling is not None:
                     unsearchable.append(info.name)
             if "migrations" in service.store.capabilities:
-                pairs = await migrations_of(service.store).partnerships()
-                pending = sum(pair.missing for pair in pairs if pair.role == "candidate")
+                pending = await migrations_of(service.store).pending()
     except (ServiceError, TimeoutError) as error:
         log.warning("metrics of the models of the collections: %s", error or "the vector store does not answer")
     metrics.unsearchable_collections.set(len(unsearchable))

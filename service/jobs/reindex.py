@@ -3,6 +3,8 @@ this model live. The work is done by `dinov2 models promote` or `dinov2 reindex`
 an earlier one was interrupted. If the job is cancelled, what was prepared is removed."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -14,7 +16,7 @@ from service.jobs.context import Cancelled, Context
 from service.jobs.kind import JobParams
 from service.jobs.roots import model_source
 from service.jobs.train import read_object
-from service.migration import Places, abandon_all
+from service.migration import Places, abandon_all, items_without_image
 from service.model_list import known_models, model_named
 from service.originals import Originals
 from service.schema_base import ONE_OR_MORE
@@ -115,10 +117,22 @@ def run_migration(
 
 
 async def _give_up(settings: Settings) -> None:
+    async with _opened(settings) as places:
+        await abandon_all(places)
+
+
+async def lost_items(settings: Settings) -> dict[str, list[str]]:
+    """Return the ids of the items that a migration could not embed again, by collection."""
+    async with _opened(settings) as places:
+        return await items_without_image(places)
+
+
+@asynccontextmanager
+async def _opened(settings: Settings) -> AsyncIterator[Places]:
     store = await open_store(settings)
     originals = Originals(settings.originals_place)
     try:
-        await abandon_all(Places(store, Generations(settings.data_dir), originals, settings.data_dir))
+        yield Places(store, Generations(settings.data_dir), originals, settings.data_dir)
     finally:
         await originals.close()
         await store.close()

@@ -7,6 +7,7 @@ the job fails with the reasons, the live model stays, and the new one remains in
 the model that was live at the start: if another model becomes live meanwhile, the job fails.
 """
 
+import asyncio
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 
@@ -19,10 +20,11 @@ from service.jobs.compare import list_file
 from service.jobs.context import ChildFailed, Context, JobFailed
 from service.jobs.export import ExportParams, run_export
 from service.jobs.frozen_set import open_frozen_set
-from service.jobs.reindex import MigrationParams, path_of, run_migration
+from service.jobs.reindex import MigrationParams, lost_items, path_of, run_migration
 from service.jobs.roots import data_source
 from service.jobs.train import RUN, Override, TrainParams, read_object, run_training
 from service.jobs.verdict import GateRules
+from service.migration import described
 from service.schema_base import ONE_OR_MORE
 from service.settings import Settings
 
@@ -82,6 +84,7 @@ def retrain(context: Context[RetrainParams]) -> None:
     params = context.params
     champion = context.step("champion", lambda: _live(context))
     context.step("frozen set", lambda: _freeze(context))
+    context.step("images of the collections", lambda: _check_images(context))
     overrides = list(params.overrides)
     if params.recipe == "continue" and not any(each.startswith("init=") for each in overrides):
         overrides.append(f'init="{champion["path"]}"')
@@ -117,6 +120,21 @@ def _freeze(context: Context[RetrainParams]) -> dict[str, Any]:
     context.report(0.0, "checking the images of the gate")
     frozen = open_frozen_set(list_file(context.data_dir, folder), folder, tell=context.log)
     return {"images": len(frozen.images), "sha256": frozen.digest}
+
+
+def _check_images(context: Context[RetrainParams]) -> dict[str, int]:
+    """Find the items that cannot be embedded again, so that the job does not fail after the training.
+
+    Raises:
+        JobFailed: there are such items, and `lost` is "refuse".
+    """
+    lost = asyncio.run(lost_items(context.settings))
+    if lost and context.params.lost == "refuse":
+        raise JobFailed(
+            f"items without an image that can be read ({described(lost)}): use lost=drop to drop them, or lost=keep to "
+            "keep their collections on the old model"
+        )
+    return {name: len(ids) for name, ids in lost.items()}
 
 
 def _check_champion(context: Context[RetrainParams], champion: dict[str, Any], challenger: dict[str, Any]) -> None:

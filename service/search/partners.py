@@ -54,8 +54,9 @@ class Filled(NamedTuple):
 
 
 class Partnership(NamedTuple):
-    """A collection and its partner. `role` is candidate or former. `missing` is the number of items that the partner
-    lacks."""
+    """A collection and its partner. `role` is candidate or former. `missing` is the number of items of the collection
+    that the partner lacks. A former may also have items that the collection lacks, because their images could not be
+    read."""
 
     collection: CollectionInfo
     partner: CollectionInfo
@@ -76,6 +77,9 @@ class Migrations(Protocol):
 
     async def partnerships(self) -> list[Partnership]:
         """Return all collections that have a partner, sorted by name."""
+
+    async def pending(self) -> int:
+        """Return about how many items all candidates lack. Unlike `partnerships`, this does not read the items."""
 
     async def former(self, collection: str) -> CollectionInfo | None:
         """Return the description of the former of a collection, or None if it has none. A candidate does not count."""
@@ -137,6 +141,10 @@ class EmbeddedMigrations:
     async def partnerships(self) -> list[Partnership]:
         result: list[Partnership] = await self._read(_partnerships)
         return result
+
+    async def pending(self) -> int:
+        count: int = await self._read(_pending)
+        return count
 
     async def former(self, collection: str) -> CollectionInfo | None:
         def work(db: sqlite3.Connection) -> CollectionInfo | None:
@@ -270,7 +278,22 @@ def _start(db: sqlite3.Connection, name: str, tag: str, size: int) -> Partnershi
 def _partnership(db: sqlite3.Connection, row: Row) -> Partnership:
     partner = partner_of(db, row)
     assert partner is not None
-    return Partnership(row.info, partner.info, partner.role, row.count - partner.count)
+    return Partnership(row.info, partner.info, partner.role, _lacks(db, row, partner))
+
+
+def _lacks(db: sqlite3.Connection, row: Row, partner: Row) -> int:
+    """Return the number of items of a collection that its partner lacks."""
+    query = f"""SELECT count(*) FROM items_{row.key} i
+                WHERE NOT EXISTS (SELECT 1 FROM items_{partner.key} p WHERE p.id = i.id)"""
+    (count,) = db.execute(query).fetchone()
+    return int(count)
+
+
+def _pending(db: sqlite3.Connection) -> int:
+    pairs = [(row, partner_of(db, row)) for row in database.every(db)]
+    return sum(
+        max(0, row.count - other.count) for row, other in pairs if other is not None and other.role == "candidate"
+    )
 
 
 def _partnerships(db: sqlite3.Connection) -> list[Partnership]:
@@ -317,7 +340,7 @@ def _switch(db: sqlite3.Connection, tags: Mapping[str, str], may_lack: Mapping[s
         partner = partner_of(db, row)
         if partner is None or partner.spec.tag != tag:
             raise Conflict(f"collection {row.name!r} has no partner with vectors of {tag!r}")
-        lacks = row.count - partner.count
+        lacks = _lacks(db, row, partner)
         if lacks > may_lack.get(name, 0):
             raise Conflict(
                 f"the vectors of {tag!r} lack {lacks} of the {row.count} items of collection {row.name!r}; at most "

@@ -15,7 +15,7 @@ import pytest
 from service import live_models, migration
 from service.errors import Conflict, StorageFailed, Unavailable
 from service.generations import Generation, Generations
-from service.live_models import Opened, Record
+from service.live_models import Opened, Record, end_window
 from service.migration import MigrationOptions, MigrationReport, Places, migrate, roll_back
 from service.search.partners import migrations_of
 from tests.fakes import FakeEngine, Running, fake_artifact, photo, running, until
@@ -228,7 +228,7 @@ async def test_lost_images_are_listed_and_decided_about(tmp_path: Path) -> None:
         item = {"id": "ready-made", "vector": vector, "fingerprint": "a" * 64}
         await one.ask("POST", "/v1/collections/c/items", json={"items": [item]})
         await make_collection(one, "whole", count=2)
-        with pytest.raises(Conflict, match=r"1 items of 1 collections .* 'ready-made' of 'c'"):
+        with pytest.raises(Conflict, match=r"1 items of 1 collections .* \(c: ready-made\)"):
             await one.migrate()
         assert [each.state for each in one.generations.all()] == ["live", "retired"]
         assert await migrations_of(one.run.service.store).partnerships() == []
@@ -239,10 +239,44 @@ async def test_lost_images_are_listed_and_decided_about(tmp_path: Path) -> None:
         assert (await one.search("c", images[0]))["fingerprint"] == "a" * 64
         assert (await one.search("whole", images[0]))["fingerprint"] == "b" * 64
 
+        states = {each.fingerprint[0]: each.state for each in one.generations.all()}
+        assert states == {"a": "former", "b": "live"}
+        await end_window(one.run.service, one.generations, one.generations.all()[0])
+        await asyncio.sleep(0.1)
+        assert (await one.search("c", images[0]))["fingerprint"] == "a" * 64  # still searchable
+
         report = await one.migrate(lost="drop")
         assert (report.switched, report.lost) == (["c"], {"c": ["ready-made"]})
         found = await one.search("c", images[0], k=9)
         assert (found["fingerprint"], len(found["data"])) == ("b" * 64, 5)
+        assert {each.fingerprint[0]: each.state for each in one.generations.all()} == {"a": "retired", "b": "live"}
+
+
+async def test_a_rollback_brings_dropped_items_back(tmp_path: Path) -> None:
+    async with life(tmp_path) as one:
+        images = await make_collection(one)
+        item = {"id": "ready-made", "vector": vector_of("a" * 64, photo(50)).tolist(), "fingerprint": "a" * 64}
+        await one.ask("POST", "/v1/collections/c/items", json={"items": [item]})
+        await one.migrate(lost="drop")
+        await one.live_is("b")
+        assert len((await one.search("c", images[0], k=9))["data"]) == 5
+        assert (await roll_back(one.places)).lacking == {}
+        await one.live_is("a")
+        assert len((await one.search("c", images[0], k=9))["data"]) == 6
+
+
+async def test_a_rollback_tells_what_it_lacks(tmp_path: Path) -> None:
+    async with life(tmp_path) as one:
+        await make_collection(one)
+        await one.migrate()
+        await one.live_is("b")
+        item = {"id": "ready-made", "vector": vector_of("b" * 64, photo(50)).tolist(), "fingerprint": "b" * 64}
+        await one.ask("POST", "/v1/collections/c/items", json={"items": [item]})
+        answer = await one.run.client.post("/v1/models/rollback")
+        assert answer.status_code == 409
+        assert "lack 1 items" in answer.json()["detail"]
+        body = await one.ask("POST", "/v1/models/rollback", json={"force": True})
+        assert (body["lacking"], body["collections"], body["generation"]) == ({"c": 1}, ["c"], 1)
 
 
 async def test_a_damaged_original_does_not_end_up_as_a_missing_item(tmp_path: Path) -> None:

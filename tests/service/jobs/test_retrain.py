@@ -161,6 +161,22 @@ def test_a_missing_image_of_the_gate_ends_the_job_before_the_training(settings: 
     assert commands.calls == []
 
 
+def test_items_without_an_image_are_told_before_the_training(settings: Settings, commands: Commands) -> None:
+    async def fill() -> None:
+        store = await open_embedded(settings.data_dir)
+        tag = make_tag("a" * 64, "cls", (28, 28), "fp32")
+        await store.upsert("shop", [Item("ready-made", np.eye(8, dtype=np.float32)[0])], tag=tag)
+        await store.close()
+
+    asyncio.run(fill())
+    store, job_id = started(settings, "retrain", data=["shop"])
+    job = run(store, job_id, settings)
+    assert (job.state, commands.calls) == ("failed", [])
+    assert "(shop: ready-made)" in str(job.error)
+    store, job_id = started(settings, "retrain", data=["shop"], lost="drop")
+    assert run(store, job_id, settings).state == "succeeded"
+
+
 def test_a_person_can_decide_before_the_switch(settings: Settings, commands: Commands) -> None:
     store, job_id = started(settings, "retrain", data=["shop"], approve=True)
     assert run(store, job_id, settings).state == "waiting"
