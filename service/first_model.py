@@ -38,7 +38,7 @@ def load_first(settings: Settings, report: Callable[[str], object]) -> FirstMode
     """
     generations = Generations(settings.data_dir)
     live = generations.live()
-    is_decision = generations.request(settings.model) and settings.model != "auto"
+    is_decision = settings.model not in ("auto", generations.requested())
     if live is None or is_decision:
         path = choose_artifact(settings.model, settings.data_dir, report)
     else:
@@ -56,6 +56,7 @@ def load_first(settings: Settings, report: Callable[[str], object]) -> FirstMode
     if generation.state != "live":
         _log_change(live, generation)
         generation = generations.promote(generation.number, expected=live.number if live else None, keep_s=0.0)
+    generations.request(settings.model)  # not earlier: if this start had failed, the next would have to decide again
     return FirstModel(opened, Record(generations, generation, partial(load_generation, settings)))
 
 

@@ -188,6 +188,17 @@ def test_another_model_in_the_settings_is_a_decision(data_dir: Path, caplog: pyt
     assert started(data_dir, "old") == ("old", 1)
 
 
+def test_a_start_that_failed_does_not_count_as_a_decision(data_dir: Path) -> None:
+    """Otherwise the process that is started again after a failed download would serve the old model without a word."""
+    assert started(data_dir, "old") == ("old", 1)
+    shutil.move(data_dir / "artifacts" / "new", data_dir / "away")
+    for _ in range(2):
+        with pytest.raises(ValueError):
+            started(data_dir, "new")
+    shutil.move(data_dir / "away", data_dir / "artifacts" / "new")
+    assert started(data_dir, "new") == ("new", 2)
+
+
 def test_a_moved_artifact_is_found_by_its_fingerprint(data_dir: Path) -> None:
     assert started(data_dir, "old") == ("old", 1)
     (data_dir / "artifacts" / "old").rename(data_dir / "artifacts" / "renamed")
