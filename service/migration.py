@@ -16,6 +16,7 @@ import logging
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
@@ -137,6 +138,7 @@ class _Migration:
         self._on_progress = on_progress
         self._report = MigrationReport()
         self._lost: dict[str, dict[str, int]] = {}  # collection -> id -> number of the version that cannot be read
+        self._rule: Lost = options.lost
 
     async def run(self) -> MigrationReport:
         artifact, engine = self._opened.artifact, self._opened.engine
@@ -150,10 +152,9 @@ class _Migration:
         await self._end_earlier(candidate)
         await self._switch(names, candidate, live)
         if self._options.collections is None:
-            # A replica may have created a collection with the old model at the moment of the switch.
+            # A collection may have been created with the old model since the first decision.
             await asyncio.sleep(2 * WAIT_S)
-            if names := [name for name in await self._decided(candidate) if name not in self._report.switched]:
-                await self._switch(names, candidate, live)
+            await self._switch_rest(candidate)
         await self._end_without_rollback()
         await retire_unused(self._places, keep=[candidate.number], states=("candidate",))
         await self._tell("done")
@@ -165,13 +166,29 @@ class _Migration:
         if answer is not None:
             await answer
 
+    async def _switch_rest(self, candidate: Generation) -> None:
+        """Switch the collections of old models that were created in the meantime. It is too late to refuse the
+        migration, so those with items whose image cannot be read stay on the old model."""
+        if self._rule == "refuse":
+            self._rule = "keep"
+        live = await asyncio.to_thread(self._places.generations.live)
+        if self._options.promote and (live is None or live.number != candidate.number):
+            return  # rolled back already
+        if names := await self._decided(candidate):
+            await self._switch(names, candidate, live)
+
     async def _decided(self, candidate: Generation) -> list[str]:
         """Return the names of the collections to re-embed, after deciding about items whose image cannot be read."""
         try:
             names = [name for name in await self._wanted() if name not in self._report.kept]
             await self._tell("listing items without a readable image")
-            for name in names:
-                await self._survey(name)
+            for name in list(names):
+                try:
+                    await self._survey(name)
+                except CollectionNotFound:
+                    if self._options.collections is not None:
+                        raise
+                    names.remove(name)  # the collection was deleted
             return await self._without_lost(names)
         except (Conflict, StorageFailed):
             if candidate.state != "live":
@@ -193,9 +210,10 @@ class _Migration:
         """Delete the former vectors of collections whose old model is not the one that a rollback would make live."""
         models = {each.model for each in self._places.generations.all() if each.state == "former"}
         for name in self._report.switched:
-            former = await migrations_of(self._places.store).former(name)
-            if former is not None and model_of(former.tag) not in models:
-                await migrations_of(self._places.store).end(name)
+            with suppress(CollectionNotFound):  # the collection was deleted
+                former = await migrations_of(self._places.store).former(name)
+                if former is not None and model_of(former.tag) not in models:
+                    await migrations_of(self._places.store).end(name)
 
     # ---- which collections
 
@@ -249,14 +267,14 @@ class _Migration:
             Conflict: there are such items, and the options refuse them.
         """
         self._report.lost = {name: sorted(ids) for name, ids in self._lost.items() if ids}
-        if self._report.lost and self._options.lost == "refuse":
+        if self._report.lost and self._rule == "refuse":
             count = sum(map(len, self._report.lost.values()))
             name, ids = next(iter(self._report.lost.items()))
             raise Conflict(
                 f"{count} items of {len(self._report.lost)} collections have no image that can be read, for instance "
                 f"{ids[0]!r} of {name!r}: drop them (lost=drop), or keep their collections on the old model (lost=keep)"
             )
-        if self._options.lost == "keep":
+        if self._rule == "keep":
             self._report.kept += [name for name in names if self._report.lost.get(name)]
         return [name for name in names if name not in self._report.kept]
 
@@ -281,9 +299,8 @@ class _Migration:
         migrations, lost = migrations_of(self._places.store), self._lost.setdefault(name, {})
         info = await self._places.store.info(name)
         tag, pooling = self._tag(info), tag_parts(info.tag).pooling
-        assert pooling is not None
-        if info.tag == tag:
-            return False  # switched before this migration was interrupted
+        if info.tag == tag or pooling is None:
+            return False  # switched before this migration was interrupted, or created again for other vectors
         await migrations.start(name, tag, self._dimension(pooling))
         after, added = 0, 0
         while page := await migrations.missing(name, tag, after=after, limit=self._options.batch_size):
@@ -292,7 +309,10 @@ class _Migration:
             if not wanted:
                 continue
             started = time.monotonic()
-            added += await self._embed(name, wanted, tag, pooling)
+            try:
+                added += await self._embed(name, wanted, tag, pooling)
+            except Conflict:  # the collection was deleted and created again: begin with the new one
+                return True
             self._report.embedded += len(wanted)
             self._report.pending = sum(pair.missing for pair in await migrations.partnerships())
             await self._tell(f"embedding {name}")
@@ -364,7 +384,9 @@ class _Migration:
                     if name in {info.name for info in await self._places.store.collections()}:
                         raise
                     names.remove(name)  # the collection was deleted
+            await self._keep_lost(names)
             await self._wait_for_replicas(candidate)
+            await self._check_live(candidate, live)
             if await self._try_switch(names, last=attempt == MOVED - 1):
                 break
         if self._options.promote:
@@ -378,15 +400,38 @@ class _Migration:
         self._report.switched += names
         await self._tell("switched")
 
-    async def _try_switch(self, names: Sequence[str], *, last: bool) -> bool:
+    async def _keep_lost(self, names: list[str]) -> None:
+        """Leave collections on the old model if an image turned out to be unreadable and the options say so."""
+        for name in list(names) if self._rule == "keep" else ():
+            try:
+                if await self._still_lost(name):
+                    await migrations_of(self._places.store).end(name)
+                    self._report.kept.append(name)
+                    names.remove(name)
+            except CollectionNotFound:
+                names.remove(name)
+
+    async def _check_live(self, candidate: Generation, live: Generation | None) -> None:
+        """Raise Conflict if another generation has become live since the start. The collections must not be switched
+        then, because the model could not follow."""
+        now = await asyncio.to_thread(self._places.generations.live)
+        allowed = {candidate.number, live and live.number}
+        if self._options.promote and (now and now.number) not in allowed:
+            raise Conflict(
+                f"generation {now and now.number} is live, not {live and live.number}: the live model was changed "
+                "during the migration; start it again to go on"
+            )
+
+    async def _try_switch(self, names: list[str], *, last: bool) -> bool:
+        pairs = {pair.collection.name: pair for pair in await self._partners()} if names else {}
+        names[:] = [name for name in names if name in pairs]  # the others were deleted and perhaps created again
         if not names:
             return True
-        pairs = {pair.collection.name: pair for pair in await self._partners()}
-        lost = {name: await self._still_lost(name) for name in names if name in pairs}
-        if any(lost.values()) and self._options.lost != "drop":
+        lost = {name: await self._still_lost(name) for name in names}
+        if any(lost.values()) and self._rule != "drop":
             name = next(name for name in lost if lost[name])
             raise Conflict(f"{lost[name]} items of {name!r} cannot be embedded with the new model; see the log")
-        tags = {name: self._tag(pairs[name].collection) for name in names if name in pairs}
+        tags = {name: self._tag(pairs[name].collection) for name in names}
         try:
             await migrations_of(self._places.store).switch(tags, may_lack=lost)
         except (Conflict, CollectionNotFound):  # items were written or a collection was deleted in the meantime
