@@ -2,10 +2,12 @@
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -438,14 +440,21 @@ async def test_a_collection_may_be_deleted_and_created_again_meanwhile(tmp_path:
             assert found["data"][0]["score"] == pytest.approx(1.0, abs=1e-5)
 
 
-async def test_the_window_does_not_end_while_its_model_is_promoted_again(tmp_path: Path) -> None:
+async def test_the_window_does_not_end_while_its_model_is_promoted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with life(tmp_path) as one:
         await make_collection(one)
-        await one.migrate("b", keep_s=0.3)
+        await one.migrate("b", keep_s=60)
         await one.live_is("b")
-        one.run.service.loaded.services.pop(("a" * 64, "fp32"))  # this process does not write vectors of model a
         await make_collection(one, "d", count=3)
-        report = await meanwhile(one, "embedding", lambda: asyncio.sleep(0.6), "a", replicas_s=1)
+
+        async def later() -> None:
+            clock = SimpleNamespace(monotonic=time.monotonic, time=lambda: time.time() + 100)
+            monkeypatch.setattr(live_models, "time", clock)
+            await asyncio.sleep(2)
+
+        report = await meanwhile(one, "embedding", later, "a", replicas_s=1)
         assert sorted(report.switched) == ["c", "d"]
         await one.live_is("a")
 
