@@ -484,10 +484,11 @@ async def abandon(places: Places, candidate: Generation) -> None:
 
 
 async def abandon_all(places: Places) -> None:
-    """Delete the vectors of every candidate, and retire candidates of which no collection has vectors.
+    """Delete the vectors of every candidate, and retire candidates of which no collection has vectors. If a migration
+    was killed after its collections were switched and before its model became live, they are switched back first.
 
     Raises:
-        Conflict: a migration is running.
+        Conflict: a migration is running, or the vectors of the live model lack items that were written since.
     """
     lock = lock_file(places.data_dir / "migration.lock")
     if lock is None:
@@ -495,8 +496,20 @@ async def abandon_all(places: Places) -> None:
     with lock:
         if "migrations" in places.store.capabilities:
             migrations = migrations_of(places.store)
-            for pair in await migrations.partnerships():
-                if pair.role == "candidate":
+            every = await asyncio.to_thread(places.generations.all)
+            live = {each.model for each in every if each.state == "live"}
+            candidates = {each.model for each in every if each.state == "candidate"}
+            pairs = await migrations.partnerships()
+            half_done = {
+                pair.collection.name: pair.partner.tag
+                for pair in pairs
+                if pair.role == "former"
+                and model_of(pair.partner.tag) in live
+                and model_of(pair.collection.tag) in candidates
+            }
+            await migrations.switch(half_done)
+            for pair in pairs:
+                if pair.role == "candidate" or pair.collection.name in half_done:
                     await migrations.end(pair.collection.name)
         await retire_unused(places, keep=(), states=("candidate",))
 

@@ -17,7 +17,7 @@ from service import live_models, migration
 from service.errors import Conflict, StorageFailed, Unavailable
 from service.generations import Generation, Generations
 from service.live_models import Opened, Record
-from service.migration import MigrationOptions, MigrationReport, Places, migrate, roll_back
+from service.migration import MigrationOptions, MigrationReport, Places, abandon_all, migrate, roll_back
 from service.search.partners import migrations_of
 from tests.fakes import FakeEngine, Running, fake_artifact, photo, running, until
 
@@ -438,6 +438,30 @@ async def test_a_collection_may_be_deleted_and_created_again_meanwhile(tmp_path:
             found = await one.search("c", image, k=9)
             assert (len(found["data"]), found["data"][0]["id"]) == (3, f"i{n}")
             assert found["data"][0]["score"] == pytest.approx(1.0, abs=1e-5)
+
+
+async def test_a_migration_that_was_killed_in_the_switch_can_be_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(Exception):
+        pass
+
+    def killed(*args: Any, **more: Any) -> None:
+        raise Killed
+
+    async with life(tmp_path) as one:
+        images = await make_collection(one)
+        monkeypatch.setattr(Generations, "promote", killed)
+        with pytest.raises(Killed):
+            await one.migrate()
+        assert await models_of(one) == {"c": "b"}
+        await one.put("c", "new", photo(7))
+        await abandon_all(one.places)
+        assert await models_of(one) == {"c": "a"}
+        assert [each.state for each in one.generations.all()] == ["live", "retired"]
+        assert await migrations_of(one.places.store).partnerships() == []
+        assert (await one.search("c", photo(7)))["data"][0]["id"] == "new"
+        assert (await one.search("c", images[0]))["fingerprint"] == "a" * 64
 
 
 async def test_the_window_does_not_end_while_its_model_is_promoted_again(
