@@ -163,7 +163,7 @@ def remove(
     async def work(store: "VectorStore", settings: "Settings") -> str:
         generations = Generations(settings.data_dir) if Generations.exists(settings.data_dir) else None
         known = model_named(known_models(settings.data_dir, generations, warn), name)
-        await remove_model(known, generations, store, force=force)
+        await remove_model(known, settings.data_dir, generations, store, force=force)
         return known.name
 
     typer.echo(f"removed {run_with(None, data_dir, work, makes=True)}")

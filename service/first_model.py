@@ -14,6 +14,7 @@ from typing import NamedTuple
 from model.artifact import ArtifactError, load_artifact, read_manifest
 from model.engines.choice import PHOTOS_AT_LOAD, choose_engine
 from service.artifact_choice import artifact_of, choose_artifact, read_photos
+from service.errors import Conflict
 from service.generations import Generation, Generations
 from service.live_models import Opened, Record
 from service.settings import Settings
@@ -37,26 +38,45 @@ def load_first(settings: Settings, report: Callable[[str], object]) -> FirstMode
         StorageFailed: the record of generations cannot be read or written.
     """
     generations = Generations(settings.data_dir)
-    live = generations.live()
-    is_decision = generations.request(settings.model) and settings.model != "auto"
-    if live is None or is_decision:
-        path = choose_artifact(settings.model, settings.data_dir, report)
-    else:
-        path = _path_of(live, settings, report)
-    report(f"loading {path.name}")
-    opened = open_model(settings, path, settings.engine)
+    while True:
+        live = generations.live()
+        is_decision = settings.model not in ("auto", generations.requested())
+        if live is None or is_decision:
+            path = choose_artifact(settings.model, settings.data_dir, report)
+        else:
+            path = _path_of(live, settings, report)
+        report(f"loading {path.name}")
+        opened = open_model(settings, path, settings.engine)
+        try:
+            generation = _recorded(generations, live, opened, path, f"model={settings.model} at a start")
+        except Conflict:  # another process has switched while this one was loading
+            opened.engine.close()
+            continue
+        generations.request(settings.model)  # not earlier: if this start had failed, the next must decide again
+        return FirstModel(opened, Record(generations, generation, partial(load_generation, settings)))
+
+
+def _recorded(generations: Generations, live: Generation | None, opened: Opened, path: Path, reason: str) -> Generation:
+    """Return the generation of a loaded model after making it live. `live` was live before the model was loaded.
+
+    Raises:
+        Conflict: another generation has become live since.
+    """
+    now = generations.live()
+    if (now and now.number) != (live and live.number):
+        raise Conflict("another generation has become live")
+    artifact, engine = opened.artifact, opened.engine
     generation = generations.add(
-        opened.artifact.fingerprint,
-        opened.artifact.name,
-        path,
-        opened.engine.name,
-        opened.engine.precision,
-        reason=f"model={settings.model} at a start",
+        artifact.fingerprint, artifact.name, path, engine.name, engine.precision, reason=reason
     )
+    if live is not None and generation.number == live.number:
+        if generation.state != "live":
+            raise Conflict("another generation has become live")
+        return generation
+    promoted = generations.promote(generation.number, expected=live.number if live else None, keep_s=0.0)
     if generation.state != "live":
-        _log_change(live, generation)
-        generation = generations.promote(generation.number, expected=live.number if live else None, keep_s=0.0)
-    return FirstModel(opened, Record(generations, generation, partial(load_generation, settings)))
+        _log_change(live, promoted)
+    return promoted
 
 
 def load_generation(settings: Settings, generation: Generation) -> Opened:

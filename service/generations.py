@@ -174,6 +174,12 @@ class Generations:
         with self._writing() as db:
             db.execute("UPDATE generations SET metrics = ? WHERE number = ?", (json.dumps(metrics), number))
 
+    def requested(self) -> str | None:
+        """Return the model that the operator requested at the last start that succeeded."""
+        with self._reading() as db:
+            before = db.execute("SELECT model FROM requested").fetchone()
+        return None if before is None else str(before[0])
+
     def request(self, model: str) -> bool:
         """Record the model that the operator requests at a start. Return whether it differs from the one requested at
         the start before. Only a change is a decision for another model: a restart with the same setting is not."""

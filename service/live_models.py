@@ -17,6 +17,7 @@ from typing import Final, NamedTuple
 
 from model.artifact import Artifact
 from model.engines.protocol import Engine, Tried
+from model.files import lock_file
 from service.assembly import with_model
 from service.errors import ServiceError
 from service.generations import LOADED, Generation, Generations
@@ -143,8 +144,9 @@ class LiveModels:
             opened = await asyncio.to_thread(self._record.load, generation)
             service = with_model(self._base, opened.artifact, opened.engine, opened.tried)
             await service.pipeline.warm_up()
-        except (ValueError, OSError, ModuleNotFoundError, ServiceError) as error:
-            log.error("generation %d cannot be loaded: %s", generation.number, error)
+        except Exception as error:
+            known = isinstance(error, (ValueError, OSError, ModuleNotFoundError, ServiceError))
+            log.error("generation %d cannot be loaded: %s", generation.number, error, exc_info=not known)
             self._retry_at = time.monotonic() + RETRY_S
             return
         self._loaded[generation.number] = service
@@ -175,10 +177,41 @@ class LiveModels:
         await asyncio.to_thread(self._record.generations.beat, self._replica, list(self._loaded))
 
     async def _end_windows(self) -> None:
-        """End the window of a former generation whose time is over: delete its vectors, then retire it."""
-        for former in await asyncio.to_thread(self._record.generations.all):
-            if former.state == "former" and former.keep_until is not None and former.keep_until < time.time():
+        """End the window of a former generation whose time is over: delete its vectors, then retire it. Also delete
+        former vectors of models that are not loaded any more. A running migration may still need them, so this waits
+        for its end."""
+        if not (await self._ended() or await self._forgotten()):
+            return
+        lock = lock_file(self._base.settings.data_dir / "migration.lock")
+        if lock is None:
+            return
+        with lock:
+            for former in await self._ended():
                 await end_window(self._base, self._record.generations, former)
+            for name in await self._forgotten():
+                await migrations_of(self._base.store).end(name)
+
+    async def _ended(self) -> list[Generation]:
+        """Return the former generations whose window is over."""
+        now = time.time()
+        every = await asyncio.to_thread(self._record.generations.all)
+        return [
+            each for each in every if each.state == "former" and each.keep_until is not None and each.keep_until < now
+        ]
+
+    async def _forgotten(self) -> list[str]:
+        """Return the collections with former vectors of a model that is not loaded any more. This happens if the
+        operator starts the service with a third model while the window is open, or if a migration was killed after the
+        switch."""
+        if "migrations" not in self._base.store.capabilities:
+            return []
+        formers = [each for each in await migrations_of(self._base.store).partnerships() if each.role == "former"]
+        if not formers:
+            return []
+        every = await asyncio.to_thread(self._record.generations.all)
+        models = {each.model for each in every if each.state in LOADED}
+        parts = {each.collection.name: tag_parts(each.partner.tag) for each in formers}
+        return [name for name, part in parts.items() if (part.fingerprint, part.precision) not in models]
 
     def _set_metrics(self, wanted: list[Generation]) -> None:
         metrics = self._base.metrics

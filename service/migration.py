@@ -17,6 +17,7 @@ import logging
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
@@ -138,6 +139,7 @@ class _Migration:
         self._on_progress = on_progress
         self._report = MigrationReport()
         self._lost: dict[str, dict[str, int]] = {}  # collection -> id -> number of the version that cannot be read
+        self._rule: Lost = options.lost
 
     async def run(self) -> MigrationReport:
         artifact, engine = self._opened.artifact, self._opened.engine
@@ -164,10 +166,9 @@ class _Migration:
         await self._end_earlier(candidate)
         await self._switch(names, candidate, live)
         if self._options.collections is None:
-            # A replica may have created a collection with the old model at the moment of the switch.
+            # A collection may have been created with the old model since the first decision.
             await asyncio.sleep(2 * WAIT_S)
-            if names := [name for name in await self._decided() if name not in self._report.switched]:
-                await self._switch(names, candidate, live)
+            await self._switch_rest(candidate)
 
     async def _tell(self, stage: str) -> None:
         self._report.stage = stage
@@ -175,12 +176,28 @@ class _Migration:
         if answer is not None:
             await answer
 
+    async def _switch_rest(self, candidate: Generation) -> None:
+        """Switch the collections of old models that were created in the meantime. It is too late to refuse the
+        migration, so those with items whose image cannot be read stay on the old model."""
+        if self._rule == "refuse":
+            self._rule = "keep"
+        live = await asyncio.to_thread(self._places.generations.live)
+        if self._options.promote and (live is None or live.number != candidate.number):
+            return  # rolled back already
+        if names := await self._decided():
+            await self._switch(names, candidate, live)
+
     async def _decided(self) -> list[str]:
         """Return the names of the collections to re-embed, after deciding about items whose image cannot be read."""
         names = [name for name in await self._wanted() if name not in self._report.kept]
         await self._tell("listing items without a readable image")
-        for name in names:
-            await self._survey(name)
+        for name in list(names):
+            try:
+                await self._survey(name)
+            except CollectionNotFound:
+                if self._options.collections is not None:
+                    raise
+                names.remove(name)  # the collection was deleted
         return await self._without_lost(names)
 
     async def _end_earlier(self, candidate: Generation) -> None:
@@ -198,9 +215,10 @@ class _Migration:
         """Delete the former vectors of collections whose old model is not the one that a rollback would make live."""
         models = {each.model for each in self._places.generations.all() if each.state == "former"}
         for name in self._report.switched:
-            former = await migrations_of(self._places.store).former(name)
-            if former is not None and model_of(former.tag) not in models:
-                await migrations_of(self._places.store).end(name)
+            with suppress(CollectionNotFound):  # the collection was deleted
+                former = await migrations_of(self._places.store).former(name)
+                if former is not None and model_of(former.tag) not in models:
+                    await migrations_of(self._places.store).end(name)
 
     # ---- which collections
 
@@ -254,14 +272,14 @@ class _Migration:
             Conflict: there are such items, and the options refuse them.
         """
         self._report.lost = {name: sorted(ids) for name, ids in self._lost.items() if ids}
-        if self._report.lost and self._options.lost == "refuse":
+        if self._report.lost and self._rule == "refuse":
             count = sum(map(len, self._report.lost.values()))
             raise Conflict(
                 f"{count} items of {len(self._report.lost)} collections have no image that can be read "
                 f"({described(self._report.lost)}): drop them (lost=drop), or keep their collections on the old model "
                 "(lost=keep)"
             )
-        if self._options.lost == "keep":
+        if self._rule == "keep":
             self._report.kept += [name for name in names if self._report.lost.get(name)]
         return [name for name in names if name not in self._report.kept]
 
@@ -280,9 +298,8 @@ class _Migration:
         migrations, lost = migrations_of(self._places.store), self._lost.setdefault(name, {})
         info = await self._places.store.info(name)
         tag, pooling = self._tag(info), tag_parts(info.tag).pooling
-        assert pooling is not None
-        if info.tag == tag:
-            return False  # switched before this migration was interrupted
+        if info.tag == tag or pooling is None:
+            return False  # switched before this migration was interrupted, or created again for other vectors
         await migrations.start(name, tag, self._dimension(pooling))
         after, added = 0, 0
         while page := await migrations.missing(name, tag, after=after, limit=self._options.batch_size):
@@ -291,7 +308,10 @@ class _Migration:
             if not wanted:
                 continue
             started = time.monotonic()
-            added += await self._embed(name, wanted, tag, pooling)
+            try:
+                added += await self._embed(name, wanted, tag, pooling)
+            except Conflict:  # the collection was deleted and created again: begin with the new one
+                return True
             self._report.embedded += len(wanted)
             self._report.pending = await migrations.pending()
             await self._tell(f"embedding {name}")
@@ -362,7 +382,9 @@ class _Migration:
                     if name in {info.name for info in await self._places.store.collections()}:
                         raise
                     names.remove(name)  # the collection was deleted
+            await self._keep_lost(names)
             await self._wait_for_replicas(candidate)
+            await self._check_live(candidate, live)
             if await self._try_switch(names, last=attempt == MOVED - 1):
                 break
         if self._options.promote:
@@ -376,15 +398,38 @@ class _Migration:
         self._report.switched += names
         await self._tell("switched")
 
-    async def _try_switch(self, names: Sequence[str], *, last: bool) -> bool:
+    async def _keep_lost(self, names: list[str]) -> None:
+        """Leave collections on the old model if an image turned out to be unreadable and the options say so."""
+        for name in list(names) if self._rule == "keep" else ():
+            try:
+                if await self._still_lost(name):
+                    await migrations_of(self._places.store).end(name)
+                    self._report.kept.append(name)
+                    names.remove(name)
+            except CollectionNotFound:
+                names.remove(name)
+
+    async def _check_live(self, candidate: Generation, live: Generation | None) -> None:
+        """Raise Conflict if another generation has become live since the start. The collections must not be switched
+        then, because the model could not follow."""
+        now = await asyncio.to_thread(self._places.generations.live)
+        allowed = {candidate.number, live and live.number}
+        if self._options.promote and (now and now.number) not in allowed:
+            raise Conflict(
+                f"generation {now and now.number} is live, not {live and live.number}: the live model was changed "
+                "during the migration; start it again to go on"
+            )
+
+    async def _try_switch(self, names: list[str], *, last: bool) -> bool:
+        pairs = {pair.collection.name: pair for pair in await self._partners()} if names else {}
+        names[:] = [name for name in names if name in pairs]  # the others were deleted and perhaps created again
         if not names:
             return True
-        pairs = {pair.collection.name: pair for pair in await self._partners()}
-        lost = {name: await self._still_lost(name) for name in names if name in pairs}
-        if any(lost.values()) and self._options.lost != "drop":
+        lost = {name: await self._still_lost(name) for name in names}
+        if any(lost.values()) and self._rule != "drop":
             name = next(name for name in lost if lost[name])
             raise Conflict(f"{lost[name]} items of {name!r} cannot be embedded with the new model; see the log")
-        tags = {name: self._tag(pairs[name].collection) for name in names if name in pairs}
+        tags = {name: self._tag(pairs[name].collection) for name in names}
         try:
             await migrations_of(self._places.store).switch(tags, may_lack=lost)
         except (Conflict, CollectionNotFound):  # items were written or a collection was deleted in the meantime
@@ -475,10 +520,11 @@ async def has_image(places: Places, item: Missing) -> bool:
 
 
 async def abandon_all(places: Places) -> None:
-    """Delete the vectors of every candidate, and retire candidates of which no collection has vectors.
+    """Delete the vectors of every candidate, and retire candidates of which no collection has vectors. If a migration
+    was killed after its collections were switched and before its model became live, they are switched back first.
 
     Raises:
-        Conflict: a migration is running.
+        Conflict: a migration is running, or the vectors of the live model lack items that were written since.
     """
     lock = lock_file(places.data_dir / "migration.lock")
     if lock is None:
@@ -486,8 +532,20 @@ async def abandon_all(places: Places) -> None:
     with lock:
         if "migrations" in places.store.capabilities:
             migrations = migrations_of(places.store)
-            for pair in await migrations.partnerships():
-                if pair.role == "candidate":
+            every = await asyncio.to_thread(places.generations.all)
+            live = {each.model for each in every if each.state == "live"}
+            candidates = {each.model for each in every if each.state == "candidate"}
+            pairs = await migrations.partnerships()
+            half_done = {
+                pair.collection.name: pair.partner.tag
+                for pair in pairs
+                if pair.role == "former"
+                and model_of(pair.partner.tag) in live
+                and model_of(pair.collection.tag) in candidates
+            }
+            await migrations.switch(half_done)
+            for pair in pairs:
+                if pair.role == "candidate" or pair.collection.name in half_done:
                     await migrations.end(pair.collection.name)
         await retire_unused(places, keep=(), states=("candidate",))
 

@@ -76,9 +76,10 @@ def model_named(models: Sequence[KnownModel], name: str) -> KnownModel:
 
 
 async def remove_model(
-    known: KnownModel, generations: Generations | None, store: VectorStore, *, force: bool = False
+    known: KnownModel, data_dir: Path, generations: Generations | None, store: VectorStore, *, force: bool = False
 ) -> None:
-    """Delete the artifact of a model, and forget its generation.
+    """Delete the artifact of a model from the data folder, and forget its generation. An artifact outside of the data
+    folder is not deleted, only forgotten. If another generation has the same artifact, it is not deleted either.
 
     Raises:
         Conflict: the model is loaded or bundled, or collections have vectors of it and `force` is false.
@@ -96,6 +97,21 @@ async def remove_model(
             f"{', '.join(users)} have vectors of {known.name}: without it, they cannot be searched by image; "
             "force=true removes it anyway"
         )
-    shutil.rmtree(known.path)
+    others = (
+        []
+        if generations is None or known.generation is None
+        else [
+            each
+            for each in generations.all()
+            if each.fingerprint == known.manifest.fingerprint and each.number != known.generation.number
+        ]
+    )
+    if known.path.absolute().parent == (data_dir / "artifacts").absolute() and not others:
+        if known.path.is_symlink():
+            known.path.unlink()
+        else:
+            shutil.rmtree(known.path)
+    else:
+        log.info("%s is forgotten; its files in %s stay", known.name, known.path)
     if generations is not None and known.generation is not None:
         generations.forget(known.generation.number)

@@ -57,6 +57,7 @@ def data_source(text: str, settings: Settings) -> str:
     if re.match(r"[a-z][a-z0-9+.-]*:", text, re.IGNORECASE):
         _check_url(text, roots)
         return text
+    _check_length(text)
     paths = [_resolved(start) for start in _candidates(text, roots.folders)]
     allowed = [path for path in paths if roots.contain(path)]
     if allowed:
@@ -88,6 +89,7 @@ def model_source(text: str, settings: Settings) -> str:
     Raises:
         ValueError: the model is none of these.
     """
+    _check_length(text)
     data_dir = settings.data_dir.absolute()
     folders = [data_dir / "artifacts", data_dir / "jobs"]
     allowed = Roots((*(folder.resolve() for folder in folders), *roots_of(settings).folders), ())
@@ -106,6 +108,12 @@ def model_source(text: str, settings: Settings) -> str:
         f"model {text[:200]!r} is neither a published model, nor an artifact or a training job in the data folder, nor "
         f"a path below one of {allowed}"
     )
+
+
+def _check_length(text: str) -> None:
+    """Raise ValueError for a text that is too long for a path, because each access to such a path is an OSError."""
+    if len(text.encode()) > 4000 or any(len(part.encode()) > 255 for part in text.split("/")):
+        raise ValueError(f"{text[:80]!r}... is too long for a path")
 
 
 def _candidates(text: str, folders: tuple[Path, ...]) -> list[Path]:

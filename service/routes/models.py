@@ -86,7 +86,7 @@ async def delete_model(request: Request, name: str) -> JsonAnswer[RemovedModel]:
     models = await asyncio.to_thread(known_models, service.settings.data_dir, service.generations)
     known = model_named(models, name)
     with storage_errors("the model"):
-        await remove_model(known, service.generations, service.store, force=body.force)
+        await remove_model(known, service.settings.data_dir, service.generations, service.store, force=body.force)
     return json_response({"id": known.name, "object": "model", "deleted": True})
 
 

@@ -129,6 +129,37 @@ async def test_a_model_with_collections_is_removed_only_by_force(data_dir: Path)
     assert [each.number for each in generations.all()] == [2]
 
 
+async def test_the_artifact_of_the_live_model_is_not_removed_with_another_precision(data_dir: Path) -> None:
+    generations = Generations(data_dir)
+    path = data_dir / "artifacts" / "model_a-aaaaaaaa"
+    other = generations.add("a" * 64, "model_a-aaaaaaaa", path, "fake", "int8", reason="test")
+    generations.retire(other.number)
+    assert "removed model_a" in await _in_thread(run, data_dir, "models", "remove", str(other.number))
+    assert [each.number for each in generations.all()] == [1]
+    assert (path / "manifest.json").is_file()
+
+
+async def test_a_folder_outside_of_the_data_folder_is_never_deleted(data_dir: Path) -> None:
+    outside = data_dir.parent / f"{data_dir.name}-mine" / "model_b"
+    shutil.copytree(data_dir / "artifacts" / "model_b-bbbbbbbb", outside)
+    shutil.rmtree(data_dir / "artifacts" / "model_b-bbbbbbbb")
+    generations = Generations(data_dir)
+    other = generations.add("b" * 64, "model_b-bbbbbbbb", outside, "fake", "fp32", reason="a start with a path")
+    generations.retire(other.number)
+    assert "removed model_b" in await _in_thread(run, data_dir, "models", "remove", "model_b")
+    assert (outside / "manifest.json").is_file()
+    assert [each.number for each in generations.all()] == [1]
+
+
+async def test_a_link_to_an_artifact_is_removed_without_its_target(data_dir: Path) -> None:
+    link, outside = data_dir / "artifacts" / "model_b-bbbbbbbb", data_dir / "elsewhere"
+    link.rename(outside)
+    link.symlink_to(outside)
+    await _in_thread(run, data_dir, "models", "remove", "model_b")
+    assert not link.is_symlink()
+    assert (outside / "manifest.json").is_file()
+
+
 async def _in_thread(work, *args, **options) -> str:
     import asyncio
 

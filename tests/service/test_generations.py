@@ -188,6 +188,39 @@ def test_another_model_in_the_settings_is_a_decision(data_dir: Path, caplog: pyt
     assert started(data_dir, "old") == ("old", 1)
 
 
+def test_a_start_that_failed_does_not_count_as_a_decision(data_dir: Path) -> None:
+    """Otherwise the process that is started again after a failed download would serve the old model without a word."""
+    assert started(data_dir, "old") == ("old", 1)
+    shutil.move(data_dir / "artifacts" / "new", data_dir / "away")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="new"):
+            started(data_dir, "new")
+    shutil.move(data_dir / "away", data_dir / "artifacts" / "new")
+    assert started(data_dir, "new") == ("new", 2)
+
+
+@pytest.mark.parametrize("keep_s", [60, 0])
+def test_a_process_that_starts_during_a_switch_serves_the_new_model(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, keep_s: float
+) -> None:
+    assert started(data_dir, "old") == ("old", 1)
+    generations, open_model, opened = Generations(data_dir), first_model.open_model, []
+    new = generations.add("b" * 64, "new", data_dir / "artifacts" / "new", "fake", "fp32", reason="test")
+
+    def open_slowly(settings: Settings, path: Path, engine: str) -> Opened:
+        opened.append(open_model(settings, path, engine))
+        if len(opened) == 1:
+            generations.promote(new.number, expected=1, keep_s=60)
+            if not keep_s:
+                generations.retire(1)
+        return opened[-1]
+
+    monkeypatch.setattr(first_model, "open_model", open_slowly)
+    assert started(data_dir, "old") == ("new", 2)
+    assert [each.state for each in generations.all()] == ["former" if keep_s else "retired", "live"]
+    assert opened[0].engine.closed
+
+
 def test_a_moved_artifact_is_found_by_its_fingerprint(data_dir: Path) -> None:
     assert started(data_dir, "old") == ("old", 1)
     (data_dir / "artifacts" / "old").rename(data_dir / "artifacts" / "renamed")

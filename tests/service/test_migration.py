@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from service import live_models, migration
 from service.errors import Conflict, StorageFailed, Unavailable
 from service.generations import Generation, Generations
 from service.live_models import Opened, Record, end_window
-from service.migration import MigrationOptions, MigrationReport, Places, migrate, roll_back
+from service.migration import MigrationOptions, MigrationReport, Places, abandon_all, migrate, roll_back
 from service.search.partners import migrations_of
 from tests.fakes import FakeEngine, Running, fake_artifact, photo, running, until
 
@@ -398,6 +399,176 @@ async def test_models_are_closed_when_they_are_retired(tmp_path: Path, monkeypat
         await one.live_is("c")
         await until(lambda: engines["b"].closed)
         assert set(one.run.service.loaded.services) == {("c" * 64, "fp32")}
+
+
+# ---- changes in the middle of a migration
+
+
+async def meanwhile(one: Life, stage: str, action: Callable[[], Any], digit: str = "b", **options: Any) -> Any:
+    """Migrate, and do something once when this stage begins. Return the report."""
+    done = False
+
+    async def on_progress(report: MigrationReport) -> None:
+        nonlocal done
+        if report.stage.startswith(stage) and not done:
+            done = True
+            await action()
+
+    model = opened(digit)
+    return await migrate(one.places, Path("artifacts") / digit, model, MigrationOptions(**options), on_progress)
+
+
+async def models_of(one: Life) -> dict[str, str]:
+    """Return the model of each collection."""
+    return {info.name: info.tag[0] for info in await one.places.store.collections()}
+
+
+@pytest.mark.parametrize("stage", ["listing", "embedding"])
+async def test_collections_are_not_switched_if_the_live_model_has_changed(tmp_path: Path, stage: str) -> None:
+    async with life(tmp_path) as one:
+        images = await make_collection(one)
+        await one.migrate("b")
+        await one.live_is("b")
+        three = one.generations.add("c" * 64, "model_c", Path("artifacts/c"), "fake", "fp32", reason="a start")
+
+        async def change() -> None:
+            if stage == "listing":
+                await roll_back(one.places)
+            else:
+                one.generations.promote(1, expected=2, keep_s=0)
+
+        before = {"listing": "a", "embedding": "b"}[stage]
+        with pytest.raises(Conflict, match="generation 1 is live, not 2"):
+            await meanwhile(one, stage, change, "c")
+        assert await models_of(one) == {"c": before}
+        assert (await one.search("c", images[0]))["fingerprint"] == before * 64
+        report = await one.migrate("c")
+        assert (report.switched, report.generation) == (["c"], three.number)
+
+
+async def test_a_collection_without_images_that_is_created_meanwhile_stays(tmp_path: Path) -> None:
+    async with life(tmp_path) as one:
+        await make_collection(one)
+
+        async def create() -> None:
+            await one.ask("PUT", "/v1/collections/late", json={"originals": False})
+            await one.put("late", "x", photo(77))
+
+        report = await meanwhile(one, "embedding", create)
+        assert (report.stage, report.switched, report.kept, report.lost) == ("done", ["c"], ["late"], {"late": ["x"]})
+        await one.live_is("b")
+        assert await models_of(one) == {"c": "b", "late": "a"}
+        assert (await one.search("late", photo(77)))["data"][0]["id"] == "x"
+
+
+async def test_a_damaged_original_keeps_its_collection_on_the_old_model(tmp_path: Path) -> None:
+    async with life(tmp_path) as one:
+        images = await make_collection(one)
+        await make_collection(one, "whole", count=2)
+        folder = one.run.service.originals.folder
+        assert folder is not None
+        [file] = [path for path in folder.glob("*/*/*") if path.read_bytes() == images[3]]
+        file.write_bytes(images[3][:-9] + b"different")
+        report = await one.migrate(lost="keep")
+        assert (report.switched, report.kept, report.lost) == (["whole"], ["c"], {"c": ["i3"]})
+        assert await models_of(one) == {"c": "a", "whole": "b"}
+        pairs = await migrations_of(one.places.store).partnerships()
+        assert [pair.collection.name for pair in pairs] == ["whole"]
+
+
+@pytest.mark.parametrize("stage", ["listing", "embedding", "switched"])
+async def test_a_collection_may_be_deleted_and_created_again_meanwhile(tmp_path: Path, stage: str) -> None:
+    async with life(tmp_path) as one:
+        await make_collection(one)
+        await make_collection(one, "other", count=2)
+        images = [photo(300 + n) for n in range(3)]
+
+        async def replace_it() -> None:
+            await one.ask("DELETE", "/v1/collections/c")
+            await one.ask("DELETE", "/v1/collections/other")
+            await one.ask("PUT", "/v1/collections/c", json={"originals": True})
+            for n, image in enumerate(images):
+                await one.put("c", f"i{n}", image)
+
+        report = await meanwhile(one, stage, replace_it, batch_size=2)
+        assert report.stage == "done"
+        await one.live_is("b")
+        assert await models_of(one) == {"c": "b"}
+        for n, image in enumerate(images):
+            found = await one.search("c", image, k=9)
+            assert (len(found["data"]), found["data"][0]["id"]) == (3, f"i{n}")
+            assert found["data"][0]["score"] == pytest.approx(1.0, abs=1e-5)
+
+
+async def test_a_migration_that_was_killed_in_the_switch_can_be_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(Exception):
+        pass
+
+    def killed(*args: Any, **more: Any) -> None:
+        raise Killed
+
+    async with life(tmp_path) as one:
+        images = await make_collection(one)
+        monkeypatch.setattr(Generations, "promote", killed)
+        with pytest.raises(Killed):
+            await one.migrate()
+        assert await models_of(one) == {"c": "b"}
+        await one.put("c", "new", photo(7))
+        await abandon_all(one.places)
+        assert await models_of(one) == {"c": "a"}
+        assert [each.state for each in one.generations.all()] == ["live", "retired"]
+        assert await migrations_of(one.places.store).partnerships() == []
+        assert (await one.search("c", photo(7)))["data"][0]["id"] == "new"
+        assert (await one.search("c", images[0]))["fingerprint"] == "a" * 64
+
+
+async def test_the_window_does_not_end_while_its_model_is_promoted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with life(tmp_path) as one:
+        await make_collection(one)
+        await one.migrate("b", keep_s=60)
+        await one.live_is("b")
+        await make_collection(one, "d", count=3)
+
+        async def later() -> None:
+            clock = SimpleNamespace(monotonic=time.monotonic, time=lambda: time.time() + 100)
+            monkeypatch.setattr(live_models, "time", clock)
+            await asyncio.sleep(2)
+
+        report = await meanwhile(one, "embedding", later, "a", replicas_s=1)
+        assert sorted(report.switched) == ["c", "d"]
+        await one.live_is("a")
+
+
+async def test_former_vectors_are_deleted_when_a_third_model_becomes_live_at_a_start(tmp_path: Path) -> None:
+    async with life(tmp_path) as one:
+        await make_collection(one)
+        await one.migrate("b")
+        await one.live_is("b")
+        three = one.generations.add("c" * 64, "model_c", Path("artifacts/c"), "fake", "fp32", reason="a start")
+        one.generations.promote(three.number, expected=2, keep_s=0)
+        migrations = migrations_of(one.places.store)
+        for _ in range(100):
+            if not await migrations.partnerships():
+                break
+            await asyncio.sleep(0.02)
+        assert await migrations.partnerships() == []
+
+
+async def test_a_model_whose_loading_fails_is_not_loaded_again_at_once(tmp_path: Path) -> None:
+    calls = []
+
+    def load(generation: Generation) -> Opened:
+        calls.append(generation.number)
+        raise RuntimeError("an error of the runtime")
+
+    async with life(tmp_path, load=load) as one:
+        with pytest.raises(Unavailable):
+            await one.migrate(replicas_s=0.3)
+        assert calls == [2]
 
 
 # ---- under load

@@ -76,6 +76,15 @@ def test_other_data_is_refused(tmp_path: Path, settings: Settings, text: str) ->
         data_source(text, settings)
 
 
+@pytest.mark.parametrize("text", ["x" * 5000, "x" * 256, "a/" * 3000])
+@pytest.mark.parametrize("read", [data_source, model_source])
+def test_a_path_that_is_too_long_is_refused(
+    settings: Settings, text: str, read: Callable[[str, Settings], str]
+) -> None:
+    with pytest.raises(ValueError, match="too long for a path"):
+        read(text, settings)
+
+
 def test_the_message_does_not_tell_whether_a_path_exists(tmp_path: Path, settings: Settings) -> None:
     messages = []
     for name in ("secret", "nothing"):
