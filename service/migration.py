@@ -258,7 +258,8 @@ class _Migration:
             name, ids = next(iter(self._report.lost.items()))
             raise Conflict(
                 f"{count} items of {len(self._report.lost)} collections have no image that can be read, for instance "
-                f"{ids[0]!r} of {name!r}: drop them (lost=drop), or keep their collections on the old model (lost=keep)"
+                f"{ids[0]!r} of {name!r}: drop them (--lost drop), or keep their collections on the old model "
+                "(--lost keep; in a job lost=drop or lost=keep)"
             )
         if self._options.lost == "keep":
             self._report.kept += [name for name in names if self._report.lost.get(name)]
