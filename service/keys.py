@@ -150,7 +150,8 @@ class KeyStore:
         """
         text = key_id.removeprefix("dv2_").partition("_")[0]
         if text not in {key.id for key in self.all_keys()}:
-            raise ValueError(f"there is no key with the id {text[:_ID_CHARACTERS]!r}: `dinov2 keys list` shows all ids")
+            shown = text[:_ID_CHARACTERS]
+            raise ValueError(f"there is no key with the id {shown!r}, and names do not count: see `dinov2 keys list`")
         self._write("UPDATE keys SET revoked = coalesce(revoked, ?) WHERE id = ?", [(self._clock(), text)])
         return next(key for key in self.all_keys() if key.id == text)
 

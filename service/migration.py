@@ -276,8 +276,8 @@ class _Migration:
             count = sum(map(len, self._report.lost.values()))
             raise Conflict(
                 f"{count} items of {len(self._report.lost)} collections have no image that can be read "
-                f"({described(self._report.lost)}): drop them (lost=drop), or keep their collections on the old model "
-                "(lost=keep)"
+                f"({described(self._report.lost)}): drop them (--lost drop), or keep their collections on the old model "
+                "(--lost keep; in a job lost=drop or lost=keep)"
             )
         if self._rule == "keep":
             self._report.kept += [name for name in names if self._report.lost.get(name)]

@@ -75,7 +75,8 @@ class RetrainParams(MigrationParams):
         training = self.training.resolved(settings)
         gate_data = data_source(self.gate_data or self.data[0], settings)
         if not Path(gate_data).is_dir():
-            raise ValueError(f"gate_data {gate_data[:200]!r} is not a folder: name a folder of images for the gate")
+            name = "gate_data" if self.gate_data else "data"
+            raise ValueError(f"{name} {gate_data[:200]!r} is not a folder: the gate needs a folder, named in gate_data")
         return self.model_copy(update={"data": training.data, "overrides": training.overrides, "gate_data": gate_data})
 
 
