@@ -69,7 +69,7 @@ def start(
     data_dir: DataDirOption = DATA,
 ) -> None:
     """Start a job. It is queued until a worker is free."""
-    from service.jobs.kinds import checked_params
+    from service.jobs.kinds import KINDS, checked_params
     from service.jobs.records import NewJob
 
     with _opened(data_dir) as (store, queue, settings):
@@ -78,6 +78,9 @@ def start(
         job = store.create(NewJob(kind, given, requested_by="command line", not_before=_moment(not_before)))
         queue.announce(job)
         typer.echo(json.dumps(asdict(job)) if as_json else job.id)
+        workers = store.workers.alive()
+        if workers and not any(kind in worker.kinds for worker in workers):
+            typer.echo(f"no running worker runs {kind}: it needs {' and '.join(KINDS[kind].needs)}", err=True)
         if wait:
             _follow(store, job.id)
 

@@ -134,8 +134,8 @@ class KeyStore:
         with translated(str(self.path)), closing(connect(self.path)) as db, transaction(db):
             db.execute("INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?, ?)", _row(key))
             db.executemany(
-                "UPDATE keys SET expires = min(coalesce(expires, ?1), ?1) WHERE id = ?2",
-                [(now + overlap_s, old.id) for old in valid],
+                "UPDATE keys SET expires = min(coalesce(expires, ?), ?) WHERE id = ?",
+                [(now + overlap_s, now + overlap_s, old.id) for old in valid],
             )
         self.stamp.bump()
         ids = {old.id for old in valid}

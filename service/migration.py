@@ -44,6 +44,7 @@ PAGE: Final = 256
 WAIT_S: Final = 0.2
 DEFAULT_KEEP_S: Final = 24 * 3600.0
 """The default length of the window for a rollback, in seconds."""
+ROLLED_BACK: Final = "rolled back"
 MOVED: Final = 5
 """How often a switch is tried again because collections changed in the meantime."""
 
@@ -72,7 +73,7 @@ class MigrationOptions:
     replicas_s: float = 900.0
     limits: DecodeLimits = DEFAULT_LIMITS
     promote: bool = True
-    reason: str = ""
+    reason: str = "promoted"
 
 
 @dataclass
@@ -276,8 +277,8 @@ class _Migration:
             count = sum(map(len, self._report.lost.values()))
             raise Conflict(
                 f"{count} items of {len(self._report.lost)} collections have no image that can be read "
-                f"({described(self._report.lost)}): drop them (--lost drop), or keep their collections on the old model "
-                "(--lost keep; in a job lost=drop or lost=keep)"
+                f"({described(self._report.lost)}): drop them (--lost drop), or keep their collections on the old "
+                "model (--lost keep; in a job lost=drop or lost=keep)"
             )
         if self._rule == "keep":
             self._report.kept += [name for name in names if self._report.lost.get(name)]
@@ -576,14 +577,19 @@ async def roll_back(places: Places, *, keep_s: float = DEFAULT_KEEP_S, force: bo
     """Make the former generation live again, with its collections as they are now.
 
     Raises:
-        Conflict: there is no former generation whose window is open, or it lacks items that were written without an
-            image since the switch, and `force` is false.
+        Conflict: there is no former generation whose window is open, the last switch was a rollback too (so a request
+            that is repeated does not go forward again), or the former generation lacks items that were written without
+            an image since the switch and `force` is false.
     """
     every = await asyncio.to_thread(places.generations.all)
     live = next((each for each in every if each.state == "live"), None)
     former = next((each for each in every if each.state == "former"), None)
     if live is None or former is None:
         raise Conflict("there is no former generation to go back to: the window for a rollback has ended")
+    if live.reason == ROLLED_BACK:
+        raise Conflict(
+            f"generation {live.number} is live after a rollback; to go forward, promote generation {former.number}"
+        )
     pairs: list[Partnership] = []
     if "migrations" in places.store.capabilities:
         pairs = [
@@ -601,7 +607,7 @@ async def roll_back(places: Places, *, keep_s: float = DEFAULT_KEEP_S, force: bo
         tags = {pair.collection.name: pair.partner.tag for pair in pairs}
         await migrations_of(places.store).switch(tags, may_lack=lacking)
     promoted = await asyncio.to_thread(
-        places.generations.promote, former.number, expected=live.number, keep_s=keep_s, reason="rolled back"
+        places.generations.promote, former.number, expected=live.number, keep_s=keep_s, reason=ROLLED_BACK
     )
     names = [pair.collection.name for pair in pairs]
     new = [info.name for info in await places.store.collections() if model_of(info.tag) == live.model]

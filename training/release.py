@@ -77,8 +77,13 @@ def summary(run: Run, results: Mapping[str, Any]) -> list[str]:
     state, lines = run.sentinels.state, []
     if run.measure is not None and state.best is not None and state.first is not None:
         lines.append(f"{run.measure.words}: {state.first:.1%} at the start, {state.best:.1%} released")
-        if state.best <= state.first:
+        if state.best <= state.first and not state.best_step:
             lines.append("training did not help: the released checkpoint is the network that the run started from")
+        elif state.best <= state.first:
+            lines.append(
+                f"training did not help: the checkpoint after step {state.best_step}, which is released, is as good as "
+                "the network that the run started from"
+            )
         else:
             lines.append(f"released: the checkpoint after step {state.best_step}, which has the best value")
     if (knn := results["knn"]) and (compared := knn_compared(run, knn)):

@@ -99,9 +99,9 @@ class Leases:
             job = _leased(db, lease)
             figures = dict(job.metrics if metrics is None else metrics)
             db.execute(
-                "UPDATE jobs SET progress = ?1, text = ?2, metrics = ?3, best_progress = max(best_progress, ?1), "
-                "losses = CASE WHEN ?1 > best_progress THEN 0 ELSE losses END WHERE id = ?4",
-                (progress, text, json.dumps(figures), job.id),
+                "UPDATE jobs SET progress = ?, text = ?, metrics = ?, best_progress = max(best_progress, ?), "
+                "losses = CASE WHEN ? > best_progress THEN 0 ELSE losses END WHERE id = ?",
+                (progress, text, json.dumps(figures), progress, progress, job.id),
             )
             self._file.add_event(db, job.id, "progress", {"progress": progress, "text": text, "metrics": figures})
 

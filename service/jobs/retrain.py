@@ -93,6 +93,8 @@ def retrain(context: Context[RetrainParams]) -> None:
     context.step("train", lambda: run_training(context, training, context.folder / RUN, SHARES["train"]))
     export = ExportParams(source=str(context.folder / RUN), name=params.name, weights_dtype="float32")
     challenger = context.step("export", lambda: run_export(context, export))
+    if challenger["fingerprint"] == champion["fingerprint"]:
+        raise JobFailed("the training did not help: the network that it released is the live model")
     path = path_of(challenger, context.data_dir)
     verdict = context.step("gate", lambda: _run_gate(context, Path(champion["path"]), path))
     if not verdict["passed"]:
@@ -119,6 +121,8 @@ def _freeze(context: Context[RetrainParams]) -> dict[str, Any]:
     training because one is missing."""
     folder = Path(str(context.params.gate_data))
     context.report(0.0, "checking the images of the gate")
+    if str(folder) in context.params.data:
+        context.log("the gate compares the models on the images of the training; better name others with gate_data")
     frozen = open_frozen_set(list_file(context.data_dir, folder), folder, tell=context.log)
     return {"images": len(frozen.images), "sha256": frozen.digest}
 
