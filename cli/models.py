@@ -15,6 +15,7 @@ from cli.shared import (
     ArtifactsDirOption,
     JsonOption,
     ThreadsOption,
+    fail,
     run_with,
 )
 from cli.shared import _warn as warn
@@ -62,10 +63,15 @@ def models(context: typer.Context, data_dir: ArtifactsDirOption = DATA, as_json:
 def list_(data_dir: ArtifactsDirOption = DATA, as_json: JsonOption = False) -> None:
     """List the local models with their state, and the published models that can be downloaded."""
     from model.zoo import ENTRIES
+    from service.errors import StorageFailed
     from service.generations import Generations
     from service.model_list import known_models
 
-    generations = Generations(data_dir) if Generations.exists(data_dir) else None
+    try:
+        generations = Generations(data_dir) if Generations.exists(data_dir) else None
+        models = known_models(data_dir, generations, warn)
+    except StorageFailed as error:
+        raise fail(error) from error
     local: list[dict[str, Any]] = [
         {
             "path": str(known.path),
@@ -74,7 +80,7 @@ def list_(data_dir: ArtifactsDirOption = DATA, as_json: JsonOption = False) -> N
             "state": known.state,
             "generation": known.generation.number if known.generation else None,
         }
-        for known in known_models(data_dir, generations, warn)
+        for known in models
     ]
     published = [{"name": entry.name, "licence": entry.licence, "url": entry.url} for entry in ENTRIES.values()]
     if as_json:

@@ -24,10 +24,12 @@ from typing import Final, Literal
 
 import numpy as np
 
+from model.artifact import ArtifactError
 from model.decode import DEFAULT_LIMITS, DecodeLimits
 from model.files import lock_file
 from model.pooling import Pooling, width
 from model.preprocess import preprocess
+from service.artifact_choice import artifact_of
 from service.errors import CollectionNotFound, Conflict, ServiceError, StorageFailed, Unavailable
 from service.features.images import decode
 from service.generations import Generation, Generations, State
@@ -577,9 +579,10 @@ async def roll_back(places: Places, *, keep_s: float = DEFAULT_KEEP_S, force: bo
     """Make the former generation live again, with its collections as they are now.
 
     Raises:
-        Conflict: there is no former generation whose window is open, the last switch was a rollback too (so a request
-            that is repeated does not go forward again), or the former generation lacks items that were written without
-            an image since the switch and `force` is false.
+        Conflict: there is no former generation whose window is open, or the last switch was a rollback too (so a
+            request that is repeated does not go forward again). Or `force` is false, and the former generation lacks
+            items that were written without an image since the switch, or its artifact is gone, so that no process could
+            load it.
     """
     every = await asyncio.to_thread(places.generations.all)
     live = next((each for each in every if each.state == "live"), None)
@@ -590,6 +593,11 @@ async def roll_back(places: Places, *, keep_s: float = DEFAULT_KEEP_S, force: bo
         raise Conflict(
             f"generation {live.number} is live after a rollback; to go forward, promote generation {former.number}"
         )
+    if not force:
+        try:
+            await asyncio.to_thread(artifact_of, former, places.data_dir)
+        except ArtifactError as error:
+            raise Conflict(f"after a restart, the service could not load it: {error}") from error
     pairs: list[Partnership] = []
     if "migrations" in places.store.capabilities:
         pairs = [

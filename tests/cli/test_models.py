@@ -151,6 +151,11 @@ async def test_a_folder_outside_of_the_data_folder_is_never_deleted(data_dir: Pa
     assert [each.number for each in generations.all()] == [1]
 
 
+def test_a_damaged_record_is_told_by_the_list(data_dir: Path) -> None:
+    (data_dir / "models.sqlite3").write_bytes(b"no database" * 1000)
+    assert "error: record of models" in run(data_dir, "models", "list", status=2)
+
+
 async def test_a_link_to_an_artifact_is_removed_without_its_target(data_dir: Path) -> None:
     link, outside = data_dir / "artifacts" / "model_b-bbbbbbbb", data_dir / "elsewhere"
     link.rename(outside)

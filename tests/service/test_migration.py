@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import shutil
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from model.artifact import MANIFEST
 from service import live_models, migration
 from service.errors import Conflict, StorageFailed, Unavailable
 from service.generations import Generation, Generations
@@ -79,6 +81,10 @@ async def life(
     data_dir: Path, load: Callable[[Generation], Opened] | None = None, **settings: Any
 ) -> AsyncIterator[Life]:
     generations = Generations(data_dir)
+    for artifact, _ in MODELS.values():
+        folder = data_dir / "artifacts" / artifact.name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MANIFEST).write_text(artifact.manifest.model_dump_json())
     first = opened("a")
     made = generations.add("a" * 64, first.artifact.name, Path("artifacts/a"), "fake", "fp32", reason="first")
     made = generations.promote(made.number, expected=None, keep_s=0)
@@ -153,6 +159,17 @@ async def test_a_rollback_takes_less_than_a_second_and_has_every_write(tmp_path:
         await one.migrate("b")
         await one.live_is("b")
         assert (await one.search("c", images[1]))["data"][0]["id"] == "i1"
+
+
+async def test_a_rollback_to_a_model_whose_artifact_is_gone_is_refused(tmp_path: Path) -> None:
+    """Otherwise the service would work until its next restart, and then not start at all."""
+    async with life(tmp_path) as one:
+        await make_collection(one)
+        await one.migrate()
+        shutil.rmtree(tmp_path / "artifacts" / "model_a-aaaaaaaa")
+        with pytest.raises(Conflict, match=r"could not load it: .* its artifact is gone"):
+            await roll_back(one.places)
+        assert (await roll_back(one.places, force=True)).generation.number == 1
 
 
 async def test_after_a_rollback_the_same_model_can_be_promoted_again(tmp_path: Path) -> None:
