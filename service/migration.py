@@ -605,7 +605,10 @@ async def roll_back(places: Places, *, keep_s: float = DEFAULT_KEEP_S, force: bo
             for pair in await migrations_of(places.store).partnerships()
             if pair.role == "former" and model_of(pair.partner.tag) == former.model
         ]
-    lacking = {pair.collection.name: pair.missing for pair in pairs if pair.missing}
+    lacking = {}
+    for pair in pairs:
+        if lacks := await migrations_of(places.store).lacking(pair.collection.name):
+            lacking[pair.collection.name] = lacks
     if lacking and not force:
         raise Conflict(
             f"the vectors of generation {former.number} lack {sum(lacking.values())} items that were written since the "

@@ -54,14 +54,12 @@ class Filled(NamedTuple):
 
 
 class Partnership(NamedTuple):
-    """A collection and its partner. `role` is candidate or former. `missing` is the number of items of the collection
-    that the partner lacks. A former may also have items that the collection lacks, because their images could not be
-    read."""
+    """A collection and its partner. `role` is candidate or former. A former may also have items that the collection
+    lacks, because their images could not be read."""
 
     collection: CollectionInfo
     partner: CollectionInfo
     role: Role
-    missing: int
 
 
 class Migrations(Protocol):
@@ -78,8 +76,12 @@ class Migrations(Protocol):
     async def partnerships(self) -> list[Partnership]:
         """Return all collections that have a partner, sorted by name."""
 
+    async def lacking(self, collection: str) -> int:
+        """Return the number of items of a collection that its partner lacks, or 0 if it has no partner. This compares
+        the ids of all items."""
+
     async def pending(self) -> int:
-        """Return about how many items all candidates lack. Unlike `partnerships`, this does not read the items."""
+        """Return about how many items all candidates lack. Unlike `lacking`, this only compares counts."""
 
     async def former(self, collection: str) -> CollectionInfo | None:
         """Return the description of the former of a collection, or None if it has none. A candidate does not count."""
@@ -141,6 +143,15 @@ class EmbeddedMigrations:
     async def partnerships(self) -> list[Partnership]:
         result: list[Partnership] = await self._read(_partnerships)
         return result
+
+    async def lacking(self, collection: str) -> int:
+        def work(db: sqlite3.Connection) -> int:
+            row = database.find(db, check_name(collection))
+            partner = partner_of(db, row)
+            return 0 if partner is None else _lacks(db, row, partner)
+
+        lacks: int = await self._read(work)
+        return lacks
 
     async def pending(self) -> int:
         count: int = await self._read(_pending)
@@ -278,7 +289,7 @@ def _start(db: sqlite3.Connection, name: str, tag: str, size: int) -> Partnershi
 def _partnership(db: sqlite3.Connection, row: Row) -> Partnership:
     partner = partner_of(db, row)
     assert partner is not None
-    return Partnership(row.info, partner.info, partner.role, _lacks(db, row, partner))
+    return Partnership(row.info, partner.info, partner.role)
 
 
 def _lacks(db: sqlite3.Connection, row: Row, partner: Row) -> int:
