@@ -128,7 +128,7 @@ def disturb(place: Place, kills: int, moments: random.Random) -> dict[str, int]:
         place.start_worker()
         began, later = time.time(), moments.random() * 0.3
         if moments.random() < 0.25:
-            wait_until = time.monotonic() + moments.random() * 15  # at any moment, also before the first step
+            wait_until = time.monotonic() + moments.random() * 4  # at any moment, also before the first step
             wanted = None
         else:
             wait_until, wanted = time.monotonic() + LIMIT_S, moments.randint(1, 3)

@@ -26,7 +26,7 @@ def test_three_kills_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import killed_training
 
-    figures = killed_training.compare(tmp_path, 3, seed=1, epochs=8, worker=(sys.executable, "-c", WORKER))
+    figures = killed_training.compare(tmp_path, 3, seed=1, epochs=60, worker=(sys.executable, "-c", WORKER))
     assert figures["kills"] == {"worker": 1, "training": 1, "both": 1}
     assert figures["attempts"] > 1
     assert figures["bit_equal"]
