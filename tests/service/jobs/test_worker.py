@@ -346,7 +346,7 @@ def test_the_local_worker_ends_with_the_service(tmp_path: Path) -> None:
         assert store.workers.alive()[0].pid == pid
         service.kill()
     eventually(lambda: not _runs(pid))
-    assert store.workers.alive() == []
+    eventually(lambda: not store.workers.alive())
 
 
 def _runs(pid: int) -> bool:
