@@ -103,7 +103,9 @@ class Leases:
                 "losses = CASE WHEN ? > best_progress THEN 0 ELSE losses END WHERE id = ?",
                 (progress, text, json.dumps(figures), progress, progress, job.id),
             )
-            self._file.add_event(db, job.id, "progress", {"progress": progress, "text": text, "metrics": figures})
+            if (progress, text, figures) != (job.progress, job.text, dict(job.metrics)):
+                data = {"progress": progress, "text": text, "metrics": figures}
+                self._file.add_event(db, job.id, "progress", data)
 
     def finish_step(self, lease: Lease, name: str, result: Any) -> None:
         """Store that a step has finished, with its result as JSON types. A later attempt skips the step.

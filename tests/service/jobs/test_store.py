@@ -292,6 +292,8 @@ def test_only_the_newest_progress_is_an_event(store: JobStore) -> None:
     (event,) = [event for event in store.events(job=job.id) if event.kind == "progress"]
     assert event.number == last
     assert event.data == {"progress": 0.3, "text": "some text", "metrics": {"loss": 0.3}}
+    store.report(job.lease, 0.3, "some text", {"loss": 0.3})  # no news, so no event
+    assert store.last_event() == last
     store.report(job.lease, 0.4)
     assert store.get(job.id).metrics == {"loss": 0.3}
 

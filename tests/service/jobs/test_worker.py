@@ -209,6 +209,7 @@ def test_a_killed_worker_is_noticed_within_ten_seconds(place: Place) -> None:
     with place.worker() as one, place.worker() as other:
         job = place.create("count", until=500)
         eventually(lambda: "counting from 0" in place.log(job))
+        time.sleep(0.3)  # it counts a little
         before = place.store.get(job.id)
         killed = _working(place, job, one, other)
         killed.kill()
