@@ -9,7 +9,7 @@ random part of a proxy's own images, of which a tenth is held out. All runs of a
 because a run's time is nearly proportional to it: `--images`, divided by the cost of one image. The methods are
 
 - `new`: the settings of `training/scale.py`.
-- `old`: the shares, rates and prototypes of the recipe `continue` before issue 14. A batch has at most 256 images.
+- `old`: the former fixed shares, rates and prototypes of the recipe `continue`. A batch has at most 256 images.
 - `scratch`: training from random weights, with the settings of the recipe `cifar` and small batches.
 
 Freezing the backbone gives the figures of the start. For each run, the result has the start, the end and the best

@@ -23,7 +23,7 @@ from service.errors import ServiceError
 from service.generations import LOADED, Generation, Generations
 from service.search.partners import migrations_of
 from service.state import Service
-from service.tags import tag_parts
+from service.tags import model_of
 
 log = logging.getLogger(__name__)
 
@@ -210,8 +210,7 @@ class LiveModels:
             return []
         every = await asyncio.to_thread(self._record.generations.all)
         models = {each.model for each in every if each.state in LOADED}
-        parts = {each.collection.name: tag_parts(each.partner.tag) for each in formers}
-        return [name for name, part in parts.items() if (part.fingerprint, part.precision) not in models]
+        return [each.collection.name for each in formers if model_of(each.partner.tag) not in models]
 
     def _set_metrics(self, wanted: list[Generation]) -> None:
         metrics = self._base.metrics
@@ -229,11 +228,9 @@ async def end_window(service: Service, generations: Generations, former: Generat
     if "migrations" in service.store.capabilities:
         migrations = migrations_of(service.store)
         for pair in await migrations.partnerships():
-            parts = tag_parts(pair.partner.tag)
-            if pair.role == "former" and (parts.fingerprint, parts.precision) == former.model:
+            if pair.role == "former" and model_of(pair.partner.tag) == former.model:
                 await migrations.end(pair.collection.name)
-    tags = [tag_parts(info.tag) for info in await service.store.collections()]
-    if former.model in {(parts.fingerprint, parts.precision) for parts in tags}:
+    if former.model in {model_of(info.tag) for info in await service.store.collections()}:
         await asyncio.to_thread(generations.keep, former.number)  # its collections can still be searched
         return
     await asyncio.to_thread(generations.retire, former.number)

@@ -38,7 +38,7 @@ from service.live_models import Opened
 from service.originals import Originals, photo_digest
 from service.search.partners import Filled, Missing, Partnership, migrations_of
 from service.search.store import CollectionInfo, VectorStore
-from service.tags import make_tag, tag_parts
+from service.tags import make_tag, model_of, tag_parts
 
 log = logging.getLogger(__name__)
 
@@ -473,12 +473,6 @@ def described(lost: Mapping[str, Sequence[str]], most: int = 10) -> str:
         f"{name}: {', '.join(ids[:most])}{f' and {len(ids) - most} more' if len(ids) > most else ''}"
         for name, ids in lost.items()
     )
-
-
-def model_of(tag: str) -> tuple[str, str]:
-    """Return the fingerprint and the precision in a tag, which identify a generation."""
-    parts = tag_parts(tag)
-    return parts.fingerprint, parts.precision
 
 
 async def abandon(places: Places, candidate: Generation) -> None:

@@ -12,7 +12,7 @@ from service.jobs.opened import OpenedJobs
 from service.jobs.records import STATES
 from service.search.partners import migrations_of
 from service.state import Service
-from service.tags import tag_parts
+from service.tags import model_of, tag_parts
 from service.telemetry import Metrics
 
 STORE_LIMIT_S: Final = 2.0
@@ -78,10 +78,10 @@ async def observe_collections(service: Service) -> list[str]:
     try:
         async with asyncio.timeout(STORE_LIMIT_S):
             for info in await service.store.collections():
-                parts = tag_parts(info.tag)
-                if (parts.fingerprint, parts.precision) != live and info.count:
+                model = model_of(info.tag)
+                if model != live and info.count:
                     metrics.items_without_live_vector.labels(info.name).set(info.count)
-                if (parts.fingerprint, parts.precision) not in loaded and parts.pooling is not None:
+                if model not in loaded and tag_parts(info.tag).pooling is not None:
                     unsearchable.append(info.name)
             if "migrations" in service.store.capabilities:
                 pending = await migrations_of(service.store).pending()

@@ -20,7 +20,7 @@ from service.rankings import Rankings
 from service.search.store import VectorStore
 from service.settings import Settings
 from service.shared_results import SharedResults
-from service.tags import make_tag, tag_parts
+from service.tags import make_tag, model_of, tag_parts
 from service.telemetry import Metrics
 from service.web_images import WebImages
 
@@ -110,13 +110,12 @@ class Service:
             ModelNotFound: no loaded model has this name.
             Unavailable: this process is still loading the model.
         """
-        parts = tag_parts(tag)
-        model = (parts.fingerprint, parts.precision)
+        model = model_of(tag)
         if name not in ("", "auto") or model == (self.artifact.fingerprint, self.engine.precision):
             return self.named(name)
         other = self.loaded.services.get(model)
         if other is None and model in self.loaded.expected:
-            raise Unavailable(f"the model {parts.fingerprint[:8]} is being loaded", retry_after_s=2)
+            raise Unavailable(f"the model {model[0][:8]} is being loaded", retry_after_s=2)
         return other or self
 
     def identity(self, tag: str | None = None) -> Identity:

@@ -33,3 +33,9 @@ def tag_parts(tag: str) -> TagParts:
     if len(parts) != 5:
         return TagParts(parts[0], None)
     return TagParts(parts[0], next((name for name in POOLINGS if name == parts[1]), None), parts[4])
+
+
+def model_of(tag: str) -> tuple[str, str]:
+    """Return the fingerprint and the precision in a tag, which identify a generation."""
+    parts = tag_parts(tag)
+    return parts.fingerprint, parts.precision

@@ -34,7 +34,7 @@ from service.search.checks import (
 )
 from service.search.store import CollectionInfo, CollectionSpec, Item
 from service.state import Service
-from service.tags import tag_parts
+from service.tags import model_of, tag_parts
 from service.timings import slowest
 from service.tracing import record_stage
 
@@ -125,14 +125,14 @@ async def _other_vectors(
     embeds the images later."""
     if collection.partner is None:
         return None
-    parts = tag_parts(collection.partner)
-    other = service.loaded.services.get((parts.fingerprint, parts.precision))
+    pooling = tag_parts(collection.partner).pooling
+    other = service.loaded.services.get(model_of(collection.partner))
     images = [Outcome(index, new.image) for index, new in good if new.image is not None]
-    if other is None or parts.pooling is None or not images:
+    if other is None or pooling is None or not images:
         return None
     embedded = {outcome.index: outcome for outcome in await other.pipeline.embed(images)}
     vectors = {
-        index: normalised(outcome.result().vector(parts.pooling, True))
+        index: normalised(outcome.result().vector(pooling, True))
         for index, outcome in embedded.items()
         if outcome.error is None
     }
