@@ -69,12 +69,12 @@ def start(
     data_dir: DataDirOption = DATA,
 ) -> None:
     """Start a job. It is queued until a worker is free."""
-    from service.jobs.kinds import KINDS, checked_params
+    from service.jobs.kinds import KINDS, accepted_params
     from service.jobs.records import NewJob
 
     with _opened(data_dir) as (store, queue, settings):
         given = _values(params or [])
-        checked_params(kind, given, settings)
+        accepted_params(kind, given, settings)
         job = store.create(NewJob(kind, given, requested_by="command line", not_before=_moment(not_before)))
         queue.announce(job)
         typer.echo(json.dumps(asdict(job)) if as_json else job.id)
@@ -187,11 +187,11 @@ def schedule(
     data_dir: DataDirOption = DATA,
 ) -> None:
     """Create a job at certain times."""
-    from service.jobs.kinds import checked_params
+    from service.jobs.kinds import accepted_params
 
     with _opened(data_dir) as (store, _, settings):
         given = _values(params or [])
-        checked_params(kind, given, settings)
+        accepted_params(kind, given, settings)
         stored = store.schedules.put(
             name, kind, given, every=every, zone=zone or settings.schedule_zone, requested_by="command line"
         )

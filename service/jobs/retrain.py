@@ -22,7 +22,7 @@ from service.jobs.export import ExportParams, run_export
 from service.jobs.frozen_set import open_frozen_set
 from service.jobs.reindex import MigrationParams, lost_items, path_of, run_migration
 from service.jobs.roots import data_source
-from service.jobs.train import RUN, Override, TrainParams, read_object, run_training
+from service.jobs.train import RUN, Override, TrainParams, check_training, read_object, run_training
 from service.jobs.verdict import GateRules
 from service.migration import described
 from service.schema_base import ONE_OR_MORE
@@ -67,8 +67,16 @@ class RetrainParams(MigrationParams):
 
     @property
     def training(self) -> TrainParams:
-        """The parameters of the training."""
+        """The parameters of the training, without those that are known when it starts."""
         return TrainParams(data=self.data, recipe=self.recipe, hours=self.hours, overrides=self.overrides)
+
+    def training_from(self, champion: str) -> TrainParams:
+        """Return the parameters of a training that starts from the live model, whose artifact is in the folder
+        `champion`. Another recipe than `continue`, or the override `init`, starts from something else."""
+        overrides = list(self.overrides)
+        if self.recipe == "continue" and not any(each.startswith("init=") for each in overrides):
+            overrides.append(f'init="{champion}"')
+        return self.training.model_copy(update={"overrides": overrides})
 
     def resolved(self, settings: Settings) -> Self:
         """Return the parameters with absolute paths without links. See `JobParams.resolved`."""
@@ -80,16 +88,26 @@ class RetrainParams(MigrationParams):
         return self.model_copy(update={"data": training.data, "overrides": training.overrides, "gate_data": gate_data})
 
 
+def check_retraining(params: RetrainParams, settings: Settings) -> None:
+    """Check the settings of the training before the job is accepted. Without a live model, nothing is checked, because
+    the job fails in its first step.
+
+    Raises:
+        ValueError: the recipe or a setting does not exist, or a value is not allowed. The message names it.
+    """
+    live = Generations(settings.data_dir).live() if Generations.exists(settings.data_dir) else None
+    if live is not None:
+        champion = artifact_of(live, settings.data_dir).absolute()
+        check_training(params.training_from(str(champion)), settings)
+
+
 def retrain(context: Context[RetrainParams]) -> None:
     """Do the work of a job."""
     params = context.params
     champion = context.step("champion", lambda: _live(context))
     context.step("frozen set", lambda: _freeze(context))
     context.step("images of the collections", lambda: _check_images(context))
-    overrides = list(params.overrides)
-    if params.recipe == "continue" and not any(each.startswith("init=") for each in overrides):
-        overrides.append(f'init="{champion["path"]}"')
-    training = params.training.model_copy(update={"overrides": overrides})
+    training = params.training_from(champion["path"])
     context.step("train", lambda: run_training(context, training, context.folder / RUN, SHARES["train"]))
     export = ExportParams(source=str(context.folder / RUN), name=params.name, weights_dtype="float32")
     challenger = context.step("export", lambda: run_export(context, export))

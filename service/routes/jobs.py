@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from service.errors import Conflict, InvalidRequest, JobNotFound, StorageFailed
-from service.jobs.kinds import checked_params
+from service.jobs.kinds import accepted_params
 from service.jobs.opened import OpenedJobs
 from service.jobs.records import STATES, Job, NewJob, Schedule
 from service.options import parse_options
@@ -85,7 +85,7 @@ async def create_job(request: Request) -> JsonAnswer[JobOrSchedule]:
 
 
 def _create(jobs: OpenedJobs, new: NewJob) -> Job:
-    checked_params(new.kind, new.params, jobs.settings, jobs.kinds)
+    accepted_params(new.kind, new.params, jobs.settings, jobs.kinds)
     return jobs.announce(jobs.store().create(new))
 
 
@@ -109,7 +109,7 @@ def put_schedule(jobs: OpenedJobs, name: str, body: ScheduleIn, by: str | None) 
         InvalidRequest: the kind, a parameter, the name, `every` or the time zone is not allowed.
         StorageFailed: the store cannot be used.
     """
-    checked_params(body.kind, body.params, jobs.settings, jobs.kinds)
+    accepted_params(body.kind, body.params, jobs.settings, jobs.kinds)
     zone = body.zone or jobs.settings.schedule_zone
     schedules = jobs.store().schedules
     return schedules.put(name, body.kind, body.params, every=body.every, zone=zone, requested_by=by)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from service.errors import InvalidRequest
 from service.jobs.context import ChildFailed, Context, Hold, JobFailed
 from service.jobs.evaluate import PATHS, EvaluateParams
-from service.jobs.kinds import KINDS, checked_params
+from service.jobs.kinds import KINDS, accepted_params, checked_params
 from service.jobs.records import Job, NewJob
 from service.jobs.roots import data_source, model_source
 from service.jobs.store import JobStore
@@ -145,6 +146,51 @@ def test_a_recipe_is_a_name(settings: Settings) -> None:
     for recipe in ("../x", "mine.toml", "/etc/x.toml", "--help"):
         with pytest.raises(InvalidRequest, match="recipe"):
             checked_params("train", {"data": ["shop"], "recipe": recipe}, settings)
+
+
+@pytest.mark.parametrize(
+    ("params", "error"),
+    [
+        ({"recipe": "continu"}, r"unknown recipe 'continu': .*continue, .*smoke"),
+        ({"recipe": "continue"}, "the recipe continue needs init"),
+        ({"recipe": "smoke", "overrides": ["epoch=3"]}, "unknown setting 'epoch': did you mean epochs"),
+        ({"recipe": "smoke", "overrides": ["epochs=3", "flip=1.5"]}, "flip=1.5: must be at most 1"),
+        ({"recipe": "smoke", "overrides": ["epochs=3"], "hours": 2}, "--hours 2 and epochs contradict each other"),
+    ],
+)
+def test_a_training_that_could_not_start_is_refused_at_once(
+    settings: Settings, params: dict[str, Any], error: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=error):
+        accepted_params("train", {"data": ["shop"], **params}, settings)
+
+
+def test_the_settings_of_a_training_are_checked_without_torch(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "no-torch").mkdir()
+    (tmp_path / "no-torch" / "torch.py").write_text("raise ImportError('torch is not installed')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "no-torch"))
+    params = {"data": ["shop"], "recipe": "continue", "overrides": ["init=dinov2_vits14"]}
+    assert accepted_params("train", params, settings) == checked_params("train", params, settings)
+    assert caplog.text == ""  # it was checked
+
+
+@pytest.mark.parametrize("way", ["slow", "broken", "missing"])
+def test_a_training_whose_settings_cannot_be_checked_is_accepted(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, way: str
+) -> None:
+    def start(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        assert way != "missing"
+        if way == "slow":
+            raise subprocess.TimeoutExpired(command, options["timeout"])
+        return subprocess.CompletedProcess(command, 1, "", "Traceback")
+
+    monkeypatch.setattr(subprocess, "run", start)
+    if way == "missing":
+        monkeypatch.setattr("service.jobs.train.find_spec", lambda name: None)
+    accepted_params("train", {"data": ["shop"], "recipe": "unknown"}, settings)
+    assert ("were not checked" in caplog.text) == (way != "missing")
 
 
 def _is_text(field: Any) -> bool:

@@ -16,7 +16,7 @@ from model.export.options import Backbone, ExportOptions
 from service.errors import InvalidRequest
 from service.generations import Generations
 from service.jobs.context import ChildFailed, ChildKilled, Context
-from service.jobs.kinds import KINDS, checked_params
+from service.jobs.kinds import KINDS, accepted_params, checked_params
 from service.jobs.records import Job, NewJob
 from service.jobs.store import JobStore
 from service.jobs.worker import Times, Worker
@@ -236,6 +236,12 @@ def test_a_service_that_never_started_has_no_live_model(tmp_path: Path, commands
 def test_wrong_parameters_are_refused(settings: Settings, kind: str, params: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         checked_params(kind, params, settings)
+
+
+def test_a_retraining_that_could_not_start_is_refused_at_once(settings: Settings) -> None:
+    with pytest.raises(InvalidRequest, match=r"lr=-1: must be more than 0"):
+        accepted_params("retrain", {"data": ["shop"], "overrides": ["lr=-1"]}, settings)
+    accepted_params("retrain", {"data": ["shop"], "overrides": ["lr=0.001"]}, settings)  # starts from the live model
 
 
 def test_reindex_runs_the_command_of_its_parameters(settings: Settings, commands: Commands) -> None:

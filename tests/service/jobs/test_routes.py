@@ -259,6 +259,17 @@ async def test_what_is_wrong_with_a_job_is_a_422_that_names_it(tmp_path, body, w
     assert len(answer.content) < 4000
 
 
+async def test_a_training_with_an_unknown_setting_is_a_422(tmp_path):
+    async with running(tmp_path) as run:
+        body = {"kind": "train", "data": ["shop"], "recipe": "smoke", "overrides": ["epoch=3"]}
+        job = await run.client.post(JOBS, json=body)
+        schedule = await run.client.put("/v1/schedules/weekly", json={**body, "every": "6 h"})
+        assert not (tmp_path / "jobs").exists()
+    for answer in (job, schedule):
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+        assert answer.json()["detail"].startswith("unknown setting 'epoch': did you mean epochs")
+
+
 async def test_hostile_bodies_and_queries(tmp_path):
     async with service(tmp_path) as run:
         await created(run)
