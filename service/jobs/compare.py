@@ -25,11 +25,12 @@ GATE_DIR: Final = "gate"
 """The subfolder of the data folder for lists of frozen sets and stored features."""
 
 
-def list_file(data_dir: Path, folder: Path) -> Path:
-    """Return the default path of the list of a frozen set that is chosen from `folder`."""
+def list_file(data_dir: Path, folder: Path, suffix: str = "") -> Path:
+    """Return the default path of the list of a frozen set that is chosen from `folder`. `suffix` is appended to the
+    name of the file."""
     resolved = folder.resolve()
     name = hashlib.sha256(str(resolved).encode(errors="surrogateescape")).hexdigest()[:8]
-    return data_dir / GATE_DIR / f"{resolved.name or 'images'}-{name}.json"
+    return data_dir / GATE_DIR / f"{resolved.name or 'images'}-{name}{suffix}.json"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
     train  ─▶  export (with its parity check)  ─▶  gate  ─▶  approval, if wanted  ─▶  migrate and switch
 
+The images of the gate are chosen first, and the training leaves them out (`service/jobs/gate_images.py`).
 Each step is stored, so another worker goes on after the last one that has finished. If the gate refuses the new model,
 the job fails with the reasons, the live model stays, and the new one remains in the data folder. The gate compares with
 the model that was live at the start: if another model becomes live meanwhile, the job fails.
@@ -13,13 +14,13 @@ from typing import Annotated, Any, Final, Self
 
 from pydantic import Field, field_validator
 
-from model.files import NAME_PATTERN
+from model.files import NAME_PATTERN, write_text
 from service.artifact_choice import artifact_of
 from service.generations import Generations
 from service.jobs.compare import list_file
 from service.jobs.context import ChildFailed, Context, JobFailed
 from service.jobs.export import ExportParams, run_export
-from service.jobs.frozen_set import open_frozen_set
+from service.jobs.gate_images import gate_images
 from service.jobs.reindex import MigrationParams, lost_items, path_of, run_migration
 from service.jobs.roots import data_source
 from service.jobs.train import RUN, Override, TrainParams, check_training, read_object, run_training
@@ -29,6 +30,8 @@ from service.schema_base import ONE_OR_MORE
 from service.settings import Settings
 
 VERDICT: Final = "verdict.json"
+EXCLUDED: Final = "excluded.txt"
+"""The file in the job's folder with the paths of the images that the training leaves out."""
 REFUSED_STATUS: Final = 3
 """The exit status of `dinov2 models compare` if the gate refuses the new model."""
 SHARES: Final = {"train": (0.0, 0.7), "migrate": (0.8, 1.0)}
@@ -53,8 +56,8 @@ class RetrainParams(MigrationParams):
     name: str | None = Field(None, pattern=NAME_PATTERN, description="name of the new model")
     gate_data: str | None = Field(
         None,
-        description="folder of images on which the models are compared; images that neither was trained on are best; "
-        "unset: the first of data",
+        description="folder of images on which the models are compared, and which the training leaves out; unset: a "
+        "share of the first folder in data",
     )
     gate_rules: dict[str, Any] = Field(default={}, max_length=30, description="rules of the gate that differ")
     approve: bool = Field(False, description="whether the job waits for approval before the new model becomes live")
@@ -105,16 +108,19 @@ def retrain(context: Context[RetrainParams]) -> None:
     """Do the work of a job."""
     params = context.params
     champion = context.step("champion", lambda: _live(context))
-    context.step("frozen set", lambda: _freeze(context))
+    frozen = context.step("frozen set", lambda: _freeze(context))
     context.step("images of the collections", lambda: _check_images(context))
     training = params.training_from(champion["path"])
+    if frozen.get("excluded"):  # missing if an older version has finished the step
+        exclude = f'exclude="{context.folder / EXCLUDED}"'
+        training = training.model_copy(update={"overrides": [*training.overrides, exclude]})
     context.step("train", lambda: run_training(context, training, context.folder / RUN, SHARES["train"]))
     export = ExportParams(source=str(context.folder / RUN), name=params.name, weights_dtype="float32")
     challenger = context.step("export", lambda: run_export(context, export))
     if challenger["fingerprint"] == champion["fingerprint"]:
         raise JobFailed("the training did not help: the network that it released is the live model")
     path = path_of(challenger, context.data_dir)
-    verdict = context.step("gate", lambda: _run_gate(context, Path(champion["path"]), path))
+    verdict = context.step("gate", lambda: _run_gate(context, Path(champion["path"]), path, frozen))
     if not verdict["passed"]:
         raise JobFailed(f"the gate refused the new model, and the live model stays: {'; '.join(verdict['reasons'])}")
     if params.approve:
@@ -122,7 +128,8 @@ def retrain(context: Context[RetrainParams]) -> None:
     _check_champion(context, champion, challenger)
     arguments = ["models", "promote", str(path)]
     report = context.step("migrate", lambda: run_migration(context, params, arguments, [], SHARES["migrate"]))
-    Generations(context.data_dir).set_metrics(report["generation"], {"gate": verdict})
+    metrics = {"gate": verdict, "gate_held_out": frozen.get("held_out", False)}
+    Generations(context.data_dir).set_metrics(report["generation"], metrics)
     context.report(1.0, f"generation {report['generation']} is live: {path.name}")
 
 
@@ -136,13 +143,30 @@ def _live(context: Context[RetrainParams]) -> dict[str, Any]:
 
 def _freeze(context: Context[RetrainParams]) -> dict[str, Any]:
     """Choose the images of the gate, or check those that were chosen before, so that the job does not fail after the
-    training because one is missing."""
-    folder = Path(str(context.params.gate_data))
+    training because one is missing. Write the list of images that the training leaves out."""
+    params = context.params
     context.report(0.0, "checking the images of the gate")
-    if str(folder) in context.params.data:
-        context.log("the gate compares the models on the images of the training; better name others with gate_data")
-    frozen = open_frozen_set(list_file(context.data_dir, folder), folder, tell=context.log)
-    return {"images": len(frozen.images), "sha256": frozen.digest}
+    least = GateRules.read(params.gate_rules).min_queries
+    images = gate_images(context.data_dir, params.data, Path(str(params.gate_data)), least, context.log)
+    write_text(context.folder / EXCLUDED, "\n".join(images.excluded))
+    frozen = images.frozen
+    context.report(
+        0.0, "the images of the gate are chosen", {"gate_images": len(frozen.images), "gate_held_out": images.held_out}
+    )
+    return {
+        "images": len(frozen.images),
+        "sha256": frozen.digest,
+        "file": str(images.file.relative_to(context.data_dir)),
+        "held_out": images.held_out,
+        "excluded": len(images.excluded),
+    }
+
+
+def _list_of(context: Context[RetrainParams], frozen: dict[str, Any]) -> Path:
+    """Return the list of the images that `_freeze` has chosen. Older versions have always used the default list."""
+    if "file" in frozen:
+        return context.data_dir / str(frozen["file"])
+    return list_file(context.data_dir, Path(str(context.params.gate_data)))
 
 
 def _check_images(context: Context[RetrainParams]) -> dict[str, int]:
@@ -169,7 +193,9 @@ def _check_champion(context: Context[RetrainParams], champion: dict[str, Any], c
         )
 
 
-def _run_gate(context: Context[RetrainParams], champion: Path, challenger: Path) -> dict[str, Any]:
+def _run_gate(
+    context: Context[RetrainParams], champion: Path, challenger: Path, frozen: dict[str, Any]
+) -> dict[str, Any]:
     """Compare the two models. Return whether the new one passed, the reasons, and the figures."""
     out = context.folder / VERDICT
     out.unlink(missing_ok=True)
@@ -177,8 +203,9 @@ def _run_gate(context: Context[RetrainParams], champion: Path, challenger: Path)
     rules = [f"--rule={name}={value}" for name, value in params.gate_rules.items()]
     context.report(0.75, "comparing the models")
     arguments = ["models", "compare", str(champion), str(challenger), f"--data={params.gate_data}", f"--out={out}"]
+    arguments += [f"--set={_list_of(context, frozen)}", f"--data-dir={context.data_dir}"]
     try:
-        context.run_command([*arguments, f"--data-dir={context.data_dir}", *rules])
+        context.run_command([*arguments, *rules])
     except ChildFailed as failed:
         if failed.status != REFUSED_STATUS:
             raise

@@ -37,6 +37,7 @@ MODELS: Final = frozenset({"init", "teacher"})
 """Settings of training that name a model."""
 REFUSED: Final = {
     "data": "use the parameter data",
+    "exclude": "a retraining leaves out the images of its gate by itself",
     "out": "the run is stored in the job's folder",
     "recipe": "use the parameter recipe",
     "mlflow": "a job does not send metrics to other machines",
