@@ -98,6 +98,15 @@ def fail(message: object) -> typer.Exit:
     return typer.Exit(code=2)
 
 
+def tell_next(command: str) -> None:
+    """Print the command that the user may want to run next. Within a job, print nothing, because its output is the log
+    of the job."""
+    from service.jobs.process import IN_JOB
+
+    if IN_JOB not in os.environ:
+        typer.echo(f"next: {command}")
+
+
 def check_output(path: Path, option: str, *, folder: bool = False) -> None:
     """Check that a command can write a file to `path`, before the work whose result it writes.
 

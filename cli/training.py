@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cli.shared import check_output, fail, need_torch
+from cli.shared import check_output, fail, need_torch, tell_next
 
 DataOption = Annotated[
     str, typer.Option(help="Folder of images, path or URL of tar shards, or folder of a Hugging Face dataset.")
@@ -87,7 +87,8 @@ def train(
             estimate_training(config)
             return
         checkpoint = run_training(config)
-    typer.echo(f"checkpoint: {checkpoint}\nnext: dinov2 export {shlex.quote(str(checkpoint))}")
+    typer.echo(f"checkpoint: {checkpoint}")
+    tell_next(f"dinov2 export {shlex.quote(str(checkpoint))}")
 
 
 def _check_settings(recipe: str | None, data: list[str], out: Path, overrides: list[str], hours: float | None) -> None:

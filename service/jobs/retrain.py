@@ -116,7 +116,7 @@ def retrain(context: Context[RetrainParams]) -> None:
         training = training.model_copy(update={"overrides": [*training.overrides, exclude]})
     context.step("train", lambda: run_training(context, training, context.folder / RUN, SHARES["train"]))
     export = ExportParams(source=str(context.folder / RUN), name=params.name, weights_dtype="float32")
-    challenger = context.step("export", lambda: run_export(context, export))
+    challenger = context.step("export", lambda: _export(context, export))
     if challenger["fingerprint"] == champion["fingerprint"]:
         raise JobFailed("the training did not help: the network that it released is the live model")
     path = path_of(challenger, context.data_dir)
@@ -182,6 +182,11 @@ def _check_images(context: Context[RetrainParams]) -> dict[str, int]:
             "keep their collections on the old model"
         )
     return {name: len(ids) for name, ids in lost.items()}
+
+
+def _export(context: Context[RetrainParams], params: ExportParams) -> Any:
+    context.report(SHARES["train"][1], "exporting the new model")
+    return run_export(context, params)
 
 
 def _check_champion(context: Context[RetrainParams], champion: dict[str, Any], challenger: dict[str, Any]) -> None:

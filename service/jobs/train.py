@@ -46,6 +46,10 @@ REFUSED: Final = {
 SHOWN: Final[tuple[str, ...]] = ("step", "epoch", "loss", "dino_over_ln_k", "rankme_share", "lr", "images_per_s")
 """The figures of the last line of metrics.jsonl that a job shows."""
 TAIL_BYTES: Final = 65_536
+STARTING: Final = "starting"
+TOLD: Final = re.compile(r"^\d\d:\d\d:\d\d  (.+)\n", re.MULTILINE)
+"""A line that a training prints for its user (training/data/progress.py)."""
+MOST_CHARACTERS: Final = 200
 
 Override = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*=", max_length=10_000)]
 
@@ -156,6 +160,8 @@ def run_training(context: Context[Any], params: TrainParams, out: Path, share: t
 
     def watch() -> None:
         progress, text, figures = progress_of(out)
+        if text == STARTING:
+            text = phase_of(context.recent_output) or text
         context.report(share[0] + (share[1] - share[0]) * progress, text, figures)
 
     try:
@@ -175,8 +181,15 @@ def progress_of(out: Path) -> tuple[float, str, dict[str, Any]]:
     epochs = read_object(out / "config.json").get("epochs")
     epoch = line.get("epoch")
     if not isinstance(epochs, int | float) or not isinstance(epoch, int | float) or epochs <= 0:
-        return 0.0, "starting", figures
+        return 0.0, STARTING, figures
     return min(epoch / epochs, 1.0), f"step {line.get('step')}, epoch {epoch:.2f} of {epochs:g}", figures
+
+
+def phase_of(output: str) -> str:
+    """Return what a training does before its first step, such as "decoding 2,640 images, 68 %": the last complete line
+    with a time of day that it has printed. Return "" if there is none."""
+    lines = TOLD.findall(output)
+    return str(lines[-1])[:MOST_CHARACTERS] if lines else ""
 
 
 def last_line(path: Path) -> dict[str, Any]:

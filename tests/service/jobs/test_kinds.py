@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from service.jobs.kinds import KINDS, accepted_params, checked_params
 from service.jobs.records import Job, NewJob
 from service.jobs.roots import data_source, model_source
 from service.jobs.store import JobStore
-from service.jobs.train import MODELS, REFUSED, last_line, progress_of
+from service.jobs.train import MODELS, REFUSED, last_line, phase_of, progress_of
 from service.settings import Settings
 
 
@@ -300,6 +301,34 @@ def test_progress_of_a_run_that_has_just_begun(tmp_path: Path) -> None:
     assert last_line(tmp_path / "metrics.jsonl") == {}
     (tmp_path / "evaluations.jsonl").write_text('{"step": 0, "knn_cls_10": 0.5}\n')
     assert progress_of(tmp_path)[2] == {"evaluation_step": 0, "evaluation_knn_cls_10": 0.5}
+
+
+def test_a_training_tells_what_it_does_before_its_first_step(context_of: Callable[..., Commands]) -> None:
+    context = context_of("train", data="shop", recipe="smoke")
+    texts = []
+    context.report = lambda progress, text="", metrics=None: texts.append(text)  # type: ignore[method-assign]
+
+    def run() -> str:
+        context._recent = b"Warning: slow\n08:03:57  listing images\n08:03:58  decoding 5 images, 40 %\n08:03:59  comp"
+        return ""
+
+    context.answer = run
+    KINDS["train"].run(context)
+    assert texts == ["decoding 5 images, 40 %"]
+    assert phase_of("") == phase_of("Traceback\n") == ""
+
+
+def test_a_child_knows_that_it_belongs_to_a_job(context_of: Callable[..., Commands]) -> None:
+    context = context_of("train", data="shop", recipe="smoke")
+    code = "from cli.shared import tell_next; print('08:00:00  before'); tell_next('dinov2 serve'); print('after')"
+    assert Context.run(context, [sys.executable, "-c", code]) == context.recent_output == "08:00:00  before\nafter\n"
+
+
+def test_advice_is_printed_outside_of_jobs(capsys: pytest.CaptureFixture[str]) -> None:
+    from cli.shared import tell_next
+
+    tell_next("dinov2 serve")
+    assert capsys.readouterr().out == "next: dinov2 serve\n"
 
 
 def test_export(tmp_path: Path, context_of: Callable[..., Commands]) -> None:
