@@ -52,6 +52,7 @@ async def _observe_jobs(jobs: OpenedJobs, metrics: Metrics) -> None:
         return
     for state in STATES:
         metrics.jobs.labels(state).set(0 if figures is None else figures.counts[state])
+    metrics.jobs_blocked.set(0 if figures is None else figures.blocked)
     if figures is not None:
         metrics.job_quiet.set(figures.quiet_s)
         metrics.worker_heartbeat_age.set(figures.silent_s)

@@ -225,6 +225,10 @@ class Metrics:
 
     def _add_jobs(self, gauge: _Make[Gauge]) -> None:
         self.jobs = gauge("jobs", "Jobs of this data folder in a state; finished jobs are kept for a while.", "state")
+        self.jobs_blocked = gauge(
+            "jobs_blocked",
+            "Queued jobs that are due, but that none of the running workers can start.",
+        )
         self.job_quiet = gauge(
             "job_seconds_since_progress",
             "Longest time for which a running job has shown neither progress nor output; 0: no job is running.",

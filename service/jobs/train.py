@@ -119,16 +119,17 @@ def check_training(params: TrainParams, settings: Settings) -> None:
     command = [sys.executable, "-m", "cli", *train_command(params, Path(RUN), "--check")]
     try:
         done = subprocess.run(  # noqa: S603 - the arguments are checked, and follow "--"
-            command, cwd=CODE, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CHECK_S
+            command, cwd=CODE, stdin=subprocess.DEVNULL, capture_output=True, timeout=CHECK_S
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         log.warning("the settings of a training were not checked: %s", error)
         return
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    said = done.stderr.decode(errors="replace")
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
     if done.returncode == REFUSED_STATUS and errors:
         raise ValueError(errors[-1].removeprefix("error: "))
     if done.returncode:
-        log.warning("the settings of a training were not checked: status %d: %s", done.returncode, done.stderr[-1000:])
+        log.warning("the settings of a training were not checked: status %d: %s", done.returncode, said[-1000:])
 
 
 def train_command(params: TrainParams, out: Path, *options: str) -> list[str]:

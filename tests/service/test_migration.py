@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable
@@ -290,6 +291,10 @@ async def test_a_rollback_tells_what_it_lacks(tmp_path: Path) -> None:
         await make_collection(one)
         await one.migrate()
         await one.live_is("b")
+        [live, former] = (await one.ask("GET", "/v1/models"))["data"][:2]
+        for time in (live["live_since"], former["live_since"], former["keep_until"]):
+            assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+Z", time)
+        assert live["keep_until"] is None
         item = {"id": "ready-made", "vector": vector_of("b" * 64, photo(50)).tolist(), "fingerprint": "b" * 64}
         await one.ask("POST", "/v1/collections/c/items", json={"items": [item]})
         answer = await one.run.client.post("/v1/models/rollback")

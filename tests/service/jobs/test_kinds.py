@@ -181,11 +181,11 @@ def test_the_settings_of_a_training_are_checked_without_torch(
 def test_a_training_whose_settings_cannot_be_checked_is_accepted(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, way: str
 ) -> None:
-    def start(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    def start(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
         assert way != "missing"
         if way == "slow":
             raise subprocess.TimeoutExpired(command, options["timeout"])
-        return subprocess.CompletedProcess(command, 1, "", "Traceback")
+        return subprocess.CompletedProcess(command, 1, b"", b"Traceback")
 
     monkeypatch.setattr(subprocess, "run", start)
     if way == "missing":
