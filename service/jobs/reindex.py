@@ -23,6 +23,7 @@ from service.schema_base import ONE_OR_MORE
 from service.search.checks import NAME_PATTERN
 from service.search.opening import open_store
 from service.settings import Settings
+from service.tags import model_of
 
 PROGRESS: Final = "migration.json"
 
@@ -121,10 +122,16 @@ async def _give_up(settings: Settings) -> None:
         await abandon_all(places)
 
 
-async def lost_items(settings: Settings) -> dict[str, list[str]]:
-    """Return the ids of the items that a migration could not embed again, by collection."""
+async def items_to_embed(settings: Settings) -> tuple[dict[str, int], dict[str, list[str]]]:
+    """Return the numbers of items that a migration of all collections embeds again, and the ids of those that it could
+    not embed again, by collection. Nothing is created if there is no vector store."""
+    if settings.vector_store == "embedded" and not (settings.data_dir / "search.sqlite3").exists():
+        return {}, {}
     async with _opened(settings) as places:
-        return await items_without_image(places)
+        models = {each.model for each in await asyncio.to_thread(places.generations.all)}
+        infos = await places.store.collections()
+        counts = {info.name: info.count for info in infos if model_of(info.tag) in models}
+        return counts, await items_without_image(places)
 
 
 @asynccontextmanager

@@ -9,6 +9,7 @@ the model that was live at the start: if another model becomes live meanwhile, t
 """
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 
@@ -20,10 +21,20 @@ from service.generations import Generations
 from service.jobs.compare import list_file
 from service.jobs.context import ChildFailed, Context, JobFailed
 from service.jobs.export import ExportParams, run_export
-from service.jobs.gate_images import gate_images
-from service.jobs.reindex import MigrationParams, lost_items, path_of, run_migration
+from service.jobs.gate_images import GateImages, gate_images
+from service.jobs.job_file import FOLDER
+from service.jobs.reindex import MigrationParams, items_to_embed, path_of, run_migration
 from service.jobs.roots import data_source
-from service.jobs.train import RUN, Override, TrainParams, check_training, read_object, run_training
+from service.jobs.train import (
+    RUN,
+    TOLD,
+    Override,
+    TrainParams,
+    check_training,
+    read_object,
+    run_training,
+    train_command,
+)
 from service.jobs.verdict import GateRules
 from service.migration import described
 from service.schema_base import ONE_OR_MORE
@@ -61,6 +72,7 @@ class RetrainParams(MigrationParams):
     )
     gate_rules: dict[str, Any] = Field(default={}, max_length=30, description="rules of the gate that differ")
     approve: bool = Field(False, description="whether the job waits for approval before the new model becomes live")
+    dry_run: bool = Field(False, description="only report what the retraining would do and need, and change nothing")
 
     @field_validator("gate_rules")
     @classmethod
@@ -73,12 +85,15 @@ class RetrainParams(MigrationParams):
         """The parameters of the training, without those that are known when it starts."""
         return TrainParams(data=self.data, recipe=self.recipe, hours=self.hours, overrides=self.overrides)
 
-    def training_from(self, champion: str) -> TrainParams:
+    def training_from(self, champion: str, excluded: Path | None = None) -> TrainParams:
         """Return the parameters of a training that starts from the live model, whose artifact is in the folder
-        `champion`. Another recipe than `continue`, or the override `init`, starts from something else."""
+        `champion`. Another recipe than `continue`, or the override `init`, starts from something else. The file
+        `excluded` lists images that the training leaves out."""
         overrides = list(self.overrides)
         if self.recipe == "continue" and not any(each.startswith("init=") for each in overrides):
             overrides.append(f'init="{champion}"')
+        if excluded is not None:
+            overrides.append(f'exclude="{excluded}"')
         return self.training.model_copy(update={"overrides": overrides})
 
     def resolved(self, settings: Settings) -> Self:
@@ -107,13 +122,15 @@ def check_retraining(params: RetrainParams, settings: Settings) -> None:
 def retrain(context: Context[RetrainParams]) -> None:
     """Do the work of a job."""
     params = context.params
-    champion = context.step("champion", lambda: _live(context))
+    if params.dry_run:
+        context.step("plan", lambda: _plan(context))
+        context.report(1.0, "this was a dry run: nothing has changed")
+        return
+    champion = context.step("champion", lambda: _live(context.data_dir))
     frozen = context.step("frozen set", lambda: _freeze(context))
     context.step("images of the collections", lambda: _check_images(context))
-    training = params.training_from(champion["path"])
-    if frozen.get("excluded"):  # missing if an older version has finished the step
-        exclude = f'exclude="{context.folder / EXCLUDED}"'
-        training = training.model_copy(update={"overrides": [*training.overrides, exclude]})
+    # An older version may have finished the step.
+    training = params.training_from(champion["path"], context.folder / EXCLUDED if frozen.get("excluded") else None)
     context.step("train", lambda: run_training(context, training, context.folder / RUN, SHARES["train"]))
     export = ExportParams(source=str(context.folder / RUN), name=params.name, weights_dtype="float32")
     challenger = context.step("export", lambda: _export(context, export))
@@ -133,21 +150,66 @@ def retrain(context: Context[RetrainParams]) -> None:
     context.report(1.0, f"generation {report['generation']} is live: {path.name}")
 
 
-def _live(context: Context[RetrainParams]) -> dict[str, Any]:
-    live = Generations(context.data_dir).live()
+def plan_retraining(
+    params: RetrainParams, settings: Settings, excluded: Path, tell: Callable[[str], object]
+) -> tuple[dict[str, Any], list[str]]:
+    """Find what a retraining would do, without changing the data folder.
+
+    Args:
+        params: the parameters, with resolved paths.
+        settings: the settings.
+        excluded: a file, to which the paths of the images are written that the training leaves out.
+        tell: called with one line about each image that is left out, and about the choice.
+
+    Returns:
+        the model that it starts from, the images of the gate, the collections with their numbers of items, and how many
+        items have no image that can be read, as JSON types. Also the arguments of `dinov2` that estimate the training.
+
+    Raises:
+        JobFailed: no model is live.
+        ValueError, OSError: the images of the gate cannot be used.
+    """
+    data_dir = settings.data_dir.absolute()
+    champion = _live(data_dir)
+    images = _gate_images(params, data_dir, tell, write=False)
+    write_text(excluded, "\n".join(images.excluded))
+    collections, lost = asyncio.run(items_to_embed(settings))
+    plan = {
+        "champion": champion,
+        "gate": {
+            "folder": str(params.gate_data),
+            "images": len(images.frozen.images),
+            "held_out": images.held_out,
+            "excluded": len(images.excluded),
+        },
+        "collections": collections,
+        "lost": {name: len(ids) for name, ids in lost.items()},
+    }
+    training = params.training_from(champion["path"], excluded if images.excluded else None)
+    return plan, train_command(training, data_dir / FOLDER / RUN, "--dry-run")
+
+
+def _plan(context: Context[RetrainParams]) -> dict[str, Any]:
+    """Return the plan of the retraining, with what its training would do and need."""
+    context.report(0.0, "checking the images of the gate")
+    plan, command = plan_retraining(context.params, context.settings, context.folder / EXCLUDED, context.log)
+    context.report(0.5, "estimating the training", {"gate_images": plan["gate"]["images"]})
+    return {**plan, "training": TOLD.findall(context.run_command(command))}
+
+
+def _live(data_dir: Path) -> dict[str, Any]:
+    live = Generations(data_dir).live() if Generations.exists(data_dir) else None
     if live is None:
         raise JobFailed("no model is live: start the service once, so that it records its model")
-    path = artifact_of(live, context.data_dir).absolute()
+    path = artifact_of(live, data_dir).absolute()
     return {"generation": live.number, "fingerprint": live.fingerprint, "path": str(path)}
 
 
 def _freeze(context: Context[RetrainParams]) -> dict[str, Any]:
     """Choose the images of the gate, or check those that were chosen before, so that the job does not fail after the
     training because one is missing. Write the list of images that the training leaves out."""
-    params = context.params
     context.report(0.0, "checking the images of the gate")
-    least = GateRules.read(params.gate_rules).min_queries
-    images = gate_images(context.data_dir, params.data, Path(str(params.gate_data)), least, context.log)
+    images = _gate_images(context.params, context.data_dir, context.log)
     write_text(context.folder / EXCLUDED, "\n".join(images.excluded))
     frozen = images.frozen
     context.report(
@@ -160,6 +222,13 @@ def _freeze(context: Context[RetrainParams]) -> dict[str, Any]:
         "held_out": images.held_out,
         "excluded": len(images.excluded),
     }
+
+
+def _gate_images(
+    params: RetrainParams, data_dir: Path, tell: Callable[[str], object], *, write: bool = True
+) -> GateImages:
+    least = GateRules.read(params.gate_rules).min_queries
+    return gate_images(data_dir, params.data, Path(str(params.gate_data)), least, tell, write=write)
 
 
 def _list_of(context: Context[RetrainParams], frozen: dict[str, Any]) -> Path:
@@ -175,7 +244,7 @@ def _check_images(context: Context[RetrainParams]) -> dict[str, int]:
     Raises:
         JobFailed: there are such items, and `lost` is "refuse".
     """
-    lost = asyncio.run(lost_items(context.settings))
+    _, lost = asyncio.run(items_to_embed(context.settings))
     if lost and context.params.lost == "refuse":
         raise JobFailed(
             f"items without an image that can be read ({described(lost)}): use lost=drop to drop them, or lost=keep to "

@@ -176,6 +176,28 @@ def test_a_job_tells_that_its_images_are_too_few_to_hold_some_out(settings: Sett
     assert "too few to hold out 300 (min_queries)" in store.read_log(job_id)[0].decode()
 
 
+def test_a_dry_run_only_reports(settings: Settings, commands: Commands) -> None:
+    async def fill() -> None:
+        store = await open_embedded(settings.data_dir)
+        tag = make_tag("a" * 64, "cls", (28, 28), "fp32")
+        await store.upsert("shop", [Item("ready-made", np.eye(8, dtype=np.float32)[0])], tag=tag)
+        await store.close()
+
+    asyncio.run(fill())
+    commands.answers["train"] = lambda arguments: "08:03:57  3 images to train on\n08:03:58  estimated time: 5 s\n"
+    store, job_id = started(settings, "retrain", data=["shop"], dry_run=True)
+    job = run(store, job_id, settings)
+    assert (job.state, job.text) == ("succeeded", "this was a dry run: nothing has changed")
+    plan = job.results["plan"]
+    assert plan["champion"]["generation"] == 1
+    assert (plan["gate"]["images"], plan["gate"]["held_out"]) == (3, False)
+    assert (plan["collections"], plan["lost"]) == ({"shop": 1}, {"shop": 1})
+    assert plan["training"] == ["3 images to train on", "estimated time: 5 s"]
+    assert commands.names() == ["train"]
+    assert "--dry-run" in commands.calls[0]
+    assert not (settings.data_dir / "gate").exists()
+
+
 def test_a_missing_image_of_the_gate_ends_the_job_before_the_training(settings: Settings, commands: Commands) -> None:
     store, job_id = started(settings, "retrain", data=["shop"])
     run(store, job_id, settings)
