@@ -8,7 +8,6 @@ take turns. A process whose value was replaced starts with the live generation a
 """
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from model.artifact import ArtifactError, load_artifact, read_manifest
 from model.engines.choice import PHOTOS_AT_LOAD, choose_engine, known_precision
 from service.artifact_choice import artifact_of, choose_artifact, read_photos
 from service.errors import Conflict
-from service.generations import Generation, Generations
+from service.generations import Generation, Generations, utc
 from service.live_models import Opened, Record
 from service.settings import Settings
 
@@ -48,8 +47,10 @@ def load_first(settings: Settings, report: Callable[[str], object]) -> FirstMode
         else:
             path = _path_of(live, settings, report)
         report(f"loading {path.name}")
-        is_kept = live is not None and "engine" not in decisions and _fingerprint(path) == live.fingerprint
-        opened = _open_kept(settings, path, live) if live and is_kept else open_model(settings, path, settings.engine)
+        if live is None or "engine" in decisions or read_manifest(path).fingerprint != live.fingerprint:
+            opened = open_model(settings, path, settings.engine)
+        else:
+            opened = open_generation(settings, path, live)
         try:
             generation = _recorded(generations, live, opened, path, decisions)
         except Conflict:  # another process has switched or applied the same setting while this one was loading
@@ -67,22 +68,22 @@ def _decisions(settings: Settings, generations: Generations) -> dict[str, str]:
     }
 
 
-def _open_kept(settings: Settings, path: Path, live: Generation) -> Opened:
-    """Load the live model with the engine of the settings if that computes the precision of the live generation, and
-    otherwise with the engine of the generation.
+def open_generation(settings: Settings, path: Path, generation: Generation) -> Opened:
+    """Load the artifact of a generation with the engine of the settings if that computes the precision of the
+    generation, and otherwise with the engine of the generation.
 
     Raises:
         ValueError, OSError, ModuleNotFoundError: the artifact is damaged, or no engine here has the precision.
     """
     found = known_precision(settings.engine)
-    if found in (None, live.precision):
+    if found in (None, generation.precision):
         opened = open_model(settings, path, settings.engine)
         found = opened.engine.precision
-        if found == live.precision:
+        if found == generation.precision:
             return opened
         opened.engine.close()
-    what = f"engine={settings.engine} computes {found} here, but generation {live.number} is live with {live.precision}"
-    name = f"{live.engine}:{live.precision}"
+    name = f"{generation.engine}:{generation.precision}"
+    what = f"engine={settings.engine} computes {found} here, but generation {generation.number} has {name}"
     try:
         opened = open_model(settings, path, name)
     except (ValueError, ModuleNotFoundError) as error:
@@ -93,13 +94,9 @@ def _open_kept(settings: Settings, path: Path, live: Generation) -> Opened:
     log.warning(
         "%s: this process uses %s. To change the precision and embed the collections again, call dinov2 models promote "
         "%s --engine %s",
-        *(what, name, live.name, settings.engine),
+        *(what, name, generation.name, settings.engine),
     )
     return opened
-
-
-def _fingerprint(path: Path) -> str:
-    return read_manifest(path).fingerprint
 
 
 def _recorded(
@@ -145,12 +142,8 @@ def _warn_if_replaced(
             "model=%s made generation %d live at %s, and generation %d (%s) has become live since, so this process "
             "serves that one. To change the live model, call dinov2 models promote %s. To stop this warning, set "
             "model=auto",
-            *(settings.model, applied.generation, _utc(applied.time), live.number, live.name, settings.model),
+            *(settings.model, applied.generation, utc(applied.time), live.number, live.name, settings.model),
         )
-
-
-def _utc(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
 
 
 def load_generation(settings: Settings, generation: Generation) -> Opened:

@@ -263,6 +263,11 @@ class Generations:
                 self._stamp.bump()
 
 
+def utc(seconds: float) -> str:
+    """Return a time in seconds since 1970 as text for a message."""
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+
+
 def _applied(db: sqlite3.Connection, setting: str, value: str) -> Applied | None:
     query = "SELECT generation, time FROM applied WHERE setting = ? AND value = ?"
     row = db.execute(query, (setting, value)).fetchone()

@@ -244,7 +244,7 @@ def test_processes_with_different_engines_do_not_take_turns(data_dir: Path, capl
     assert [started(data_dir, "old", engine=engine)[1] for engine in engines] == [1, 2, 2, 2, 2]
     told = [record.message for record in caplog.records if "call dinov2 models promote" in record.message]
     assert len(told) == 2
-    assert "engine=onnxruntime:fp32 computes fp32 here, but generation 2 is live with int8" in told[0]
+    assert "engine=onnxruntime:fp32 computes fp32 here, but generation 2 has fake:int8" in told[0]
     assert "dinov2 models promote old-aaaaaaaa --engine onnxruntime:fp32" in told[0]
     assert "engine=auto" in told[1]
 
@@ -277,7 +277,7 @@ def test_a_process_that_cannot_load_the_live_precision_says_what_to_do(
         return open_model(settings, path, engine)
 
     monkeypatch.setattr(first_model, "open_model", opened)
-    with pytest.raises(ValueError, match=r"generation 1 is live with int8, .* no int8 on this host\. Start it where"):
+    with pytest.raises(ValueError, match=r"generation 1 has fake:int8, .* no int8 on this host\. Start it where"):
         started(data_dir, "old")
     live = Generations(data_dir).live()
     assert live is not None
