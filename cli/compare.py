@@ -63,6 +63,7 @@ def compare(
     from service.errors import ServiceError
     from service.jobs.compare import CompareOptions, Progress
     from service.jobs.compare import compare as compare_models
+    from service.jobs.live_sample import drawn_live
     from service.model_list import named_artifact
 
     try:
@@ -79,7 +80,8 @@ def compare(
         )
         progress = Progress(say=lambda line: typer.echo(line, err=True), advance=_ProgressLines().advance)
         old, new = (named_artifact(name, data_dir, progress.say, warn)[0] for name in (champion, challenger))
-        verdict = compare_models(old, new, data, data_dir, options, progress)
+        with drawn_live(settings, progress.say) as live:
+            verdict = compare_models(old, new, data, data_dir, options, progress, live)
         if out is not None:
             write_text(out, json.dumps(verdict.as_json(), indent=2) + "\n")
     except (ServiceError, ValueError, OSError, ModuleNotFoundError) as error:
@@ -177,12 +179,10 @@ def _rows(verdict: "Verdict") -> "Iterator[tuple[str, ...]]":
     ):
         values = [getattr(signs, name) for signs in (figures.champion, figures.challenger)]
         yield (what, *("NaN" if value is None else f"{value:.3f}" for value in values), "", "")
-    for what, kept in (
-        ("neighbours kept", figures.neighbours_kept),
-        ("the same, live queries", figures.live_neighbours_kept),
-    ):
-        if kept is not None:
-            yield (what, "", "", _percent(kept), "")
+    if figures.neighbours_kept is not None:
+        yield ("neighbours kept", "", "", _percent(figures.neighbours_kept), "")
+    for live in figures.live_neighbours_kept:
+        yield (f"the same, {live.n_items} items of {live.collection}", "", "", _percent(live.kept), "")
 
 
 def _percent(value: float) -> str:

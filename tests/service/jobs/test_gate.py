@@ -257,10 +257,12 @@ def test_neighbours_kept_is_the_overlap_of_the_nearest_images() -> None:
 def test_live_neighbours_are_information_only() -> None:
     rng = np.random.default_rng(7)
     live = Pair(rng.normal(size=(40, 8)).astype(np.float32), rng.normal(size=(40, 8)).astype(np.float32))
-    verdict = judge(Evidence(Pair(INDEX, INDEX), names(INDEX_LABELS), live=live))
+    few = Pair(live.champion[:2], live.challenger[:2])
+    verdict = judge(Evidence(Pair(INDEX, INDEX), names(INDEX_LABELS), live={"shop": live, "few": few}))
     assert verdict.passed
-    assert verdict.figures.live_neighbours_kept is not None
-    assert verdict.figures.live_neighbours_kept == pytest.approx(10 / 39, abs=0.1)
+    [shown] = verdict.figures.live_neighbours_kept
+    assert (shown.collection, shown.n_items) == ("shop", 40)
+    assert shown.kept == pytest.approx(10 / 39, abs=0.1)
 
 
 def test_a_verdict_is_json() -> None:
