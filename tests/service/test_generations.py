@@ -249,6 +249,15 @@ def test_processes_with_different_engines_do_not_take_turns(data_dir: Path, capl
     assert "engine=auto" in told[1]
 
 
+def test_an_engine_with_the_same_precision_changes_nothing(data_dir: Path) -> None:
+    assert started(data_dir, "old") == ("old", 1)
+    assert started(data_dir, "old", engine="onnxruntime-cuda:fp32") == ("old", 1)
+    applied = Generations(data_dir).applied("engine", "onnxruntime-cuda:fp32")
+    assert applied is not None
+    assert applied.generation == 1
+    assert len(Generations(data_dir).all()) == 1
+
+
 def test_the_precision_of_a_benchmark_decides_only_once(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`fastest` may choose another precision at each start."""
     winners = iter(["int8", "fp32", "fp32"])
