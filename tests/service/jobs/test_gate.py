@@ -205,7 +205,7 @@ def test_nan_in_a_crop_is_refused() -> None:
     crops = INDEX[:, None].copy()
     crops[3, 0, 0] = np.inf
     verdict = judge(Evidence(Pair(INDEX, INDEX), views=Pair(INDEX[:, None], crops)))
-    assert verdict.reasons == ("a feature of a crop or of a live query is NaN or infinite",)
+    assert verdict.reasons == ("a feature of a crop is NaN or infinite",)
 
 
 def test_images_without_labels_are_judged_by_their_crops() -> None:
