@@ -88,6 +88,8 @@ PoolingOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 DATA = Path("data")
+MODEL_NAMES = "an artifact folder, the name of a model, its fingerprint, or the number of a generation"
+"""What the commands for models accept as a model (`service.model_list.named_artifact`), for help texts."""
 
 
 def fail(message: object) -> typer.Exit:

@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 
 from model.files import NAME_PATTERN, write_text
 from service.artifact_choice import artifact_of
-from service.generations import Generations
+from service.generations import Generations, utc
 from service.jobs.compare import list_file
 from service.jobs.context import ChildFailed, Context, JobFailed
 from service.jobs.export import ExportParams, run_export
@@ -36,7 +36,7 @@ from service.jobs.train import (
     train_command,
 )
 from service.jobs.verdict import GateRules
-from service.migration import described
+from service.migration.images import described
 from service.schema_base import ONE_OR_MORE
 from service.settings import Settings
 
@@ -243,8 +243,15 @@ def _check_images(context: Context[RetrainParams]) -> dict[str, int]:
 
     Raises:
         JobFailed: there are such items, and `lost` is "refuse".
+        Conflict: the store cannot re-embed collections.
     """
     _, lost = asyncio.run(items_to_embed(context.settings))
+    former = Generations(context.data_dir).window()
+    if former is not None and former.keep_until is not None and not context.params.end_window:
+        context.log(
+            f"generation {former.number} can become live again at once until {utc(former.keep_until)}; if the training "
+            "ends earlier, the job fails before the switch. To give this up, use end_window=true"
+        )
     if lost and context.params.lost == "refuse":
         raise JobFailed(
             f"items without an image that can be read ({described(lost)}): use lost=drop to drop them, or lost=keep to "

@@ -14,7 +14,8 @@ from model.heads.store import list_heads
 from model.zoo import ENTRIES
 from service.answer_schemas import HeadAnswer, ModelAnswer, ModelsAnswer, RemovedModel, RolledBackAnswer
 from service.errors import Conflict, ModelNotFound, StorageFailed
-from service.migration import Places, roll_back
+from service.migration.rollback import roll_back
+from service.migration.work import Places
 from service.model_list import KnownModel, known_models, model_named, remove_model
 from service.options import parse_options
 from service.routes.answers import JsonAnswer, json_response
