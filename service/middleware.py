@@ -70,7 +70,8 @@ log = logging.getLogger(__name__)
 
 class Border:
     """The ASGI middleware around the application. It handles request ids, size limits, compression, deadlines,
-    disconnects, errors, CORS, metrics, traces and the access log. If `tracing` is None, no request is traced."""
+    disconnects, errors, CORS, metrics, traces and the access log. If `tracing` is None, no request is traced.
+    `find_route` stores the route of a request in its scope."""
 
     def __init__(
         self,
@@ -82,6 +83,7 @@ class Border:
         tracing: Tracing | None = None,
         security: Security | None = None,
     ) -> None:
+        find_route: Callable[[Scope], None] = lambda scope: None,
         self.app = app
         self.security = security  # None while the service starts and every request gets the same answer
         self.settings = settings
@@ -90,6 +92,7 @@ class Border:
         self.limits = limits
         self.tracing = tracing
         self.cors = Cors(parse_origins(settings.cors_origins)) if settings.cors_origins else None
+        self.find_route = find_route
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -105,7 +108,7 @@ class _Exchange:
         self._app, self._scope, self._receive, self._send = border.app, scope, receive, send
         self._settings, self._metrics, self._lifecycle = border.settings, border.metrics, border.lifecycle
         self._cors, self._limits, self._tracing = border.cors, border.limits, border.tracing
-        self._security = border.security
+        self._security, self._find_route = border.security, border.find_route
         self._admission: Admission | None = None
         prefix = self._settings.root_path
         if prefix and f"{scope['path']}/".startswith(f"{prefix}/"):  # the proxy has not removed it
@@ -354,6 +357,8 @@ class _Exchange:
             return
         self._error = error
         content_type, body = error_body(error, self._scope["path"], self.request_id, self._settings.root_path)
+        if self._error is not None and not {"router", "refusal"} & self._scope.keys():  # refused before the routing
+            self._find_route(self._scope)
         headers = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
         headers += [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in error.headers.items()]
         if not self._body_ended and self._scope["method"] in ("POST", "PUT", "PATCH"):
