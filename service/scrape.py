@@ -8,6 +8,8 @@ from typing import Final
 
 from service.backup import last_backup
 from service.errors import ServiceError
+from service.features.batcher import Batcher
+from service.features.forward import Row
 from service.jobs.opened import OpenedJobs
 from service.jobs.records import STATES
 from service.search.partners import migrations_of
@@ -60,13 +62,17 @@ async def _observe_jobs(jobs: OpenedJobs, metrics: Metrics) -> None:
 
 def _observe_queues(service: Service) -> None:
     """Set the metrics of the queues of all loaded models, added up."""
+    metrics, all_batchers = service.metrics, batchers(service)
+    metrics.queue_images.set(sum(batcher.images for batcher in all_batchers))
+    metrics.queue_patches.set(sum(batcher.patches for batcher in all_batchers))
+    metrics.queue_age.set(max(batcher.oldest_s for batcher in all_batchers))
+    metrics.engine_up.set(all(batcher.health() is None for batcher in all_batchers))
+
+
+def batchers(service: Service) -> list[Batcher[Row]]:
+    """Return the batchers of all loaded models."""
     pipelines = dict.fromkeys(each.pipeline for each in (service, *service.loaded.services.values()))
-    batchers = [pipeline.batcher for pipeline in pipelines]
-    metrics = service.metrics
-    metrics.queue_images.set(sum(batcher.images for batcher in batchers))
-    metrics.queue_patches.set(sum(batcher.patches for batcher in batchers))
-    metrics.queue_age.set(max(batcher.oldest_s for batcher in batchers))
-    metrics.engine_up.set(all(batcher.health() is None for batcher in batchers))
+    return [pipeline.batcher for pipeline in pipelines]
 
 
 async def observe_collections(service: Service) -> list[str]:

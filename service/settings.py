@@ -39,6 +39,8 @@ READ_BY_COMPOSE = frozenset({"DINOV2_MEMORY"})
 them to it."""
 _SECRET: Final = ("redis_url", "jobs_redis_url", "originals_url", "vector_store")
 """Settings whose values may contain a password, so error messages do not show them."""
+_IN_FILES: Final = ("vector_store", "originals_url")
+"""Settings that can be in a file instead, which the setting with `_file` at the end of its name names."""
 _OWN_PATHS: Final = frozenset({"v1", "livez", "readyz", "metrics", "docs", "redoc", "openapi.json"})
 """The first parts of the paths of all routes. With one of them as the prefix, it would be ambiguous whether a proxy has
 removed the prefix."""
@@ -116,7 +118,14 @@ class Settings(BaseSettings):
         "embedded",
         description="where vectors are stored: embedded (in data_dir), or milvus://[user:password@]host[:port][/database]",
     )
+    vector_store_file: Path | None = Field(
+        None,
+        description="file that contains vector_store, for instance a secret with a password; instead of vector_store",
+    )
     originals_url: str | None = Field(None, description="URL where original images are stored; unset: in data_dir")
+    originals_url_file: Path | None = Field(
+        None, description="file that contains originals_url, for instance a secret; instead of originals_url"
+    )
 
     local_worker: bool = Field(
         True, description="whether the service starts a worker process for jobs, which ends with the service"
@@ -278,6 +287,20 @@ class Settings(BaseSettings):
                 raise ValueError(f"{name} with redis_password_file: {error}") from None
         return values | urls
 
+    @model_validator(mode="before")
+    @classmethod
+    def _secrets_are_read(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Add the settings that are in files, and return the settings."""
+        files = {name: file for name in _IN_FILES if (file := values.get(f"{name}_file"))}
+        for name, file in files.items():
+            if values.get(name):
+                raise ValueError(f"{name} and {name}_file must not both be set")
+            try:
+                files[name] = secret_in(expanded(Path(str(file))))
+            except ValueError as error:
+                raise ValueError(f"{name}_file: {error}") from None
+        return values | files
+
     @field_validator("root_path")
     @classmethod
     def _root_path_is_a_prefix(cls, value: str) -> str:
@@ -288,7 +311,9 @@ class Settings(BaseSettings):
             raise ValueError(f"must not begin with /{first}, because the service has routes there")
         return prefix
 
-    @field_validator("data_dir", "engine_photos", "redis_password_file", "audit_log")
+    @field_validator(
+        "data_dir", "engine_photos", "redis_password_file", "vector_store_file", "originals_url_file", "audit_log"
+    )
     @classmethod
     def _home_is_expanded(cls, value: Path | None) -> Path | None:
         return None if value is None else expanded(value)

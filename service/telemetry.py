@@ -129,7 +129,7 @@ class Metrics:
         self.images = counter("images_total", "Images that the engine processed.")
         self.dropped = counter("dropped_images_total", "Images whose clients disconnected while they were queued.")
         self.engine_errors = counter("engine_errors_total", "Forward passes that failed.")
-        self.engine_up = gauge("engine_up", "1 if the thread of each loaded model works; 0 if one has died or hangs.")
+        self.engine_up = gauge("engine_up", "1 if the engine and the thread of each loaded model work; 0 otherwise.")
         self.failed_images = counter(
             "failed_images_total",
             "Images that were refused or could not be processed, by the code of the error.",

@@ -226,6 +226,7 @@ class Pipeline:
             queue_max_patches=limits.queue_max_patches,
             metrics=metrics,
             hang_timeout_s=limits.hang_timeout_s,
+            probe=lambda: self._forward(self._zeros()[None]),
         )
 
     async def embed(self, images: Sequence[Outcome[bytes]], *, store_patches: bool = False) -> list[Outcome[Embedded]]:
@@ -327,8 +328,11 @@ class Pipeline:
     async def warm_up(self) -> None:
         """Run one forward pass on zeros, so that the first request does not have to wait until the runtime is
         initialised."""
-        height, width = self.artifact.manifest.input_size
-        await self._row(np.zeros((3, height, width), np.float32))
+        await self._row(self._zeros())
+
+    def _zeros(self) -> FloatArray:
+        """Return zeros of the input size, [3, h, w]."""
+        return np.zeros((3, *self.artifact.manifest.input_size), np.float32)
 
     def forward_zeros(self, height: int, width: int) -> FloatArray:
         """Run one forward pass on zeros, and return the patch features [N, D]. Call this method in a worker thread, as
