@@ -1,11 +1,11 @@
 """Decodes untrusted bytes to RGB pixels for serving, indexing, training and evaluation.
 
-The steps are: byte limit -> format from the first bytes (allow-list) -> JPEG scan count, PNG chunks -> header -> pixel
-and shape limits -> pixels -> 8-bit RGB -> EXIF orientation. No pixel is decompressed until the limits have been
-checked. Pillow reads the files. Hostile bytes can make Pillow raise almost any exception. `_translated` turns each
-exception into one of three errors:
+The steps are: byte limit -> format from the first bytes (allow-list) -> number of parts (model/image_structure) ->
+header -> pixel and shape limits -> pixels -> 8-bit RGB -> EXIF orientation. No pixel is decompressed until the limits
+have been checked. Pillow reads the files. Hostile bytes can make Pillow raise almost any exception. `_translated` turns
+each exception into one of three errors:
 
-    TooLarge     too many bytes, pixels or JPEG scans, or too extreme an aspect ratio
+    TooLarge     too many bytes, pixels or parts such as JPEG scans, or too extreme an aspect ratio
     Unsupported  an unknown format or pixel type
     Broken       damaged or truncated data in a known format
 
@@ -22,9 +22,6 @@ How pixels are interpreted:
   up to 1 MiB. HEIC files describe the orientation outside EXIF, and their decoder applies it.
 """
 
-import re
-import struct
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,22 +30,15 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError, features
+from PIL import AvifImagePlugin, ExifTags, Image, UnidentifiedImageError, features
+
+from model.image_structure import checked
+from model.image_structure.limits import Broken as Broken
+from model.image_structure.limits import DecodeError as DecodeError
+from model.image_structure.limits import TooLarge as TooLarge
+from model.image_structure.limits import Unsupported as Unsupported
 
 Pixels = npt.NDArray[np.uint8]  # RGB [H, W, 3], upright
-
-
-class DecodeError(ValueError):
-    """The error raised when an image cannot be decoded. The message gives the reason and any limit exceeded."""
-
-
-class TooLarge(DecodeError): ...
-
-
-class Unsupported(DecodeError): ...
-
-
-class Broken(DecodeError): ...
 
 
 # Format -> its signatures as (offset, bytes). A file has the format if one of them matches.
@@ -83,6 +73,7 @@ FORMATS = (
     *(name for name in SIGNATURES if name not in BUILD_FEATURES or features.check(BUILD_FEATURES[name])),
     *([HEIC] if _has_heic() else []),
 )
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # as for HEIC: several images are decoded in parallel
 PILLOW_NAMES = {HEIC: "HEIF"}  # the formats for which Pillow has another name
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
@@ -99,28 +90,6 @@ ORIENTATIONS = {  # EXIF tag 0x0112 -> the operation that turns the image uprigh
 TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC, TIFF_TILE_WIDTH, TIFF_TILE_LENGTH = 258, 262, 322, 323
 TIFF_WHITE_IS_ZERO = 0
 PILLOW_MAX_PIXELS = 178_956_970  # Pillow's own limit (twice its MAX_IMAGE_PIXELS); it refuses larger images
-
-JPEG_MAX_SCANS = 100
-"""The maximum number of scans in a JPEG. Progressive encoders write about 10 scans.
-
-Each scan covers the whole image, so a scan of a hundred bytes may take as long to decode as a scan of a megabyte.
-libtiff enforces the same limit for JPEG data in TIFF files.
-"""
-
-JPEG_MAX_SEGMENTS = 2000
-"""The maximum number of segments in a JPEG. 20 MB of metadata fill about 300 segments of the largest possible size."""
-
-PNG_MAX_CHUNKS = 100_000
-"""The maximum number of chunks in a PNG. Encoders write 20 MB of pixels in about 2,500 chunks."""
-
-_PNG_HEAD = struct.Struct(">I4s")  # length and name of a chunk; the content and its CRC (4 bytes) follow
-_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
-_PNG_ORIENTATION_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif")
-_PNG_TEXT_BYTES = 2**20  # Pillow's limit for one text or profile
-
-# Matches any marker except a stuffed zero, padding, a restart and TEM.
-_JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
-_SOI, _EOI, _SOS = b"\xd8", b"\xd9", b"\xda"
 
 
 @dataclass(frozen=True)
@@ -177,7 +146,7 @@ def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS, *, on_size: OnSiz
     `on_size` is called again with the frame's width and height.
 
     Raises:
-        TooLarge: the image exceeds one of `limits`, or a JPEG has too many scans or segments.
+        TooLarge: the image exceeds one of `limits`, or it has too many parts, such as scans of a JPEG.
         Unsupported: the format or the pixel type is not supported.
         Broken: `data` is empty, damaged or truncated.
     """
@@ -213,10 +182,7 @@ def decode_stored(
     name = sniff(data)
     if name not in FORMATS:
         raise Unsupported(_why_unsupported(data, name))
-    if name == "JPEG":
-        _check_scans(data)
-    if name == "PNG":
-        data = _without_texts(data)
+    data = checked(name, data)
     with _translated(name, limits), Image.open(BytesIO(data), formats=[PILLOW_NAMES.get(name, name)]) as image:
         _check_header(image, limits)
         size = image.size
@@ -282,79 +248,6 @@ def _reason(error: Exception) -> str:
     """
     text = " ".join(str(error).split())
     return text[:200] if text else type(error).__name__
-
-
-def _check_scans(data: bytes) -> None:
-    """Raise an error if a JPEG has too many scans or segments. Damaged data raises no error here.
-
-    The function reads one marker after another, as libjpeg does. It uses each segment's length to skip the segment,
-    because a thumbnail in EXIF has scans of its own. It skips a scan's data up to the next marker. It ignores data
-    after the end of the image, where some phones append a second image or a video.
-
-    Raises:
-        TooLarge: there are more than `JPEG_MAX_SCANS` scans or `JPEG_MAX_SEGMENTS` segments.
-    """
-    position, scans, segments = 2, 0, 0
-    while (marker := _JPEG_MARKER.search(data, position)) and marker[1] not in (_SOI, _EOI):
-        segments += 1
-        scans += marker[1] == _SOS
-        if scans > JPEG_MAX_SCANS:
-            raise TooLarge(f"the JPEG has more than {JPEG_MAX_SCANS} scans; save it with fewer")
-        if segments > JPEG_MAX_SEGMENTS:
-            raise TooLarge(f"the JPEG has more than {JPEG_MAX_SEGMENTS} segments; save it without its metadata")
-        length = int.from_bytes(data[marker.end() : marker.end() + 2], "big")
-        position = marker.end() + max(2, length)  # a length includes its own two bytes
-
-
-def _without_texts(data: bytes) -> bytes:
-    """Return a PNG without its texts, colour profile and damaged optional chunks, which do not affect the pixels.
-
-    Pillow rejects a PNG in which a text or profile is larger than 1 MiB. Texts that may contain the orientation are
-    kept if Pillow can read them. Other chunks of more than 1 MiB are kept even if they are damaged. If there is nothing
-    to remove, `data` itself is returned.
-
-    Raises:
-        TooLarge: there are more than `PNG_MAX_CHUNKS` chunks.
-    """
-    parts: list[bytes] = []
-    kept_from, start, n_chunks = 0, 8, 0
-    while start + 12 <= len(data):
-        length, name = _PNG_HEAD.unpack_from(data, start)
-        end = start + 12 + length
-        n_chunks += 1
-        if n_chunks > PNG_MAX_CHUNKS:
-            raise TooLarge(f"the PNG has more than {PNG_MAX_CHUNKS} chunks; save it again")
-        is_optional = name[0] & 0x20 and name != b"tRNS"  # lower case; tRNS is transparency
-        if is_optional and end <= len(data) and _is_removed(name, data, start, end):
-            parts.append(data[kept_from:start])
-            kept_from = end
-        start = end
-    return b"".join([*parts, data[kept_from:]]) if parts else data
-
-
-def _is_removed(name: bytes, data: bytes, start: int, end: int) -> bool:
-    """Return whether `_without_texts` removes the optional chunk at data[start:end]."""
-    if name == b"iCCP":
-        return True
-    if name in _PNG_TEXTS:
-        keyword, _, text = data[start + 8 : end - 4].partition(b"\0")
-        if keyword not in _PNG_ORIENTATION_TEXTS or len(text) > _PNG_TEXT_BYTES:
-            return True
-        if name == b"iTXt" and text[:1] != b"\0":  # compressed, which XMP never is
-            return True
-        if name == b"zTXt" and not _is_small_when_unpacked(text[1:]):
-            return True
-    is_small = end - start <= _PNG_TEXT_BYTES
-    return is_small and zlib.crc32(data[start + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big")
-
-
-def _is_small_when_unpacked(packed: bytes) -> bool:
-    unpacker = zlib.decompressobj()
-    try:
-        unpacker.decompress(packed, _PNG_TEXT_BYTES)
-    except zlib.error:
-        return False
-    return not unpacker.unconsumed_tail
 
 
 def _check_header(image: Image.Image, limits: DecodeLimits) -> None:
