@@ -73,7 +73,7 @@ FORMATS = (
     *(name for name in SIGNATURES if name not in BUILD_FEATURES or features.check(BUILD_FEATURES[name])),
     *([HEIC] if _has_heic() else []),
 )
-AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # as for HEIC: several images are decoded in parallel
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # as for HEIC
 PILLOW_NAMES = {HEIC: "HEIF"}  # the formats for which Pillow has another name
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
@@ -92,11 +92,30 @@ TIFF_WHITE_IS_ZERO = 0
 PILLOW_MAX_PIXELS = 178_956_970  # Pillow's own limit (twice its MAX_IMAGE_PIXELS); it refuses larger images
 
 
+# Bytes per pixel that a decoder takes besides Pillow's image: while it decodes, and while the image is converted to
+# RGB. docs/decisions/0044-decoding-hostile-images.md has the measurements.
+DECODER_BYTES: dict[str, tuple[int, int]] = {
+    "JPEG": (6, 0),  # coefficients of 16 bits, if there are several scans
+    "PNG": (0, 0),
+    "WEBP": (14, 8),  # two canvases, and a copy of the frame
+    "GIF": (0, 0),
+    "BMP": (0, 0),
+    "TIFF": (8, 0),  # a strip of the whole image with 4 samples of 16 bits
+    "AVIF": (16, 8),  # planes of 10 bits with alpha, RGB, and a copy of it
+    "HEIC": (16, 8),
+}
+STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # per pixel in Pillow; the other modes: 4
+CONVERSION_BYTES = {"RGB": 0, "1": 4, "L": 4, "P": 4, "CMYK": 4, "YCbCr": 4, "RGBA": 5, "LA": 9}
+"""Bytes per pixel that the conversion to RGB takes besides Pillow's image, for images without transparency, for RGBA
+and for LA."""
+_TRANSPARENT_BYTES, _OTHER_BYTES, _ARRAY_BYTES = 9, 13, 8  # the last: to turn the image upright, and for the array
+
+
 @dataclass(frozen=True)
 class DecodeLimits:
     """The limits on the size and shape of an image. They are checked before any pixel is decompressed.
 
-    A decoded image needs 3 to 4 bytes of memory per pixel. Decoding can briefly need twice as much.
+    `on_memory` of `decode` says how much memory an image takes.
 
     Raises:
         ValueError: a limit is out of range.
@@ -134,25 +153,49 @@ class Stored(NamedTuple):
 
 
 OnSize = Callable[[int, int], None]
+OnMemory = Callable[[int], None]
+
+_BAND_PIXELS = 2**20  # pixels that are converted to an array at a time
 
 
-def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS, *, on_size: OnSize | None = None) -> Pixels:
+def decode(
+    data: bytes,
+    limits: DecodeLimits = DEFAULT_LIMITS,
+    *,
+    on_size: OnSize | None = None,
+    on_memory: OnMemory | None = None,
+) -> Pixels:
     """Decode an image to RGB and return its pixels as a uint8 array [H, W, 3], contiguous and upright.
 
     The array may be read-only.
 
-    `on_size` is called with the stored image's width and height when its header has been read. It may raise a
-    DecodeError to refuse the image before any pixel is decompressed. If a frame is larger than the header states,
-    `on_size` is called again with the frame's width and height.
+    `on_size` is called with the stored image's width and height when its header has been read, and then `on_memory`
+    with the highest number of bytes that decoding takes, including the array. Both may raise a DecodeError to refuse
+    the image before any pixel is decompressed. If a frame is larger than the header states, both are called again with
+    the frame's numbers.
 
     Raises:
         TooLarge: the image exceeds one of `limits`, or it has too many parts, such as scans of a JPEG.
         Unsupported: the format or the pixel type is not supported.
         Broken: `data` is empty, damaged or truncated.
     """
-    stored = decode_stored(data, limits, on_size=on_size)
+    rgb, orientation, *_ = decode_stored(data, limits, on_size=on_size, on_memory=on_memory)
     with _translated("image", limits):
-        return np.ascontiguousarray(np.asarray(upright(stored.rgb, stored.orientation)))
+        rgb = upright(rgb, orientation)
+        return _as_array(rgb)
+
+
+def _as_array(rgb: Image.Image) -> Pixels:
+    """Return the pixels of an image of mode RGB. Pillow's own conversion would copy a large image twice."""
+    width, height = rgb.size
+    if width * height <= 2 * _BAND_PIXELS:
+        return np.ascontiguousarray(np.asarray(rgb))
+    pixels = np.empty((height, width, 3), np.uint8)
+    rows = max(1, _BAND_PIXELS // width)
+    for top in range(0, height, rows):
+        bottom = min(height, top + rows)
+        pixels[top:bottom] = np.asarray(rgb.crop((0, top, width, bottom)))
+    return pixels
 
 
 def decode_stored(
@@ -161,6 +204,7 @@ def decode_stored(
     *,
     least_side: int | None = None,
     on_size: OnSize | None = None,
+    on_memory: OnMemory | None = None,
 ) -> Stored:
     """Decode an image to RGB and return it without turning it upright.
 
@@ -170,7 +214,7 @@ def decode_stored(
         least_side: the minimum side, in pixels, of a JPEG that is decoded at reduced size. A JPEG is decoded at 1/2,
             1/4 or 1/8 of its size, which is faster, if both sides of the result are at least this long. If None, JPEGs
             are decoded at full size. Other formats are always decoded at full size.
-        on_size: as in `decode`, without `least_side`.
+        on_size, on_memory: as in `decode`, without `least_side`.
 
     Raises:
         TooLarge, Unsupported, Broken: for the same reasons as in `decode`.
@@ -186,14 +230,20 @@ def decode_stored(
     with _translated(name, limits), Image.open(BytesIO(data), formats=[PILLOW_NAMES.get(name, name)]) as image:
         _check_header(image, limits)
         size = image.size
-        if on_size is not None:
-            on_size(*size)
+        _announce(name, image, on_size, on_memory)
         drawn = None if least_side is None else image.draft(None, (least_side, least_side))
         image.load()
         _check_header(image, limits)  # a frame may be larger than the header states
-        if on_size is not None and image.size != size:
-            on_size(*image.size)
+        if drawn is None and image.size != size:
+            _announce(name, image, on_size, on_memory)
         return Stored(_to_rgb(image), _orientation(image), size if drawn else image.size, drawn[1] if drawn else None)
+
+
+def _announce(name: str, image: Image.Image, on_size: OnSize | None, on_memory: OnMemory | None) -> None:
+    if on_size is not None:
+        on_size(*image.size)
+    if on_memory is not None:
+        on_memory(_bytes_to_decode(name, image))
 
 
 def sniff(data: bytes) -> str | None:
@@ -250,6 +300,27 @@ def _reason(error: Exception) -> str:
     return text[:200] if text else type(error).__name__
 
 
+def _bytes_to_decode(name: str, image: Image.Image) -> int:
+    """Return the highest number of bytes that decoding an image takes, from its header."""
+    stored = STORED_BYTES.get(image.mode, 4)
+    decoder, kept = DECODER_BYTES[name]
+    conversion = CONVERSION_BYTES.get(image.mode, _OTHER_BYTES)
+    if "transparency" in image.info:
+        conversion = max(conversion, _TRANSPARENT_BYTES)
+    width, height = image.size
+    each = max(stored + decoder, stored + kept + conversion, _ARRAY_BYTES)
+    tile_width, tile_height = _tile_size(image)
+    return width * height * each + tile_width * tile_height * decoder
+
+
+def _tile_size(image: Image.Image) -> tuple[int, int]:
+    """Return the width and height of a TIFF's tiles, or (0, 0). libtiff allocates a whole tile, even for an image of
+    one pixel."""
+    tags = getattr(image, "tag_v2", {})
+    width, height = tags.get(TIFF_TILE_WIDTH, 0), tags.get(TIFF_TILE_LENGTH, 0)
+    return (width, height) if isinstance(width, int) and isinstance(height, int) else (0, 0)
+
+
 def _check_header(image: Image.Image, limits: DecodeLimits) -> None:
     width, height = image.size
     if width < 1 or height < 1:
@@ -258,11 +329,7 @@ def _check_header(image: Image.Image, limits: DecodeLimits) -> None:
     if max(width, height) > limits.max_aspect_ratio * min(width, height):
         ratio = f"{limits.max_aspect_ratio:g}"
         raise TooLarge(f"the image is {width} x {height}: one side may be at most {ratio} times the other")
-    # libtiff allocates a whole tile, even for an image of one pixel
-    tags = getattr(image, "tag_v2", {})
-    tile_width, tile_height = tags.get(TIFF_TILE_WIDTH, 0), tags.get(TIFF_TILE_LENGTH, 0)
-    if isinstance(tile_width, int) and isinstance(tile_height, int):
-        _check_pixels("a tile", tile_width, tile_height, limits)
+    _check_pixels("a tile", *_tile_size(image), limits)
 
 
 def _check_pixels(what: str, width: int, height: int, limits: DecodeLimits) -> None:
