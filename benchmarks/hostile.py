@@ -113,23 +113,26 @@ def forget_peak(pid: int) -> None:
 @contextlib.contextmanager
 def limited(pid: int, limit_bytes: int) -> Iterator[bool]:
     """Put a process into a cgroup with a memory limit. Yield whether this was possible."""
-    group = CGROUPS / f"dinov2-hostile-{pid}"
-    try:
-        group.mkdir()
-        (group / "memory.max").write_text(str(limit_bytes))
-        (group / "cgroup.procs").write_text(str(pid))
-    except OSError:
-        with contextlib.suppress(OSError):
-            group.rmdir()
-        yield False
+    for root, limit_file in ((CGROUPS, "memory.max"), (CGROUPS / "memory", "memory.limit_in_bytes")):  # version 2, 1
+        group = root / f"dinov2-hostile-{pid}"
+        try:
+            group.mkdir()
+            for name, value in ((limit_file, limit_bytes), ("cgroup.procs", pid)):
+                with open(group / name, "r+") as file:  # the kernel has made it, if the folder is a cgroup
+                    file.write(str(value))
+        except OSError:
+            with contextlib.suppress(OSError):
+                group.rmdir()
+            continue
+        try:
+            yield True
+        finally:
+            with contextlib.suppress(OSError):  # the process may have ended
+                for member in (group / "cgroup.procs").read_text().split():
+                    (root / "cgroup.procs").write_text(member)
+                group.rmdir()
         return
-    try:
-        yield True
-    finally:
-        with contextlib.suppress(OSError):  # the process may have ended
-            for member in (group / "cgroup.procs").read_text().split():
-                (CGROUPS / "cgroup.procs").write_text(member)
-            group.rmdir()
+    yield False
 
 
 # ---- the phases
