@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model.cpus import available_cpus
 from model.files import expanded
+from model.memory import available_memory
 from model.messages import in_words
 from model.zoo import HUGGING_FACE_URL, META_URL
 from service.addresses import (
@@ -206,6 +207,12 @@ class Settings(BaseSettings):
         ge=1,
         le=65_536,
         description="highest number of patches in the network's input if a request chooses its size",
+    )
+    decode_memory_bytes: int | None = Field(
+        None,
+        ge=2**26,
+        description="limit on the memory that images take while they are decoded, all together; unset: three eighths "
+        "of the memory of the container or machine; see docs/deployment.md",
     )
     decode_workers: int = Field(default_factory=available_cpus, ge=1, le=256, description="number of decoding threads")
 
@@ -404,6 +411,11 @@ class Settings(BaseSettings):
     def burst_pixels(self) -> int:
         """What a client may use at once, in pixels. 0 if there is no rate limit."""
         return self.rate_burst_pixels or 60 * (self.rate_pixels_per_s or 0)
+
+    @property
+    def memory_for_decoding(self) -> int:
+        """What images may take while they are decoded, in bytes."""
+        return self.decode_memory_bytes or available_memory() * 3 // 8
 
     @property
     def items_per_request(self) -> int:

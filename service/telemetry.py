@@ -126,6 +126,11 @@ class Metrics:
         self.queue_patches = gauge("queue_patches", "Patches that wait for the engine.")
         self.queue_age = gauge("queue_oldest_seconds", "Time that the oldest image has waited for the engine.")
         self.decode_workers = gauge("decode_workers", "Number of decoding threads.")
+        self.decode_process_deaths = counter(
+            "decode_process_deaths_total",
+            "Processes that ended while they decoded an image: crash, or time if it took too long.",
+            "reason",
+        )
         self.images = counter("images_total", "Images that the engine processed.")
         self.dropped = counter("dropped_images_total", "Images whose clients disconnected while they were queued.")
         self.engine_errors = counter("engine_errors_total", "Forward passes that failed.")
