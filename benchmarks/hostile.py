@@ -185,7 +185,7 @@ def p99_ms(latencies: list[float]) -> float:
 def attack(base_url: str, pid: int, files: list[Case], connections: int, stop: threading.Event) -> Counter[int]:
     """Send all files from several connections. The first one also sends forms of large images. Kill a decoding process
     every ten seconds."""
-    form = [("file", (f"{index}.png", png_of_zeros(BIG, colour=index % 2 * 2))) for index in range(16)]
+    form = [("file", (f"{side}.png", png_of_zeros(side))) for side in range(BIG - 1500, BIG + 1, 100)]
     statuses: Counter[int] = Counter()
 
     def part(number: int) -> None:
