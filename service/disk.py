@@ -8,6 +8,7 @@ docs/decisions/0046-storage-faults.md.
 import errno
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,7 @@ RESERVE_BYTES: Final = 64 * 2**20
 transaction."""
 _SHARE: Final = 4  # the reserve of a small disk is this part of it
 _LOW: Final = 16  # the reserve is made when less than this many times its size is free
+_ASK_AGAIN_S: Final = 0.2
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
 Identity = tuple[int, int]
@@ -80,6 +82,7 @@ class Reserve:
         self._folder = folder
         self._path = folder / "reserve"
         self.size = self._default_size() if size is None else size
+        self._enough_until = 0.0
 
     def _default_size(self) -> int:
         try:
@@ -90,7 +93,14 @@ class Reserve:
 
     def keep(self) -> bool:
         """Make the reserve if the disk is nearly full. Return False if there is not enough space for it."""
-        return self._free() >= _LOW * self.size or self._is_there() or self._make()
+        if self._free() >= _LOW * self.size:
+            self._enough_until = time.monotonic() + _ASK_AGAIN_S
+            return True
+        return self._is_there() or self._make()
+
+    def has_enough(self) -> bool:
+        """Return whether `keep` has just found a disk with enough space. This needs no system call."""
+        return time.monotonic() < self._enough_until
 
     def is_short(self) -> bool:
         """Return whether writes are refused or about to be: the disk is full, or the reserve is missing."""

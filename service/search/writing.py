@@ -81,7 +81,9 @@ class Writer:
 
     def _check_space(self, db: sqlite3.Connection) -> None:
         """Raise InsufficientStorage if the space that is left is kept for deletions."""
-        self._place.check()  # before anything is written to another folder
+        if self._reserve.has_enough():
+            return
+        self._place.check()  # before the reserve is made in another folder
         with translated("the vector store"):
             if self._reserve.keep():
                 return
