@@ -61,7 +61,8 @@ def list_(data_dir: DataDirOption = DATA, store: StoreOption = None, as_json: Js
         fingerprint, _, rest = row["tag"].partition("/")
         numbers = f"{row['count']:>10}  {row['dimension']:>5}"
         made_by = f"{fingerprint[:8]:<8}  {rest.partition('/')[0]:<8}"
-        typer.echo(f"{row['name']:<{width}}  {numbers}  {made_by}  {', '.join(row['aliases'])}")
+        damaged = ["(damaged)"] if row.get("damaged") else []
+        typer.echo(f"{row['name']:<{width}}  {numbers}  {made_by}  {', '.join([*row['aliases'], *damaged])}")
 
 
 @app.command()
@@ -314,7 +315,8 @@ def import_(
 
 def described(info: "CollectionInfo") -> dict[str, Any]:
     """Return a collection's name, number of items and settings, for JSON output."""
-    return {"name": info.name, "count": info.count, **asdict(info.spec)}
+    damaged = {"damaged": True} if info.is_damaged else {}
+    return {"name": info.name, "count": info.count, **asdict(info.spec), **damaged}
 
 
 def able(store: "VectorStore", capability: str) -> object:

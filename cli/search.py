@@ -343,7 +343,7 @@ def _photos_kept(
         return
     from service.originals import Originals
 
-    yield Originals(settings.originals_place).put
+    yield Originals(settings.originals_place, max_bytes=settings.max_originals_bytes).put
 
 
 @contextmanager

@@ -195,6 +195,11 @@ class Collection(TypedDict):
     originals: bool
     count: int
     aliases: list[str]
+    damaged: NotRequired[
+        Annotated[
+            bool, Field(description="true if the items can neither be read nor written, because rows are damaged")
+        ]
+    ]
 
 
 class CollectionAnswer(Collection, Identity):
@@ -518,7 +523,9 @@ class ReadyzAnswer(Identity):
     """The answer to `GET /readyz`."""
 
     status: Literal["ready", "degraded", "unready"]
-    reasons: NotRequired[dict[str, str]]
+    reasons: NotRequired[
+        Annotated[dict[str, str], Field(description="what is wrong, by part, if the service is unready or degraded")]
+    ]
     cache: CacheStatus
     unsearchable_collections: Annotated[
         int, Field(description="number of collections whose model is not loaded, so they cannot be searched by image")

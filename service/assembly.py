@@ -51,7 +51,7 @@ async def opened_service(
     """
     metrics, lifecycle = metrics or Metrics(), lifecycle or Lifecycle()
     async with AsyncExitStack() as stack:
-        originals = Originals(settings.originals_place)
+        originals = Originals(settings.originals_place, max_bytes=settings.max_originals_bytes)
         stack.push_async_callback(originals.close)
         cache = _cache(settings, metrics) if cache is None else cache
         stack.push_async_callback(cache.close)

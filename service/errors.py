@@ -6,6 +6,7 @@
     ├── Unauthenticated                 401 unauthenticated (WWW-Authenticate)
     ├── MissingScope                    403 missing_scope (WWW-Authenticate)
     ├── CrossOrigin                     403 cross_origin
+    ├── QuotaExceeded                   403 quota_exceeded
     ├── NotFound                        404 not_found
     │   ├── ModelNotFound               404 model_not_found
     │   ├── CollectionNotFound          404 collection_not_found
@@ -29,6 +30,10 @@
     ├── ClientGone                      499 client_closed_request (only logged)
     ├── EngineFailed                    500 engine_failed
     ├── StorageFailed                   500 storage_failed
+    │   ├── StorageDamaged              500 storage_damaged
+    │   ├── StorageBusy                 503 storage_busy (Retry-After)
+    │   ├── StorageReplaced             503 storage_replaced
+    │   └── InsufficientStorage         507 insufficient_storage
     ├── Unavailable                     503 unavailable
     │   ├── QueueFull                   503 queue_full (Retry-After)
     │   ├── ShuttingDown                503 shutting_down (Retry-After)
@@ -115,6 +120,9 @@ class MissingScope(ServiceError): ...
 
 
 class CrossOrigin(ServiceError): ...
+
+
+class QuotaExceeded(ServiceError): ...
 
 
 class NotFound(ServiceError): ...
@@ -247,6 +255,22 @@ class EngineFailed(ServiceError): ...
 class StorageFailed(ServiceError): ...
 
 
+class StorageDamaged(StorageFailed): ...
+
+
+class StorageBusy(StorageFailed):
+    """The error for a database that another process keeps locked. The client should try again."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, headers={"Retry-After": "5"})
+
+
+class StorageReplaced(StorageFailed): ...
+
+
+class InsufficientStorage(StorageFailed): ...
+
+
 class Unavailable(ServiceError):
     """An error that is raised while the service cannot answer requests. If `retry_after_s` is set, the client should
     try again after this number of seconds."""
@@ -275,6 +299,7 @@ ERRORS: dict[type[ServiceError], ErrorKind] = {
     Unauthenticated: ErrorKind(401, "unauthenticated", "No valid API key"),
     MissingScope: ErrorKind(403, "missing_scope", "Scope missing"),
     CrossOrigin: ErrorKind(403, "cross_origin", "Page of another origin"),
+    QuotaExceeded: ErrorKind(403, "quota_exceeded", "Quota exceeded"),
     NotFound: ErrorKind(404, "not_found", "Not found"),
     ModelNotFound: ErrorKind(404, "model_not_found", "Model not found"),
     CollectionNotFound: ErrorKind(404, "collection_not_found", "Collection not found"),
@@ -298,6 +323,10 @@ ERRORS: dict[type[ServiceError], ErrorKind] = {
     ClientGone: ErrorKind(499, "client_closed_request", "Client closed request"),
     EngineFailed: ErrorKind(500, "engine_failed", "Engine failed"),
     StorageFailed: ErrorKind(500, "storage_failed", "Storage failed"),
+    StorageDamaged: ErrorKind(500, "storage_damaged", "Stored data damaged"),
+    StorageBusy: ErrorKind(503, "storage_busy", "Storage busy"),
+    StorageReplaced: ErrorKind(503, "storage_replaced", "Data folder replaced"),
+    InsufficientStorage: ErrorKind(507, "insufficient_storage", "Disk full"),
     Unavailable: ErrorKind(503, "unavailable", "Unavailable"),
     QueueFull: ErrorKind(503, "queue_full", "Queue full"),
     ShuttingDown: ErrorKind(503, "shutting_down", "Shutting down"),

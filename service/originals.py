@@ -15,6 +15,10 @@ Several items may share one image, even in different collections. So an image st
 safe while other requests store images, `put` renews the time stamp of an image that is already stored, and `erase`
 spares images with a new time stamp.
 
+If a local folder is removed or replaced while the service runs, nothing more is stored or erased in it. The optional
+quota counts the stored images once and then adds what is stored, so several processes together may exceed it until the
+next count.
+
 Exceptions of the storage packages are translated to `StorageFailed` errors, which contain no paths or addresses.
 """
 
@@ -22,6 +26,7 @@ import asyncio
 import hashlib
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +38,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from model.files import sync, write_bytes
-from service.errors import NotFound, ServiceError, StorageFailed
+from service.disk import InPlace, is_full
+from service.errors import InsufficientStorage, NotFound, QuotaExceeded, ServiceError, StorageFailed
 
 THREADS: Final = 4
 """The number of threads, and so the highest number of concurrent calls to the storage. It is small because each call
@@ -43,10 +49,11 @@ RENEW_REMOTE_AFTER_S: Final = 12 * 3600.0
 """The age of a stored image from which `put` renews its time stamp. In a remote storage, this means to send the image
 again, so it is done more rarely."""
 SCHEME: Final = "original:"
+COUNT_AGAIN_S: Final = 600.0
+"""The time after which the stored bytes are counted again, if there is a quota."""
 _ERASING: Final = ".erasing"
 _TIME_FIELDS: Final = ("LastModified", "last_modified")  # s3fs and adlfs
 SHA256: Final = re.compile("[0-9a-f]{64}")
-"""The form of a digest: the sha256 of an image in hex."""
 """The form of a digest: the sha256 of an image in hex."""
 T = TypeVar("T")
 
@@ -82,14 +89,20 @@ def photo_digest(item: HasPhoto) -> str | None:
 
 class Originals:
     """A store of original images. Several calls may run at the same time, and several processes may use the same
-    storage. `place` is a local folder (a Path) or the URL of the storage (a str).
+    storage. `place` is a local folder (a Path) or the URL of the storage (a str). `max_bytes` is the quota: the highest
+    size of all images together.
 
     Raises:
         ValueError: the URL is invalid, or the package that handles such URLs is not installed.
     """
 
-    def __init__(self, place: str | Path) -> None:
+    def __init__(self, place: str | Path, *, max_bytes: int | None = None) -> None:
         self._fs, self._root = (LocalFileSystem(), str(place.absolute())) if isinstance(place, Path) else _opened(place)
+        is_local = isinstance(self._fs, LocalFileSystem)
+        self._places = [InPlace(path) for path in (os.path.dirname(self._root), self._root)] if is_local else []
+        self._max_bytes = max_bytes
+        self._counting = threading.Lock()
+        self._stored_bytes, self._counted_at = 0, -COUNT_AGAIN_S
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="originals")
 
     async def put(self, data: bytes) -> str:
@@ -97,6 +110,7 @@ class Originals:
 
         Raises:
             StorageFailed: the image could not be stored, for instance because the disk is full.
+            QuotaExceeded: all images together would be larger than the quota.
         """
         return await self._call(self._put, data)
 
@@ -145,6 +159,10 @@ class Originals:
         """Return the total size of the images that `target` does not have, in bytes. This storage is a local folder."""
         return await self._call(self._missing_bytes, target)
 
+    def is_in_place(self) -> bool:
+        """Return whether the local folder is still the one that was opened. A remote storage is always in place."""
+        return all(place.holds() for place in self._places)
+
     @property
     def folder(self) -> Path | None:
         """The local folder with the images, or None if they are elsewhere."""
@@ -168,13 +186,36 @@ class Originals:
         digest = hashlib.sha256(data).hexdigest()
         path = self._path(digest)
         with _translated("stored"):
+            self._check_in_place()
             info = self._info(path)
             exists = info is not None and info["size"] == len(data) and self._renew_if_old(path, info)
+            if not exists:
+                self._take_quota(len(data))
             if isinstance(self._fs, LocalFileSystem):
                 _put_local(Path(path), None if exists else data)
             elif not exists:
                 self._pipe(path, data)
+            self._check_in_place()
         return digest
+
+    def _check_in_place(self) -> None:
+        for place in self._places:
+            place.check()
+
+    def _take_quota(self, size: int) -> None:
+        """Count an image that will be stored. Raises QuotaExceeded if it does not fit into the quota."""
+        if self._max_bytes is None:
+            return
+        with self._counting:
+            if time.monotonic() - self._counted_at >= COUNT_AGAIN_S:
+                self._stored_bytes = sum(info["size"] or 0 for info in self._fs.find(self._root, detail=True).values())
+                self._counted_at = time.monotonic()
+            if self._stored_bytes + size > self._max_bytes:
+                raise QuotaExceeded(
+                    f"the stored images have {self._stored_bytes} bytes, and max_originals_bytes={self._max_bytes} has "
+                    f"no room for {size} more: erase images that no item needs"
+                )
+            self._stored_bytes += size
 
     def _pipe(self, path: str, data: bytes) -> None:
         try:
@@ -224,6 +265,7 @@ class Originals:
 
     def _stored_before(self, time_s: float) -> dict[str, int]:
         with _translated("listed"):
+            self._check_in_place()
             if isinstance(self._fs, LocalFileSystem):
                 for aside in Path(self._root).glob(f"*/*/*{_ERASING}"):  # of a process that was killed
                     _put_back(aside, aside.with_name(aside.name.removesuffix(_ERASING)))
@@ -238,16 +280,20 @@ class Originals:
     def _erase(self, digest: str, unless_since: float | None) -> int | None:
         path = self._path(digest)
         with _translated("erased"):
+            self._check_in_place()
             try:
                 if isinstance(self._fs, LocalFileSystem):
-                    return _erase_local(Path(path), unless_since)
-                if unless_since is not None and self._modified(path) >= unless_since:
+                    size = _erase_local(Path(path), unless_since)
+                elif unless_since is not None and self._modified(path) >= unless_since:
                     return None
-                size: int = self._fs.info(path)["size"]
-                self._fs.rm_file(path)
-                return size
+                else:
+                    size = self._fs.info(path)["size"]
+                    self._fs.rm_file(path)
             except FileNotFoundError as error:
                 raise NotFound(f"the image {digest} is not stored") from error
+        with self._counting:
+            self._stored_bytes -= size or 0
+        return size
 
     def _missing_bytes(self, target: "Originals") -> int:
         with _translated("looked up"):
@@ -339,4 +385,5 @@ def _translated(done: str) -> Iterator[None]:
     except Exception as error:  # each package has its own errors
         number = error.errno if isinstance(error, OSError) else None
         why = os.strerror(number) if isinstance(number, int) and number else type(error).__name__
-        raise StorageFailed(f"the image cannot be {done}: {why}") from error
+        kind = InsufficientStorage if isinstance(error, OSError) and is_full(error) else StorageFailed
+        raise kind(f"the image cannot be {done}: {why}") from error

@@ -4,7 +4,8 @@ and the jobs. `GET /metrics` calls this before it answers."""
 import asyncio
 import logging
 import shutil
-from typing import Final
+from contextlib import suppress
+from typing import Final, cast
 
 from service.backup import last_backup
 from service.errors import ServiceError
@@ -13,6 +14,7 @@ from service.features.forward import Row
 from service.jobs.opened import OpenedJobs
 from service.jobs.records import STATES
 from service.search.partners import migrations_of
+from service.search.store import HealthStore, StoreHealth
 from service.state import Service
 from service.tags import model_of, tag_parts
 from service.telemetry import Metrics
@@ -38,10 +40,24 @@ async def observe(service: Service, jobs: OpenedJobs) -> None:
     else:
         metrics.disk_free_bytes.set(disk.free)
         metrics.disk_bytes.set(disk.total)
+    health = await storage_health(service)
+    metrics.data_dir_in_place.set(not health.is_replaced)
+    metrics.damaged_collections.set(len(health.damaged))
+    metrics.writes_refused.set(health.is_full)
     await observe_collections(service)
     backup = await asyncio.to_thread(last_backup, folder)
     metrics.last_backup.set(0 if backup is None else backup)
     await _observe_jobs(jobs, metrics)
+
+
+async def storage_health(service: Service) -> StoreHealth:
+    """Return what is wrong with the vector store and with the folder of the stored images. If the store cannot tell,
+    nothing is wrong with it."""
+    health = StoreHealth()
+    if "health" in service.store.capabilities:
+        with suppress(ServiceError):  # its other routes tell the reason
+            health = await cast(HealthStore, service.store).health()
+    return health if service.originals.is_in_place() else health._replace(is_replaced=True)
 
 
 async def _observe_jobs(jobs: OpenedJobs, metrics: Metrics) -> None:

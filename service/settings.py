@@ -128,6 +128,23 @@ class Settings(BaseSettings):
         None, description="file that contains originals_url, for instance a secret; instead of originals_url"
     )
 
+    max_collections: int = Field(1000, ge=1, description="highest number of collections; only with the embedded store")
+    max_collection_items: int | None = Field(
+        None, ge=1, description="highest number of items in a collection; unset: no limit; only with the embedded store"
+    )
+    max_items: int | None = Field(
+        None,
+        ge=1,
+        description="highest number of items of all collections; unset: no limit; only with the embedded store",
+    )
+    max_originals_bytes: int | None = Field(
+        None, ge=1, description="size limit of all stored original images together; unset: no limit"
+    )
+    max_snapshots: int = Field(1000, ge=1, description="highest number of snapshots of all collections together")
+    max_snapshot_bytes: int | None = Field(
+        None, ge=1, description="size limit of all snapshots together; unset: no limit"
+    )
+
     local_worker: bool = Field(
         True, description="whether the service starts a worker process for jobs, which ends with the service"
     )

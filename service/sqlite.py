@@ -2,9 +2,11 @@
 
 Every file has a `Schema` with an application id, so that a file of another kind is never changed. A file of an older
 version is upgraded when it is opened. Writes are committed in WAL mode with `synchronous=FULL`, so every committed
-write is synced to disk. Several processes may use a file at the same time.
+write is synced to disk. Several processes may use a file at the same time. A transaction is not committed if the file
+is no longer the one at its path, because a file that was deleted or replaced loses everything when it is closed.
 """
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -12,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from service.errors import StorageFailed
+from service.disk import InPlace, is_full
+from service.errors import InsufficientStorage, StorageBusy, StorageDamaged, StorageFailed
 
 _BUSY_MS: Final = 30_000
+_DAMAGED_TEXT: Final = ("Could not decode to UTF-8 column", "malformed JSON")
+"""The beginnings of messages about damaged text. Python and SQLite report it with the same class as other errors."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +48,65 @@ def translated(what: str) -> Iterator[None]:
     omits the path in an error from the file system, because clients see the message."""
     try:
         yield
-    except sqlite3.OperationalError as error:
-        why = "it is in use by another process" if "locked" in str(error) else str(error)
-        raise StorageFailed(f"{what}: {why}") from error
     except sqlite3.DatabaseError as error:
-        raise StorageFailed(
-            f"{what} is damaged or not a database ({error}); restore it from a backup, or move it away to start empty"
-        ) from error
+        raise _storage_error(what, error) from error
     except OSError as error:
-        raise StorageFailed(f"{what}: {error.strerror or error}") from error
+        kind = InsufficientStorage if is_full(error) else StorageFailed
+        raise kind(f"{what}: {error.strerror or error}") from error
 
 
-def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
+def _storage_error(what: str, error: sqlite3.DatabaseError) -> StorageFailed:
+    name, text = getattr(error, "sqlite_errorname", ""), str(error)
+    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) or "locked" in text:
+        return StorageBusy(f"{what}: it is in use by another process")
+    if name == "SQLITE_FULL" or "disk is full" in text:
+        return InsufficientStorage(f"{what}: {text}")
+    if is_damage(error):
+        return StorageDamaged(
+            f"{what} is damaged or not a database ({damage_in(error)}); restore it from a backup, or move it away to "
+            "start empty"
+        )
+    return StorageFailed(f"{what}: {text}")
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Return whether an error says that the content of the file is damaged. Python uses the class DatabaseError itself
+    for this, and subclasses for other errors."""
+    return type(error) is sqlite3.DatabaseError or str(error).startswith(_DAMAGED_TEXT)
+
+
+def damage_in(error: sqlite3.Error) -> str:
+    """Return what is damaged, without the damaged bytes, which a message may contain."""
+    return next((text for text in _DAMAGED_TEXT if str(error).startswith(text)), str(error))
+
+
+class Connection(sqlite3.Connection):
+    """A connection that `connect` made. It knows which files it has open: the database, and the write-ahead log after
+    the first write."""
+
+    files: tuple[InPlace, ...] = ()
+
+    def check_in_place(self) -> None:
+        """Raise StorageReplaced if a file that this connection has open is no longer at its path."""
+        if len(self.files) == 1 and os.path.exists(log := f"{self.files[0].path}-wal"):
+            self.files = (*self.files, InPlace(log))
+        for file in self.files:
+            file.check()
+
+
+def connect(path: Path, *, read_only: bool = False) -> Connection:
     """Open a connection to the database at `path`, for use in one thread. `prepare` must have created or checked the
-    file before."""
-    db = sqlite3.connect(path, timeout=_BUSY_MS / 1000, isolation_level=None, check_same_thread=False)
+    file before. A file that is gone is not created again."""
+    file = InPlace(path)
+    db = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode=rw",
+        timeout=_BUSY_MS / 1000,
+        isolation_level=None,
+        check_same_thread=False,
+        factory=Connection,
+        uri=True,
+    )
+    db.files = (file,)
     db.execute("PRAGMA synchronous = FULL")
     db.execute("PRAGMA foreign_keys = ON")
     db.execute("PRAGMA cache_size = -16384")
@@ -126,10 +175,16 @@ def run_script(db: sqlite3.Connection, script: str) -> None:
 @contextmanager
 def transaction(db: sqlite3.Connection) -> Iterator[None]:
     """Run the block of a `with` statement in one write transaction. When the block ends, its changes are on disk. If
-    the block raises an error, the database is not changed."""
+    the block raises an error, the database is not changed.
+
+    Raises:
+        StorageReplaced: the file was removed or replaced since the connection was opened with `connect`.
+    """
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
+        if isinstance(db, Connection):
+            db.check_in_place()
         db.execute("COMMIT")
     except BaseException:
         if db.in_transaction:

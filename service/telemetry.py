@@ -196,6 +196,16 @@ class Metrics:
         )
         self.disk_free_bytes = gauge("data_dir_free_bytes", "Free space on the disk of the data folder.")
         self.disk_bytes = gauge("data_dir_size_bytes", "Size of the disk of the data folder.")
+        self.data_dir_in_place = gauge(
+            "data_dir_in_place",
+            "1 if the data folder is the one that was opened; 0 if it was removed or replaced, and writes are refused.",
+        )
+        self.writes_refused = gauge(
+            "data_dir_only_deletions", "1 if the disk is so full that only deletions are sure to work; 0 otherwise."
+        )
+        self.damaged_collections = gauge(
+            "damaged_collections", "Collections whose items can neither be read nor written, because rows are damaged."
+        )
         self.last_backup = gauge(
             "last_backup_timestamp_seconds",
             "Time of the last complete `dinov2 backup`, in seconds since 1970; 0: there was none.",

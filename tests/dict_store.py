@@ -115,6 +115,7 @@ class DictStore:
         *,
         tag: str,
         request_key: str | None = None,
+        client: str = "",
         other: tuple[str, Sequence[Item]] | None = None,
     ) -> CollectionInfo:
         check_name(collection)

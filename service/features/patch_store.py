@@ -124,8 +124,8 @@ class PatchStore:
         db.close()
 
     def _opened(self) -> sqlite3.Connection:
-        """Open the file, which is created if it does not exist."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
+        """Open the file, which is created if it does not exist. The data folder is not: it may have been unmounted."""
+        self.file.parent.mkdir(exist_ok=True)
         db = sqlite3.connect(self.file, timeout=_BUSY_MS / 1000, isolation_level=None, check_same_thread=False)
         try:
             db.execute(f"PRAGMA page_size = {_PAGE_BYTES}")

@@ -75,10 +75,12 @@ async def add_items(
     on_error: OnError,
     request_key: str | None = None,
     *,
+    client: str = "",
     model: str = "auto",
 ) -> Added:
     """Write items to a collection and return the result. If the collection does not exist, it is created. If a call is
-    repeated within a day with the same `request_key` and the same items, the second call changes nothing.
+    repeated within a day with the same `request_key` and the same items, the second call changes nothing. `client`
+    identifies the sender.
 
     If the collection is switched to another model while the images are embedded, they are embedded again.
 
@@ -90,7 +92,8 @@ async def add_items(
     collection = await _target(service, name)
     while True:
         try:
-            return await _add(service.for_tag(collection.tag, model), collection, items, on_error, request_key)
+            chosen = service.for_tag(collection.tag, model)
+            return await _add(chosen, collection, items, on_error, request_key, client)
         except ModelMismatch:
             before, collection = collection.tag, await _target(service, name)
             if collection.tag == before:
@@ -103,6 +106,7 @@ async def _add(
     items: Sequence[Outcome[NewItem]],
     on_error: OnError,
     request_key: str | None,
+    client: str,
 ) -> Added:
     """Write items to a collection with vectors of the model of `service`. The arguments are those of `add_items`."""
     ready = await _ready(service, collection, items)
@@ -110,7 +114,12 @@ async def _add(
     other = await _other_vectors(service, collection, good)
     started = time.perf_counter()
     info = await service.store.upsert(
-        collection.name, [new.item for _, new in good], tag=collection.tag, request_key=request_key, other=other
+        collection.name,
+        [new.item for _, new in good],
+        tag=collection.tag,
+        request_key=request_key,
+        client=client,
+        other=other,
     )
     record_stage("store", started, time.perf_counter())
     timings = slowest(new.embedded for _, new in good if new.embedded is not None)

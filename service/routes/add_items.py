@@ -15,6 +15,7 @@ from service.errors import (
     InvalidRequest,
     ModelMismatch,
     ModelNotFound,
+    QuotaExceeded,
     StorageFailed,
 )
 from service.ingest.items import NewItem, item_from_fields, item_from_file, item_from_json
@@ -30,6 +31,7 @@ from service.schemas import ItemPutIn, ItemPutOptions, ItemsIn, UploadOptions
 from service.search.checks import check_id, check_name
 from service.settings import Settings
 from service.state import Service
+from service.telemetry import client_address
 from service.timings import ms_since
 
 router = APIRouter(prefix="/v1/collections", tags=["items"], route_class=DirectRoute)
@@ -45,7 +47,7 @@ _KEY: Final = re.compile(r"[\x20-\x7e]{1,128}")
 @router.post("/{name}/items", summary="Add or replace items")
 @describe(
     Operation(
-        errors=(*IMAGES, ModelNotFound, ModelMismatch, Conflict, StorageFailed),
+        errors=(*IMAGES, ModelNotFound, ModelMismatch, Conflict, QuotaExceeded, StorageFailed),
         upload=Upload(ItemsIn, UploadOptions, many=True),
         headers=(KEY_HEADER,),
     )
@@ -61,14 +63,17 @@ async def add_items(request: Request, name: str) -> JsonAnswer[AddedItems]:
     file, the name is stored in the metadata as `filename`.
 
     If two requests within a day have the same `Idempotency-Key` header and the same items, the second request changes
-    nothing.
+    nothing. The newest 100,000 keys of a client are kept.
     """
     started = time.perf_counter()
     service = service_of(request)
     check_name(name)
     request_key = _request_key(request, service)
     items, options = await _read(request, service.settings)
-    added = await add_to_collection(service, name, items, options.on_error, request_key, model=options.model)
+    client = _client(request, service.settings)
+    added = await add_to_collection(
+        service, name, items, options.on_error, request_key, client=client, model=options.model
+    )
     return json_response(
         {
             "collection": name,
@@ -84,7 +89,7 @@ async def add_items(request: Request, name: str) -> JsonAnswer[AddedItems]:
 @router.put("/{name}/items/{item_id:path}", summary="Create or replace an item")
 @describe(
     Operation(
-        errors=(*IMAGES, ModelNotFound, ModelMismatch, Conflict, StorageFailed),
+        errors=(*IMAGES, ModelNotFound, ModelMismatch, Conflict, QuotaExceeded, StorageFailed),
         upload=Upload(ItemPutIn, ItemPutOptions, many=False),
         statuses=(200, 201),
     )
@@ -159,6 +164,16 @@ def _request_key(request: Request, service: Service) -> str | None:
     if key is not None and "idempotency" not in service.store.capabilities:
         raise InvalidRequest(f"{KEY_HEADER} is not supported by this vector store", param=KEY_HEADER)
     return key
+
+
+def _client(request: Request, settings: Settings) -> str:
+    """Return what identifies the sender of a request: the id of the API key, or the address if there is no key."""
+    key_id = getattr(request.scope["state"].get("principal"), "key_id", None)
+    if key_id is not None:
+        return f"key:{key_id}"
+    forwarded = ", ".join(request.headers.getlist("x-forwarded-for")).encode("latin-1")
+    address = client_address(request.client.host if request.client else "", forwarded, settings.trusted_proxies)
+    return f"address:{address}"
 
 
 def idempotency_key(request: Request) -> str | None:

@@ -33,6 +33,7 @@ from service.errors import (
     InvalidRequest,
     ModelNotFound,
     NotFound,
+    QuotaExceeded,
     RangeNotSatisfiable,
     StorageFailed,
 )
@@ -69,7 +70,7 @@ async def list_collections(request: Request) -> JsonAnswer[CollectionsAnswer]:
 @router.put("/{name}", summary="Create a collection")
 @describe(
     Operation(
-        errors=(*BODY, ModelNotFound, Conflict, StorageFailed),
+        errors=(*BODY, ModelNotFound, Conflict, QuotaExceeded, StorageFailed),
         body=CollectionIn,
         body_required=False,
         statuses=(200, 201),
@@ -149,7 +150,7 @@ async def get_stats(request: Request, name: str) -> JsonAnswer[StatsAnswer]:
 @router.post("/{name}/snapshots", summary="Take a snapshot")
 @describe(
     Operation(
-        errors=(*BODY, *COLLECTION),
+        errors=(*BODY, *COLLECTION, QuotaExceeded),
         body=SnapshotIn,
         file="application/octet-stream",
         body_required=False,
@@ -233,7 +234,7 @@ async def delete_snapshot(request: Request, name: str, snapshot: str) -> JsonAns
 
 
 @router.post("/{name}/restore", summary="Restore a snapshot")
-@describe(Operation(errors=(*BODY, NotFound, Conflict, StorageFailed), body=RestoreIn, statuses=(201,)))
+@describe(Operation(errors=(*BODY, NotFound, Conflict, QuotaExceeded, StorageFailed), body=RestoreIn, statuses=(201,)))
 async def restore_snapshot(request: Request, name: str) -> JsonAnswer[CollectionAnswer]:
     """Create a collection from a snapshot. The new collection gets the name in the path. The field `from` is the name
     of the collection from which the snapshot was taken. By default, this is the name in the path. The status is 409 if
@@ -308,7 +309,7 @@ def _identity(service: Service, tag: str | None) -> SnapshotIdentity:
 def _described(info: CollectionInfo, aliases: dict[str, str]) -> Collection:
     """Return the fields of an answer that describe a collection."""
     spec = info.spec
-    return {
+    described: Collection = {
         "name": info.name,
         "tag": spec.tag,
         "pooling": tag_parts(spec.tag).pooling,
@@ -320,6 +321,9 @@ def _described(info: CollectionInfo, aliases: dict[str, str]) -> Collection:
         "count": info.count,
         "aliases": sorted(alias for alias, collection in aliases.items() if collection == info.name),
     }
+    if info.is_damaged:
+        described["damaged"] = True
+    return described
 
 
 def _differences(there: CollectionSpec, wanted: CollectionSpec) -> str:

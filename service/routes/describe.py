@@ -15,6 +15,7 @@ from service.errors import (
     EngineFailed,
     ImageTooLarge,
     ImageUrlFailed,
+    InsufficientStorage,
     InvalidItems,
     InvalidRequest,
     ModelUnavailable,
@@ -24,7 +25,10 @@ from service.errors import (
     RequestTooCostly,
     ServiceError,
     ShuttingDown,
+    StorageBusy,
+    StorageDamaged,
     StorageFailed,
+    StorageReplaced,
     Unavailable,
     UnsupportedImage,
     UnsupportedMediaType,
@@ -51,6 +55,8 @@ IMAGES: Final[Errors] = (
     QueueFull,
     ModelUnavailable,
 )
+STORAGE: Final[Errors] = (StorageFailed, StorageDamaged, StorageBusy, StorageReplaced, InsufficientStorage)
+"""The kinds of StorageFailed. A route that lists StorageFailed may raise all of them."""
 COLLECTION: Final[Errors] = (CollectionNotFound, InvalidRequest, StorageFailed)
 
 

@@ -1,9 +1,11 @@
-"""Send files. With the header `Range`, clients can ask for a part of a file."""
+"""Send files. With the header `Range`, clients can ask for a part of a file. A link is not followed."""
+
+import os
 
 from fastapi.responses import FileResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from service.errors import BadRequest, RangeNotSatisfiable
+from service.errors import BadRequest, NotFound, RangeNotSatisfiable
 
 
 class RangedFile(FileResponse):
@@ -16,7 +18,12 @@ class RangedFile(FileResponse):
         Raises:
             BadRequest: the header `Range` is malformed.
             RangeNotSatisfiable: the range begins after the end of the file.
+            NotFound: there is no such file, or it is a link.
         """
+        try:
+            handle = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            raise NotFound("the file no longer exists") from error
 
         async def checked_send(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] in (400, 416):
@@ -31,4 +38,8 @@ class RangedFile(FileResponse):
                 )
             await send(message)
 
-        await super().__call__(scope, receive, checked_send)
+        self.path = f"/dev/fd/{handle}"  # the same file, whatever happens to its name
+        try:
+            await super().__call__(scope, receive, checked_send)
+        finally:
+            os.close(handle)

@@ -2,9 +2,11 @@
 
 `/livez` fails if the worker thread that runs the network has died or hangs, or if the engine is broken. The service
 must then be restarted. `/readyz` fails if requests cannot be served at the moment: the service is not warmed up or is
-shutting down, the worker thread has failed, or the queue is full. If Redis fails, requests are still answered but
-nothing is cached, so /readyz answers 200 with the status `degraded`. Anyone may call these routes, so the answers name
-only the kind of fault. The log has the full error, which may include the address of Redis.
+shutting down, the worker thread has failed, the queue is full, or the data folder was removed or replaced. If Redis
+fails, requests are still answered but nothing is cached, so /readyz answers 200 with the status `degraded`. It does the
+same if the disk is full or a collection is damaged: a service that is not ready gets no requests, but searches and the
+deletions that make space still work. Anyone may call these routes, so the answers name only the kind of fault. The log
+has the full error, which may include the address of Redis.
 """
 
 import asyncio
@@ -21,8 +23,8 @@ from service.errors import ServiceError
 from service.routes.answers import Content, JsonAnswer, json_response
 from service.routes.describe import Operation, describe
 from service.routes.direct import DirectRoute, service_of
-from service.scrape import batchers, observe
-from service.search.store import UsageStore, VectorStore
+from service.scrape import batchers, observe, storage_health
+from service.search.store import StoreHealth, UsageStore, VectorStore
 
 log = logging.getLogger(__name__)
 USAGE_LIMIT_S: Final = 2.0
@@ -43,16 +45,18 @@ async def livez(request: Request) -> JsonAnswer[LivezAnswer]:
 @describe(Operation(statuses=(200, 503)))
 async def readyz(request: Request) -> JsonAnswer[ReadyzAnswer]:
     """Return 200 if requests can be served at the moment, and 503 with the reasons otherwise. The field `status` is
-    `ready` or `degraded` with 200, and `unready` with 503. `degraded` means that the cache has failed. Requests are
-    then still served, but may take longer."""
+    `ready` or `degraded` with 200, and `unready` with 503. `degraded` means that some requests are slower, because the
+    cache has failed, or are refused, because the disk is full or a collection is damaged."""
     service = service_of(request)
     batcher = service.pipeline.batcher
+    health = await storage_health(service)
     checks = {
         "shutdown": "shutting down" if service.lifecycle.draining else None,
         "warm_up": None if service.lifecycle.warm else "not warmed up",
         "worker": batcher.health(),
         "queue": "full" if batcher.full else None,
         "generation": "loading the live model" if service.loaded.is_behind else None,
+        "storage": "the data folder was removed or replaced" if health.is_replaced else None,
     }
     reasons = {name: fault for name, fault in checks.items() if fault is not None}
     cache = service.pipeline.cache
@@ -66,11 +70,22 @@ async def readyz(request: Request) -> JsonAnswer[ReadyzAnswer]:
         "cache": {"name": cache.name, "status": shown_status},
         "unsearchable_collections": service.loaded.unsearchable,
     }
-    if reasons:
-        body["reasons"] = reasons
-    if cache_status != "ok" and not reasons:
+    refused = _refused(health)
+    if reasons or refused:
+        body["reasons"] = refused | reasons
+    if (cache_status != "ok" or refused) and not reasons:
         body["status"] = "degraded"
     return _answer(body, not reasons)
+
+
+def _refused(health: StoreHealth) -> dict[str, str]:
+    """Return the reasons for which a service that is ready refuses some requests."""
+    reasons = {}
+    if health.is_full:
+        reasons["storage"] = "the disk is full: writes are refused, deletions are not"
+    if health.damaged:
+        reasons["collections"] = f"{len(health.damaged)} damaged"
+    return reasons
 
 
 @router.get("/metrics", summary="Get Prometheus metrics")

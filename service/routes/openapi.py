@@ -25,10 +25,11 @@ from service.errors import (
     OpenAIError,
     Problem,
     ServiceError,
+    StorageFailed,
     Unauthenticated,
 )
 from service.routes.answers import JsonAnswer
-from service.routes.describe import ALWAYS, LIMITED, Operation, Upload, operation_of
+from service.routes.describe import ALWAYS, LIMITED, STORAGE, Operation, Upload, operation_of
 from service.routes.direct import DirectRoute, route_need
 from service.schema_base import NULL, Schema
 from service.search.checks import NAME_PATTERN
@@ -308,7 +309,8 @@ def _successes(route: DirectRoute, operation: Operation, schemas: _Schemas) -> d
 def _failures(errors: Iterable[type[ServiceError]], path: str, schemas: _Schemas) -> dict[str, Json]:
     codes = defaultdict[int, list[str]](list)
     limited = LIMITED if path.startswith("/v1/") else ()
-    for kind in sorted({ERRORS[error] for error in (*errors, *ALWAYS, *limited)}):
+    listed = {*errors, *ALWAYS, *limited}
+    for kind in sorted({ERRORS[error] for error in (*listed, *(STORAGE if StorageFailed in listed else ()))}):
         codes[kind.status].append(kind.code)
     openai = path in OPENAI_PATHS
     media_type, schema = ("application/json", OpenAIError) if openai else ("application/problem+json", Problem)

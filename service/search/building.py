@@ -138,7 +138,8 @@ def write(folder: Path, built: Built) -> dict[str, tuple[int, str]]:
             is removed.
     """
     aside = folder.with_name(f".{folder.name}.part")
-    aside.mkdir(parents=True)
+    folder.parent.mkdir(exist_ok=True)
+    aside.mkdir()
     try:
         with (aside / "numbers.npy").open("wb") as file:
             np.save(file, built.numbers)

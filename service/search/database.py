@@ -19,9 +19,10 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import sqlite3
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
@@ -29,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from service.errors import CollectionNotFound, StorageFailed
+from service.errors import CollectionNotFound, StorageDamaged
 from service.search.filter_sql import extract
 from service.search.filters import parse_path
 from service.search.store import CollectionInfo, CollectionSpec, Floats, IndexSpec, Item
@@ -57,6 +58,12 @@ HIDDEN: Final = "restoring:"
 """The prefix of the names of collections that are being restored. Clients cannot use names with this prefix. The names
 of partners also contain a colon (service/search/partners.py)."""
 _REQUESTS_KEPT_S: Final = 24 * 3600
+MAX_REQUESTS: Final = 1_000_000
+MAX_REQUESTS_OF_CLIENT: Final = 100_000
+"""How many idempotency keys are kept, of all clients and of each client. The oldest are forgotten first."""
+_FORGOTTEN_AT_ONCE: Final = 1000
+"""The highest number of keys that one write forgets for each reason, so that no write has to wait long."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -174,10 +181,11 @@ def with_partners(db: sqlite3.Connection) -> list[Row]:
 
 
 def in_snapshot(db: sqlite3.Connection) -> list[Row]:
-    """Return the collections in the file of a snapshot, which may have been made by an older version."""
+    """Return the collections in the file of a snapshot, but at most two, because a second one is an error. The file may
+    have been made by an older version."""
     names = {name for _, name, *_ in db.execute("PRAGMA table_info(collections)")}
     columns = _COLUMNS if "earlier" in names else _FIRST_COLUMNS
-    return [_row(row) for row in db.execute(f"SELECT {columns} FROM collections c WHERE name NOT LIKE '%:%'")]
+    return [_row(row) for row in db.execute(f"SELECT {columns} FROM collections c WHERE name NOT LIKE '%:%' LIMIT 2")]
 
 
 def hidden(db: sqlite3.Connection) -> list[tuple[int, str]]:
@@ -225,19 +233,24 @@ def _index(db: sqlite3.Connection, key: int, indexed: Sequence[str]) -> None:
         db.execute(f"CREATE INDEX {next(free)}{expression}")
 
 
-def drop(db: sqlite3.Connection, key: int) -> set[int]:
-    """Delete a collection and its partner. Return the keys of the deleted collections."""
+def drop(db: sqlite3.Connection, key: int, *, damaged: Container[int] = ()) -> set[int]:
+    """Delete a collection and its partner. Return the keys of the deleted collections. `damaged` are the keys of those
+    whose tables are damaged."""
     (partner,) = db.execute("SELECT partner FROM collections WHERE id = ?", (key,)).fetchone()
     keys = {key} if partner is None else {key, partner}
     for each in keys:
-        drop_one(db, each)
+        drop_one(db, each, damaged=damaged)
     return keys
 
 
-def drop_one(db: sqlite3.Connection, key: int) -> None:
-    """Delete a collection, but not its partner."""
-    for table in ("items", "vectors", "removed", "edited"):
-        db.execute(f"DROP TABLE {table}_{key}")
+def drop_one(db: sqlite3.Connection, key: int, *, damaged: Container[int] = ()) -> None:
+    """Delete a collection, but not its partner. If its tables are damaged, SQLite cannot drop them. They then stay in
+    the file, but no collection uses them any more."""
+    if key in damaged:
+        log.error("the damaged tables items_%d and vectors_%d cannot be dropped and stay in the file", key, key)
+    else:
+        for table in ("items", "vectors", "removed", "edited"):
+            db.execute(f"DROP TABLE {table}_{key}")
     db.execute("DELETE FROM collections WHERE id = ?", (key,))
 
 
@@ -288,17 +301,34 @@ def edit(db: sqlite3.Connection, key: int, number: int, metadata: str, source: s
     db.execute("UPDATE collections SET edits = edits + 1, version = version + 1 WHERE id = ?", (key,))
 
 
-def already_done(db: sqlite3.Connection, key: int, request_key: str, digest: bytes, now: float) -> bool | None:
+def already_done(
+    db: sqlite3.Connection, key: int, request_key: str, client: str, digest: bytes, now: float
+) -> bool | None:
     """Return True if this request was carried out before, None if an earlier request with other items had the same
     `request_key`, and False otherwise. `digest` is the hash of the items, and `now` is the current Unix time.
 
-    If the result is False, the request is recorded. Records older than a day are deleted.
+    If the result is False, the request is recorded. Records older than a day are deleted, and the oldest records beyond
+    `MAX_REQUESTS` and beyond `MAX_REQUESTS_OF_CLIENT`. `client` identifies the sender.
     """
-    db.execute("DELETE FROM requests WHERE created < ?", (now - _REQUESTS_KEPT_S,))
-    earlier = db.execute("SELECT digest FROM requests WHERE collection = ? AND key = ?", (key, request_key)).fetchone()
+    since = now - _REQUESTS_KEPT_S
+    query = "SELECT digest FROM requests WHERE collection = ? AND key = ? AND created >= ?"
+    earlier = db.execute(query, (key, request_key, since)).fetchone()
     if earlier is not None:
         return True if bytes(earlier[0]) == digest else None
-    db.execute("INSERT INTO requests VALUES (?, ?, ?, ?)", (key, request_key, digest, now))
+    sender = hashlib.blake2b(client.encode(), digest_size=8).digest()  # an address is nobody else's business
+    (last,) = db.execute("SELECT coalesce(max(ordinal), 0) FROM requests WHERE client = ?", (sender,)).fetchone()
+    query = (
+        "INSERT OR REPLACE INTO requests (collection, key, digest, created, client, ordinal) VALUES (?, ?, ?, ?, ?, ?)"
+    )
+    rowid = db.execute(query, (key, request_key, digest, now, sender, last + 1)).lastrowid
+    assert rowid is not None
+    for condition, values in (
+        ("created < ? ORDER BY created", (since,)),
+        ("rowid <= ? ORDER BY rowid", (rowid - MAX_REQUESTS,)),
+        ("client = ? AND ordinal <= ? ORDER BY ordinal", (sender, last + 1 - MAX_REQUESTS_OF_CLIENT)),
+    ):
+        oldest = f"SELECT rowid FROM requests WHERE {condition} LIMIT {_FORGOTTEN_AT_ONCE}"
+        db.execute(f"DELETE FROM requests WHERE rowid IN ({oldest})", values)
     return False
 
 
@@ -327,12 +357,12 @@ def vectors_of(
     database in error messages.
 
     Raises:
-        StorageFailed: a vector does not match its checksum or has the wrong size.
+        StorageDamaged: a vector does not match its checksum or has the wrong size.
     """
     size = row.spec.dimension * row.dtype.itemsize
     for number, vector, crc in rows:
         if not isinstance(vector, bytes) or len(vector) != size or zlib.crc32(vector) != crc:
-            raise StorageFailed(f"{what} is damaged: the vector of item number {number} is broken")
+            raise StorageDamaged(f"{what} is damaged: the vector of item number {number} is broken")
     numbers = np.fromiter((number for number, _, _ in rows), np.int64, len(rows))
     matrix = np.frombuffer(b"".join(vector for _, vector, _ in rows), row.dtype).reshape(-1, row.spec.dimension)
     return numbers, matrix.astype(np.float32)
@@ -373,14 +403,14 @@ def payload(item_id: str | None, metadata: str, source: str | None) -> bytes:
     JSON text.
 
     Raises:
-        StorageFailed: the id is None or the metadata is not text, because the database is damaged.
+        StorageDamaged: the id is None or the metadata is not text, because the database is damaged.
     """
     if item_id is None:
-        raise StorageFailed("the vector store is damaged: a vector has no item")
+        raise StorageDamaged("the vector store is damaged: a vector has no item")
     try:
         text = bytes(metadata, "utf-8")
     except TypeError as error:
-        raise StorageFailed(f"the vector store is damaged: the metadata of item {item_id!r} is broken") from error
+        raise StorageDamaged(f"the vector store is damaged: the metadata of item {item_id!r} is broken") from error
     return b"[%b,%b,%b]" % (orjson.dumps(item_id), text, orjson.dumps(source))
 
 

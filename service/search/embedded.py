@@ -10,28 +10,31 @@ its segments and its tail (the items that are in no segment yet).
 
 The module `database` contains the SQL statements, `view` and `segments` manage the data that is searched, `searcher`
 runs searches, and `maintenance` and `building` do the background work. This module implements the protocol
-`VectorStore`. It checks the arguments of each call and chooses the thread that runs the call.
+`VectorStore`. It checks the arguments of each call. The module `access` has the connections and the threads.
 """
 
 import asyncio
-import logging
 import sqlite3
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy.typing as npt
 
 from model.cpus import available_cpus
 from service import sqlite
-from service.errors import CollectionNotFound, Conflict, InvalidRequest, ItemNotFound, StorageFailed
+from service.errors import (
+    CollectionNotFound,
+    Conflict,
+    InvalidRequest,
+    ItemNotFound,
+    StorageDamaged,
+)
 from service.search import database, partners, snapshots
+from service.search.access import Access
 from service.search.checks import (
     check_id,
     check_name,
@@ -41,10 +44,13 @@ from service.search.checks import (
     merged,
     metadata_text,
 )
+from service.search.damage import explained
+from service.search.database import Row
 from service.search.filters import Filter
 from service.search.filters import Path as MetadataPath
 from service.search.maintenance import Maintenance
 from service.search.partners import EmbeddedMigrations
+from service.search.quotas import Quotas
 from service.search.reading import (
     ITEM,
     delete_some,
@@ -61,6 +67,7 @@ from service.search.schema import SCHEMA
 from service.search.scrolling import page_in_order, position_in
 from service.search.searcher import Searcher
 from service.search.selection import passing
+from service.search.snapshot_files import path_of
 from service.search.specs import check_spec
 from service.search.store import (
     CollectionInfo,
@@ -73,34 +80,33 @@ from service.search.store import (
     Page,
     SearchParams,
     SnapshotInfo,
+    StoreHealth,
     Usage,
     VectorStore,
 )
-from service.search.threads import Workers, Write, commit_together
 from service.search.usage import measure
 from service.search.view import Views
 from service.sqlite import snapshot, translated
 from service.stamp import Stamp
 
-T = TypeVar("T")
-log = logging.getLogger(__name__)
 
-
-async def open_embedded(data_dir: Path, *, threads: int | None = None, **maintenance: Any) -> VectorStore:
+async def open_embedded(
+    data_dir: Path, *, threads: int | None = None, quotas: Quotas | None = None, **maintenance: Any
+) -> VectorStore:
     """Open the embedded store in the folder `data_dir` and return it. If the folder contains no store, create one.
 
     Args:
         threads: the number of search threads. The default is half the number of CPUs, because each thread holds
             Python's global interpreter lock for part of its time.
+        quotas: how much the store accepts. The default is any amount.
         maintenance: optional keyword arguments for `Maintenance`.
 
     Raises:
         StorageFailed: the folder cannot be used, or its database is damaged or not a vector store. The message contains
-            the path.
+            the path. If only the tables of some collections are damaged, the store opens without these collections.
     """
-    return await asyncio.to_thread(
-        EmbeddedStore, data_dir, threads=threads or max(1, available_cpus() // 2), **maintenance
-    )
+    threads = threads or max(1, available_cpus() // 2)
+    return await asyncio.to_thread(EmbeddedStore, data_dir, threads=threads, quotas=quotas, **maintenance)
 
 
 class EmbeddedStore:
@@ -109,6 +115,7 @@ class EmbeddedStore:
     capabilities = frozenset(
         {
             "atomic_upsert",
+            "health",
             "idempotency",
             "index_kinds",
             "indexed",
@@ -121,21 +128,30 @@ class EmbeddedStore:
         }
     )
 
-    def __init__(self, data_dir: Path, *, threads: int, **maintenance: Any) -> None:
+    def __init__(self, data_dir: Path, *, threads: int, quotas: Quotas | None = None, **maintenance: Any) -> None:
         self.path = data_dir / "search.sqlite3"
         sqlite.prepare(self.path, SCHEMA)
+        self._quotas = quotas or Quotas()
         self.views = Views(data_dir / "segments")
         self.stamp = Stamp(data_dir / "search.stamp")
         self._snapshots = data_dir / "snapshots"
-        self._local = threading.local()
-        self._connections: list[sqlite3.Connection] = []
-        self._maintenance = Maintenance(data_dir, self.views, self.stamp, self._connect, **maintenance)
+        access = self._access = Access(self.path)
+        self._read, self._write, self._connect = access.read, access.write, access.connect
+        self._maintenance = Maintenance(
+            data_dir,
+            self.views,
+            self.stamp,
+            self._connect,
+            may_work=access.may_work,
+            damage=access.damage,
+            **maintenance,
+        )
         self._load()
-        self._writer: Workers[Write] = Workers("store-write", 1, self._make_writer)
+        access.start(self.stamp, max(2, threads))
         self._searcher = Searcher(self.views, self.stamp, self._maintenance, self._connect, threads)
-        self._readers = ThreadPoolExecutor(max(2, threads), thread_name_prefix="store-read")
-        self.migrations = EmbeddedMigrations(self._read, self._write, self.views.forget, self._maintenance.wake)
-        self._is_open = True
+        self.migrations = EmbeddedMigrations(
+            self._read, self._write, self.views.forget, self._maintenance.wake, damaged=access.damage
+        )
         self._maintenance.start()
 
     # ---- collections
@@ -147,7 +163,7 @@ class EmbeddedStore:
             try:
                 row = database.find(db, collection)
             except CollectionNotFound:
-                return database.make(db, collection, spec).info
+                return self._made(db, collection, spec).info
             if row.name != collection:
                 raise Conflict(f"{collection!r} is an alias of {row.name!r}")
             if row.spec != spec:
@@ -156,12 +172,25 @@ class EmbeddedStore:
 
         return await self._write(work)
 
+    def _made(self, db: sqlite3.Connection, name: str, spec: CollectionSpec) -> Row:
+        row = database.make(db, name, spec)
+        self._quotas.check_collections(db)
+        return row
+
     async def collections(self) -> list[CollectionInfo]:
-        return await self._read(lambda db: [row.info for row in database.every(db)])
+        def work(db: sqlite3.Connection) -> list[CollectionInfo]:
+            return [replace(row.info, is_damaged=self._access.damage.holds(row)) for row in database.every(db)]
+
+        return await self._read(work)
 
     async def info(self, collection: str) -> CollectionInfo:
         check_reference(collection)
-        return await self._read(lambda db: partners.info_of(db, database.find(db, collection)))
+
+        def work(db: sqlite3.Connection) -> CollectionInfo:
+            row = database.find(db, collection)
+            return replace(partners.info_of(db, row), is_damaged=self._access.damage.holds(row))
+
+        return await self._read(work)
 
     async def set_indexed(self, collection: str, indexed: Sequence[str]) -> CollectionInfo:
         check_name(collection)
@@ -174,7 +203,7 @@ class EmbeddedStore:
                 database.set_indexed(db, partner, tuple(indexed))
             return database.find(db, collection).info
 
-        return await self._write(work)
+        return await self._write(work, of=collection)
 
     async def drop(self, collection: str) -> None:
         check_name(collection)
@@ -186,9 +215,15 @@ class EmbeddedStore:
             names = [name for (name,) in db.execute("SELECT name FROM aliases WHERE collection = ?", (row.key,))]
             if names:
                 raise Conflict(f"collection {collection!r} has the aliases {', '.join(map(repr, names))}")
-            return database.drop(db, row.key)
+            return database.drop(db, row.key, damaged=self._access.damage)
 
-        self.views.forget(await self._write(work))
+        try:
+            dropped = await self._write(work, frees=True)
+        except StorageDamaged as error:
+            await self._access.mark(collection, error)
+            dropped = await self._write(work, frees=True)  # leaves its tables in the file
+        self.views.forget(dropped)
+        self._access.damage.forget(dropped)
         self._maintenance.wake()
 
     async def aliases(self) -> dict[str, str]:
@@ -216,7 +251,7 @@ class EmbeddedStore:
             if not db.execute("DELETE FROM aliases WHERE name = ?", (alias,)).rowcount:
                 raise CollectionNotFound(f"there is no alias {alias!r}")
 
-        await self._write(work)
+        await self._write(work, frees=True)
 
     # ---- items
 
@@ -227,6 +262,7 @@ class EmbeddedStore:
         *,
         tag: str,
         request_key: str | None = None,
+        client: str = "",
         other: tuple[str, Sequence[Item]] | None = None,
     ) -> CollectionInfo:
         check_name(collection)
@@ -237,18 +273,20 @@ class EmbeddedStore:
             try:
                 row = database.find(db, collection)
             except CollectionNotFound:
-                row = database.make(db, collection, check_spec(CollectionSpec(tag, dimension)))
+                row = self._made(db, collection, check_spec(CollectionSpec(tag, dimension)))
             if request_key is not None:
                 digest = database.request_digest(partners.rows_of(row, checked))
-                done = database.already_done(db, row.key, request_key, digest, time.time())
+                done = database.already_done(db, row.key, request_key, client, digest, time.time())
                 if done is None:
                     raise Conflict(f"the idempotency key {request_key[:80]!r} was used with other items")
                 if done:
                     return row.info
             partners.write(db, row, tag, checked, others)
-            return database.find(db, collection).info
+            info = database.find(db, collection).info
+            self._quotas.check_items(db, row.count, info)
+            return info
 
-        info: CollectionInfo = await self._write(work)
+        info: CollectionInfo = await self._write(work, of=collection)
         self._maintenance.wake()
         return info
 
@@ -263,7 +301,7 @@ class EmbeddedStore:
             items = iter(items_of(db, row, [columns for columns in rows if columns is not None]))
             return [None if columns is None else next(items) for columns in rows]
 
-        return await self._read(work)
+        return await self._read(work, of=collection)
 
     async def patch(
         self, collection: str, item_id: str, metadata: Metadata, *, source: str | None = None, keep_source: bool = True
@@ -282,7 +320,7 @@ class EmbeddedStore:
             partners.edit(db, row, columns[0], item_id, text, kept)
             return items_of(db, row, [(*columns[:2], text, kept, columns[4])])[0]
 
-        return await self._write(work)
+        return await self._write(work, of=collection)
 
     async def delete(self, collection: str, ids: Sequence[str]) -> int:
         check_reference(collection)
@@ -291,16 +329,22 @@ class EmbeddedStore:
         def work(db: sqlite3.Connection) -> int:
             return partners.remove(db, database.find(db, collection), wanted)
 
-        return await self._write(work)
+        return await self._write(work, of=collection, frees=True)
 
     async def delete_where(self, collection: str, where: Filter) -> int:
         """Delete the items that match a filter, and return the number of deleted items. The items are deleted page by
         page, so that other writes can run in between. Items that are written in the meantime are not deleted."""
         check_reference(collection)
-        row, last = await self._read(lambda db: (row := database.find(db, collection), database.last_number(db, row)))
+
+        def span(db: sqlite3.Connection) -> tuple[Row, int]:
+            row = database.find(db, collection)
+            return row, database.last_number(db, row)
+
+        row, last = await self._read(span, of=collection)
         gone, after = 0, 0
         while after < last:
-            deleted, after = await self._write(partial(delete_some, row=row, where=where, after=after, to=last))
+            some = partial(delete_some, row=row, where=where, after=after, to=last)
+            deleted, after = await self._write(some, of=collection, frees=True)
             gone += deleted
         self._maintenance.wake()
         return gone
@@ -309,13 +353,17 @@ class EmbeddedStore:
         if where is None:
             return (await self.info(collection)).count
         check_reference(collection)
-        return len(await self._read(lambda db: passing(db, database.find(db, collection), where)))
+        return len(await self._read(lambda db: passing(db, database.find(db, collection), where), of=collection))
 
     async def facets(
         self, collection: str, path: MetadataPath, *, where: Filter | None = None, limit: int = 100
     ) -> Facets:
         check_reference(collection)
-        return await self._read(lambda db: value_counts(db, database.find(db, collection), path, where, limit))
+
+        def work(db: sqlite3.Connection) -> Facets:
+            return value_counts(db, database.find(db, collection), path, where, limit)
+
+        return await self._read(work, of=collection)
 
     async def scroll(
         self,
@@ -349,11 +397,11 @@ class EmbeddedStore:
             cursor_with_key = None if page.cursor is None else f"{row.key}.{page.cursor}"
             return Page(page.items, cursor_with_key, row.spec.tag)
 
-        return await self._read(work)
+        return await self._read(work, of=collection)
 
     async def sample(self, collection: str, size: int, *, where: Filter | None = None) -> list[Item]:
         check_reference(collection)
-        return await self._read(lambda db: sampled(db, database.find(db, collection), where, size))
+        return await self._read(lambda db: sampled(db, database.find(db, collection), where, size), of=collection)
 
     # ---- snapshots
 
@@ -363,7 +411,7 @@ class EmbeddedStore:
 
     async def snapshot(self, collection: str) -> SnapshotInfo:
         """Take a snapshot of a collection in its current state, and return the description of the snapshot."""
-        return await asyncio.to_thread(snapshots.take, self.path, check_name(collection), self._snapshots)
+        return await self._taken(collection, self._snapshots, self._quotas)
 
     async def snapshots(self, collection: str) -> list[SnapshotInfo]:
         """Return the snapshots of a collection, oldest first. Snapshots are not deleted when their collection is
@@ -371,10 +419,11 @@ class EmbeddedStore:
         return await asyncio.to_thread(snapshots.listed, self._snapshots, await self._own_name(collection))
 
     async def snapshot_path(self, collection: str, name: str) -> Path:
-        return snapshots.path_of(self._snapshots, await self._own_name(collection), name)
+        return path_of(self._snapshots, await self._own_name(collection), name)
 
     async def drop_snapshot(self, collection: str, name: str) -> None:
         path = await self.snapshot_path(collection, name)
+        self._access.place.check()
         with translated(f"snapshot {name}"):
             path.unlink()
 
@@ -387,7 +436,7 @@ class EmbeddedStore:
             NotFound: the snapshot does not exist.
             InvalidRequest: the snapshot is damaged.
         """
-        path = snapshots.path_of(self._snapshots, check_name(source), name)
+        path = path_of(self._snapshots, check_name(source), name)
         try:
             [info] = await self.restore_files({collection: path}, {})
         except Conflict as error:
@@ -400,26 +449,52 @@ class EmbeddedStore:
         for name in (*files, *aliases, *aliases.values()):
             check_name(name)
         try:
-            restored = await restore(self._snapshots, files, aliases, replace=replace, write=self._write)
+            restored = await restore(
+                self._snapshots,
+                files,
+                aliases,
+                replace=replace,
+                write=self._write,
+                quotas=self._quotas,
+                damaged=self._access.damage,
+            )
         finally:
             self._maintenance.wake()
         self.views.forget(restored.replaced)
+        self._access.damage.forget(restored.replaced)
         return restored.infos
 
     async def snapshot_to(self, collection: str, root: Path) -> Path:
-        taken = await asyncio.to_thread(snapshots.take, self.path, check_name(collection), root)
-        return snapshots.path_of(root, taken.collection, taken.name)
+        taken = await self._taken(collection, root, Quotas())
+        return path_of(root, taken.collection, taken.name)
+
+    async def _taken(self, collection: str, root: Path, quotas: Quotas) -> SnapshotInfo:
+        """Take a snapshot in the folder `root`, and return its description."""
+        check_name(collection)
+        if self._access.damage:
+            await self._read(lambda db: None, of=collection)  # refuses a damaged collection
+        self._access.place.check()
+        try:
+            return await asyncio.to_thread(snapshots.take, self.path, collection, root, quotas)
+        except StorageDamaged as error:
+            await self._access.mark(collection, error)
+            raise explained(collection, error) from error
 
     async def add_snapshot(self, collection: str, file: Path) -> SnapshotInfo:
-        return await asyncio.to_thread(snapshots.add, self._snapshots, check_name(collection), file)
+        self._access.place.check()
+        return await asyncio.to_thread(snapshots.add, self._snapshots, check_name(collection), file, self._quotas)
 
     def upload_path(self) -> Path:
+        self._access.place.check()
         return snapshots.upload_path(self._snapshots)
 
     async def _own_name(self, collection: str) -> str:
         """Return the name of the collection to which an alias points. If `collection` is not an alias, return it
         unchanged."""
         return (await self.aliases()).get(check_name(collection), collection)
+
+    async def health(self) -> StoreHealth:
+        return await self._access.health()
 
     async def usage(self) -> Usage:
         return await self._read(lambda db: measure(db, self.path, self._snapshots))
@@ -434,7 +509,7 @@ class EmbeddedStore:
             view = self.views.newest(db, database.find(db, collection))
             return {"count": view.row.count, **view.stats(), **self._maintenance.stats(view.row)}
 
-        return await self._read(work, as_one=False)
+        return await self._read(work, of=collection, as_one=False)
 
     # ---- search
 
@@ -449,55 +524,29 @@ class EmbeddedStore:
         params: SearchParams | None = None,
         assumed: bool = False,
     ) -> list[list[Hit]]:
-        return await self._searcher.search(collection, vectors, k, tag=tag, where=where, params=params, assumed=assumed)
+        if self._access.damage:
+            await self._read(lambda db: None, of=collection)  # refuses a damaged collection
+        try:
+            return await self._searcher.search(
+                collection, vectors, k, tag=tag, where=where, params=params, assumed=assumed
+            )
+        except StorageDamaged as error:
+            await self._access.mark(collection, error)
+            raise explained(collection, error) from error
 
-    # ---- threads
-
-    def _connect(self) -> sqlite3.Connection:
-        db = sqlite.connect(self.path)
-        self._connections.append(db)
-        return db
+    # ---- opening and closing
 
     def _load(self) -> None:
         """Open all segments at startup, so that the first search does not wait and damaged files are found early."""
         db = self._connect()
         with translated(f"vector store {self.path}"), snapshot(db):
             for row in database.with_partners(db):
-                self.views.at(db, row)
-
-    def _make_writer(self) -> Callable[[Sequence[Write]], Sequence[Any]]:
-        db = self._connect()
-
-        def work(writes: Sequence[Write]) -> Sequence[Any]:
-            try:
-                return commit_together(db, writes)
-            except StorageFailed:
-                if len(writes) == 1:
-                    raise
-                return [_alone(db, write) for write in writes]  # perhaps only one write is too large for the disk
-            finally:
-                self.stamp.bump()
-
-        return work
-
-    async def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        done: T = await self._writer.do(work)
-        return done
-
-    async def _read(self, work: Callable[[sqlite3.Connection], T], *, as_one: bool = True) -> T:
-        """Run the function `work` in a reader thread, with the database connection of that thread. Return its result.
-        If `as_one` is true, all queries of `work` run in one transaction."""
-        if not self._is_open:
-            raise StorageFailed("the vector store is closed")
-
-        def run() -> T:
-            db = getattr(self._local, "db", None)
-            if db is None:
-                db = self._local.db = self._connect()
-            with translated("the vector store"), snapshot(db) if as_one else nullcontext():
-                return work(db)
-
-        return await asyncio.get_running_loop().run_in_executor(self._readers, run)
+                try:
+                    self.views.at(db, row)
+                except (StorageDamaged, sqlite3.DatabaseError) as error:
+                    if isinstance(error, sqlite3.DatabaseError) and not sqlite.is_damage(error):
+                        raise
+                    self._access.damage.mark(row, error)
 
     async def settle(self, collection: str) -> None:
         """Merge all items of a collection into one segment, and return when this is done."""
@@ -505,25 +554,15 @@ class EmbeddedStore:
 
     async def close(self) -> None:
         """Wait for running calls and close the store. A second call has no effect."""
-        if not self._is_open:
-            return
-        self._is_open = False
-        await asyncio.to_thread(self._close)
+        if self._access.is_open:
+            self._access.is_open = False
+            await asyncio.to_thread(self._close)
 
     def _close(self) -> None:
         self._maintenance.close()
-        self._writer.close()
+        self._access.close_writer()
         self._searcher.close()
-        self._readers.shutdown()
-        for db in self._connections:
-            db.close()
-
-
-def _alone(db: sqlite3.Connection, write: Write) -> Any:
-    try:
-        return commit_together(db, [write])[0]
-    except StorageFailed as error:
-        return error
+        self._access.close()
 
 
 def _difference(old: CollectionSpec, new: CollectionSpec) -> str:

@@ -29,7 +29,7 @@ import numpy as np
 
 from model.cpus import available_cpus
 from model.files import lock_file
-from service.errors import CollectionNotFound, ServiceError
+from service.errors import CollectionNotFound, ServiceError, StorageDamaged
 from service.search import database, snapshots
 from service.search.building import (
     Stopped,
@@ -40,13 +40,14 @@ from service.search.building import (
     remove_folders,
     write,
 )
+from service.search.damage import Damage
 from service.search.database import Chunk, Point, Row, SegmentRow
 from service.search.indexes import INDEX_FILE, structure_of
 from service.search.kinds import EXACT, kind_named
 from service.search.segments import LivePart, Positions
 from service.search.store import Floats, SearchParams
 from service.search.view import View, Views
-from service.sqlite import snapshot, transaction
+from service.sqlite import is_damage, snapshot, transaction
 from service.stamp import Stamp
 
 log = logging.getLogger(__name__)
@@ -141,6 +142,8 @@ class Maintenance:
         seal_rows: int = SEAL_ROWS,
         build_threads: int | None = None,
         on_recall: Callable[[str, float], None] = lambda collection, ratio: None,
+        may_work: Callable[[], bool] = lambda: True,
+        damage: Damage | None = None,
     ) -> None:
         """Prepare the thread without starting it.
 
@@ -150,6 +153,8 @@ class Maintenance:
                 service is busy.
             on_recall: a function that is called after each measurement, with the name of the collection and its mean
                 recall.
+            may_work: a function that is called before each round of work. If it returns False, nothing is changed.
+            damage: the damaged collections of the store, which are left alone.
         """
         self._root = data_dir / "segments"
         self._snapshots = data_dir / "snapshots"
@@ -161,6 +166,8 @@ class Maintenance:
         self._seal_rows = seal_rows
         self._build_threads = build_threads or max(1, available_cpus() // 2)
         self._on_recall = on_recall
+        self._may_work = may_work
+        self._damage = damage or Damage()
         self._recalls: dict[int, Recall] = {}
         self._samples: deque[tuple[View, Floats, Positions]] = deque(maxlen=4)
         self._sampled_at = 0.0
@@ -240,6 +247,8 @@ class Maintenance:
                 break
             try:
                 self._measure()
+                if not self._may_work():
+                    continue
                 lock = lock or lock_file(self._lock_path)
                 if lock is not None:
                     with self._working:
@@ -268,14 +277,19 @@ class Maintenance:
         self._remove_orphans(used)
         self._remove_unfinished(db)
         for row in rows:
-            if self._retry_at.get(row.key, 0) > time.monotonic():
+            if self._damage.holds(row) or self._retry_at.get(row.key, 0) > time.monotonic():
                 continue
             try:
                 while self._step(db, row.key, idle=idle) and not self._stop.is_set():
                     pass
             except CollectionNotFound:
                 continue
+            except StorageDamaged as error:
+                self._damage.mark(row, error)
             except (OSError, RuntimeError, ValueError, ServiceError, sqlite3.Error, MemoryError) as error:
+                if isinstance(error, sqlite3.Error) and is_damage(error):
+                    self._damage.mark(row, error)
+                    continue
                 self._retry_at[row.key] = time.monotonic() + RETRY_S
                 log.error("collection %r: cannot build a segment (%s); retrying in %g s", row.name, error, RETRY_S)
 

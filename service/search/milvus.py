@@ -197,6 +197,7 @@ class MilvusStore:
         *,
         tag: str,
         request_key: str | None = None,
+        client: str = "",
         other: tuple[str, Sequence[Item]] | None = None,
     ) -> CollectionInfo:
         check_name(collection)

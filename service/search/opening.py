@@ -4,10 +4,16 @@ The packages that a store needs are imported only if the settings name this stor
 dependency.
 """
 
+from dataclasses import fields
 from typing import Any
 
+from service.search.quotas import Quotas
 from service.search.store import VectorStore
 from service.settings import Settings
+
+
+def quotas_of(settings: Settings) -> Quotas:
+    return Quotas(**{each.name: getattr(settings, each.name) for each in fields(Quotas)})
 
 
 async def open_store(settings: Settings, **embedded_options: Any) -> VectorStore:
@@ -22,7 +28,7 @@ async def open_store(settings: Settings, **embedded_options: Any) -> VectorStore
     if settings.vector_store == "embedded":
         from service.search.embedded import open_embedded
 
-        return await open_embedded(settings.data_dir, **embedded_options)
+        return await open_embedded(settings.data_dir, quotas=quotas_of(settings), **embedded_options)
     try:
         from service.search.milvus import open_milvus
     except ModuleNotFoundError as error:

@@ -19,7 +19,7 @@ the former. It still receives every write, so a second switch goes back. `end` d
 import dataclasses
 import json
 import sqlite3
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple, Protocol, TypeVar, cast
 
@@ -125,16 +125,20 @@ class MigratingStore(VectorStore, Protocol):
 
 class EmbeddedMigrations:
     """The `Migrations` of the embedded store. `read` and `write` run a function on its database, `forget` drops the
-    views of deleted collections, and `wake` starts the maintenance of segments."""
+    views of deleted collections, and `wake` starts the maintenance of segments. `damaged` are the keys of collections
+    whose tables are damaged."""
 
     def __init__(
         self,
-        read: Callable[[Callable[[sqlite3.Connection], Any]], Awaitable[Any]],
-        write: Callable[[Callable[[sqlite3.Connection], Any]], Awaitable[Any]],
+        read: Callable[..., Awaitable[Any]],
+        write: Callable[..., Awaitable[Any]],
         forget: Callable[[set[int]], None],
         wake: Callable[[], None],
+        *,
+        damaged: Container[int] = (),
     ) -> None:
         self._read, self._write, self._forget, self._wake = read, write, forget, wake
+        self._damaged = damaged
 
     async def start(self, collection: str, tag: str, dimension: int) -> Partnership:
         result: Partnership = await self._write(partial(_start, name=check_name(collection), tag=tag, size=dimension))
@@ -183,7 +187,7 @@ class EmbeddedMigrations:
         await self._write(partial(_switch, tags=tags, may_lack=may_lack or {}))
 
     async def end(self, collection: str) -> None:
-        self._forget(await self._write(partial(_end, name=check_name(collection))))
+        self._forget(await self._write(partial(_end, name=check_name(collection), damaged=self._damaged), frees=True))
         self._wake()
 
 
@@ -373,10 +377,10 @@ def _exchange(db: sqlite3.Connection, row: Row, partner: Row) -> None:
     db.execute("UPDATE requests SET collection = ? WHERE collection = ?", (partner.key, row.key))
 
 
-def _end(db: sqlite3.Connection, name: str) -> set[int]:
+def _end(db: sqlite3.Connection, name: str, damaged: Container[int]) -> set[int]:
     row = database.find(db, name)
     if row.partner is None:
         return set()
     db.execute("UPDATE collections SET partner = NULL WHERE id = ?", (row.key,))
-    database.drop_one(db, row.partner)
+    database.drop_one(db, row.partner, damaged=damaged)
     return {row.partner}

@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 import orjson
 
-from service.errors import InvalidRequest, StorageFailed
+from service.errors import InvalidRequest, StorageDamaged
 from service.search import database, partners
 from service.search.database import Row
 from service.search.filter_sql import json_path, to_sql
@@ -48,7 +48,7 @@ def items_of(db: sqlite3.Connection, row: Row, rows: Sequence[tuple[Any, ...]]) 
     query = f"SELECT number, vector, crc FROM vectors_{row.key} WHERE number = ?"
     vectors = [db.execute(query, (columns[0],)).fetchone() for columns in rows]
     if None in vectors:
-        raise StorageFailed("the vector store is damaged: an item has no vector")
+        raise StorageDamaged("the vector store is damaged: an item has no vector")
     matrix = database.vectors_of(row, vectors)[1]
     return [
         Item(item_id, vector, metadata_of(item_id, text), source, digest)
@@ -57,13 +57,13 @@ def items_of(db: sqlite3.Connection, row: Row, rows: Sequence[tuple[Any, ...]]) 
 
 
 def metadata_of(item_id: str, text: Any) -> dict[str, Any]:
-    """Parse the stored metadata of an item. Raises StorageFailed if the text is damaged."""
+    """Parse the stored metadata of an item. Raises StorageDamaged if the text is damaged."""
     try:
         metadata = orjson.loads(text)
         if not isinstance(metadata, dict):
             raise ValueError(f"the stored metadata must be a JSON object, not {type(metadata).__name__}")
     except (TypeError, ValueError) as error:
-        raise StorageFailed(f"the vector store is damaged: the metadata of item {item_id!r} is broken") from error
+        raise StorageDamaged(f"the vector store is damaged: the metadata of item {item_id!r} is broken") from error
     return metadata
 
 

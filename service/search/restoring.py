@@ -7,7 +7,7 @@ After a crash, the maintenance of the store removes the hidden collections.
 
 import asyncio
 import sqlite3
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Container, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 from service.errors import CollectionNotFound, Conflict, StorageFailed
 from service.search import database, snapshots
 from service.search.database import Row
+from service.search.quotas import Quotas
 from service.search.store import CollectionInfo
 
-Write = Callable[[Callable[[sqlite3.Connection], Any]], Awaitable[Any]]
+Write = Callable[..., Awaitable[Any]]
 
 
 class Restored(NamedTuple):
@@ -29,7 +30,14 @@ class Restored(NamedTuple):
 
 
 async def restore(
-    root: Path, files: Mapping[str, Path], aliases: Mapping[str, str], *, replace: bool, write: Write
+    root: Path,
+    files: Mapping[str, Path],
+    aliases: Mapping[str, str],
+    *,
+    replace: bool,
+    write: Write,
+    quotas: Quotas,
+    damaged: Container[int],
 ) -> Restored:
     """Create a collection from each snapshot file, and set aliases.
 
@@ -39,13 +47,16 @@ async def restore(
         aliases: maps each alias to the name of its collection.
         replace: whether to replace existing collections and aliases that have these names. The aliases of a replaced
             collection then point to its replacement.
-        write: runs a function on the database in a write transaction.
+        write: runs a function on the database in a write transaction. With `frees`, the function only deletes.
+        quotas: how much the store accepts.
+        damaged: the keys of the collections whose tables are damaged.
 
     Raises:
         Conflict: a collection or alias has one of the names, and `replace` is False. A collection never replaces an
             alias, nor an alias a collection.
         CollectionNotFound: the collection for an alias does not exist.
         InvalidRequest: a snapshot is damaged.
+        QuotaExceeded: there would be too many collections or items.
         StorageFailed: a snapshot cannot be read, or the disk is full.
     """
     await write(partial(_check, names=list(files), aliases=aliases, replace=replace))
@@ -60,12 +71,14 @@ async def restore(
                 )
                 while (page := await asyncio.to_thread(next, pages, None)) is not None:
                     await write(partial(snapshots.insert, row=row, items=page[0], vectors=page[1]))
-            restored: Restored = await write(partial(_publish, rows=rows, aliases=aliases, replace=replace))
+            restored: Restored = await write(
+                partial(_publish, rows=rows, aliases=aliases, replace=replace, quotas=quotas, damaged=damaged)
+            )
             return restored
         except BaseException:
             for row in rows.values():
                 with suppress(StorageFailed):  # raise the first error; maintenance removes the remains
-                    await asyncio.shield(asyncio.ensure_future(write(partial(database.drop, key=row.key))))
+                    await asyncio.shield(asyncio.ensure_future(write(partial(database.drop, key=row.key), frees=True)))
             raise
 
 
@@ -86,7 +99,14 @@ def _check(db: sqlite3.Connection, names: list[str], aliases: Mapping[str, str],
         raise Conflict("; ".join(clashes))
 
 
-def _publish(db: sqlite3.Connection, rows: Mapping[str, Row], aliases: Mapping[str, str], replace: bool) -> Restored:
+def _publish(
+    db: sqlite3.Connection,
+    rows: Mapping[str, Row],
+    aliases: Mapping[str, str],
+    replace: bool,
+    quotas: Quotas,
+    damaged: Container[int],
+) -> Restored:
     """Give the hidden collections `rows` their names, and set the aliases. If `replace` is true, existing
     collections that have these names are dropped first."""
     _check(db, list(rows), aliases, replace)
@@ -95,8 +115,11 @@ def _publish(db: sqlite3.Connection, rows: Mapping[str, Row], aliases: Mapping[s
         old = _found(db, name)
         if old is not None:
             db.execute("UPDATE aliases SET collection = ? WHERE collection = ?", (row.key, old.key))
-            replaced |= database.drop(db, old.key)
+            replaced |= database.drop(db, old.key, damaged=damaged)
         db.execute("UPDATE collections SET name = ?, version = version + 1 WHERE id = ?", (name, row.key))
+        if old is None:
+            quotas.check_collections(db)
+        quotas.check_items(db, 0 if old is None else old.count, database.find(db, name).info)
     for alias, target in aliases.items():
         db.execute("INSERT OR REPLACE INTO aliases VALUES (?, ?)", (alias, database.find(db, target).key))
     return Restored([database.find(db, name).info for name in rows], replaced)

@@ -38,5 +38,13 @@ ALTER TABLE collections ADD COLUMN partner INTEGER REFERENCES collections (id) O
 ALTER TABLE collections ADD COLUMN role TEXT NOT NULL DEFAULT 'live';
 ALTER TABLE collections ADD COLUMN earlier TEXT NOT NULL DEFAULT '[]';
 """,
+        # Version 4: the number of idempotency keys is limited, also for each client. `client` is a hash of the sender,
+        # and `ordinal` counts the sender's keys. Rows are deleted by age, by rowid and by ordinal.
+        """
+ALTER TABLE requests ADD COLUMN client BLOB NOT NULL DEFAULT x'';
+ALTER TABLE requests ADD COLUMN ordinal INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX requests_by_age ON requests (created);
+CREATE INDEX requests_by_client ON requests (client, ordinal);
+""",
     ),
 )

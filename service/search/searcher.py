@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from service.errors import StorageFailed
+from service.errors import StorageDamaged
 from service.search.checks import check_k, check_match, check_named, check_reference, normalised_rows
 from service.search.filters import Filter, matches
 from service.search.maintenance import Maintenance
@@ -285,6 +285,6 @@ def _hits(view: View, best: list[tuple[float, int]], k: int) -> list[Hit]:
             item_id, metadata, source = orjson.loads(payload)
             hits.append(Hit(item_id, score, metadata, source))
     except ValueError as error:
-        raise StorageFailed("the vector store is damaged: the metadata of an item is broken") from error
+        raise StorageDamaged("the vector store is damaged: the metadata of an item is broken") from error
     hits.sort(key=lambda hit: (-hit.score, hit.id))
     return hits[:k]

@@ -9,8 +9,6 @@ so that other writes can run between two pages. At the end, the hidden collectio
 
 import json
 import logging
-import os
-import re
 import reprlib
 import sqlite3
 import time
@@ -28,52 +26,44 @@ from service.errors import InvalidRequest, NotFound, StorageFailed
 from service.search import database
 from service.search.checks import check_id, check_source, metadata_text
 from service.search.database import Row
+from service.search.quotas import Quotas
 from service.search.schema import SCHEMA
+from service.search.snapshot_files import NAME, file_of, is_regular, new_name, opened, path_of, reading
 from service.search.specs import check_spec
 from service.search.store import Item, SnapshotInfo
 from service.sqlite import transaction, translated
 
 log = logging.getLogger(__name__)
 
-_NAME: Final = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{3}Z")
-_COMPUTED: Final = re.compile(r"\b(virtual|generated|as|check)\b", re.IGNORECASE)
 _UPLOAD_KEPT_S: Final = 24 * 3600.0
 _CHUNK: Final = 2000
 _YOUNG_S: Final = 60.0
 """`tidy` does not remove files that are younger than this number of seconds, because the process that created such a
 file may not have locked it yet."""
 _LENGTH_ERROR: Final = 0.01  # many times the rounding error of float16 vectors with thousands of numbers
-_NO_DAMAGE: Final = tuple(f"SQLITE_{name}" for name in ("BUSY", "CANTOPEN", "FULL", "IOERR", "NOMEM"))
 _NO_VECTOR: Final = np.zeros(0, np.float32)
 
 ItemRow = tuple[int, str, str, str | None, str | None]
 VectorRow = tuple[int, bytes, int]
 
 
-def take(source: Path, collection: str, root: Path) -> SnapshotInfo:
+def take(source: Path, collection: str, root: Path, quotas: Quotas) -> SnapshotInfo:
     """Write a snapshot of a collection in the database `source` to a new file below `root`. Return the description of
     the snapshot. `collection` is the name of the collection or an alias.
 
     Raises:
         CollectionNotFound: the collection does not exist.
+        QuotaExceeded: there is no room for another snapshot.
         StorageFailed: the snapshot cannot be written, for example because the disk is full.
     """
-    name = _name_at(time.time())
     with translated("the snapshot"):
+        quotas.check_snapshots(root)
         with closing(sqlite.connect(source, read_only=True)) as db:
             collection = database.find(db, collection).name
-        folder = root / collection
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / f".{name}.{os.getpid()}.part"
-        lock = lock_file(aside)  # shows `tidy` that the file is being written
-        if lock is None:
-            raise StorageFailed("the snapshot: another snapshot of this collection is being taken; try again later")
-        try:
+        with new_name(root, collection) as (name, aside):
             _write(source, collection, aside)
-            publish(aside, folder / f"{name}.sqlite3")
-        finally:
-            aside.unlink(missing_ok=True)
-            lock.close()
+            quotas.check_snapshots(root, adding=aside.stat().st_size)
+            publish(aside, file_of(root, collection, name))
     return describe(root, collection, name)
 
 
@@ -94,28 +84,26 @@ def upload_path(root: Path) -> Path:
     """Return a new path for a file that may become a snapshot with `add`. `tidy` removes the file after
     `_UPLOAD_KEPT_S` seconds if that does not happen."""
     with translated("the snapshot"):
-        root.mkdir(parents=True, exist_ok=True)
+        root.mkdir(exist_ok=True)
     return root / f".{uuid.uuid4().hex}.upload"
 
 
-def add(root: Path, collection: str, file: Path) -> SnapshotInfo:
+def add(root: Path, collection: str, file: Path, quotas: Quotas) -> SnapshotInfo:
     """Check the snapshot in `file` and move it into the folder of the collection's snapshots. Return its description.
 
     The whole file is checked: its structure, its settings, all items and vectors, and their number.
 
     Raises:
         InvalidRequest: the file is damaged or not a snapshot.
+        QuotaExceeded: there is no room for another snapshot.
         StorageFailed: the file cannot be read or moved.
     """
-    _check_all(file, "the uploaded snapshot")
-    now = time.time()
     with translated("the snapshot"):
-        folder = root / collection
-        folder.mkdir(parents=True, exist_ok=True)
-        while (folder / f"{_name_at(now)}.sqlite3").exists():
-            now += 0.001
-        publish(file, folder / f"{_name_at(now)}.sqlite3")
-    return describe(root, collection, _name_at(now))
+        quotas.check_snapshots(root, adding=file.lstat().st_size)
+    _check_all(file, "the uploaded snapshot")
+    with translated("the snapshot"), new_name(root, collection) as (name, _):
+        publish(file, file_of(root, collection, name))
+    return describe(root, collection, name)
 
 
 def _check_all(file: Path, what: str) -> None:
@@ -124,17 +112,12 @@ def _check_all(file: Path, what: str) -> None:
     count = sum(len(items) for items, _ in pages)
     if count != row.count:
         raise InvalidRequest(f"{what} is damaged: it has {count} items, but its settings say {row.count}")
-    with _reading(what), closing(_opened(file, what)) as db:
+    with reading(what), closing(opened(file, what)) as db:
         # The table is read without its index, because the index of a damaged file may be wrong.
         query = f"SELECT id FROM items_{row.key} NOT INDEXED GROUP BY id HAVING count(*) > 1 LIMIT 1"
-        twice = db.execute(query).fetchone()
-    if twice is not None:
-        raise InvalidRequest(f"{what} is damaged: two items have the id {reprlib.repr(twice[0])}")
-
-
-def _name_at(seconds: float) -> str:
-    """Return the name of a snapshot that is taken at this time, in seconds since 1970."""
-    return time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds)) + f".{int(seconds * 1000) % 1000:03d}Z"
+        twice = db.rows(query)
+    if twice:
+        raise InvalidRequest(f"{what} is damaged: two items have the id {reprlib.repr(twice[0][0])}")
 
 
 def listed(root: Path, collection: str) -> list[SnapshotInfo]:
@@ -143,10 +126,11 @@ def listed(root: Path, collection: str) -> list[SnapshotInfo]:
     If a snapshot is damaged, its `count` and `tag` are None.
     """
     folder = root / collection
-    names = sorted(path.stem for path in folder.glob("*.sqlite3")) if folder.is_dir() else []
+    is_there = folder.is_dir() and not folder.is_symlink()
+    names = sorted(path.stem for path in folder.glob("*.sqlite3") if is_regular(path)) if is_there else []
     infos = []
     for name in names:
-        if _NAME.fullmatch(name):
+        if NAME.fullmatch(name):
             try:
                 infos.append(describe(root, collection, name))
             except (InvalidRequest, StorageFailed) as error:
@@ -166,8 +150,9 @@ def describe(root: Path, collection: str, name: str) -> SnapshotInfo:
         StorageFailed: the file cannot be read.
     """
     path = path_of(root, collection, name)
-    with _reading(f"snapshot {name}"), closing(_opened(path)) as db:
-        count, tag = db.execute("SELECT count, json_extract(spec, '$.tag') FROM collections").fetchone() or (None, None)
+    with reading(f"snapshot {name}"), closing(opened(path)) as db:
+        rows = db.rows("SELECT count, json_extract(spec, '$.tag') FROM collections LIMIT 2")
+    count, tag = rows[0] if rows else (None, None)
     if not (isinstance(count, int) and isinstance(tag, str)):
         raise InvalidRequest(f"snapshot {name} is damaged: its count or its tag cannot be read")
     return _info(root, collection, name, count, tag)
@@ -175,24 +160,7 @@ def describe(root: Path, collection: str, name: str) -> SnapshotInfo:
 
 def _info(root: Path, collection: str, name: str, count: int | None, tag: str | None) -> SnapshotInfo:
     created = f"{name[:4]}-{name[4:6]}-{name[6:11]}:{name[11:13]}:{name[13:]}"
-    return SnapshotInfo(name, collection, created, (root / collection / f"{name}.sqlite3").stat().st_size, count, tag)
-
-
-def path_of(root: Path, collection: str, name: str) -> Path:
-    """Return the path of a snapshot's file.
-
-    Raises:
-        InvalidRequest: `name` is not a valid snapshot name.
-        NotFound: the snapshot does not exist.
-    """
-    if not _NAME.fullmatch(name):
-        raise InvalidRequest(
-            f"{name[:80]!r} is not a snapshot name; a valid one is 20260131T235959.123Z", param="snapshot"
-        )
-    path = root / collection / f"{name}.sqlite3"
-    if not path.is_file():
-        raise NotFound(f"collection {collection!r} has no snapshot {name!r}")
-    return path
+    return SnapshotInfo(name, collection, created, file_of(root, collection, name).lstat().st_size, count, tag)
 
 
 def read(path: Path, what: str | None = None) -> tuple[Row, Generator[tuple[list[ItemRow], list[VectorRow]]]]:
@@ -208,10 +176,10 @@ def read(path: Path, what: str | None = None) -> tuple[Row, Generator[tuple[list
         StorageFailed: the file cannot be read.
     """
     what = what or f"snapshot {path.stem}"
-    with _reading(what):
-        db = _opened(path, what)
+    with reading(what):
+        db = opened(path, what)
         try:
-            (state,) = db.execute("PRAGMA quick_check(1)").fetchone()
+            [(state,)] = db.rows("PRAGMA quick_check(1)")
             if state != "ok":
                 raise InvalidRequest(f"{what} is damaged: {state}")
             row = _only_collection(db, what)
@@ -221,11 +189,11 @@ def read(path: Path, what: str | None = None) -> tuple[Row, Generator[tuple[list
 
     def rows() -> Generator[tuple[list[ItemRow], list[VectorRow]]]:
         after = 0
-        with closing(db), _reading(what):
+        with closing(db), reading(what):
             while True:
                 page = f"_{row.key} WHERE number > {after} ORDER BY number LIMIT {_CHUNK}"
-                items = db.execute("SELECT number, id, metadata, source, digest FROM items" + page).fetchall()
-                vectors = db.execute("SELECT number, vector, crc FROM vectors" + page).fetchall()
+                items = db.rows("SELECT number, id, metadata, source, digest FROM items" + page)
+                vectors = db.rows("SELECT number, vector, crc FROM vectors" + page)
                 numbers = [item[0] for item in items]
                 if numbers != [vector[0] for vector in vectors] or not all(map(_is_number, numbers)):
                     raise InvalidRequest(f"{what} is damaged: items and vectors differ")
@@ -261,18 +229,6 @@ def references(path: Path) -> Generator[list[Reference]]:
     """
     _, pages = read(path)
     return ([Reference(source, digest) for _, _, _, source, digest in items] for items, _ in pages)
-
-
-def _check_schema(db: sqlite3.Connection, what: str) -> None:
-    """Check that the file contains only plain tables and indexes. A view could make a query run forever, and a computed
-    column or a check could use any amount of memory.
-
-    Raises:
-        InvalidRequest: the file contains anything else.
-    """
-    for kind, name, sql in db.execute("SELECT type, name, sql FROM sqlite_master"):
-        if kind not in ("table", "index") or (kind == "table" and _COMPUTED.search(sql or "")):
-            raise InvalidRequest(f"{what} is damaged: {reprlib.repr(name)} is not a plain table")
 
 
 def _only_collection(db: sqlite3.Connection, what: str) -> Row:
@@ -343,7 +299,7 @@ def restoring(root: Path) -> Iterator[str]:
     name = f"{database.HIDDEN}{uuid.uuid4().hex}"
     path = _lock_path(root, name)
     with translated("the restore"):
-        root.mkdir(parents=True, exist_ok=True)
+        root.mkdir(exist_ok=True)
         lock = lock_file(path)
     try:
         yield name
@@ -375,35 +331,5 @@ def _lock_path(root: Path, name: str) -> Path:
     return root / f".{name}.lock"
 
 
-@contextmanager
-def _reading(what: str) -> Iterator[None]:
-    """Convert the errors of a snapshot file within a `with` block. A damaged file becomes InvalidRequest, because the
-    snapshot is wrong and not the store. A file that cannot be read becomes StorageFailed. The message begins with
-    `what`."""
-    with translated(what):
-        try:
-            yield
-        except sqlite3.DatabaseError as error:
-            if getattr(error, "sqlite_errorname", "").startswith(_NO_DAMAGE):
-                raise
-            raise InvalidRequest(f"{what} is damaged or not a snapshot: {error}") from error
-
-
 def _read_only(path: Path) -> str:
     return f"{path.resolve().as_uri()}?mode=ro"
-
-
-def _opened(path: Path, what: str | None = None) -> sqlite3.Connection:
-    uri = f"{_read_only(path)}&immutable=1"  # creates no files beside the snapshot, even if it is in WAL mode
-    db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
-    what = what or f"snapshot {path.stem}"
-    try:
-        try:
-            sqlite.check_ours(db, SCHEMA, what)
-        except StorageFailed as error:
-            raise InvalidRequest(error.detail) from error  # the snapshot is wrong, not this server's storage
-        _check_schema(db, what)
-    except BaseException:
-        db.close()
-        raise
-    return db

@@ -93,6 +93,7 @@ class CollectionInfo:
         dimensions of their vectors.
     partner: the tag of the second set of vectors that the collection has while it is re-embedded and until the window
         for a rollback ends. Writers that can embed with that model too pass both vectors to `upsert`.
+    is_damaged: whether its items can neither be read nor written, because their rows are damaged.
     """
 
     name: str
@@ -102,6 +103,7 @@ class CollectionInfo:
     key: int | None = field(default=None, compare=False)
     earlier: tuple[tuple[str, int], ...] = field(default=(), compare=False)
     partner: str | None = field(default=None, compare=False)
+    is_damaged: bool = field(default=False, compare=False)
 
     @property
     def ref(self) -> str:
@@ -196,6 +198,15 @@ class Usage(NamedTuple):
     parts: dict[str, int]
 
 
+class StoreHealth(NamedTuple):
+    """What is wrong with a store. If its folder was removed or replaced, nothing can be written. If the disk is full,
+    only deletions are sure to work. The items of a damaged collection can neither be read nor written."""
+
+    is_replaced: bool = False
+    is_full: bool = False
+    damaged: tuple[str, ...] = ()  # names of collections
+
+
 class VectorStore(Protocol):
     """A store of named collections. A collection contains items with string ids, and it may have aliases.
 
@@ -209,10 +220,10 @@ class VectorStore(Protocol):
     """
 
     capabilities: frozenset[str]
-    """The optional features of this store: `atomic_upsert` (a call of `upsert` writes all items or none), `idempotency`
-    (see `upsert`), `snapshots` (see `SnapshotStore`), `index_kinds` (the settings in `IndexSpec` take effect),
-    `indexed` (see `set_indexed`), `migrations` (see `service/search/partners.py`), `order` (see `scroll`), `sample`
-    (see `SampleStore`), `stats` (see `StatsStore`) and `usage` (see `UsageStore`)."""
+    """The optional features of this store: `atomic_upsert` (a call of `upsert` writes all items or none), `health` (see
+    `HealthStore`), `idempotency` (see `upsert`), `snapshots` (see `SnapshotStore`), `index_kinds` (the settings in
+    `IndexSpec` take effect), `indexed` (see `set_indexed`), `migrations` (see `service/search/partners.py`), `order`
+    (see `scroll`), `sample` (see `SampleStore`), `stats` (see `StatsStore`) and `usage` (see `UsageStore`)."""
 
     async def create(self, collection: str, spec: CollectionSpec) -> CollectionInfo:
         """Create a collection and return its description. If the collection already exists with the same settings,
@@ -263,13 +274,15 @@ class VectorStore(Protocol):
         *,
         tag: str,
         request_key: str | None = None,
+        client: str = "",
         other: tuple[str, Sequence[Item]] | None = None,
     ) -> CollectionInfo:
         """Write items and return the description of the collection. An item replaces the existing item with the same
         id. If several of the items have the same id, only the last of them is written.
 
         If the collection does not exist, it is created with default settings. If the store has the capability
-        `idempotency`, a second call with the same `request_key` and the same items within a day changes nothing.
+        `idempotency`, a second call with the same `request_key` and the same items within a day changes nothing. The
+        store keeps a limited number of keys of each `client`, which identifies the sender.
 
         `other` contains a second tag, and some of the same items with vectors that have this tag. A store with the
         capability `migrations` writes them to the partner of the collection. Other stores ignore them.
@@ -434,3 +447,9 @@ class UsageStore(VectorStore, Protocol):
 
     async def usage(self) -> Usage:
         """Return the disk use of the store and of its collections. This takes a few milliseconds."""
+
+
+class HealthStore(VectorStore, Protocol):
+    """A store that knows what is wrong with its data (capability `health`)."""
+
+    async def health(self) -> StoreHealth: ...

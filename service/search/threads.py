@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from service.errors import ServiceError, StorageFailed
 from service.sqlite import transaction, translated
@@ -118,23 +118,28 @@ def _resolve(pairs: list[tuple["asyncio.Future[Any]", Any]]) -> None:
             future.set_result(result)
 
 
-Write = Callable[[sqlite3.Connection], Any]
+class Change(NamedTuple):
+    """A write: a function that is called with the database connection. `frees` says that it only deletes, so it may use
+    the space that is kept for deletions."""
+
+    work: Callable[[sqlite3.Connection], Any]
+    frees: bool = False
 
 
-def commit_together(db: sqlite3.Connection, writes: Sequence[Write]) -> list[Any]:
+def commit_together(db: sqlite3.Connection, changes: Sequence[Change]) -> list[Any]:
     """Run several writes in one transaction. Return a list with the result or the error of each write.
 
     Raises:
         StorageFailed: the whole transaction failed, and nothing was written.
     """
     with translated("the vector store"), transaction(db):
-        return [_carry_out(db, write) for write in writes]
+        return [_carry_out(db, change) for change in changes]
 
 
-def _carry_out(db: sqlite3.Connection, write: Write) -> Any:
+def _carry_out(db: sqlite3.Connection, change: Change) -> Any:
     db.execute("SAVEPOINT single")
     try:
-        result = write(db)
+        result = change.work(db)
     except ServiceError as error:
         result = error
         db.execute("ROLLBACK TO single")

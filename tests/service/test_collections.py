@@ -521,3 +521,22 @@ async def test_milvus_takes_no_uploads(tmp_path):
         answer = await run.client.post(f"{SHOP}/snapshots", content=b"x", headers=FILE)
     assert answer.status_code == 422
     assert "does not support snapshots" in answer.json()["detail"]
+
+
+async def test_a_link_that_takes_the_place_of_a_snapshot_is_not_downloaded(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+
+    class Linked(SnapshotDict):
+        async def snapshot_path(self, collection: str, name: str) -> Path:
+            path = await super().snapshot_path(collection, name)
+            path.unlink()
+            path.symlink_to(tmp_path / "secret")
+            return path
+
+    (tmp_path / "snapshots").mkdir()
+    async with running(tmp_path, store=Linked(tmp_path / "snapshots")) as run:
+        await run.client.put(SHOP)
+        taken = await run.client.post(f"{SHOP}/snapshots")
+        answer = await run.client.get(f"{SHOP}/snapshots/{taken.json()['name']}")
+    assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
+    assert "secret" not in answer.text

@@ -4,14 +4,16 @@ import asyncio
 import base64
 import json
 import re
+import sqlite3
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import httpx
 import pytest
 
+from service import sqlite
 from service.errors import (
     ERRORS,
     BrokenImage,
@@ -27,7 +29,7 @@ from service.search.store import CollectionSpec
 from service.telemetry import JsonLines
 from service.web_images import WebImages
 from tests.dict_store import DictStore
-from tests.fakes import FakeEngine, Running, photo, plain_photo, running, until
+from tests.fakes import DIMS, FakeEngine, Running, photo, plain_photo, running, until
 
 ROOT = Path(__file__).parents[2]
 EMBED = "/v1/embeddings"
@@ -262,6 +264,55 @@ async def _storage(tmp_path: Path) -> httpx.Response:
         return await run.client.post("/v1/collections/shop/items", files={"file": photo()})
 
 
+async def _first_item(run: Running) -> None:
+    item = {"id": "a", "vector": [1.0] * DIMS, "fingerprint": "a" * 64}
+    answer = await run.client.post("/v1/collections/shop/items", json={"items": [item]})
+    assert answer.status_code == 200, answer.text
+
+
+@provokes("storage_damaged")
+async def _damaged(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        await _first_item(run)
+    with closing(sqlite3.connect(tmp_path / "search.sqlite3")) as db, db:
+        db.execute("UPDATE vectors_1 SET crc = 0")
+    async with running(tmp_path) as run:
+        [listed] = (await run.client.get("/v1/collections")).json()["data"]
+        assert listed["damaged"]
+        return await run.client.get("/v1/collections/shop/items/a")
+
+
+@provokes("storage_busy")
+async def _locked(tmp_path: Path) -> httpx.Response:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sqlite, "_BUSY_MS", 20)
+        async with running(tmp_path) as run:
+            with closing(sqlite3.connect(tmp_path / "search.sqlite3", isolation_level=None)) as other:
+                other.execute("BEGIN IMMEDIATE")
+                return await run.client.put("/v1/collections/shop")
+
+
+@provokes("storage_replaced")
+async def _replaced(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path / "data") as run:
+        (tmp_path / "data").rename(tmp_path / "gone")
+        return await run.client.put("/v1/collections/shop")
+
+
+@provokes("insufficient_storage")
+async def _full(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        await run.service.store._write(lambda db: db.execute("PRAGMA max_page_count = 1"))  # SQLite's own "full"
+        return await run.client.put("/v1/collections/shop")
+
+
+@provokes("quota_exceeded")
+async def _quota(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path, max_collections=1) as run:
+        await run.client.put("/v1/collections/shop")
+        return await run.client.put("/v1/collections/other")
+
+
 @provokes("unavailable")
 async def _unavailable(tmp_path: Path) -> httpx.Response:
     async with running(tmp_path) as run:
@@ -348,7 +399,7 @@ async def test_provoked_over_http(tmp_path, code):
         assert {"type", "title", "status", "detail", "instance", "code", "request_id"} <= set(body)
         assert (body["code"], body["status"], body["title"]) == (code, status, title)
         assert body["request_id"] == answer.headers["X-Request-ID"]
-    if code in ("queue_full", "shutting_down", "unavailable", "rate_limit_exceeded"):
+    if code in ("queue_full", "shutting_down", "unavailable", "rate_limit_exceeded", "storage_busy"):
         assert int(answer.headers["Retry-After"]) >= 1
 
 

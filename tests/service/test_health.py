@@ -10,12 +10,15 @@ import sys
 import threading
 import time
 
+import pytest
+
 from service.backup import back_up
 from service.errors import Unavailable
 from service.features import engine_faults
 from service.features.cache import MemoryCache
 from service.outcomes import numbered
 from service.search import opening
+from service.search.database import find
 from service.telemetry import MOST_COLLECTIONS, OTHERS
 from tests.dict_store import DictStore
 from tests.fakes import DIMS, FakeEngine, photo, running, until
@@ -129,6 +132,38 @@ async def test_what_is_not_ready_is_not_called_degraded(tmp_path):
         body = (await run.client.get("/readyz")).json()
     assert (body["status"], body["reasons"]) == ("unready", {"queue": "full"})
     assert body["cache"]["status"] == "degraded: ConnectionError"
+
+
+@pytest.mark.parametrize("moved", ["data", "data/originals"])
+async def test_a_data_folder_that_was_replaced_is_not_ready(tmp_path, moved):
+    async with running(tmp_path / "data") as run:
+        await run.service.originals.put(photo())
+        assert await sample(run, "data_dir_in_place") == 1
+        (tmp_path / moved).rename(tmp_path / "gone")
+        (tmp_path / moved).mkdir()
+        answer = await run.client.get("/readyz")
+        assert (answer.status_code, answer.json()["status"]) == (503, "unready")
+        assert answer.json()["reasons"] == {"storage": "the data folder was removed or replaced"}
+        assert await sample(run, "data_dir_in_place") == 0
+        assert (await run.client.get("/livez")).status_code == 200
+
+
+async def test_a_full_disk_and_a_damaged_collection_are_degraded_and_still_ready(tmp_path):
+    async with running(tmp_path) as run:
+        for metric in ("data_dir_only_deletions", "damaged_collections"):
+            assert await sample(run, metric) == 0
+        await run.client.put("/v1/collections/shop")
+        access = run.service.store._access
+        access.damage.mark(await access.read(lambda db: find(db, "shop")), ValueError("torn"))
+        access.reserve.size = 2**62  # the disk has less than a quarter of it
+        answer = await run.client.get("/readyz")
+        assert (answer.status_code, answer.json()["status"]) == (200, "degraded")
+        assert answer.json()["reasons"] == {
+            "storage": "the disk is full: writes are refused, deletions are not",
+            "collections": "1 damaged",
+        }
+        for metric in ("data_dir_only_deletions", "damaged_collections"):
+            assert await sample(run, metric) == 1
 
 
 async def test_no_cache_at_all_asks_no_redis(tmp_path):

@@ -13,7 +13,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from service.errors import NotFound, StorageFailed
+from service.errors import InsufficientStorage, NotFound, QuotaExceeded, StorageFailed, StorageReplaced
 from service.originals import THREADS, Originals, digest_of, photo_digest, source_of
 from service.search.store import Item
 from service.settings import Settings, load_settings
@@ -102,7 +102,7 @@ async def test_a_full_disk_leaves_nothing_behind_and_no_path_in_the_message(tmp_
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "secret"))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageFailed) as caught:
+    with pytest.raises(InsufficientStorage) as caught:
         await originals.put(b"photo")
     assert caught.value.detail == "the image cannot be stored: No space left on device"
     assert files(tmp_path) == []
@@ -120,6 +120,61 @@ async def test_a_file_that_cannot_be_written_to(tmp_path, monkeypatch):
         await originals.put(b"p" * 100_000)
     assert files(tmp_path) == []
     await originals.close()
+
+
+@pytest.mark.parametrize("moved", ["data", "data/originals"])
+@pytest.mark.parametrize("is_empty", [False, True])
+async def test_nothing_is_stored_or_erased_in_a_folder_that_was_replaced(tmp_path, moved, is_empty):
+    (tmp_path / "data").mkdir()
+    originals = Originals(tmp_path / "data" / "originals")
+    digest = await originals.put(b"photo")
+    (tmp_path / moved).rename(tmp_path / "gone")
+    if is_empty:
+        (tmp_path / "data" / "originals").mkdir(parents=True)
+    before = files(tmp_path)
+    assert not originals.is_in_place()
+    for work in (
+        originals.put(b"photo"),
+        originals.put(b"another"),
+        originals.erase(digest),
+        originals.stored_before(time.time()),
+    ):
+        with pytest.raises(StorageReplaced):
+            await work
+    assert files(tmp_path) == before
+    await originals.close()
+
+
+async def test_a_folder_that_is_replaced_before_the_first_image(tmp_path):
+    (tmp_path / "data").mkdir()
+    originals = Originals(tmp_path / "data" / "originals")
+    assert originals.is_in_place()
+    (tmp_path / "data").rename(tmp_path / "gone")
+    (tmp_path / "data").mkdir()
+    with pytest.raises(StorageReplaced):
+        await originals.put(b"photo")
+    assert files(tmp_path) == []
+    await originals.close()
+
+
+@pytest.mark.parametrize("kind", ["path", "memory"])
+async def test_the_quota_counts_what_is_stored(tmp_path, monkeypatch, kind):
+    where = tmp_path / "kept" if kind == "path" else f"memory://quota-{tmp_path.name}"
+    first = Originals(where)
+    digest = await first.put(bytes(60))
+    originals = Originals(where, max_bytes=100)
+    await originals.put(bytes(60))  # stored already
+    with pytest.raises(QuotaExceeded, match="have 60 bytes, and max_originals_bytes=100 has no room for 50 more"):
+        await originals.put(bytes(50))
+    await originals.put(bytes(40))
+    await originals.erase(digest)
+    await originals.put(bytes(50))
+    await first.put(bytes(30))  # by another process
+    monkeypatch.setattr("service.originals.COUNT_AGAIN_S", 0.0)
+    with pytest.raises(QuotaExceeded, match="have 120 bytes"):
+        await originals.put(bytes(1))
+    for one in (first, originals):
+        await one.close()
 
 
 async def test_everything_is_synced_before_it_is_told(tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service.errors import InvalidRequest
+from service.errors import InvalidRequest, NotFound
+from service.search import snapshot_files
 from service.search.embedded import EmbeddedStore
 from service.search.store import Item
 
@@ -91,6 +92,9 @@ ENDLESS = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELEC
         ["ALTER TABLE items_1 RENAME TO old", f"CREATE VIEW items_1 AS {ENDLESS}"],
         ["CREATE TABLE more (x, y GENERATED ALWAYS AS (hex(zeroblob(100000000))))"],
         ["CREATE TABLE more (x CHECK (length(hex(zeroblob(100000000))) > 0))"],
+        ["CREATE INDEX more ON items_1 (hex(zeroblob(100000000)))"],
+        ["CREATE INDEX more ON items_1 (id) WHERE length(hex(zeroblob(100000000))) > 0"],
+        ["CREATE VIRTUAL TABLE more USING fts5(x)"],
         ["CREATE TRIGGER more AFTER INSERT ON items_1 BEGIN DELETE FROM vectors_1; END"],
     ],
 )
@@ -167,3 +171,71 @@ async def test_an_uploaded_snapshot_has_the_count_of_its_items(store: EmbeddedSt
         db.execute(f"UPDATE collections SET count = {count}")
     with pytest.raises(InvalidRequest, match="the uploaded snapshot is damaged: "):
         await store.add_snapshot("d", path)
+
+
+async def crafted(store: EmbeddedStore, *statements: str) -> Path:
+    """Take a snapshot, run SQL statements on its file, and return the path."""
+    vectors = np.random.default_rng(0).normal(size=(20, D))
+    await store.upsert("c", [Item(f"i{n}", vector) for n, vector in enumerate(vectors)], tag=TAG)
+    path = await store.snapshot_path("c", (await store.snapshot("c")).name)
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        for statement in statements:
+            db.execute(statement)
+    return path
+
+
+async def test_a_snapshot_whose_reading_takes_too_long_is_refused(
+    store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its keys, each page of items needs a scan of the whole table."""
+    path = await crafted(
+        store,
+        "ALTER TABLE items_1 RENAME TO old",
+        "CREATE TABLE items_1 (number, id, metadata, source, digest)",
+        "INSERT INTO items_1 SELECT * FROM old",
+    )
+    with closing(snapshot_files.opened(path)) as db, snapshot_files.reading("it"):
+        assert len(db.rows("SELECT number FROM items_1")) == 20
+    monkeypatch.setattr(snapshot_files, "_TIME_S", 0.0)
+    monkeypatch.setattr(snapshot_files, "_BYTES_PER_S", 2**62)
+    monkeypatch.setattr(snapshot_files, "_STEPS", 1)
+    with pytest.raises(InvalidRequest, match="takes too long for its size"):
+        await store.restore("again", "c", path.stem)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SELECT load_extension('x')",
+        "SELECT randomblob(10)",
+        "ATTACH 'other' AS other",
+        "PRAGMA writable_schema = ON",
+        "DELETE FROM items_1",
+        "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT count(*) FROM n",
+    ],
+)
+async def test_the_file_of_a_snapshot_is_opened_with_few_rights(store: EmbeddedStore, statement: str) -> None:
+    with closing(snapshot_files.opened(await crafted(store))) as db, pytest.raises(sqlite3.DatabaseError):
+        db.rows(statement)
+
+
+async def test_a_link_is_no_snapshot(store: EmbeddedStore, tmp_path: Path) -> None:
+    path = await crafted(store)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    path.rename(outside / "secret.sqlite3")
+    path.symlink_to(outside / "secret.sqlite3")
+    (tmp_path / "snapshots" / "d").symlink_to(outside)
+    (outside / path.name).write_bytes((outside / "secret.sqlite3").read_bytes())
+    for collection in ("c", "d"):
+        assert await store.snapshots(collection) == []
+        for use in (
+            store.snapshot_path(collection, path.stem),
+            store.restore("again", collection, path.stem),
+            store.drop_snapshot(collection, path.stem),
+        ):
+            with pytest.raises(NotFound):
+                await use
+    with pytest.raises(InvalidRequest, match="is not a regular file"):
+        await store.restore_files({"again": path}, {})
+    assert len(list(outside.iterdir())) == 2

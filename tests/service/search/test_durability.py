@@ -21,7 +21,8 @@ from service.errors import CollectionNotFound, Conflict, StorageFailed
 from service.search import building, database, maintenance, reading, snapshots
 from service.search.embedded import EmbeddedStore
 from service.search.filters import parse_filter
-from service.search.store import CollectionSpec, IndexSpec, Item, SearchParams
+from service.search.quotas import Quotas
+from service.search.store import CollectionSpec, IndexSpec, Item, SearchParams, SnapshotInfo
 from tests.dict_store import DictStore
 from tests.service.search.embedded_store import TAG, D, build_one, items, opened, same
 
@@ -84,7 +85,7 @@ async def test_a_snapshot_is_synced_before_it_gets_its_name(
     await store.upsert("c", items(3), tag=TAG)
     taken = await store.snapshot("c")
     folder = tmp_path / "snapshots" / "c"
-    part = folder / f".{taken.name}.{os.getpid()}.part"
+    part = folder / f".{taken.name}.part"
     assert order == [f"sync {part}", f"rename {part} {folder / taken.name}.sqlite3", f"sync {folder}"]
     assert [path.name for path in folder.iterdir()] == [f"{taken.name}.sqlite3"]
 
@@ -344,9 +345,9 @@ async def test_delete_by_filter_leaves_what_is_written_meanwhile(
     await store.upsert("c", items(3), tag=TAG)
     write, written = store._write, False
 
-    async def between(work: Any) -> Any:
+    async def between(work: Any, **named: Any) -> Any:
         nonlocal written
-        done = await write(work)
+        done = await write(work, **named)
         if not written:
             written = True
             await store.upsert("c", [Item("new", np.ones(D), {"n": 7}), Item("i2", np.ones(D), {"n": 8})], tag=TAG)
@@ -364,9 +365,9 @@ async def test_delete_by_filter_of_a_collection_that_is_dropped_meanwhile(
     await store.upsert("c", items(3), tag=TAG)
     write, dropped = store._write, False
 
-    async def between(work: Any) -> Any:
+    async def between(work: Any, **named: Any) -> Any:
         nonlocal dropped
-        done = await write(work)
+        done = await write(work, **named)
         if not dropped:
             dropped = True
             await store.drop("c")
@@ -384,7 +385,7 @@ async def held_back(store: EmbeddedStore, writes: Sequence[Any]) -> list[Any]:
     await asyncio.to_thread(started.wait, 20)
     tasks = [asyncio.create_task(write) for write in writes]
     await asyncio.sleep(0)  # each is queued in its first step
-    assert len(store._writer._waiting) == len(tasks)
+    assert len(store._access.writer._waiting) == len(tasks)
     go_on.set()
     await first
     return await asyncio.gather(*tasks, return_exceptions=True)
@@ -401,7 +402,7 @@ async def test_a_write_that_the_disk_refuses_takes_no_other_with_it(store: Embed
     results = await held_back(
         store, [store.upsert("c", more[0], tag=TAG), store._write(full), store.upsert("c", more[1], tag=TAG)]
     )
-    assert [type(result).__name__ for result in results] == ["CollectionInfo", "StorageFailed", "CollectionInfo"]
+    assert [type(result).__name__ for result in results] == ["CollectionInfo", "InsufficientStorage", "CollectionInfo"]
     assert {item.id for item in (await store.scroll("c")).items} == {"i0", "i1", "i2", "more0-0", "more1-0"}
     assert len(await found(store, np.ones(D))) == 5
 
@@ -508,8 +509,8 @@ async def test_a_dropped_collection_leaves_no_rows_and_no_tables(store: Embedded
 async def test_a_store_of_another_version_is_refused(tmp_path: Path) -> None:
     await (await opened(tmp_path)).close()
     with closing(sqlite3.connect(tmp_path / "search.sqlite3")) as db:
-        db.execute("PRAGMA user_version = 4")
-    with pytest.raises(StorageFailed, match=r"not a vector store of this version .*version 4; expected"):
+        db.execute("PRAGMA user_version = 5")
+    with pytest.raises(StorageFailed, match=r"not a vector store of this version .*version 5; expected"):
         await opened(tmp_path)
 
 
@@ -566,25 +567,31 @@ async def test_a_snapshot_of_more_than_one_page_comes_back(
 async def test_snapshots_that_fail_or_meet_leave_the_others(
     store: EmbeddedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second snapshot at the same moment is refused, and the first one's file remains. A failed snapshot leaves no
-    file.
-    """
+    """Snapshots in the same moment get different names, and all of them are whole. A failed snapshot leaves no file."""
     await store.upsert("c", items(3), tag=TAG)
     now, write = time.time(), snapshots._write
-    refused: list[str] = []
+    met: list[SnapshotInfo] = []
 
     def meets(source: Path, collection: str, target: Path) -> None:
-        with pytest.raises(StorageFailed, match="another snapshot of this collection is being taken") as caught:
-            snapshots.take(source, collection, tmp_path / "snapshots")
-        refused.append(caught.value.detail)
+        if len(met) < 2:  # a snapshot that begins while this one is written, and an uploaded one
+            patch.setattr(snapshots, "_write", write)
+            met.append(snapshots.take(source, collection, tmp_path / "snapshots", Quotas()))
+            (tmp_path / "upload").write_bytes((tmp_path / "snapshots" / "c" / f"{met[0].name}.sqlite3").read_bytes())
+            met.append(snapshots.add(tmp_path / "snapshots", collection, tmp_path / "upload", Quotas()))
         write(source, collection, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", lambda: now)
         patch.setattr(snapshots, "_write", meets)
         taken = await store.snapshot("c")
-    assert len(refused) == 1
-    assert await store.snapshots("c") == [taken]
+        last = await store.snapshot("c")
+    every = [taken, *met, last]
+    assert len({info.name for info in every}) == 4
+    assert await store.snapshots("c") == every
+    assert {info.count for info in every} == {3}
+    for info in every[1:]:
+        await store.restore(f"again{info.name[-4:-1]}", "c", info.name)
+        await store.drop_snapshot("c", info.name)
 
     def full(*_given: Any) -> None:
         raise sqlite3.OperationalError("database or disk is full")

@@ -189,12 +189,12 @@ async def test_a_closed_store_keeps_nothing_open(tmp_path: Path, monkeypatch: py
     await store.search("c", np.ones((1, D)), 5, tag=TAG)
     await store.settle("c")
     await store.close()
-    for db in store._connections:
+    for db in store._access.connections:
         with pytest.raises(Exception, match="closed database"):
             db.execute("SELECT 1")
         closed.append(db)
     assert len(closed) >= 4
-    assert not any(thread.is_alive() for thread in (store._maintenance._thread, *store._writer._threads))
+    assert not any(thread.is_alive() for thread in (store._maintenance._thread, *store._access.writer._threads))
 
 
 # ---- who does it, and what goes wrong
