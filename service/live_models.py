@@ -90,11 +90,13 @@ class LiveModels:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._task
+        await asyncio.sleep(0)  # a task that is cancelled before it runs would not close its model
         for task in self._closing:
             task.cancel()
-        for number, service in self._loaded.items():
-            if number != self._record.first.number:
-                await service.pipeline.close()
+        await asyncio.gather(*self._closing, return_exceptions=True)
+        for service in self._loaded.values():
+            if service is not self._base:  # the application closes its first model
+                await _close(service)
         with suppress(ServiceError):
             await asyncio.to_thread(self._record.generations.leave, self._replica)
 
@@ -144,7 +146,11 @@ class LiveModels:
         try:
             opened = await asyncio.to_thread(self._record.load, generation)
             service = with_model(self._base, opened.artifact, opened.engine, opened.tried)
-            await service.pipeline.warm_up()
+            try:
+                await service.pipeline.warm_up()
+            except BaseException:
+                await _close(service)
+                raise
         except Exception as error:
             known = isinstance(error, (ValueError, OSError, ModuleNotFoundError, ServiceError))
             log.error("generation %d cannot be loaded: %s", generation.number, error, exc_info=not known)
@@ -157,13 +163,14 @@ class LiveModels:
     def _release(self, number: int) -> None:
         """Stop using a model, and close it when no request can use it any more."""
         service = self._loaded.pop(number)
-        if number == self._record.first.number:
+        if service is self._base:
             return  # the application closes its first model
 
         async def close() -> None:
-            await asyncio.sleep(service.settings.request_deadline_s + CLOSE_AFTER_S)
-            await service.pipeline.close()
-            await asyncio.to_thread(service.engine.close)
+            try:
+                await asyncio.sleep(service.settings.request_deadline_s + CLOSE_AFTER_S)
+            finally:
+                await _close(service)
 
         task = asyncio.create_task(close())
         self._closing.add(task)
@@ -222,3 +229,8 @@ class LiveModels:
                 name, engine = service.artifact.manifest.name, service.engine
                 labels = (name, each.fingerprint, engine.name, engine.precision, each.state)
                 metrics.model_info.labels(*labels).set(1)
+
+
+async def _close(service: Service) -> None:
+    await service.pipeline.close()
+    await asyncio.to_thread(service.engine.close)

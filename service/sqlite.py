@@ -8,6 +8,7 @@ is no longer the one at its path, because a file that was deleted or replaced lo
 
 import os
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -130,10 +131,25 @@ def prepare(path: Path, schema: Schema, *, mode: Literal["WAL", "DELETE"] = "WAL
             if not _is_empty(db):
                 check_ours(db, schema, what)  # before changing anything in it
             db.execute("PRAGMA page_size = 8192")
-            db.execute(f"PRAGMA journal_mode = {mode}")
+            _set_journal_mode(db, mode)
             db.execute("PRAGMA synchronous = FULL")
             with transaction(db):
                 _upgrade(db, schema)
+
+
+def _set_journal_mode(db: sqlite3.Connection, mode: str) -> None:
+    """Set the journal mode. While another connection is switching it, SQLite refuses at once, whatever the time limit
+    of the connection is, so this waits."""
+    deadline = time.monotonic() + _BUSY_MS / 1000
+    while True:
+        try:
+            db.execute(f"PRAGMA journal_mode = {mode}")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 def _is_empty(db: sqlite3.Connection) -> bool:
