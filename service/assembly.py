@@ -46,7 +46,7 @@ async def opened_service(
         cache: the vector cache. If None, the cache that the settings specify is created.
         metrics, lifecycle: these objects of the process. If None, new ones are created.
     """
-    metrics, lifecycle = metrics or Metrics(), lifecycle or Lifecycle()
+    metrics, lifecycle = metrics or Metrics(), lifecycle or Lifecycle.of(settings)
     async with AsyncExitStack() as stack:
         originals = Originals(settings.originals_place)
         stack.push_async_callback(originals.close)
@@ -54,7 +54,9 @@ async def opened_service(
         stack.push_async_callback(cache.close)
         pipeline = make_pipeline(settings, artifact, engine, cache, metrics)
         stack.push_async_callback(pipeline.close)
-        web_images = WebImages(settings, lifecycle, on_result=lambda result: metrics.image_urls.labels(result).inc())
+        web_images = WebImages(
+            settings, lifecycle.buffer, on_result=lambda result: metrics.image_urls.labels(result).inc()
+        )
         stack.push_async_callback(web_images.close)
         yield Service(
             settings=settings,

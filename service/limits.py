@@ -10,13 +10,13 @@ reasons.
 """
 
 import asyncio
-import ipaddress
 import logging
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Final, Protocol
+from typing import Final
 
 from service.buckets import LocalBuckets, RedisBuckets
+from service.clients import Principal, client_of
 from service.costs import Cost
 from service.errors import RateLimited
 from service.redis_guard import RedisGuard
@@ -50,14 +50,6 @@ class Limit:
     def burst_us(self) -> int:
         """The time in which an empty bucket becomes full."""
         return self.us(self.burst_pixels)
-
-
-class Principal(Protocol):
-    """The sender of a request. `key_id` is None if the request has no API key. If the object also has an attribute
-    `limit` that is not None, this `Limit` replaces the default."""
-
-    @property
-    def key_id(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -115,15 +107,15 @@ class Limits:
         """Decide whether a request may run, and take its fixed cost.
 
         Args:
-            principal: the sender of the request, or None if keys are not used.
+            principal: the sender of the request, or None if keys are not used. If it has an attribute `limit` that is
+                not None, this `Limit` replaces the default.
             address: the address of the client. It counts if the request has no key.
 
         Raises:
             RateLimited: the client has used its limit.
         """
         limit: Limit = getattr(principal, "limit", None) or self._limit
-        key_id = None if principal is None else principal.key_id
-        client = f"address:{_network(address)}" if key_id is None else f"key:{key_id}"
+        client = client_of(principal, address)
         cost_us, burst_us = limit.us(limit.request_pixels), limit.burst_us
         if self._shared is None:
             decision = self._local.take(client, cost_us, burst_us)
@@ -210,18 +202,3 @@ def _fields(limit: Limit, owed_us: int) -> dict[str, str]:
 def _policy(limit: Limit) -> str:
     window_s = -(-limit.burst_us // 1_000_000)
     return f'"default";q={limit.burst_pixels};qu="pixels";w={window_s}'
-
-
-@lru_cache(maxsize=4096)
-def _network(address: str) -> str:
-    """Return an IPv4 address, or the network of 64 bits of an IPv6 address, because one client usually has a whole such
-    network. An address of another form is returned unchanged."""
-    try:
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address
-    if isinstance(parsed, ipaddress.IPv4Address):
-        return str(parsed)
-    if parsed.ipv4_mapped is not None:
-        return str(parsed.ipv4_mapped)
-    return str(ipaddress.ip_network((parsed, 64), strict=False))

@@ -64,6 +64,7 @@ def _observe_queues(service: Service) -> None:
     metrics = service.metrics
     metrics.queue_images.set(sum(batcher.images for batcher in batchers))
     metrics.queue_patches.set(sum(batcher.patches for batcher in batchers))
+    metrics.buffered_bytes.set(service.lifecycle.buffer.used)
     metrics.queue_age.set(max(batcher.oldest_s for batcher in batchers))
     metrics.engine_up.set(all(batcher.health() is None for batcher in batchers))
 

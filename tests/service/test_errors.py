@@ -14,6 +14,7 @@ import pytest
 
 from service.errors import (
     ERRORS,
+    BodyTooSlow,
     BrokenImage,
     EngineFailed,
     HeadTooLarge,
@@ -27,7 +28,7 @@ from service.search.store import CollectionSpec
 from service.telemetry import JsonLines
 from service.web_images import WebImages
 from tests.dict_store import DictStore
-from tests.fakes import FakeEngine, Running, photo, plain_photo, running, until
+from tests.fakes import DIMS, FakeEngine, Running, photo, plain_photo, running, until
 
 ROOT = Path(__file__).parents[2]
 EMBED = "/v1/embeddings"
@@ -187,6 +188,45 @@ async def _head(tmp_path: Path) -> httpx.Response:
             return await client.get("/v1/models")
 
 
+@provokes("body_too_slow")
+async def _slow(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+
+        async def app(scope, receive, send):  # the HTTP protocol does this
+            async def slow():
+                scope["refusal"] = BodyTooSlow("only 10 bytes of the request body have arrived in 10 s")
+                return {"type": "http.request", "body": b"", "more_body": True}
+
+            await run.app(scope, slow, send)
+
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
+            answer = await client.post("/v1/collections/shop/search", json={})
+            assert answer.headers["Connection"] == "close"
+            return answer
+
+
+@provokes("host_not_allowed")
+async def _host(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        return await run.client.get("/v1/models", headers={"Host": "rebound.example.com:8000"})
+
+
+@provokes("share_used")
+async def _share(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        run.service.pipeline.batcher.reserve(128, "address:127.0.0.1")
+        return await run.client.post(EMBED, json={"input": base64_of(photo())})
+
+
+@provokes("answer_too_large")
+async def _answer(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path, store=DictStore(), max_answer_bytes=2**16) as run:
+        metadata = json.dumps({"text": "x" * 40_000})
+        await run.client.post("/v1/collections/shop/items", files={"file": photo()}, data={"metadata": metadata})
+        many = {"queries": [{"vector": [1.0] * DIMS}] * 2}
+        return await run.client.post("/v1/collections/shop/search", json=many)
+
+
 @provokes("payload_too_large")
 async def _payload(tmp_path: Path) -> httpx.Response:
     async def chunks() -> AsyncIterator[bytes]:  # chunked: no Content-Length to judge by
@@ -265,7 +305,7 @@ async def _storage(tmp_path: Path) -> httpx.Response:
 @provokes("unavailable")
 async def _unavailable(tmp_path: Path) -> httpx.Response:
     async with running(tmp_path) as run:
-        run.service.lifecycle.buffered_bytes = run.service.settings.max_buffered_bytes
+        run.service.lifecycle.buffer.take("other", run.service.settings.max_buffered_bytes, 0)
         return await run.client.post(EMBED, json={"input": base64_of(photo())})
 
 
@@ -348,7 +388,7 @@ async def test_provoked_over_http(tmp_path, code):
         assert {"type", "title", "status", "detail", "instance", "code", "request_id"} <= set(body)
         assert (body["code"], body["status"], body["title"]) == (code, status, title)
         assert body["request_id"] == answer.headers["X-Request-ID"]
-    if code in ("queue_full", "shutting_down", "unavailable", "rate_limit_exceeded"):
+    if code in ("queue_full", "shutting_down", "unavailable", "rate_limit_exceeded", "share_used"):
         assert int(answer.headers["Retry-After"]) >= 1
 
 
