@@ -12,7 +12,11 @@ without the service, and each answer is compared with them:
 - the score of each hit must be the product of this model's vectors of the query and of the item,
 - at the end, each item whose last write was acknowledged must be there, or not, as that write says.
 
-    python benchmarks/model_life.py --images FOLDER [--requests 10000] [--kills 0] [--retrain] [--seed 0] [--out FILE]
+    python benchmarks/model_life.py --images FOLDER [--requests 10000] [--kills 0] [--every 7] [--retrain]
+        [--items 120] [--seed 0] [--out FILE]
+
+The kills are `--every` seconds apart on average. With `--retrain`, a quarter of them are kept for the end of the job,
+when the collections are re-embedded and switched. This takes seconds, so these kills follow each other closely.
 
 With `--retrain`, each change is a job of the kind `retrain` (this needs torch) with a tiny training and a gate that
 lets every model pass. Otherwise it is a job of the kind `reindex` to a copy of the demo model with changed weights. The
@@ -54,6 +58,8 @@ ROOT = Path(__file__).parents[1]
 COLLECTION = "shop"
 CLIENTS = 4
 TOLERANCE = 2e-4
+SWITCHING = 0.8
+"""The progress of a retraining at which the re-embedding begins."""
 DOWN_S = 30.0
 """How long after a kill a request may fail, in seconds: the service must be up again by then."""
 
@@ -63,6 +69,7 @@ def main() -> int:
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--every", type=float, default=7.0)
     parser.add_argument("--retrain", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--items", type=int, default=120)
@@ -103,6 +110,8 @@ class Life:
         self.paused = threading.Event()
         self.down_until = 0.0
         self.kills: Counter[str] = Counter()
+        self.kills_while_switching = 0
+        self.switching = threading.Event()
         self.changes: list[dict[str, Any]] = []
         self.port, self.redis_port = _free_port(), _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -275,9 +284,14 @@ class Life:
         return sum(self.kills.values()) >= self.options.kills
 
     def kill_at_random(self) -> None:
+        kept = self.options.kills // 4 if self.options.retrain else 0
         while not self.ended.is_set() and not self.kills_are_done():
-            self.ended.wait(self.random.uniform(2, 12))
+            if self.switching.wait(self.random.uniform(0.3, 1.7) * self.options.every):
+                self.ended.wait(self.random.uniform(0, 2))
+            elif self.options.kills - sum(self.kills.values()) <= kept:
+                continue
             if not self.ended.is_set():
+                self.kills_while_switching += self.switching.is_set()
                 self.kill_one()
 
     def fill(self) -> None:
@@ -308,7 +322,10 @@ class Life:
         began = time.monotonic()
         job = self.patient("POST", "/v1/jobs", json=body)["id"]
         while (state := self.patient("GET", f"/v1/jobs/{job}"))["state"] not in ("succeeded", "failed", "cancelled"):
+            if self.options.retrain and (state["progress"] or 0) >= SWITCHING:
+                self.switching.set()
             time.sleep(0.5)
+        self.switching.clear()
         if state["state"] != "succeeded":
             raise RuntimeError(f"job {job}: {state['error']}")
         switched = time.monotonic()
@@ -390,6 +407,7 @@ class Life:
             "changes_of_the_model": len(self.changes),
             "changes": self.changes,
             "kills": dict(self.kills),
+            "kills_while_switching": self.kills_while_switching,
             "seconds": round(seconds, 1),
             "cpus": available_cpus(),
             "latency_ms": {f"p{p}": round(1e3 * latencies[int(len(latencies) * p / 100)], 1) for p in (50, 99)},
