@@ -367,12 +367,18 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
 
 class _StagedTransport:
-    """The transport that uvicorn uses to answer a request. Its `close` calls the protocol's `close_in_steps`."""
+    """The transport that uvicorn uses to answer a request. Its `close` calls the protocol's `close_in_steps`. What is
+    written after the client has disconnected is dropped. uvicorn does not notice this for a request that other requests
+    of the same connection follow, and uvloop raises RuntimeError."""
 
     def __init__(self, protocol: BoundedHttpProtocol) -> None:
-        self.write = protocol.transport.write
+        self._transport = protocol.transport
         self.is_closing = protocol.transport.is_closing
         self.close = protocol.close_in_steps
+
+    def write(self, data: bytes) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(data)
 
 
 def _head_fault(headers: list[tuple[bytes, bytes]], version: str) -> str | None:

@@ -163,7 +163,7 @@ async def _mismatch(tmp_path: Path) -> httpx.Response:
 async def _image_url(tmp_path: Path) -> httpx.Response:
     async with running(tmp_path, image_urls="*") as run:
         run.service.web_images = WebImages(
-            run.service.settings, run.service.lifecycle, resolve=lambda host, port: ["127.0.0.1"]
+            run.service.settings, run.service.lifecycle.buffer, resolve=lambda host, port: ["127.0.0.1"]
         )
         return await run.client.post(EMBED, json={"input": "https://images.example.com/a.jpg"})
 

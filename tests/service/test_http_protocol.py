@@ -8,13 +8,14 @@ import subprocess
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
 from service.connections import Connections
-from service.http_protocol import MAX_HEAD_BYTES, BoundedHttpProtocol
+from service.http_protocol import MAX_HEAD_BYTES, BoundedHttpProtocol, _StagedTransport
 from tests.fakes import until
 
 HEAD_S, KEEP_ALIVE_S = 0.3, 0.9
@@ -451,6 +452,17 @@ async def test_a_client_that_reads_slowly_gets_the_whole_answer(monkeypatch):
             answer += len(chunk)
             await asyncio.sleep(0.002)
     assert answer > HUGE
+
+
+def test_nothing_is_written_to_a_connection_that_is_closed():
+    """uvloop would raise an error, which would be logged as a fault of the service."""
+    written: list[bytes] = []
+    closing = [False, True]
+    transport = SimpleNamespace(is_closing=lambda: closing.pop(0), write=written.append)
+    staged = _StagedTransport(SimpleNamespace(transport=transport, close_in_steps=None))  # type: ignore[arg-type]
+    staged.write(b"first")
+    staged.write(b"second")
+    assert written == [b"first"]
 
 
 SLOW_BODY = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
