@@ -8,6 +8,8 @@
 #
 # --build-arg EXTRAS=milvus,parquet adds optional dependencies of pyproject.toml to any target.
 #
+# pip installs only files whose sha256 is in hashes/ (docs/security.md, Packages), except for EXTRAS and TensorRT.
+#
 # Stages named `packages...` install what the project depends on, and stages named `venv...` add the project. None of
 # the images runs as root. The service writes only to /data and /tmp, so the root file system can be read-only.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
@@ -19,22 +21,24 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=igno
 RUN python -m venv /opt/venv
 WORKDIR /src
 COPY pyproject.toml constraints.txt LICENSE ./
+COPY hashes hashes
+RUN /opt/venv/bin/pip install --require-hashes -r hashes/serve.txt
 ARG EXTRAS=
 RUN mkdir cli model service training && touch README.md \
-    && /opt/venv/bin/pip install -c constraints.txt ".${EXTRAS:+[$EXTRAS]}"
+    && /opt/venv/bin/pip install --no-build-isolation -c constraints.txt ".${EXTRAS:+[$EXTRAS]}"
 
-# Both builds of ONNX Runtime provide the same Python module, so remove both and then install the GPU build.
+# Both builds of ONNX Runtime provide the same Python module, so remove the one for CPUs. hashes/gpu.txt does not have it,
+# and without --no-deps pip would install it again.
 FROM packages AS packages-gpu
-RUN /opt/venv/bin/pip install -c constraints.txt ".[gpu]" \
-    && /opt/venv/bin/pip uninstall -y onnxruntime onnxruntime-gpu \
-    && /opt/venv/bin/pip install -c constraints.txt --no-deps onnxruntime-gpu
+RUN /opt/venv/bin/pip uninstall -y onnxruntime \
+    && /opt/venv/bin/pip install --require-hashes --no-deps -r hashes/gpu.txt
 ARG TENSORRT=0
 RUN if [ "$TENSORRT" = 1 ]; then \
       /opt/venv/bin/pip install -c constraints.txt --extra-index-url https://pypi.nvidia.com ".[tensorrt]"; \
     elif [ "$TENSORRT" != 0 ]; then echo "TENSORRT must be 0 or 1, not $TENSORRT" >&2; exit 1; fi
 
 FROM packages AS packages-train
-RUN /opt/venv/bin/pip install -c constraints.txt ".[train]"
+RUN /opt/venv/bin/pip install --require-hashes -r hashes/train.txt
 ARG TENSORRT=0
 RUN if [ "$TENSORRT" = 1 ]; then \
       /opt/venv/bin/pip install -c constraints.txt --extra-index-url https://pypi.nvidia.com ".[tensorrt]"; \
@@ -48,7 +52,7 @@ COPY cli cli
 COPY model model
 COPY service service
 COPY training training
-RUN rm -rf build && /opt/venv/bin/pip wheel --no-deps --wheel-dir /wheels .
+RUN rm -rf build && /opt/venv/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
 
 # The running service needs neither pip nor setuptools. Training keeps setuptools, which torch imports when it compiles.
 FROM packages AS venv

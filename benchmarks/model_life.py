@@ -25,6 +25,7 @@ script prints the result as JSON. The exit status is 1 if a check failed, or if 
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -170,6 +171,8 @@ class Life:
                 _kill(pid)
             return
         process = self.processes[what]
+        if what == "service":
+            self.down_until = math.inf  # until it is ready, however long it takes to load its model
         process.kill()
         process.wait()
         time.sleep(self.random.random())

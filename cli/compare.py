@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.shared import DATA, ArtifactsDirOption, ThreadsOption, decode_limits, fail, settings_for
+from cli.shared import DATA, MODEL_NAMES, ArtifactsDirOption, ThreadsOption, decode_limits, fail, settings_for
+from cli.shared import _warn as warn
 from model.files import write_text
 from model.pooling import DEFAULT_POOLING, Pooling
 
@@ -21,8 +22,8 @@ REFUSED = 3
 
 
 def compare(
-    champion: Annotated[str, typer.Argument(help="The live model: an artifact folder, a model's name, or auto.")],
-    challenger: Annotated[str, typer.Argument(help="The new model: an artifact folder or a model's name.")],
+    champion: Annotated[str, typer.Argument(help=f"The live model: auto, {MODEL_NAMES}.")],
+    challenger: Annotated[str, typer.Argument(help=f"The new model: {MODEL_NAMES}.")],
     data: Annotated[
         Path,
         typer.Option(
@@ -59,9 +60,11 @@ def compare(
 ) -> None:
     """Decide whether a new model (the challenger) may replace the live one (the champion). Both are compared on the
     same frozen set of images. The exit status is 0 if the challenger passes and 3 if it is refused."""
-    from service.artifact_choice import choose_artifact
+    from service.errors import ServiceError
     from service.jobs.compare import CompareOptions, Progress
     from service.jobs.compare import compare as compare_models
+    from service.jobs.live_sample import drawn_live
+    from service.model_list import named_artifact
 
     try:
         settings = settings_for(None, data_dir)
@@ -75,12 +78,13 @@ def compare(
             limits=decode_limits(settings),
             rules=read_rules(rule or []),
         )
-        old, new = choose_artifact(champion, data_dir), choose_artifact(challenger, data_dir)
         progress = Progress(say=lambda line: typer.echo(line, err=True), advance=_ProgressLines().advance)
-        verdict = compare_models(old, new, data, data_dir, options, progress)
+        old, new = (named_artifact(name, data_dir, progress.say, warn)[0] for name in (champion, challenger))
+        with drawn_live(settings, progress.say) as live:
+            verdict = compare_models(old, new, data, data_dir, options, progress, live)
         if out is not None:
             write_text(out, json.dumps(verdict.as_json(), indent=2) + "\n")
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ServiceError, ValueError, OSError, ModuleNotFoundError) as error:
         raise fail(error) from error
     if as_json:
         typer.echo(json.dumps(verdict.as_json(), indent=2))
@@ -175,12 +179,10 @@ def _rows(verdict: "Verdict") -> "Iterator[tuple[str, ...]]":
     ):
         values = [getattr(signs, name) for signs in (figures.champion, figures.challenger)]
         yield (what, *("NaN" if value is None else f"{value:.3f}" for value in values), "", "")
-    for what, kept in (
-        ("neighbours kept", figures.neighbours_kept),
-        ("the same, live queries", figures.live_neighbours_kept),
-    ):
-        if kept is not None:
-            yield (what, "", "", _percent(kept), "")
+    if figures.neighbours_kept is not None:
+        yield ("neighbours kept", "", "", _percent(figures.neighbours_kept), "")
+    for live in figures.live_neighbours_kept:
+        yield (f"the same, {live.n_items} items of {live.collection}", "", "", _percent(live.kept), "")
 
 
 def _percent(value: float) -> str:

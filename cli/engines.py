@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cli.shared import DATA, ArtifactsDirOption, fail
+from cli.shared import DATA, ArtifactsDirOption, fail, tell_next
 
 if TYPE_CHECKING:
     from model.artifact import Artifact
@@ -94,9 +94,9 @@ def build_engine(
     typer.echo(
         f"{path}\n{toolchain.library.name} {toolchain.library.version} on {toolchain.gpu.name}, "
         f"{record.bytes / 2**20:.0f} MiB\nparity with {record.reference} at batches "
-        f"{', '.join(str(parity.batch) for parity in record.parity)}: {figures(record.parity)}\n"
-        f"next: dinov2 serve --model {shlex.quote(str(chosen.path))} --engine tensorrt:{precision}"
+        f"{', '.join(str(parity.batch) for parity in record.parity)}: {figures(record.parity)}"
     )
+    tell_next(f"dinov2 serve --model {shlex.quote(str(chosen.path))} --engine tensorrt:{precision}")
 
 
 def _reference(artifact: "Artifact") -> "Engine":

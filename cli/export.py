@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cli.shared import DATA, ArtifactsDirOption, fail, need_torch
+from cli.shared import DATA, ArtifactsDirOption, fail, need_torch, tell_next
 
 if TYPE_CHECKING:
     from model.artifact import Manifest
@@ -142,7 +142,7 @@ def export(
     typer.echo(f"{artifact.path}\nfingerprint {artifact.fingerprint}")
     for line in _parity_lines(artifact.manifest):
         typer.echo(line)
-    typer.echo(f"next: dinov2 serve --model {shlex.quote(str(artifact.path))}")
+    tell_next(f"dinov2 serve --model {shlex.quote(str(artifact.path))}")
 
 
 def _refuse_options(file_format: str, given: list[str]) -> None:
@@ -168,7 +168,7 @@ def _export_format(
     typer.echo(f"{exported.folder}: {', '.join(exported.files)}")
     for note in exported.notes:
         typer.echo(f"note: {note}")
-    typer.echo(f"next: {exported.usage}")
+    tell_next(exported.usage)
 
 
 def _items(text: str) -> list[str]:

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -69,18 +68,18 @@ def start(
     data_dir: DataDirOption = DATA,
 ) -> None:
     """Start a job. It is queued until a worker is free."""
-    from service.jobs.kinds import KINDS, checked_params
+    from service.jobs.blocked import why_blocked
+    from service.jobs.kinds import accepted_params
     from service.jobs.records import NewJob
 
     with _opened(data_dir) as (store, queue, settings):
-        given = _values(params or [])
-        checked_params(kind, given, settings)
+        given = values_of(params or [])
+        accepted_params(kind, given, settings)
         job = store.create(NewJob(kind, given, requested_by="command line", not_before=_moment(not_before)))
         queue.announce(job)
-        typer.echo(json.dumps(asdict(job)) if as_json else job.id)
-        workers = store.workers.alive()
-        if workers and not any(kind in worker.kinds for worker in workers):
-            typer.echo(f"no running worker runs {kind}: it needs {' and '.join(KINDS[kind].needs)}", err=True)
+        typer.echo(_json(store, job) if as_json else job.id)
+        if (blocked := why_blocked(job, store.workers.alive(), store.now())) is not None:
+            typer.echo(f"warning: {blocked}", err=True)
         if wait:
             _follow(store, job.id)
 
@@ -97,15 +96,19 @@ def list_jobs(
     from rich.console import Console
     from rich.table import Table
 
+    from service.jobs.answers import job_answers, worker_answer
+
     with _opened(data_dir) as (store, _, _):
         kinds = None if kind is None else _listed(kind)
         jobs, workers = store.jobs(states=_states(state), kinds=kinds, limit=limit), store.workers.alive()
+        answers = job_answers(store, jobs)
     if as_json:
-        typer.echo(json.dumps({"jobs": [asdict(job) for job in jobs], "workers": [asdict(row) for row in workers]}))
+        typer.echo(json.dumps({"jobs": answers, "workers": [worker_answer(row) for row in workers]}))
         return
     table = Table("job", "state", "done", "started", "what it does")
-    for job in jobs:
-        table.add_row(job.id, job.state, f"{job.progress:.0%}", _time(job.started), job.error or job.text)
+    for job, answer in zip(jobs, answers, strict=True):
+        text = job.error or answer["blocked"] or job.text
+        table.add_row(job.id, job.state, f"{job.progress:.0%}", _time(job.started), text)
     Console().print(table)
     for row in workers:
         typer.echo(f"worker {row.id}: {row.job or 'no job'}; runs {', '.join(row.kinds)}")
@@ -115,9 +118,9 @@ def list_jobs(
 
 @app.command()
 def show(job: JobArgument, data_dir: DataDirOption = DATA) -> None:
-    """Print everything that is stored about a job, as JSON."""
+    """Print a job as JSON: parameters, state, progress, figures, finished steps, error, and why it does not start."""
     with _opened(data_dir) as (store, _, _):
-        typer.echo(json.dumps(asdict(store.get(job)), indent=1))
+        typer.echo(_json(store, store.get(job), indent=1))
 
 
 @app.command()
@@ -146,7 +149,7 @@ def watch(job: JobArgument, as_json: JsonOption = False, data_dir: DataDirOption
 def cancel(job: JobArgument, as_json: JsonOption = False, data_dir: DataDirOption = DATA) -> None:
     """Cancel a job. A running job is stopped by its worker within a few seconds."""
     with _opened(data_dir) as (store, _, _):
-        _show_state(store.request_cancel(job, "command line"), as_json)
+        _show_state(store, store.request_cancel(job, "command line"), as_json)
 
 
 @app.command()
@@ -155,7 +158,7 @@ def retry(job: JobArgument, as_json: JsonOption = False, data_dir: DataDirOption
     with _opened(data_dir) as (store, queue, _):
         again = store.retry(job)
         queue.announce(again)
-        _show_state(again, as_json)
+        _show_state(store, again, as_json)
 
 
 @app.command()
@@ -164,7 +167,7 @@ def approve(job: JobArgument, as_json: JsonOption = False, data_dir: DataDirOpti
     with _opened(data_dir) as (store, queue, _):
         approved = store.approve(job, "command line")
         queue.announce(approved)
-        _show_state(approved, as_json)
+        _show_state(store, approved, as_json)
 
 
 @app.command()
@@ -187,11 +190,11 @@ def schedule(
     data_dir: DataDirOption = DATA,
 ) -> None:
     """Create a job at certain times."""
-    from service.jobs.kinds import checked_params
+    from service.jobs.kinds import accepted_params
 
     with _opened(data_dir) as (store, _, settings):
-        given = _values(params or [])
-        checked_params(kind, given, settings)
+        given = values_of(params or [])
+        accepted_params(kind, given, settings)
         stored = store.schedules.put(
             name, kind, given, every=every, zone=zone or settings.schedule_zone, requested_by="command line"
         )
@@ -201,10 +204,12 @@ def schedule(
 @app.command()
 def schedules(as_json: JsonOption = False, data_dir: DataDirOption = DATA) -> None:
     """List the schedules."""
+    from service.jobs.answers import schedule_answer
+
     with _opened(data_dir) as (store, _, _):
         found = store.schedules.all()
     if as_json:
-        typer.echo(json.dumps([asdict(one) for one in found]))
+        typer.echo(json.dumps([schedule_answer(one) for one in found]))
         return
     for one in found:
         typer.echo(f"{one.name}: {one.kind}, {one.every} ({one.zone}), next at {_time(one.next_at)} UTC")
@@ -220,7 +225,7 @@ def unschedule(
         typer.echo(f"removed {name}")
 
 
-def _values(arguments: list[str]) -> dict[str, Any]:
+def values_of(arguments: list[str]) -> dict[str, Any]:
     """Return the parameters in NAME=VALUE arguments. A value is JSON, or else text. A repeated name makes a list.
 
     Raises:
@@ -274,9 +279,11 @@ def _watch(store: "JobStore", job_id: str, as_json: bool) -> int:
 
 def _show_event(event: "Event", as_json: bool) -> None:
     """Print an event as a line of JSON, or as a line of text with the local time."""
+    from service.jobs.answers import event_answer
+
     data = event.data
     if as_json:
-        typer.echo(json.dumps(asdict(event)))
+        typer.echo(json.dumps(event_answer(event)))
     elif event.kind != "log":
         text = {
             "state": f"{data.get('state')}{': ' if data.get('error') else ''}{data.get('error') or ''}",
@@ -298,9 +305,17 @@ def _print_log(store: "JobStore", job_id: str, position: int) -> int:
         position = end
 
 
-def _show_state(job: "Job", as_json: bool) -> None:
+def _show_state(store: "JobStore", job: "Job", as_json: bool) -> None:
     """Print a job as JSON, or its state in one line."""
-    typer.echo(json.dumps(asdict(job)) if as_json else _line(job))
+    typer.echo(_json(store, job) if as_json else _line(job))
+
+
+def _json(store: "JobStore", job: "Job", indent: int | None = None) -> str:
+    """Return a job as JSON, with the names that the REST API has."""
+    from service.jobs.answers import job_answers
+
+    [answer] = job_answers(store, [job])
+    return json.dumps(answer, indent=indent)
 
 
 def _line(job: "Job") -> str:

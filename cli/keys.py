@@ -82,7 +82,9 @@ def list_(data_dir: DataDirOption = DATA, as_json: JsonOption = False) -> None:
 
 @app.command()
 def revoke(
-    key_id: Annotated[str, typer.Argument(metavar="ID", help="Id of the key, or the whole key.")],
+    key: Annotated[
+        str, typer.Argument(help="Id of the key, its name if only one valid key has this name, or the whole key.")
+    ],
     data_dir: DataDirOption = DATA,
 ) -> None:
     """Revoke an API key. A running service refuses it from its next request on. If this was the last valid key, the
@@ -90,10 +92,10 @@ def revoke(
     from service.errors import ServiceError
 
     try:
-        key = _store(data_dir).revoke(key_id)
+        revoked = _store(data_dir).revoke(key)
     except (ValueError, OSError, ServiceError) as error:
         raise fail(error) from error
-    typer.echo(f"revoked the key {key.id} of {key.name}")
+    typer.echo(f"revoked the key {revoked.id} of {revoked.name}")
 
 
 @app.command()

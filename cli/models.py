@@ -3,7 +3,10 @@
 import json
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +15,7 @@ import typer
 from cli.compare import compare
 from cli.shared import (
     DATA,
+    MODEL_NAMES,
     ArtifactsDirOption,
     JsonOption,
     ThreadsOption,
@@ -23,16 +27,14 @@ from model.files import write_text
 
 if TYPE_CHECKING:
     from service.live_models import Opened
-    from service.migration import MigrationReport, Places
+    from service.migration.work import MigrationReport, Places
     from service.search.store import VectorStore
     from service.settings import Settings
 
 app = typer.Typer(help="List models, and make one live while the service runs.")
 app.command()(compare)
 
-NameArgument = Annotated[
-    str, typer.Argument(help="An artifact folder, the name of a model, its fingerprint, or the number of a generation.")
-]
+NameArgument = Annotated[str, typer.Argument(help=f"{MODEL_NAMES[0].upper()}{MODEL_NAMES[1:]}.")]
 LostOption = Annotated[
     Literal["refuse", "drop", "keep"],
     typer.Option(
@@ -42,6 +44,10 @@ LostOption = Annotated[
 ]
 ShareOption = Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the time for which images are embedded.")]
 KeepOption = Annotated[float, typer.Option(min=0.0, help="Hours for which a rollback is possible after the switch.")]
+EndWindowOption = Annotated[
+    bool,
+    typer.Option("--end-window", help="Start even if a rollback to the former model is then no longer possible."),
+]
 OwnEngineOption = Annotated[
     str | None,
     typer.Option(help="Engine: auto, fastest, or runtime[:precision]. Default: that of the service. [DINOV2_ENGINE]"),
@@ -50,6 +56,53 @@ ProgressOption = Annotated[
     Path | None, typer.Option(help="File to which the progress is written as JSON.", hidden=True)
 ]
 DAY_HOURS = 24.0
+
+
+@dataclass(frozen=True)
+class Migrating:
+    """The options that `promote` and `reindex` share."""
+
+    data_dir: ArtifactsDirOption = DATA
+    lost: LostOption = "refuse"
+    end_window: EndWindowOption = False
+    share: ShareOption = 1.0
+    read_sources: Annotated[
+        bool, typer.Option(help="Also read images from the sources of items, if they are not stored.")
+    ] = False
+    engine: OwnEngineOption = None
+    threads: ThreadsOption = None
+    progress: ProgressOption = None
+    as_json: JsonOption = False
+
+    def run(self, model: str, *, makes: bool, **options: Any) -> None:
+        """Migrate to a model and print the report. `options` are further ones of `MigrationOptions`."""
+        from service.migration.run import migrate
+        from service.migration.work import MigrationOptions
+
+        async def work(store: "VectorStore", settings: "Settings") -> "MigrationReport":
+            places = _places(store, settings, read_sources=self.read_sources)
+            path, opened = _open(model, settings, self.engine, self.threads)
+            shared = MigrationOptions(lost=self.lost, share=self.share, end_window=self.end_window)
+            return await migrate(places, path, opened, replace(shared, **options), _Progress(self.progress))
+
+        _print_report(run_with(None, self.data_dir, work, makes=makes), self.as_json)
+
+
+def with_shared(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `Migrating` instead of its parameter `shared`."""
+    own = [each for each in signature(command).parameters.values() if each.name != "shared"]
+    shared = list(signature(Migrating).parameters.values())
+    names = {each.name for each in shared}
+
+    @wraps(command)
+    def called(**values: Any) -> None:
+        migrating = Migrating(**{name: value for name, value in values.items() if name in names})
+        command(**{name: value for name, value in values.items() if name not in names}, shared=migrating)
+
+    every = [each.replace(kind=Parameter.KEYWORD_ONLY) for each in (*own, *shared)]
+    called.__signature__ = Signature(every)  # type: ignore[attr-defined]
+    called.__annotations__ = {each.name: each.annotation for each in every}
+    return called
 
 
 @app.callback(invoke_without_command=True)
@@ -96,33 +149,13 @@ def list_(data_dir: ArtifactsDirOption = DATA, as_json: JsonOption = False) -> N
 
 
 @app.command()
-def promote(
-    name: NameArgument,
-    data_dir: ArtifactsDirOption = DATA,
-    lost: LostOption = "refuse",
-    keep_hours: KeepOption = DAY_HOURS,
-    share: ShareOption = 1.0,
-    read_sources: Annotated[
-        bool, typer.Option(help="Also read images from the sources of items, if they are not stored.")
-    ] = False,
-    engine: OwnEngineOption = None,
-    threads: ThreadsOption = None,
-    progress: ProgressOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@with_shared
+def promote(name: NameArgument, shared: Migrating, keep_hours: KeepOption = DAY_HOURS) -> None:
     """Make a model live: embed every collection again, then switch all of them and the model at once.
 
     Running services go on answering with the old model until the switch. They load the new model before. If the command
     is interrupted, the next call continues. `dinov2 models rollback` goes back while the window is open."""
-    from service.migration import MigrationOptions, migrate
-
-    async def work(store: "VectorStore", settings: "Settings") -> "MigrationReport":
-        places = _places(store, settings, read_sources=read_sources)
-        path, opened = _open(name, settings, engine, threads)
-        options = MigrationOptions(lost=lost, keep_s=keep_hours * 3600, share=share, reason="dinov2 models promote")
-        return await migrate(places, path, opened, options, _Progress(progress))
-
-    _print_report(run_with(None, data_dir, work, makes=True), as_json)
+    shared.run(name, makes=True, keep_s=keep_hours * 3600, reason="dinov2 models promote")
 
 
 @app.command()
@@ -134,7 +167,7 @@ def rollback(
     keep_hours: KeepOption = DAY_HOURS,
 ) -> None:
     """Make the former model live again, with its collections as they are now."""
-    from service.migration import RolledBack, roll_back
+    from service.migration.rollback import RolledBack, roll_back
 
     async def work(store: "VectorStore", settings: "Settings") -> RolledBack:
         return await roll_back(_places(store, settings), keep_s=keep_hours * 3600, force=force)
@@ -148,7 +181,7 @@ def rollback(
 @app.command()
 def abandon(data_dir: ArtifactsDirOption = DATA) -> None:
     """Give up a switch that was interrupted: delete what was prepared for it."""
-    from service.migration import abandon_all
+    from service.migration.giving_up import abandon_all
 
     async def work(store: "VectorStore", settings: "Settings") -> None:
         await abandon_all(_places(store, settings))
@@ -175,40 +208,22 @@ def remove(
     typer.echo(f"removed {run_with(None, data_dir, work, makes=True)}")
 
 
+@with_shared
 def reindex(
     collections: Annotated[list[str], typer.Argument(help="Names of the collections.")],
+    shared: Migrating,
     model: Annotated[
         str, typer.Option(help="The model whose vectors the collections get. Default: the live model.")
     ] = "auto",
-    data_dir: ArtifactsDirOption = DATA,
-    lost: LostOption = "refuse",
-    share: ShareOption = 1.0,
-    read_sources: Annotated[
-        bool, typer.Option(help="Also read images from the sources of items, if they are not stored.")
-    ] = False,
-    engine: OwnEngineOption = None,
-    threads: ThreadsOption = None,
-    progress: ProgressOption = None,
-    as_json: JsonOption = False,
 ) -> None:
     """Embed collections again with another model, while they are searched and written to. The live model stays."""
-    from service.migration import MigrationOptions, migrate
-
-    async def work(store: "VectorStore", settings: "Settings") -> "MigrationReport":
-        places = _places(store, settings, read_sources=read_sources)
-        path, opened = _open(model, settings, engine, threads)
-        options = MigrationOptions(
-            collections=tuple(collections), lost=lost, share=share, promote=False, reason="dinov2 reindex"
-        )
-        return await migrate(places, path, opened, options, _Progress(progress))
-
-    _print_report(run_with(None, data_dir, work), as_json)
+    shared.run(model, makes=False, collections=tuple(collections), promote=False, reason="dinov2 reindex")
 
 
 def _places(store: "VectorStore", settings: "Settings", *, read_sources: bool = False) -> "Places":
     from service.generations import Generations
     from service.ingest.sources import read_photo
-    from service.migration import Places
+    from service.migration.work import Places
     from service.originals import Originals
 
     def read(source: str) -> bytes:
@@ -224,21 +239,20 @@ def _places(store: "VectorStore", settings: "Settings", *, read_sources: bool = 
 
 
 def _open(name: str, settings: "Settings", engine: str | None, threads: int | None) -> "tuple[Path, Opened]":
-    """Load the model with this name. A published model is downloaded and exported if needed."""
-    from service.artifact_choice import choose_artifact
-    from service.errors import ModelNotFound
-    from service.first_model import open_model
+    """Load the model with this name. A published model is downloaded and exported if needed. Without `engine`, the live
+    model and the number of a generation mean vectors of the same precision as before."""
+    from model.artifact import read_manifest
+    from service.first_model import open_generation, open_model
     from service.generations import Generations
-    from service.model_list import known_models, model_named
+    from service.model_list import named_artifact
 
-    if name == "auto" or "/" in name:
-        path = choose_artifact(name, settings.data_dir, _tell)
-    else:
-        try:
-            path = model_named(known_models(settings.data_dir, Generations(settings.data_dir), warn), name).path
-        except ModelNotFound:
-            path = choose_artifact(name, settings.data_dir, _tell)
+    path, generation = named_artifact(name, settings.data_dir, _tell, warn)
     changed = settings.model_copy(update={"threads": threads or settings.threads})
+    live = Generations(settings.data_dir).live()
+    if generation is None and live is not None and read_manifest(path).fingerprint == live.fingerprint:
+        generation = live
+    if engine is None and generation is not None:
+        return path, open_generation(changed, path, generation)
     return path, open_model(changed, path, engine or settings.engine)
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from service.features.patches import Patches
     from service.ingest.folders import Problem
     from service.ingest.index import IndexOptions, IndexReport
+    from service.ingest.listed import Allowed
     from service.search.store import VectorStore
     from service.settings import Settings
 
@@ -90,6 +91,18 @@ def index(
         str | None,
         typer.Option(help="Column of Parquet and .csv files with the images. Default: detected automatically."),
     ] = None,
+    allow_outside: Annotated[
+        bool,
+        typer.Option(
+            "--allow-outside",
+            help="Let lists and Parquet files name any file and URL that this command can read, not only files in "
+            "their own folder and below it.",
+        ),
+    ] = False,
+    allow_web: Annotated[
+        bool,
+        typer.Option("--allow-web", help="Let lists and Parquet files name images on public web servers."),
+    ] = False,
     force: Annotated[
         bool, typer.Option(help="Index unchanged images again, and replace items of other files with the same id.")
     ] = False,
@@ -114,12 +127,14 @@ def index(
 
     async def work(vectors: "VectorStore", settings: "Settings") -> "IndexReport":
         from service.ingest.index import IndexOptions, pooling_of
+        from service.ingest.listed import Allowed
         from service.ingest.prune import Sources
 
         info = await find_collection(vectors, collection)
         folders = folders_to_prune(sources, id_by) if prune else []
         found = Sources()
-        images = _find_images(sources, image_column, folders_as, account, settings)
+        allowed = Allowed(allow_outside, allow_web)
+        images = _find_images(sources, image_column, folders_as, account, settings, allowed)
         if info is not None and pooling not in (None, pooling_of(info)):
             raise ValueError(f"collection {info.name!r} holds {pooling_of(info)} vectors, not {pooling}")
         if originals and info is not None and not info.spec.originals:
@@ -273,7 +288,12 @@ def search(
 
 
 def _find_images(
-    sources: list[str], image_column: str | None, folders_as: str | None, account: "Account", settings: "Settings"
+    sources: list[str],
+    image_column: str | None,
+    folders_as: str | None,
+    account: "Account",
+    settings: "Settings",
+    allowed: "Allowed",
 ) -> "Iterator[Any]":
     """Return an iterator over the images in all sources. For an image that cannot be read, it yields a `Problem`.
 
@@ -286,7 +306,12 @@ def _find_images(
     if not all(keys):
         raise ValueError(f"--folders-as {folders_as!r} must be one or more keys, separated by slashes")
     return find_photos(
-        sources, max_bytes=settings.max_image_bytes, image_column=image_column, folders_as=keys, account=account
+        sources,
+        max_bytes=settings.max_image_bytes,
+        image_column=image_column,
+        folders_as=keys,
+        account=account,
+        allowed=allowed,
     )
 
 

@@ -88,6 +88,8 @@ PoolingOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 DATA = Path("data")
+MODEL_NAMES = "an artifact folder, the name of a model, its fingerprint, or the number of a generation"
+"""What the commands for models accept as a model (`service.model_list.named_artifact`), for help texts."""
 
 
 def fail(message: object) -> typer.Exit:
@@ -96,6 +98,15 @@ def fail(message: object) -> typer.Exit:
         message = f"{message.filename}: {message.strerror}"  # the file first, and no error number
     typer.echo(f"error: {message}", err=True)
     return typer.Exit(code=2)
+
+
+def tell_next(command: str) -> None:
+    """Print the command that the user may want to run next. Within a job, print nothing, because its output is the log
+    of the job."""
+    from service.jobs.process import IN_JOB
+
+    if IN_JOB not in os.environ:
+        typer.echo(f"next: {command}")
 
 
 def check_output(path: Path, option: str, *, folder: bool = False) -> None:

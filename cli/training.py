@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cli.shared import check_output, fail, need_torch
+from cli.shared import check_output, fail, need_torch, tell_next
 
 DataOption = Annotated[
     str, typer.Option(help="Folder of images, path or URL of tar shards, or folder of a Hugging Face dataset.")
@@ -67,9 +67,15 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the estimated time, memory and disk space, and train nothing.")
     ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Check the recipe and the settings, and do nothing else. Needs no torch.")
+    ] = False,
     overrides: OverridesArgument = None,
 ) -> None:
     """Train a DINOv2 model on your own images (needs the `train` extra: pip install -e '.[train]')."""
+    if check:
+        _check_settings(recipe, data, out, overrides or [], hours)
+        return
     need_torch("train")
     from training.recipe import check_recipe, load_config, with_hours
     from training.train import dry_run as estimate_training
@@ -81,7 +87,22 @@ def train(
             estimate_training(config)
             return
         checkpoint = run_training(config)
-    typer.echo(f"checkpoint: {checkpoint}\nnext: dinov2 export {shlex.quote(str(checkpoint))}")
+    typer.echo(f"checkpoint: {checkpoint}")
+    tell_next(f"dinov2 export {shlex.quote(str(checkpoint))}")
+
+
+def _check_settings(recipe: str | None, data: list[str], out: Path, overrides: list[str], hours: float | None) -> None:
+    """Check the recipe and the settings of a training. The images are not looked at.
+
+    Raises:
+        typer.Exit: the training would not start. The message says why, and the status is 2.
+    """
+    from training.recipe import check_recipe, load_config, with_hours
+
+    try:
+        load_config(check_recipe(recipe), data, out, with_hours(overrides, hours))
+    except (ValueError, OSError) as error:
+        raise fail(error) from error
 
 
 def compare(

@@ -9,8 +9,8 @@
 
 The fingerprint is a sha256 over the weights, the architecture (including the position-embedding rule) and the
 preprocessing. Together these determine an image's features. The vector store records the fingerprint with the vectors,
-so vectors from different models are never mixed. `load_artifact` checks every file against the manifest and raises an
-error if a file differs.
+so vectors from different models are never mixed. `load_artifact` checks every file against the manifest, and every
+graph against the one that the weights give, and raises an error if a file differs.
 """
 
 import hashlib
@@ -31,6 +31,7 @@ from model.convert import finite_problem
 from model.files import NAME_PATTERN, publish
 from model.messages import in_words
 from model.onnx_graph.build import AttentionForm, GraphSpec, Precision, write_onnx
+from model.onnx_graph.foreign import GRAPH_SUFFIXES, foreign_graph
 from model.onnx_graph.quantize import Int8Weights
 from model.preprocess import PreprocessSpec, output_size
 
@@ -136,6 +137,11 @@ class Manifest(_Record):
     licence: str
     created: str  # ISO 8601, UTC
     files: dict[str, FileRecord]
+
+    @property
+    def specs(self) -> dict[str, GraphSpec]:
+        """The options of every graph that the manifest describes, keyed by file name. `files` may lack `model.onnx`."""
+        return {ONNX: GraphSpec(size=self.input_size)} | {graph.file: graph.spec for graph in self.graphs}
 
 
 @dataclass(frozen=True)
@@ -261,7 +267,7 @@ def read_manifest(path: Path) -> Manifest:
 
     Raises:
         ArtifactError: the manifest is missing, has another format, lists a file outside the folder, or describes a
-            graph whose file it does not list.
+            graph whose file it does not list or whose file has the name of another graph.
     """
     try:
         manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
@@ -277,11 +283,15 @@ def read_manifest(path: Path) -> Manifest:
     for graph in manifest.graphs:
         if graph.file not in manifest.files:
             raise ArtifactError(f"{path / MANIFEST}: describes {graph.file}, which is not in its list of files")
+        if graph.file != (name := graph_name(graph.size, graph.precision)):
+            raise ArtifactError(f"{path / MANIFEST}: describes {graph.file}, but the name of this graph is {name}")
     return manifest
 
 
 def load_artifact(path: Path, *, derived_dir: Path | None = None) -> Artifact:
     """Check every file of an artifact and return the artifact. Missing graphs are built from the weights.
+
+    The fingerprint does not cover the graphs, so each graph is compared with the one that the weights give.
 
     Args:
         path: the artifact's folder.
@@ -289,20 +299,20 @@ def load_artifact(path: Path, *, derived_dir: Path | None = None) -> Artifact:
             artifact's folder. If `derived_dir` is None, they are stored in the artifact's folder itself.
 
     Raises:
-        ArtifactError: the manifest or a file is missing, changed or unreadable, or a missing graph cannot be written.
-            The message names the file and the reason.
+        ArtifactError: the manifest or a file is missing, changed or unreadable, a graph does not belong to the weights,
+            or a missing graph cannot be written. The message names the file and the reason.
     """
-    manifest = read_manifest(path)
-    locations = {}
+    manifest = verified_manifest(path)
+    check_graphs(path, manifest)
+    locations = {WEIGHTS: path / WEIGHTS}
     for name, record in manifest.files.items():
+        if name == WEIGHTS:
+            continue
         location = path / name
         if record.derived and not location.exists():
             location = _derived(path, manifest, name, (derived_dir or path.parent) / path.name)
         verify_file(location, record)
         locations[name] = location
-    if WEIGHTS not in locations:
-        raise ArtifactError(f"{path / MANIFEST}: does not list {WEIGHTS}")
-    _check_weights(path, manifest)
     return Artifact(path=path, manifest=manifest, locations=locations, derived_dir=derived_dir)
 
 
@@ -332,6 +342,26 @@ def _check_weights(path: Path, manifest: Manifest) -> None:
     for name, array in weights.items():
         if problem := finite_problem(name, array):
             raise ArtifactError(f"{path / WEIGHTS}: {problem}")
+
+
+def check_graphs(path: Path, manifest: Manifest) -> None:
+    """Check that the manifest of an artifact lists only graphs that its weights give. The weights are already verified,
+    and the files of the graphs are not read.
+
+    Raises:
+        ArtifactError: the manifest lists another graph, or a graph that cannot be built.
+    """
+    specs = {name: spec for name, spec in manifest.specs.items() if name in manifest.files}
+    listed = {name: record.sha256 for name, record in manifest.files.items() if name.endswith(GRAPH_SUFFIXES)}
+    try:
+        foreign = foreign_graph(listed, specs, StoredWeights(path / WEIGHTS), manifest.config)
+    except ValueError as error:
+        raise ArtifactError(f"{path}: {error}") from error
+    if foreign is not None:
+        raise ArtifactError(
+            f"{path / foreign}: not the graph that {WEIGHTS} gives: the file was changed, or another version of this "
+            f"project made it. If you trust the weights, export them again: dinov2 export {path} --out FOLDER"
+        )
 
 
 def bundled_artifact() -> Path:
@@ -383,20 +413,18 @@ def verify_file(path: Path, record: FileRecord) -> None:
 def _derived(path: Path, manifest: Manifest, name: str, directory: Path) -> Path:
     """Return the path of the graph `name` in `directory`.
 
-    An existing file is used if its hash matches the manifest. Otherwise the graph is built from the weights, and the
-    caller must verify the new file.
+    An existing file is used if its hash matches the manifest. Otherwise the graph is built from the weights, which the
+    caller has verified, and the caller must verify the new file.
 
     Raises:
-        ArtifactError: `name` is not a graph, the weights do not match the manifest, or the file cannot be written.
+        ArtifactError: `name` is not a graph, or the file cannot be written.
     """
-    specs = {ONNX: GraphSpec(size=manifest.input_size)} | {graph.file: graph.spec for graph in manifest.graphs}
-    if name not in specs:
+    if name not in manifest.specs:
         raise ArtifactError(f"{path / name}: missing, and only graphs can be rebuilt")
     target = directory / name
     if target.exists() and describe_file(target).sha256 == manifest.files[name].sha256:
         return target
-    verify_file(path / WEIGHTS, manifest.files[WEIGHTS])
-    derive_graph(StoredWeights(path / WEIGHTS), manifest.config, specs[name], target)
+    derive_graph(StoredWeights(path / WEIGHTS), manifest.config, manifest.specs[name], target)
     return target
 
 

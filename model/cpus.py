@@ -34,14 +34,14 @@ def cpu_quota(membership: Path = MEMBERSHIP, cgroups: Path = CGROUPS) -> float |
     The unit is CPUs. `membership` is a file like `/proc/self/cgroup`, which contains the cgroup's path. `cgroups` is
     the root folder of the cgroup file system.
     """
-    quotas = [quota for folder in _folders(membership, cgroups) if (quota := _quota(folder)) is not None]
+    quotas = [quota for folder in cgroup_folders("cpu", membership, cgroups) if (quota := _quota(folder)) is not None]
     return min(quotas, default=None)
 
 
-def _folders(membership: Path, cgroups: Path) -> Iterator[Path]:
-    """Yield the folders in which this process's cgroup and its ancestors may store quotas.
+def cgroup_folders(controller: str, membership: Path, cgroups: Path) -> Iterator[Path]:
+    """Yield the folders in which this process's cgroup and its ancestors may store limits.
 
-    Some of these folders may not exist.
+    `controller` is the name of a controller of cgroup version 1, such as "cpu". Some of these folders may not exist.
     """
     try:
         lines = membership.read_text().splitlines()
@@ -51,10 +51,10 @@ def _folders(membership: Path, cgroups: Path) -> Iterator[Path]:
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         names = controllers.split(",")
-        if controllers and "cpu" not in names:
+        if controllers and controller not in names:
             continue
         inner = [part for part in path.split("/") if part not in ("", ".", "..")]
-        for root in [cgroups / controllers, cgroups / "cpu"] if controllers else [cgroups]:
+        for root in [cgroups / controllers, cgroups / controller] if controllers else [cgroups]:
             for depth in range(len(inner) + 1):
                 yield root.joinpath(*inner[:depth])
 

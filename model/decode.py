@@ -1,11 +1,11 @@
 """Decodes untrusted bytes to RGB pixels for serving, indexing, training and evaluation.
 
-The steps are: byte limit -> format from the first bytes (allow-list) -> JPEG scan count, PNG chunks -> header -> pixel
-and shape limits -> pixels -> 8-bit RGB -> EXIF orientation. No pixel is decompressed until the limits have been
-checked. Pillow reads the files. Hostile bytes can make Pillow raise almost any exception. `_translated` turns each
-exception into one of three errors:
+The steps are: byte limit -> format from the first bytes (allow-list) -> number of parts (model/image_structure) ->
+header -> pixel and shape limits -> pixels -> 8-bit RGB -> EXIF orientation. No pixel is decompressed until the limits
+have been checked. Pillow reads the files. Hostile bytes can make Pillow raise almost any exception. `_translated` turns
+each exception into one of three errors:
 
-    TooLarge     too many bytes, pixels or JPEG scans, or too extreme an aspect ratio
+    TooLarge     too many bytes, pixels or parts such as JPEG scans, or too extreme an aspect ratio
     Unsupported  an unknown format or pixel type
     Broken       damaged or truncated data in a known format
 
@@ -22,9 +22,6 @@ How pixels are interpreted:
   up to 1 MiB. HEIC files describe the orientation outside EXIF, and their decoder applies it.
 """
 
-import re
-import struct
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,22 +30,15 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError, features
+from PIL import AvifImagePlugin, ExifTags, Image, UnidentifiedImageError, features
+
+from model.image_structure import checked
+from model.image_structure.limits import Broken as Broken
+from model.image_structure.limits import DecodeError as DecodeError
+from model.image_structure.limits import TooLarge as TooLarge
+from model.image_structure.limits import Unsupported as Unsupported
 
 Pixels = npt.NDArray[np.uint8]  # RGB [H, W, 3], upright
-
-
-class DecodeError(ValueError):
-    """The error raised when an image cannot be decoded. The message gives the reason and any limit exceeded."""
-
-
-class TooLarge(DecodeError): ...
-
-
-class Unsupported(DecodeError): ...
-
-
-class Broken(DecodeError): ...
 
 
 # Format -> its signatures as (offset, bytes). A file has the format if one of them matches.
@@ -83,6 +73,7 @@ FORMATS = (
     *(name for name in SIGNATURES if name not in BUILD_FEATURES or features.check(BUILD_FEATURES[name])),
     *([HEIC] if _has_heic() else []),
 )
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # as for HEIC
 PILLOW_NAMES = {HEIC: "HEIF"}  # the formats for which Pillow has another name
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
@@ -100,34 +91,31 @@ TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC, TIFF_TILE_WIDTH, TIFF_TILE_LENGTH = 258,
 TIFF_WHITE_IS_ZERO = 0
 PILLOW_MAX_PIXELS = 178_956_970  # Pillow's own limit (twice its MAX_IMAGE_PIXELS); it refuses larger images
 
-JPEG_MAX_SCANS = 100
-"""The maximum number of scans in a JPEG. Progressive encoders write about 10 scans.
 
-Each scan covers the whole image, so a scan of a hundred bytes may take as long to decode as a scan of a megabyte.
-libtiff enforces the same limit for JPEG data in TIFF files.
-"""
-
-JPEG_MAX_SEGMENTS = 2000
-"""The maximum number of segments in a JPEG. 20 MB of metadata fill about 300 segments of the largest possible size."""
-
-PNG_MAX_CHUNKS = 100_000
-"""The maximum number of chunks in a PNG. Encoders write 20 MB of pixels in about 2,500 chunks."""
-
-_PNG_HEAD = struct.Struct(">I4s")  # length and name of a chunk; the content and its CRC (4 bytes) follow
-_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
-_PNG_ORIENTATION_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif")
-_PNG_TEXT_BYTES = 2**20  # Pillow's limit for one text or profile
-
-# Matches any marker except a stuffed zero, padding, a restart and TEM.
-_JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
-_SOI, _EOI, _SOS = b"\xd8", b"\xd9", b"\xda"
+# Bytes per pixel that a decoder takes besides Pillow's image: while it decodes, and while the image is converted to
+# RGB. docs/decisions/0044-decoding-hostile-images.md has the measurements.
+DECODER_BYTES: dict[str, tuple[int, int]] = {
+    "JPEG": (6, 0),  # coefficients of 16 bits, if there are several scans
+    "PNG": (0, 0),
+    "WEBP": (14, 8),  # two canvases, and a copy of the frame
+    "GIF": (0, 0),
+    "BMP": (0, 0),
+    "TIFF": (8, 0),  # a strip of the whole image with 4 samples of 16 bits
+    "AVIF": (16, 8),  # planes of 10 bits with alpha, RGB, and a copy of it
+    "HEIC": (16, 8),
+}
+STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # per pixel in Pillow; the other modes: 4
+CONVERSION_BYTES = {"RGB": 0, "1": 4, "L": 4, "P": 4, "CMYK": 4, "YCbCr": 4, "RGBA": 5, "LA": 9}
+"""Bytes per pixel that the conversion to RGB takes besides Pillow's image, for images without transparency, for RGBA
+and for LA."""
+_TRANSPARENT_BYTES, _OTHER_BYTES, _ARRAY_BYTES = 9, 13, 8  # the last: to turn the image upright, and for the array
 
 
 @dataclass(frozen=True)
 class DecodeLimits:
     """The limits on the size and shape of an image. They are checked before any pixel is decompressed.
 
-    A decoded image needs 3 to 4 bytes of memory per pixel. Decoding can briefly need twice as much.
+    `on_memory` of `decode` says how much memory an image takes.
 
     Raises:
         ValueError: a limit is out of range.
@@ -165,25 +153,49 @@ class Stored(NamedTuple):
 
 
 OnSize = Callable[[int, int], None]
+OnMemory = Callable[[int], None]
+
+_BAND_PIXELS = 2**20  # pixels that are converted to an array at a time
 
 
-def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS, *, on_size: OnSize | None = None) -> Pixels:
+def decode(
+    data: bytes,
+    limits: DecodeLimits = DEFAULT_LIMITS,
+    *,
+    on_size: OnSize | None = None,
+    on_memory: OnMemory | None = None,
+) -> Pixels:
     """Decode an image to RGB and return its pixels as a uint8 array [H, W, 3], contiguous and upright.
 
     The array may be read-only.
 
-    `on_size` is called with the stored image's width and height when its header has been read. It may raise a
-    DecodeError to refuse the image before any pixel is decompressed. If a frame is larger than the header states,
-    `on_size` is called again with the frame's width and height.
+    `on_size` is called with the stored image's width and height when its header has been read, and then `on_memory`
+    with the highest number of bytes that decoding takes, including the array. Both may raise a DecodeError to refuse
+    the image before any pixel is decompressed. If a frame is larger than the header states, both are called again with
+    the frame's numbers.
 
     Raises:
-        TooLarge: the image exceeds one of `limits`, or a JPEG has too many scans or segments.
+        TooLarge: the image exceeds one of `limits`, or it has too many parts, such as scans of a JPEG.
         Unsupported: the format or the pixel type is not supported.
         Broken: `data` is empty, damaged or truncated.
     """
-    stored = decode_stored(data, limits, on_size=on_size)
+    rgb, orientation, *_ = decode_stored(data, limits, on_size=on_size, on_memory=on_memory)
     with _translated("image", limits):
-        return np.ascontiguousarray(np.asarray(upright(stored.rgb, stored.orientation)))
+        rgb = upright(rgb, orientation)
+        return _as_array(rgb)
+
+
+def _as_array(rgb: Image.Image) -> Pixels:
+    """Return the pixels of an image of mode RGB. Pillow's own conversion would copy a large image twice."""
+    width, height = rgb.size
+    if width * height <= 2 * _BAND_PIXELS:
+        return np.ascontiguousarray(np.asarray(rgb))
+    pixels = np.empty((height, width, 3), np.uint8)
+    rows = max(1, _BAND_PIXELS // width)
+    for top in range(0, height, rows):
+        bottom = min(height, top + rows)
+        pixels[top:bottom] = np.asarray(rgb.crop((0, top, width, bottom)))
+    return pixels
 
 
 def decode_stored(
@@ -192,6 +204,7 @@ def decode_stored(
     *,
     least_side: int | None = None,
     on_size: OnSize | None = None,
+    on_memory: OnMemory | None = None,
 ) -> Stored:
     """Decode an image to RGB and return it without turning it upright.
 
@@ -201,7 +214,7 @@ def decode_stored(
         least_side: the minimum side, in pixels, of a JPEG that is decoded at reduced size. A JPEG is decoded at 1/2,
             1/4 or 1/8 of its size, which is faster, if both sides of the result are at least this long. If None, JPEGs
             are decoded at full size. Other formats are always decoded at full size.
-        on_size: as in `decode`, without `least_side`.
+        on_size, on_memory: as in `decode`, without `least_side`.
 
     Raises:
         TooLarge, Unsupported, Broken: for the same reasons as in `decode`.
@@ -213,21 +226,24 @@ def decode_stored(
     name = sniff(data)
     if name not in FORMATS:
         raise Unsupported(_why_unsupported(data, name))
-    if name == "JPEG":
-        _check_scans(data)
-    if name == "PNG":
-        data = _without_texts(data)
+    data = checked(name, data)
     with _translated(name, limits), Image.open(BytesIO(data), formats=[PILLOW_NAMES.get(name, name)]) as image:
         _check_header(image, limits)
         size = image.size
-        if on_size is not None:
-            on_size(*size)
+        _announce(name, image, on_size, on_memory)
         drawn = None if least_side is None else image.draft(None, (least_side, least_side))
         image.load()
         _check_header(image, limits)  # a frame may be larger than the header states
-        if on_size is not None and image.size != size:
-            on_size(*image.size)
+        if drawn is None and image.size != size:
+            _announce(name, image, on_size, on_memory)
         return Stored(_to_rgb(image), _orientation(image), size if drawn else image.size, drawn[1] if drawn else None)
+
+
+def _announce(name: str, image: Image.Image, on_size: OnSize | None, on_memory: OnMemory | None) -> None:
+    if on_size is not None:
+        on_size(*image.size)
+    if on_memory is not None:
+        on_memory(_bytes_to_decode(name, image))
 
 
 def sniff(data: bytes) -> str | None:
@@ -284,77 +300,25 @@ def _reason(error: Exception) -> str:
     return text[:200] if text else type(error).__name__
 
 
-def _check_scans(data: bytes) -> None:
-    """Raise an error if a JPEG has too many scans or segments. Damaged data raises no error here.
-
-    The function reads one marker after another, as libjpeg does. It uses each segment's length to skip the segment,
-    because a thumbnail in EXIF has scans of its own. It skips a scan's data up to the next marker. It ignores data
-    after the end of the image, where some phones append a second image or a video.
-
-    Raises:
-        TooLarge: there are more than `JPEG_MAX_SCANS` scans or `JPEG_MAX_SEGMENTS` segments.
-    """
-    position, scans, segments = 2, 0, 0
-    while (marker := _JPEG_MARKER.search(data, position)) and marker[1] not in (_SOI, _EOI):
-        segments += 1
-        scans += marker[1] == _SOS
-        if scans > JPEG_MAX_SCANS:
-            raise TooLarge(f"the JPEG has more than {JPEG_MAX_SCANS} scans; save it with fewer")
-        if segments > JPEG_MAX_SEGMENTS:
-            raise TooLarge(f"the JPEG has more than {JPEG_MAX_SEGMENTS} segments; save it without its metadata")
-        length = int.from_bytes(data[marker.end() : marker.end() + 2], "big")
-        position = marker.end() + max(2, length)  # a length includes its own two bytes
+def _bytes_to_decode(name: str, image: Image.Image) -> int:
+    """Return the highest number of bytes that decoding an image takes, from its header."""
+    stored = STORED_BYTES.get(image.mode, 4)
+    decoder, kept = DECODER_BYTES[name]
+    conversion = CONVERSION_BYTES.get(image.mode, _OTHER_BYTES)
+    if "transparency" in image.info:
+        conversion = max(conversion, _TRANSPARENT_BYTES)
+    width, height = image.size
+    each = max(stored + decoder, stored + kept + conversion, _ARRAY_BYTES)
+    tile_width, tile_height = _tile_size(image)
+    return width * height * each + tile_width * tile_height * decoder
 
 
-def _without_texts(data: bytes) -> bytes:
-    """Return a PNG without its texts, colour profile and damaged optional chunks, which do not affect the pixels.
-
-    Pillow rejects a PNG in which a text or profile is larger than 1 MiB. Texts that may contain the orientation are
-    kept if Pillow can read them. Other chunks of more than 1 MiB are kept even if they are damaged. If there is nothing
-    to remove, `data` itself is returned.
-
-    Raises:
-        TooLarge: there are more than `PNG_MAX_CHUNKS` chunks.
-    """
-    parts: list[bytes] = []
-    kept_from, start, n_chunks = 0, 8, 0
-    while start + 12 <= len(data):
-        length, name = _PNG_HEAD.unpack_from(data, start)
-        end = start + 12 + length
-        n_chunks += 1
-        if n_chunks > PNG_MAX_CHUNKS:
-            raise TooLarge(f"the PNG has more than {PNG_MAX_CHUNKS} chunks; save it again")
-        is_optional = name[0] & 0x20 and name != b"tRNS"  # lower case; tRNS is transparency
-        if is_optional and end <= len(data) and _is_removed(name, data, start, end):
-            parts.append(data[kept_from:start])
-            kept_from = end
-        start = end
-    return b"".join([*parts, data[kept_from:]]) if parts else data
-
-
-def _is_removed(name: bytes, data: bytes, start: int, end: int) -> bool:
-    """Return whether `_without_texts` removes the optional chunk at data[start:end]."""
-    if name == b"iCCP":
-        return True
-    if name in _PNG_TEXTS:
-        keyword, _, text = data[start + 8 : end - 4].partition(b"\0")
-        if keyword not in _PNG_ORIENTATION_TEXTS or len(text) > _PNG_TEXT_BYTES:
-            return True
-        if name == b"iTXt" and text[:1] != b"\0":  # compressed, which XMP never is
-            return True
-        if name == b"zTXt" and not _is_small_when_unpacked(text[1:]):
-            return True
-    is_small = end - start <= _PNG_TEXT_BYTES
-    return is_small and zlib.crc32(data[start + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big")
-
-
-def _is_small_when_unpacked(packed: bytes) -> bool:
-    unpacker = zlib.decompressobj()
-    try:
-        unpacker.decompress(packed, _PNG_TEXT_BYTES)
-    except zlib.error:
-        return False
-    return not unpacker.unconsumed_tail
+def _tile_size(image: Image.Image) -> tuple[int, int]:
+    """Return the width and height of a TIFF's tiles, or (0, 0). libtiff allocates a whole tile, even for an image of
+    one pixel."""
+    tags = getattr(image, "tag_v2", {})
+    width, height = tags.get(TIFF_TILE_WIDTH, 0), tags.get(TIFF_TILE_LENGTH, 0)
+    return (width, height) if isinstance(width, int) and isinstance(height, int) else (0, 0)
 
 
 def _check_header(image: Image.Image, limits: DecodeLimits) -> None:
@@ -365,11 +329,7 @@ def _check_header(image: Image.Image, limits: DecodeLimits) -> None:
     if max(width, height) > limits.max_aspect_ratio * min(width, height):
         ratio = f"{limits.max_aspect_ratio:g}"
         raise TooLarge(f"the image is {width} x {height}: one side may be at most {ratio} times the other")
-    # libtiff allocates a whole tile, even for an image of one pixel
-    tags = getattr(image, "tag_v2", {})
-    tile_width, tile_height = tags.get(TIFF_TILE_WIDTH, 0), tags.get(TIFF_TILE_LENGTH, 0)
-    if isinstance(tile_width, int) and isinstance(tile_height, int):
-        _check_pixels("a tile", tile_width, tile_height, limits)
+    _check_pixels("a tile", *_tile_size(image), limits)
 
 
 def _check_pixels(what: str, width: int, height: int, limits: DecodeLimits) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any, Final
 
 from service.errors import ServiceError
-from service.telemetry import client_address, shortened, trace_id
+from service.telemetry import shortened, trace_id
 from service.tracing import RequestTrace
 
 UNMATCHED: Final = "unmatched"
@@ -19,7 +19,7 @@ Scope = MutableMapping[str, Any]
 
 
 def request_fields(
-    scope: Scope, route: str, error: ServiceError | None, received_bytes: int, proxies: int, trace: RequestTrace | None
+    scope: Scope, route: str, error: ServiceError | None, received_bytes: int, client: str, trace: RequestTrace | None
 ) -> dict[str, str | int]:
     """Return the fields of the access log that are not parameters of `log_request`.
 
@@ -29,17 +29,16 @@ def request_fields(
     Args:
         error: the error that was the answer to the request, or None.
         received_bytes: the size of the body, as it was sent.
-        proxies: the number of trusted proxies.
+        client: the address of the client, or an empty text if it is unknown.
         trace: the trace of the request, if it has one.
     """
     state, headers = scope["state"], dict(scope["headers"])
-    forwarded = b", ".join(value for name, value in scope["headers"] if name == b"x-forwarded-for") if proxies else b""
     sent_id = trace_id(headers[b"traceparent"]) if b"traceparent" in headers else None
     collection = scope["path_params"]["name"] if route.startswith(_COLLECTION_ROUTES) else state.get("collection")
     fields: dict[str, str | int | None] = {
         "path": shortened(scope["path"]),
         "bytes": received_bytes,
-        "client": client_address((scope.get("client") or ("",))[0], forwarded, proxies) or None,
+        "client": client or None,
         "key": getattr(state.get("principal"), "key_id", None),
         "trace_id": sent_id if trace is None else trace.trace_id,
         "collection": None if collection is None else shortened(collection),

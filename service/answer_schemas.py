@@ -121,9 +121,9 @@ class ModelAnswer(TypedDict):
         Field(description="live answers requests; former can be rolled back to; available was never live"),
     ]
     generation: Annotated[int | None, Field(description="number in the record of models; null: it was never live")]
-    live_since: Annotated[float | None, Field(description="seconds since 1970")]
+    live_since: Annotated[str | None, Field(description="time at which it became live, in ISO 8601 format")]
     keep_until: Annotated[
-        float | None, Field(description="end of the window for a rollback to a former model, in seconds since 1970")
+        str | None, Field(description="end of the window for a rollback to a former model, in ISO 8601 format")
     ]
     metrics: Annotated[dict[str, Any], Field(description="what was measured when it was compared with the live model")]
 

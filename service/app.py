@@ -54,6 +54,7 @@ from service.routes.direct import (
     accept_trailing_slash,
     allowed_methods,
     answers_get,
+    find_route,
     head_route,
     protect,
     tell_root_path,
@@ -197,7 +198,8 @@ class App(FastAPI):
         return self.openapi_schema
 
     def build_middleware_stack(self) -> ASGIApp:
-        border: ASGIApp = self.state.border(ExceptionMiddleware(self.router, handlers=dict(self.exception_handlers)))
+        handled = ExceptionMiddleware(self.router, handlers=dict(self.exception_handlers))
+        border: ASGIApp = self.state.border(handled, find_route=partial(find_route, self.routes))
         return border
 
 

@@ -8,7 +8,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from model.artifact import MANIFEST, ArtifactError, Manifest, find_artifacts, read_manifest, verify_file
+from model.artifact import (
+    MANIFEST,
+    ArtifactError,
+    Manifest,
+    check_graphs,
+    find_artifacts,
+    read_manifest,
+    verified_manifest,
+    verify_file,
+)
 from model.decode import DecodeError, decode
 from model.files import expanded, publish, waiting_lock, working_folder
 from model.folder import walk
@@ -194,10 +203,11 @@ def _fetch(url: str, data_dir: Path, report: Report) -> Path:
     """Copy an artifact from a URL of fsspec, such as `s3://bucket/artifact`, and return its local folder.
 
     The local folder has the name and the fingerprint of the artifact in its name. If it exists, nothing is copied. The
-    hash of every file is checked before the folder gets its name.
+    hash of every file, the fingerprint and the graphs are checked before the folder gets its name.
 
     Raises:
-        ValueError: the URL's scheme is unknown or needs a package that is not installed, or a file is damaged.
+        ValueError: the URL's scheme is unknown or needs a package that is not installed, or a file is damaged or does
+            not belong to the model.
         OSError: a file cannot be read or written.
     """
     import fsspec
@@ -224,5 +234,6 @@ def _fetch(url: str, data_dir: Path, report: Report) -> Path:
             report(f"copying {file} ({record.bytes / 1e6:.0f} MB) from {url}")
             remote.get_file(f"{root}/{file}", str(folder / file))
             verify_file(folder / file, record)
+        check_graphs(folder, verified_manifest(folder))
         publish(folder, target)
     return target

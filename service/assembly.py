@@ -11,6 +11,9 @@ from model.cpus import available_cpus
 from model.engines.general import open_general
 from model.engines.protocol import Engine, Tried
 from service.features.cache import Cache, make_cache
+from service.features.decode_memory import DecodeMemory
+from service.features.decode_processes import DecodeProcesses
+from service.features.images import Decoding
 from service.features.patch_store import PatchStore
 from service.features.pipeline import Pipeline, PipelineLimits
 from service.features.served_model import ServedModel
@@ -52,7 +55,10 @@ async def opened_service(
         stack.push_async_callback(originals.close)
         cache = _cache(settings, metrics) if cache is None else cache
         stack.push_async_callback(cache.close)
-        pipeline = make_pipeline(settings, artifact, engine, cache, metrics)
+        processes = DecodeProcesses(on_death=lambda reason: metrics.decode_process_deaths.labels(reason).inc())
+        stack.callback(processes.close)
+        decoding = Decoding(DecodeMemory(settings.memory_for_decoding), processes)
+        pipeline = make_pipeline(settings, artifact, engine, cache, metrics, decoding)
         stack.push_async_callback(pipeline.close)
         web_images = WebImages(
             settings, lifecycle.buffer, on_result=lambda result: metrics.image_urls.labels(result).inc()
@@ -73,17 +79,22 @@ async def opened_service(
         )
 
 
-def make_pipeline(settings: Settings, artifact: Artifact, engine: Engine, cache: Cache, metrics: Metrics) -> Pipeline:
-    """Return a pipeline for one model. A running event loop is needed. The arguments are those of `opened_service`."""
+def make_pipeline(
+    settings: Settings, artifact: Artifact, engine: Engine, cache: Cache, metrics: Metrics, decoding: Decoding
+) -> Pipeline:
+    """Return a pipeline for one model. A running event loop is needed. The arguments are those of `opened_service`,
+    and what all pipelines of a process share to decode images."""
     general = partial(open_general, artifact, engine, threads=settings.threads or available_cpus())
     kept = settings.patch_store_bytes
     patch_store = PatchStore(settings.patch_store_file, kept) if kept else None
-    return Pipeline(artifact, engine, cache, metrics, PipelineLimits.of(settings), general, patch_store)
+    limits = PipelineLimits.of(settings)
+    return Pipeline(artifact, engine, cache, metrics, limits, general, patch_store, decoding)
 
 
 def with_model(service: Service, artifact: Artifact, engine: Engine, tried: tuple[Tried, ...] = ()) -> Service:
     """Return a service that shares everything with `service` except the model. The caller closes its pipeline."""
-    pipeline = make_pipeline(service.settings, artifact, engine, service.pipeline.cache, service.metrics)
+    shared = service.pipeline
+    pipeline = make_pipeline(service.settings, artifact, engine, shared.cache, service.metrics, shared.decoding)
     model = ServedModel(artifact, pipeline.forward_zeros, pipeline.forward_pixels)
     return replace(service, artifact=artifact, engine=engine, tried=tried, pipeline=pipeline, model=model)
 

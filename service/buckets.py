@@ -59,12 +59,17 @@ class LocalBuckets:
         """Take a cost from a bucket if it contains at least as much. `burst_us` is the time in which an empty bucket
         becomes full."""
         now = self._now_us()
-        name = self._place(name, now)
-        owed = self._owed_us(name, now, burst_us)
-        if owed + cost_us > burst_us:
-            return Decision(False, owed)
-        self._set(name, now + owed + cost_us, now)
-        return Decision(True, owed + cost_us)
+        if name not in self._full_at:
+            name = self._place(name, now)
+        full_at = max(now, self._full_at.get(name, now)) + cost_us
+        owed = full_at - now
+        if owed > burst_us:
+            return Decision(False, min(owed - cost_us, MOST_DEBT_BURSTS * burst_us))
+        if name in self._full_at:
+            self._full_at[name] = full_at
+        else:
+            self._set(name, full_at, now)
+        return Decision(True, owed)
 
     def charge(self, name: str, cost_us: int, burst_us: int) -> None:
         """Take a cost from a bucket, which may become negative."""

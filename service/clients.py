@@ -34,7 +34,11 @@ current_sender: Final[ContextVar[Sender]] = ContextVar("current_sender", default
 def client_of(principal: Principal | None, address: str) -> str:
     """Return the name of a client. `principal` is None if keys are not used. `address` counts if the request has no
     key."""
-    key_id = None if principal is None else principal.key_id
+    return client_name(None if principal is None else principal.key_id, address)
+
+
+def client_name(key_id: str | None, address: str) -> str:
+    """Return the name of the client that has this API key. `address` counts if `key_id` is None."""
     return f"address:{network(address)}" if key_id is None else f"key:{key_id}"
 
 

@@ -17,29 +17,33 @@ current_cost: Final[ContextVar["Cost | None"]] = ContextVar("current_cost", defa
 """The cost of the request that the current task belongs to. None if the request is not limited."""
 
 
+_lock: Final = threading.Lock()  # for all costs, because making a lock for each request would take longer
+
+
 class TooCostly(DecodeError):
     """The error for an image that is not decoded, because the cost of its request would exceed the limit."""
 
 
 class Cost:
-    """The cost of the images of one request, in pixels. Any thread may use it. `most` is the highest cost that one
-    request may have."""
+    """The cost of the images of one request, in pixels. Any thread may use it.
 
-    def __init__(self, most: int) -> None:
+    A task that the request started may still run after its end, for example because another request waits for its
+    result. Each image that is added then is passed to `charge_late`, as long as the sum is at most `most`. More is not
+    charged, because a task may outlive its request by hours.
+
+    Args:
+        most: the highest cost that one request may have.
+        charge_late: a function that charges pixels after the end of the request.
+    """
+
+    __slots__ = ("_charge_late", "_most", "_settled", "pixels", "refused")
+
+    def __init__(self, most: int, charge_late: Callable[[int], object]) -> None:
+        self.pixels = 0
+        self.refused = False  # whether an image was refused
         self._most = most
-        self._lock = threading.Lock()
-        self._pixels = 0
-        self._refused = False
-        self._add_late: Callable[[int], None] | None = None
-
-    @property
-    def pixels(self) -> int:
-        return self._pixels
-
-    @property
-    def refused(self) -> bool:
-        """Whether an image was refused."""
-        return self._refused
+        self._charge_late = charge_late
+        self._settled = False
 
     def add(self, pixels: int) -> None:
         """Add the cost of one image.
@@ -47,27 +51,22 @@ class Cost:
         Raises:
             TooCostly: the sum would exceed `most`. The cost was not added. After `settle`, this error is not raised.
         """
-        with self._lock:
-            fits = self._pixels + pixels <= self._most
-            late = self._add_late
+        with _lock:
+            fits = self.pixels + pixels <= self._most
+            late = self._settled
             if fits:
-                self._pixels += pixels
-            elif late is None:
-                self._refused = True
+                self.pixels += pixels
+            elif not late:
+                self.refused = True
                 raise TooCostly(
                     f"the images of this request cost more than {self._most} pixels, the limit of one request: send "
                     "fewer or smaller images at a time"
                 )
-        if fits and late is not None:
-            late(pixels)
+        if fits and late:
+            self._charge_late(pixels)
 
-    def settle(self, add_late: Callable[[int], None]) -> int:
-        """Return the cost at the end of the request.
-
-        A task that the request started may still run, for example because another request waits for its result. Each
-        image that is added afterwards is passed to `add_late`, as long as the sum is at most `most`. More is not
-        charged, because a task may outlive its request by hours.
-        """
-        with self._lock:
-            self._add_late = add_late
-            return self._pixels
+    def settle(self) -> int:
+        """Return the cost at the end of the request."""
+        with _lock:
+            self._settled = True
+            return self.pixels

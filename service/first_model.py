@@ -1,21 +1,23 @@
 """Choose and load the model with which a process starts, and note it in the record of generations.
 
-The live generation of the record is served, also after a restart with the same settings. There are two exceptions. If
-the record has no live generation yet, the model that the settings name becomes live. And if `model` names another model
-than at the start before, the operator has decided for it, so it becomes live.
+The live generation of the record is served, also after a restart. There are two exceptions. If the record has no live
+generation yet, the model that the settings name becomes live. And if `model` or `engine` has a value that has never
+been applied to this data folder, the operator has decided for it, so it becomes live. A value decides only once: a
+promotion, a rollback or another value may have replaced it since, and processes with different settings would otherwise
+take turns. A process whose value was replaced starts with the live generation and warns. `auto` never decides.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from model.artifact import ArtifactError, load_artifact, read_manifest
-from model.engines.choice import PHOTOS_AT_LOAD, choose_engine
+from model.engines.choice import PHOTOS_AT_LOAD, choose_engine, known_precision
 from service.artifact_choice import artifact_of, choose_artifact, read_photos
 from service.errors import Conflict
-from service.generations import Generation, Generations
+from service.generations import Generation, Generations, utc
 from service.live_models import Opened, Record
 from service.settings import Settings
 
@@ -39,44 +41,109 @@ def load_first(settings: Settings, report: Callable[[str], object]) -> FirstMode
     """
     generations = Generations(settings.data_dir)
     while True:
-        live = generations.live()
-        is_decision = settings.model not in ("auto", generations.requested())
-        if live is None or is_decision:
+        live, decisions = generations.live(), _decisions(settings, generations)
+        if live is None or "model" in decisions:
             path = choose_artifact(settings.model, settings.data_dir, report)
         else:
             path = _path_of(live, settings, report)
         report(f"loading {path.name}")
-        opened = open_model(settings, path, settings.engine)
+        if live is None or "engine" in decisions or read_manifest(path).fingerprint != live.fingerprint:
+            opened = open_model(settings, path, settings.engine)
+        else:
+            opened = open_generation(settings, path, live)
         try:
-            generation = _recorded(generations, live, opened, path, f"model={settings.model} at a start")
-        except Conflict:  # another process has switched while this one was loading
+            generation = _recorded(generations, live, opened, path, decisions)
+        except Conflict:  # another process has switched or applied the same setting while this one was loading
             opened.engine.close()
             continue
-        generations.request(settings.model)  # not earlier: if this start had failed, the next must decide again
+        _warn_if_replaced(settings, generations, generation, decisions)
         return FirstModel(opened, Record(generations, generation, partial(load_generation, settings)))
 
 
-def _recorded(generations: Generations, live: Generation | None, opened: Opened, path: Path, reason: str) -> Generation:
-    """Return the generation of a loaded model after making it live. `live` was live before the model was loaded.
+def _decisions(settings: Settings, generations: Generations) -> dict[str, str]:
+    """Return the settings whose value has never been applied to the data folder."""
+    values = {"model": settings.model, "engine": settings.engine}
+    return {
+        name: value for name, value in values.items() if value != "auto" and generations.applied(name, value) is None
+    }
+
+
+def open_generation(settings: Settings, path: Path, generation: Generation) -> Opened:
+    """Load the artifact of a generation with the engine of the settings if that computes the precision of the
+    generation, and otherwise with the engine of the generation.
 
     Raises:
-        Conflict: another generation has become live since.
+        ValueError, OSError, ModuleNotFoundError: the artifact is damaged, or no engine here has the precision.
+    """
+    found = known_precision(settings.engine)
+    if found in (None, generation.precision):
+        opened = open_model(settings, path, settings.engine)
+        found = opened.engine.precision
+        if found == generation.precision:
+            return opened
+        opened.engine.close()
+    name = f"{generation.engine}:{generation.precision}"
+    what = f"engine={settings.engine} computes {found} here, but generation {generation.number} has {name}"
+    try:
+        opened = open_model(settings, path, name)
+    except (ValueError, ModuleNotFoundError) as error:
+        raise ValueError(
+            f"{what}, which this process cannot load: {error}. Start it where {name} runs. Or name an engine that has "
+            "never been applied to this data folder: its precision becomes live"
+        ) from error
+    log.warning(
+        "%s: this process uses %s. To change the precision and embed the collections again, call dinov2 models promote "
+        "%s --engine %s",
+        *(what, name, generation.name, settings.engine),
+    )
+    return opened
+
+
+def _recorded(
+    generations: Generations, live: Generation | None, opened: Opened, path: Path, decisions: Mapping[str, str]
+) -> Generation:
+    """Return the generation of a loaded model after making it live. `live` was live before the model was loaded.
+    `decisions` are the settings that decide for it.
+
+    Raises:
+        Conflict: another generation has become live since, or another process has applied one of `decisions`.
     """
     now = generations.live()
     if (now and now.number) != (live and live.number):
         raise Conflict("another generation has become live")
     artifact, engine = opened.artifact, opened.engine
+    reason = f"{', '.join(f'{name}={value}' for name, value in decisions.items()) or 'model=auto'} at a start"
     generation = generations.add(
         artifact.fingerprint, artifact.name, path, engine.name, engine.precision, reason=reason
     )
-    if live is not None and generation.number == live.number:
+    if live is not None and generation.number == live.number and not decisions:
         if generation.state != "live":
             raise Conflict("another generation has become live")
         return generation
-    promoted = generations.promote(generation.number, expected=live.number if live else None, keep_s=0.0)
+    former = generations.window()
+    promoted = generations.promote(
+        generation.number, expected=live.number if live else None, keep_s=0.0, settings=decisions
+    )
     if generation.state != "live":
-        _log_change(live, promoted)
+        _log_change(live, promoted, former)
     return promoted
+
+
+def _warn_if_replaced(
+    settings: Settings, generations: Generations, live: Generation, decisions: Mapping[str, str]
+) -> None:
+    """Warn if `model` names a model that was live, and another one has become live since."""
+    applied = None if "model" in decisions else generations.applied("model", settings.model)
+    if applied is None:
+        return
+    before = next((each for each in generations.all() if each.number == applied.generation), None)
+    if before is None or before.fingerprint != live.fingerprint:
+        log.warning(
+            "model=%s made generation %d live at %s, and generation %d (%s) has become live since, so this process "
+            "serves that one. To change the live model, call dinov2 models promote %s. To stop this warning, set "
+            "model=auto",
+            *(settings.model, applied.generation, utc(applied.time), live.number, live.name, settings.model),
+        )
 
 
 def load_generation(settings: Settings, generation: Generation) -> Opened:
@@ -114,12 +181,14 @@ def _path_of(live: Generation, settings: Settings, report: Callable[[str], objec
         return path
 
 
-def _log_change(live: Generation | None, new: Generation) -> None:
+def _log_change(live: Generation | None, new: Generation, former: Generation | None) -> None:
     if live is None:
         log.info("generation %d is live: %s (%s)", new.number, new.name, new.precision)
-    else:
-        log.warning(
-            "generation %d (%s, %s) replaces %d (%s, %s); collections of the old model cannot be searched by image "
-            "until they are re-embedded: dinov2 models promote %s",
-            *(new.number, new.name, new.precision, live.number, live.name, live.precision, new.name),
-        )
+        return
+    log.warning(
+        "generation %d (%s, %s) replaces %d (%s, %s); collections of the old model cannot be searched by image "
+        "until they are re-embedded: dinov2 models promote %s",
+        *(new.number, new.name, new.precision, live.number, live.name, live.precision, new.name),
+    )
+    if former is not None and former.number != new.number:
+        log.warning("this ends the window of generation %d: a rollback to it is no longer possible", former.number)

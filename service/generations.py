@@ -14,10 +14,11 @@ generations it has loaded. A switch waits for all of them.
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
 from service import sqlite
@@ -46,6 +47,17 @@ CREATE TABLE generations (
 CREATE UNIQUE INDEX one_live ON generations (state) WHERE state = 'live';
 CREATE TABLE replicas (id TEXT PRIMARY KEY, started REAL NOT NULL, seen REAL NOT NULL, loaded TEXT NOT NULL);
 CREATE TABLE requested (only_row INTEGER PRIMARY KEY CHECK (only_row = 1), model TEXT NOT NULL);
+""",
+        """
+CREATE TABLE applied (
+    setting TEXT NOT NULL, value TEXT NOT NULL, generation INTEGER NOT NULL, time REAL NOT NULL,
+    PRIMARY KEY (setting, value)
+);
+INSERT INTO applied SELECT 'model', model, COALESCE(
+    (SELECT max(number) FROM generations WHERE reason = 'model=' || model || ' at a start'),
+    (SELECT number FROM generations WHERE state = 'live'), 0
+), COALESCE((SELECT live_since FROM generations WHERE state = 'live'), 0) FROM requested WHERE model != 'auto';
+DROP TABLE requested;
 """,
     ),
 )
@@ -84,6 +96,15 @@ class Replica:
     loaded: frozenset[int]
 
 
+@dataclass(frozen=True)
+class Applied:
+    """A value of a setting that has been applied: the number of the generation that it made live, and the time in
+    seconds since 1970."""
+
+    generation: int
+    time: float
+
+
 class Generations:
     """The record of generations in `data_dir`. Several processes and threads may use it at the same time."""
 
@@ -110,6 +131,11 @@ class Generations:
     def live(self) -> Generation | None:
         return next((each for each in self.all() if each.state == "live"), None)
 
+    def window(self) -> Generation | None:
+        """Return the former generation if its window is open, so that it can become live again at once."""
+        formers = (each for each in self.all() if each.state == "former")
+        return next((each for each in formers if each.keep_until is None or each.keep_until > self._now()), None)
+
     def add(self, fingerprint: str, name: str, path: Path, engine: str, precision: str, *, reason: str) -> Generation:
         """Add a candidate, or return the generation with this fingerprint and precision. If that is retired, it becomes
         a candidate again."""
@@ -123,14 +149,28 @@ class Generations:
             )
             return next(each for each in _all(db) if each.model == (fingerprint, precision))
 
-    def promote(self, number: int, *, expected: int | None, keep_s: float, reason: str = "") -> Generation:
+    def promote(
+        self,
+        number: int,
+        *,
+        expected: int | None,
+        keep_s: float,
+        reason: str = "",
+        settings: Mapping[str, str] = MappingProxyType({}),
+    ) -> Generation:
         """Make a generation live. The one that was live becomes the former, which stays loaded for `keep_s` seconds,
-        and an older former is retired. If the generation is live already, change nothing.
+        and an older former is retired. If the generation is live already, no generation changes. `settings` are the
+        values of settings that decide for this generation. They are recorded as applied.
 
         Raises:
-            Conflict: the live generation is no longer number `expected`, or there is no such generation.
+            Conflict: the live generation is no longer number `expected`, there is no such generation, or another
+                process has applied one of `settings`.
         """
         with self._writing() as db:
+            for setting, value in settings.items():
+                if _applied(db, setting, value) is not None:
+                    raise Conflict(f"another process has applied {setting}={value}")
+                db.execute("INSERT INTO applied VALUES (?, ?, ?, ?)", (setting, value, number, self._now()))
             live = next((each for each in _all(db) if each.state == "live"), None)
             if live is not None and live.number == number:
                 return live
@@ -174,19 +214,11 @@ class Generations:
         with self._writing() as db:
             db.execute("UPDATE generations SET metrics = ? WHERE number = ?", (json.dumps(metrics), number))
 
-    def requested(self) -> str | None:
-        """Return the model that the operator requested at the last start that succeeded."""
+    def applied(self, setting: str, value: str) -> Applied | None:
+        """Return what a value of a setting has made live, or None if it has not been applied. Only a value that has not
+        been applied is a decision: otherwise two processes with different settings would take turns."""
         with self._reading() as db:
-            before = db.execute("SELECT model FROM requested").fetchone()
-        return None if before is None else str(before[0])
-
-    def request(self, model: str) -> bool:
-        """Record the model that the operator requests at a start. Return whether it differs from the one requested at
-        the start before. Only a change is a decision for another model: a restart with the same setting is not."""
-        with self._writing() as db:
-            before = db.execute("SELECT model FROM requested").fetchone()
-            db.execute("INSERT OR REPLACE INTO requested VALUES (1, ?)", (model,))
-            return before is None or before[0] != model
+            return _applied(db, setting, value)
 
     def beat(self, replica: str, loaded: Sequence[int]) -> None:
         """Note that a replica is running and which generations it has loaded. Forget replicas that are lost."""
@@ -229,6 +261,17 @@ class Generations:
                 yield db
             if is_change:
                 self._stamp.bump()
+
+
+def utc(seconds: float) -> str:
+    """Return a time in seconds since 1970 as text for a message."""
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+
+
+def _applied(db: sqlite3.Connection, setting: str, value: str) -> Applied | None:
+    query = "SELECT generation, time FROM applied WHERE setting = ? AND value = ?"
+    row = db.execute(query, (setting, value)).fetchone()
+    return None if row is None else Applied(*row)
 
 
 def _all(db: sqlite3.Connection) -> list[Generation]:

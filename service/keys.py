@@ -141,19 +141,20 @@ class KeyStore:
         ids = {old.id for old in valid}
         return text, key, [old for old in self.all_keys() if old.id in ids]
 
-    def revoke(self, key_id: str) -> Key:
-        """Revoke a key and return its record. Revoking it again changes nothing. A whole key is accepted in place of
-        its id, because this is what a person who finds a leaked key has.
+    def revoke(self, key: str) -> Key:
+        """Revoke a key and return its record. Revoking it again changes nothing. `key` is its id, or its name if
+        exactly one valid key has this name. A whole key is accepted too, because this is what a person who finds a
+        leaked key has.
 
         Raises:
-            ValueError: there is no such key.
+            ValueError: there is no such key, or several valid keys have this name.
         """
-        text = key_id.removeprefix("dv2_").partition("_")[0]
-        if text not in {key.id for key in self.all_keys()}:
-            shown = text[:_ID_CHARACTERS]
-            raise ValueError(f"there is no key with the id {shown!r}, and names do not count: see `dinov2 keys list`")
-        self._write("UPDATE keys SET revoked = coalesce(revoked, ?) WHERE id = ?", [(self._clock(), text)])
-        return next(key for key in self.all_keys() if key.id == text)
+        key_id = key.removeprefix("dv2_").partition("_")[0]
+        keys, now = self.all_keys(), self._clock()
+        if key_id not in {one.id for one in keys}:
+            key_id = _only_id(key, [one for one in keys if one.name == key and one.state(now) == "valid"])
+        self._write("UPDATE keys SET revoked = coalesce(revoked, ?) WHERE id = ?", [(now, key_id)])
+        return next(one for one in self.all_keys() if one.id == key_id)
 
     def set_last_used(self, times: Mapping[str, float]) -> None:
         """Store when keys were last used. `times` maps key ids to times. A later time that another process has stored
@@ -205,6 +206,21 @@ def granted(scopes: Iterable[Scope]) -> frozenset[Scope]:
     """Return all scopes that a key with these scopes has: the highest of them, and every lower one."""
     highest = max((SCOPES.index(scope) for scope in scopes), default=-1)
     return frozenset(SCOPES[: highest + 1])
+
+
+def _only_id(name: str, named: list[Key]) -> str:
+    """Return the id of the only valid key with a name. `named` has all of them.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    if len(named) == 1:
+        return named[0].id
+    if named:
+        ids = ", ".join(key.id for key in named)
+        raise ValueError(f"{len(named)} valid keys are named {name!r}: revoke them by their ids, which are {ids}")
+    shown = name.removeprefix("dv2_")[:_ID_CHARACTERS]  # never a part of the secret
+    raise ValueError(f"there is no key with the id {shown!r}, and no valid key with this name: see `dinov2 keys list`")
 
 
 def _expiry(now: float, expires_in_s: float | None) -> float | None:

@@ -11,12 +11,15 @@ reasons.
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Final
+from functools import cached_property, lru_cache, partial
+from typing import Final, NamedTuple
+
+from prometheus_client import Counter
 
 from service.buckets import LocalBuckets, RedisBuckets
-from service.clients import Principal, client_of
+from service.clients import Principal, client_name
 from service.costs import Cost
 from service.errors import RateLimited
 from service.redis_guard import RedisGuard
@@ -28,6 +31,8 @@ log = logging.getLogger(__name__)
 
 MOST_KEYS: Final = 100
 """The highest number of API keys that have their own values of the label `client`."""
+MOST_CLIENTS: Final = 4096
+"""The highest number of clients whose `_Client` is kept. Others get a new one for each request."""
 REDIS_CONNECTIONS: Final = 8
 """The highest number of connections to Redis. A decision takes a fraction of a millisecond, so they are shared."""
 ADDRESSES: Final = "_addresses"  # the value of the label for all clients without a key; not allowed as the id of a key
@@ -35,8 +40,8 @@ ADDRESSES: Final = "_addresses"  # the value of the label for all clients withou
 
 @dataclass(frozen=True)
 class Limit:
-    """The limit of a client. A bucket contains at most `burst_pixels` and gains `pixels_per_s`. Each request costs at
-    least `request_pixels`."""
+    """The limit of each client. A bucket contains at most `burst_pixels` and gains `pixels_per_s`. Each request costs
+    at least `request_pixels`."""
 
     pixels_per_s: int
     burst_pixels: int
@@ -46,32 +51,62 @@ class Limit:
         """Return the time in microseconds in which a bucket gains this many pixels, rounded up."""
         return -(-pixels * 1_000_000 // self.pixels_per_s)
 
-    @property
+    @cached_property
     def burst_us(self) -> int:
         """The time in which an empty bucket becomes full."""
         return self.us(self.burst_pixels)
 
+    @cached_property
+    def request_us(self) -> int:
+        """The fixed cost of a request."""
+        return self.us(self.request_pixels)
 
-@dataclass(frozen=True)
+    @cached_property
+    def policy(self) -> tuple[bytes, bytes]:
+        """The field RateLimit-Policy."""
+        window_s = -(-self.burst_us // 1_000_000)
+        return b"ratelimit-policy", b'"default";q=%d;qu="pixels";w=%d' % (self.burst_pixels, window_s)
+
+    def fields(self, owed_us: int) -> list[tuple[bytes, bytes]]:
+        """Return the fields of draft-ietf-httpapi-ratelimit-headers-11. `r` is the content of the bucket, and `t` the
+        time in which the client may use only this content: until the next request may run, or until the bucket is
+        full."""
+        left_us = self.burst_us - owed_us
+        wait_us = owed_us if left_us >= self.request_us else self.request_us - left_us
+        remaining = left_us * self.pixels_per_s // 1_000_000 if left_us > 0 else 0
+        value = b'"default";r=%d;t=%d' % (remaining, -(-wait_us // 1_000_000))
+        return [self.policy, (b"ratelimit", value)]
+
+
+class _Client(NamedTuple):
+    """A client: the name of its bucket, the counter of its pixels, and a function that charges pixels after the end of
+    their request. Any thread may call this function."""
+
+    name: str
+    counter: Counter
+    charge_late: Callable[[int], object]
+
+
+@dataclass(slots=True)
 class Admission:
     """A request that may run. `owed_us` is the time until the bucket of its client is full."""
 
-    client: str
+    client: _Client
     limit: Limit
     owed_us: int
     cost: Cost
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Return the RateLimit fields for the answer. They include the cost of the images that are known so far."""
-        owed_us = self.owed_us + self.limit.us(self.cost.pixels)
-        return [(name.lower().encode(), value.encode()) for name, value in _fields(self.limit, owed_us).items()]
+        pixels = self.cost.pixels
+        return self.limit.fields(self.owed_us + self.limit.us(pixels) if pixels else self.owed_us)
 
 
 class Limits:
     """The rate limits of this process. It belongs to one event loop.
 
     Args:
-        limit: the limit of each client that has no limit of its own.
+        limit: the limit of each client.
         metrics: the metrics of the service.
         redis: the buckets in Redis. If they are None, this process limits its clients alone.
         local: the buckets in the memory of this process. If they are None, new ones are created.
@@ -86,6 +121,7 @@ class Limits:
         self._redis = redis
         self._shared = None if redis is None else SharedBuckets(redis, self._local, self._note)
         self._keys = set[str]()  # the API keys that have their own label
+        self._client = lru_cache(MOST_CLIENTS)(self._new_client)
 
     @staticmethod
     def of(settings: Settings, metrics: Metrics) -> "Limits | None":
@@ -114,55 +150,51 @@ class Limits:
         Raises:
             RateLimited: the client has used its limit.
         """
-        limit: Limit = getattr(principal, "limit", None) or self._limit
-        client = client_of(principal, address)
-        cost_us, burst_us = limit.us(limit.request_pixels), limit.burst_us
+        key_id = None if principal is None else principal.key_id
+        client = self._client(None, address) if key_id is None else self._client(key_id, "")
+        limit = self._limit
         if self._shared is None:
-            decision = self._local.take(client, cost_us, burst_us)
+            admitted, owed_us = self._local.take(client.name, limit.request_us, limit.burst_us)
         else:
-            decision = await self._shared.take(client, cost_us, burst_us)
-        if not decision.admitted:
+            admitted, owed_us = await self._shared.take(client.name, limit.request_us, limit.burst_us)
+        if not admitted:
             self._metrics.rate_limited.labels("rate").inc()
-            raise _rate_limited(limit, decision.owed_us)
-        return Admission(client, limit, decision.owed_us, Cost(limit.burst_pixels))
+            raise _rate_limited(limit, owed_us)
+        return Admission(client, limit, owed_us, Cost(limit.burst_pixels, client.charge_late))
 
     def settle(self, admission: Admission) -> None:
         """Take the cost of a request's images at the end of the request. Do not wait for Redis."""
+        pixels = admission.cost.settle()
+        if pixels:
+            self._charge(admission.client.name, pixels)
         if admission.cost.refused:
             self._metrics.rate_limited.labels("cost").inc()
-        loop, late = asyncio.get_running_loop(), partial(self._charge_late, admission)
-
-        def charge_late(pixels: int) -> None:  # any thread may call this
-            loop.call_soon_threadsafe(late, pixels)
-
-        pixels = admission.cost.settle(charge_late)
-        if pixels:
-            self._charge(admission, pixels)
-        self._count(admission, admission.limit.request_pixels + pixels)
+        admission.client.counter.inc(self._limit.request_pixels + pixels)
 
     async def close(self) -> None:
         """Send all costs to Redis, and close the connections."""
         if self._shared is not None:
             await self._shared.close()
 
-    def _charge_late(self, admission: Admission, pixels: int) -> None:
-        self._charge(admission, pixels)
-        self._count(admission, pixels)
+    def _charge(self, name: str, pixels: int) -> None:
+        (self._shared or self._local).charge(name, self._limit.us(pixels), self._limit.burst_us)
 
-    def _charge(self, admission: Admission, pixels: int) -> None:
-        cost_us, burst_us = admission.limit.us(pixels), admission.limit.burst_us
-        (self._shared or self._local).charge(admission.client, cost_us, burst_us)
+    def _charge_late(self, name: str, counter: Counter, pixels: int) -> None:
+        self._charge(name, pixels)
+        counter.inc(pixels)
 
-    def _count(self, admission: Admission, pixels: int) -> None:
-        self._metrics.rate_limit_pixels.labels(self._label(admission.client)).inc(pixels)
+    def _new_client(self, key_id: str | None, address: str) -> _Client:
+        name = client_name(key_id, address)
+        counter = self._metrics.rate_limit_pixels.labels(self._label(key_id))
+        late = partial(self._charge_late, name, counter)
+        return _Client(name, counter, partial(asyncio.get_running_loop().call_soon_threadsafe, late))
 
-    def _label(self, client: str) -> str:
-        kind, _, key = client.partition(":")
-        if kind != "key":
+    def _label(self, key_id: str | None) -> str:
+        if key_id is None:
             return ADDRESSES
         if len(self._keys) < MOST_KEYS:
-            self._keys.add(key)
-        return key if key in self._keys else OTHERS
+            self._keys.add(key_id)
+        return key_id if key_id in self._keys else OTHERS
 
     def _note(self, works: bool) -> None:
         """Log that Redis has failed, or that it works again."""
@@ -176,29 +208,10 @@ class Limits:
 
 
 def _rate_limited(limit: Limit, owed_us: int) -> RateLimited:
-    fields = _fields(limit, owed_us)
-    wait_s = _wait_s(limit, owed_us)
+    fields = {name.decode(): value.decode() for name, value in limit.fields(owed_us)}
+    wait_s = -(-(owed_us + limit.request_us - limit.burst_us) // 1_000_000)
     return RateLimited(
         f"the limit of this client is used up ({limit.pixels_per_s} pixels per second, {limit.burst_pixels} at once): "
         f"try again in {wait_s} s",
         headers={"Retry-After": str(wait_s), **fields},
     )
-
-
-def _wait_s(limit: Limit, owed_us: int) -> int:
-    """Return the number of seconds until the next request may run, rounded up. 0 means that it may run now."""
-    return max(0, -(-(owed_us + limit.us(limit.request_pixels) - limit.burst_us) // 1_000_000))
-
-
-def _fields(limit: Limit, owed_us: int) -> dict[str, str]:
-    """Return the fields of draft-ietf-httpapi-ratelimit-headers-11. `r` is the content of the bucket, and `t` the time
-    in which the client may use only this content: until the next request may run, or until the bucket is full."""
-    remaining = max(0, limit.burst_us - owed_us) * limit.pixels_per_s // 1_000_000
-    seconds = _wait_s(limit, owed_us) or -(-owed_us // 1_000_000)
-    return {"RateLimit-Policy": _policy(limit), "RateLimit": f'"default";r={remaining};t={seconds}'}
-
-
-@lru_cache(maxsize=MOST_KEYS)
-def _policy(limit: Limit) -> str:
-    window_s = -(-limit.burst_us // 1_000_000)
-    return f'"default";q={limit.burst_pixels};qu="pixels";w={window_s}'

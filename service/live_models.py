@@ -21,6 +21,7 @@ from model.files import lock_file
 from service.assembly import with_model
 from service.errors import ServiceError
 from service.generations import LOADED, Generation, Generations
+from service.retiring import end_window
 from service.search.partners import migrations_of
 from service.state import Service
 from service.tags import model_of
@@ -187,7 +188,7 @@ class LiveModels:
             return
         with lock:
             for former in await self._ended():
-                await end_window(self._base, self._record.generations, former)
+                await end_window(self._base.store, self._record.generations, former)
             for name in await self._forgotten():
                 await migrations_of(self._base.store).end(name)
 
@@ -221,17 +222,3 @@ class LiveModels:
                 name, engine = service.artifact.manifest.name, service.engine
                 labels = (name, each.fingerprint, engine.name, engine.precision, each.state)
                 metrics.model_info.labels(*labels).set(1)
-
-
-async def end_window(service: Service, generations: Generations, former: Generation) -> None:
-    """Delete the vectors of a former generation, and retire it. A rollback to it is not possible afterwards."""
-    if "migrations" in service.store.capabilities:
-        migrations = migrations_of(service.store)
-        for pair in await migrations.partnerships():
-            if pair.role == "former" and model_of(pair.partner.tag) == former.model:
-                await migrations.end(pair.collection.name)
-    if former.model in {model_of(info.tag) for info in await service.store.collections()}:
-        await asyncio.to_thread(generations.keep, former.number)  # its collections can still be searched
-        return
-    await asyncio.to_thread(generations.retire, former.number)
-    log.info("generation %d is retired: %s", former.number, former.name)

@@ -23,6 +23,7 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from functools import cached_property
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -73,7 +74,8 @@ log = logging.getLogger(__name__)
 
 class Border:
     """The ASGI middleware around the application. It handles request ids, size limits, compression, deadlines,
-    disconnects, errors, CORS, metrics, traces and the access log. If `tracing` is None, no request is traced."""
+    disconnects, errors, CORS, metrics, traces and the access log. If `tracing` is None, no request is traced.
+    `find_route` stores the route of a request in its scope."""
 
     def __init__(
         self,
@@ -84,6 +86,7 @@ class Border:
         limits: Limits | None = None,
         tracing: Tracing | None = None,
         security: Security | None = None,
+        find_route: Callable[[Scope], None] = lambda scope: None,
     ) -> None:
         self.app = app
         self.security = security  # None while the service starts and every request gets the same answer
@@ -92,6 +95,7 @@ class Border:
         self.lifecycle = lifecycle
         self.limits = limits
         self.tracing = tracing
+        self.find_route = find_route
         self.cors = Cors(parse_origins(settings.cors_origins)) if settings.cors_origins else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -108,7 +112,7 @@ class _Exchange:
         self._app, self._scope, self._receive, self._send = border.app, scope, receive, send
         self._settings, self._metrics, self._lifecycle = border.settings, border.metrics, border.lifecycle
         self._cors, self._limits, self._tracing = border.cors, border.limits, border.tracing
-        self._security = border.security
+        self._security, self._find_route = border.security, border.find_route
         self._admission: Admission | None = None
         prefix = self._settings.root_path
         if prefix and f"{scope['path']}/".startswith(f"{prefix}/"):  # the proxy has not removed it
@@ -148,7 +152,6 @@ class _Exchange:
             if self._watcher is not None:
                 self._watcher.cancel()
             if self._admission is not None and self._limits is not None:
-                current_cost.set(None)
                 self._limits.settle(self._admission)
             lifecycle.in_flight -= counted
             lifecycle.buffer.add(self._sender.client, -self._body_bytes)
@@ -171,7 +174,8 @@ class _Exchange:
             if counted:
                 self._identify()
             if counted and self._limits is not None:
-                await self._admit(self._limits)
+                self._admission = await self._limits.admit(self._scope["state"].get("principal"), self._client)
+                current_cost.set(self._admission.cost)
             async with asyncio.timeout(self._settings.request_deadline_s) as deadline:
                 self._scope["state"]["deadline"] = deadline
 
@@ -209,15 +213,6 @@ class _Exchange:
         connection = self._scope.get("connection")  # of the server; tests have none
         if connection is not None:
             connection.charge_to(self._lifecycle.buffer, client)
-
-    async def _admit(self, limits: Limits) -> None:
-        """Charge the fixed cost of the request to its client. Routes outside of /v1/ are not limited.
-
-        Raises:
-            RateLimited: the client has used its limit.
-        """
-        self._admission = await limits.admit(self._scope["state"].get("principal"), self._client)
-        current_cost.set(self._admission.cost)
 
     async def _unhandled(self) -> None:
         if self._gone.is_set():  # the client disconnected while it was sending the body
@@ -394,6 +389,8 @@ class _Exchange:
         await self._send_tagged({"type": "http.response.body", "body": body})
 
     def _account(self, seconds: float) -> None:
+        if self._error is not None and not {"router", "refusal"} & self._scope.keys():  # refused before the routing
+            self._find_route(self._scope)
         route = getattr(self._scope.get("route"), "path", UNMATCHED)
         method = self._scope["method"] if self._scope["method"] in _METHODS else "other"
         error, trace = self._error or self._scope["state"].get("error"), self._trace
@@ -405,8 +402,7 @@ class _Exchange:
         audited = is_audited(self._scope, error)
         if not logged and not audited and trace is None:
             return
-        proxies = self._settings.trusted_proxies
-        fields = request_fields(self._scope, route, error, self._received_bytes, proxies, trace)
+        fields = request_fields(self._scope, route, error, self._received_bytes, self._client, trace)
         if audited:
             audit(self._scope, self._status, error, self.request_id, fields.get("client"))
         if logged:
@@ -416,7 +412,7 @@ class _Exchange:
             name = method if route == UNMATCHED else f"{method} {route}"
             trace.end(name, attributes, str(fields.get("detail", "")) if self._status >= 500 else None)
 
-    @property
+    @cached_property
     def _client(self) -> str:
         """The address of the client, or an empty text if it is unknown."""
         proxies = self._settings.trusted_proxies

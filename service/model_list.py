@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from model.artifact import BUNDLED_DIR, ArtifactError, Manifest, read_manifest
-from service.artifact_choice import artifact_of, readable_artifacts
+from service.artifact_choice import Report, artifact_of, choose_artifact, readable_artifacts
 from service.errors import Conflict, ModelNotFound
 from service.generations import Generation, Generations
 from service.search.store import VectorStore
@@ -73,6 +73,27 @@ def model_named(models: Sequence[KnownModel], name: str) -> KnownModel:
         if name == known.manifest.name or (len(name) >= 8 and known.manifest.fingerprint.startswith(name)):
             return known
     raise ModelNotFound(f"there is no model {name[:80]!r}; there are {', '.join(known.name for known in models)}")
+
+
+def named_artifact(
+    name: str, data_dir: Path, report: Report, tell: Callable[[str], object] = log.warning
+) -> tuple[Path, Generation | None]:
+    """Return the artifact folder that `name` means, and the generation if `name` is its number. `name` is one of
+    `model_named`, or one of `choose_artifact`, which may download and export a published model.
+
+    Raises:
+        ValueError, OSError: see `choose_artifact`.
+        StorageFailed: the record of generations cannot be read.
+    """
+    if name != "auto" and "/" not in name:
+        generations = Generations(data_dir) if Generations.exists(data_dir) else None
+        try:
+            known = model_named(known_models(data_dir, generations, tell), name)
+        except ModelNotFound:
+            return choose_artifact(name, data_dir, report), None
+        is_number = known.generation is not None and name == str(known.generation.number)
+        return known.path, known.generation if is_number else None
+    return choose_artifact(name, data_dir, report), None
 
 
 async def remove_model(

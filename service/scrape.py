@@ -8,6 +8,8 @@ from typing import Final
 
 from service.backup import last_backup
 from service.errors import ServiceError
+from service.features.batcher import Batcher
+from service.features.forward import Row
 from service.jobs.opened import OpenedJobs
 from service.jobs.records import STATES
 from service.search.partners import migrations_of
@@ -52,6 +54,7 @@ async def _observe_jobs(jobs: OpenedJobs, metrics: Metrics) -> None:
         return
     for state in STATES:
         metrics.jobs.labels(state).set(0 if figures is None else figures.counts[state])
+    metrics.jobs_blocked.set(0 if figures is None else figures.blocked)
     if figures is not None:
         metrics.job_quiet.set(figures.quiet_s)
         metrics.worker_heartbeat_age.set(figures.silent_s)
@@ -59,14 +62,18 @@ async def _observe_jobs(jobs: OpenedJobs, metrics: Metrics) -> None:
 
 def _observe_queues(service: Service) -> None:
     """Set the metrics of the queues of all loaded models, added up."""
-    pipelines = dict.fromkeys(each.pipeline for each in (service, *service.loaded.services.values()))
-    batchers = [pipeline.batcher for pipeline in pipelines]
-    metrics = service.metrics
-    metrics.queue_images.set(sum(batcher.images for batcher in batchers))
-    metrics.queue_patches.set(sum(batcher.patches for batcher in batchers))
+    metrics, all_batchers = service.metrics, batchers(service)
+    metrics.queue_images.set(sum(batcher.images for batcher in all_batchers))
+    metrics.queue_patches.set(sum(batcher.patches for batcher in all_batchers))
     metrics.buffered_bytes.set(service.lifecycle.buffer.used)
-    metrics.queue_age.set(max(batcher.oldest_s for batcher in batchers))
-    metrics.engine_up.set(all(batcher.health() is None for batcher in batchers))
+    metrics.queue_age.set(max(batcher.oldest_s for batcher in all_batchers))
+    metrics.engine_up.set(all(batcher.health() is None for batcher in all_batchers))
+
+
+def batchers(service: Service) -> list[Batcher[Row]]:
+    """Return the batchers of all loaded models."""
+    pipelines = dict.fromkeys(each.pipeline for each in (service, *service.loaded.services.values()))
+    return [pipeline.batcher for pipeline in pipelines]
 
 
 async def observe_collections(service: Service) -> list[str]:

@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model.cpus import available_cpus
 from model.files import expanded
+from model.memory import available_memory
 from model.messages import in_words
 from model.zoo import HUGGING_FACE_URL, META_URL
 from service.addresses import (
@@ -40,6 +41,8 @@ READ_BY_COMPOSE = frozenset({"DINOV2_MEMORY"})
 them to it."""
 _SECRET: Final = ("redis_url", "jobs_redis_url", "originals_url", "vector_store")
 """Settings whose values may contain a password, so error messages do not show them."""
+_IN_FILES: Final = ("vector_store", "originals_url")
+"""Settings that can be in a file instead, which the setting with `_file` at the end of its name names."""
 _OWN_PATHS: Final = frozenset({"v1", "livez", "readyz", "metrics", "docs", "redoc", "openapi.json"})
 """The first parts of the paths of all routes. With one of them as the prefix, it would be ambiguous whether a proxy has
 removed the prefix."""
@@ -123,7 +126,14 @@ class Settings(BaseSettings):
         "embedded",
         description="where vectors are stored: embedded (in data_dir), or milvus://[user:password@]host[:port][/database]",
     )
+    vector_store_file: Path | None = Field(
+        None,
+        description="file that contains vector_store, for instance a secret with a password; instead of vector_store",
+    )
     originals_url: str | None = Field(None, description="URL where original images are stored; unset: in data_dir")
+    originals_url_file: Path | None = Field(
+        None, description="file that contains originals_url, for instance a secret; instead of originals_url"
+    )
 
     local_worker: bool = Field(
         True, description="whether the service starts a worker process for jobs, which ends with the service"
@@ -220,6 +230,12 @@ class Settings(BaseSettings):
         le=65_536,
         description="highest number of patches in the network's input if a request chooses its size",
     )
+    decode_memory_bytes: int | None = Field(
+        None,
+        ge=2**26,
+        description="limit on the memory that images take while they are decoded, all together; unset: three eighths "
+        "of the memory of the container or machine; see docs/deployment.md",
+    )
     decode_workers: int = Field(default_factory=available_cpus, ge=1, le=256, description="number of decoding threads")
 
     header_timeout_s: float = Field(
@@ -312,6 +328,20 @@ class Settings(BaseSettings):
                 raise ValueError(f"{name} with redis_password_file: {error}") from None
         return values | urls
 
+    @model_validator(mode="before")
+    @classmethod
+    def _secrets_are_read(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Add the settings that are in files, and return the settings."""
+        files = {name: file for name in _IN_FILES if (file := values.get(f"{name}_file"))}
+        for name, file in files.items():
+            if values.get(name):
+                raise ValueError(f"{name} and {name}_file must not both be set")
+            try:
+                files[name] = secret_in(expanded(Path(str(file))))
+            except ValueError as error:
+                raise ValueError(f"{name}_file: {error}") from None
+        return values | files
+
     @field_validator("root_path")
     @classmethod
     def _root_path_is_a_prefix(cls, value: str) -> str:
@@ -322,7 +352,9 @@ class Settings(BaseSettings):
             raise ValueError(f"must not begin with /{first}, because the service has routes there")
         return prefix
 
-    @field_validator("data_dir", "engine_photos", "redis_password_file", "audit_log")
+    @field_validator(
+        "data_dir", "engine_photos", "redis_password_file", "vector_store_file", "originals_url_file", "audit_log"
+    )
     @classmethod
     def _home_is_expanded(cls, value: Path | None) -> Path | None:
         return None if value is None else expanded(value)
@@ -420,6 +452,11 @@ class Settings(BaseSettings):
     def burst_pixels(self) -> int:
         """What a client may use at once, in pixels. 0 if there is no rate limit."""
         return self.rate_burst_pixels or 60 * (self.rate_pixels_per_s or 0)
+
+    @property
+    def memory_for_decoding(self) -> int:
+        """What images may take while they are decoded, in bytes."""
+        return self.decode_memory_bytes or available_memory() * 3 // 8
 
     @property
     def items_per_request(self) -> int:

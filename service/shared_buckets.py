@@ -17,7 +17,7 @@ from typing import Final
 
 from service.buckets import MOST_BUCKETS, Bill, Decision, LocalBuckets, RedisBuckets
 
-SEND_AFTER_S: Final = 0.1
+SEND_AFTER_S: Final = 0.5
 """The longest time in seconds until a cost is sent to Redis."""
 KEEP_S: Final = 10.0
 """The time in seconds after which an estimate is not used any more. It may be long, because the first cost that is sent
@@ -48,18 +48,26 @@ class SharedBuckets:
     async def take(self, name: str, cost_us: int, burst_us: int) -> Decision:
         """Take a cost from a bucket if it contains at least as much. `burst_us` is the time in which an empty bucket
         becomes full."""
-        spent_us = self._unsent[name].spent_us if name in self._unsent else 0
-        if self._has_plenty(name, spent_us + cost_us, cost_us, burst_us):
-            self.charge(name, cost_us, burst_us)
-            return Decision(True, self._estimates.owed_us(name, burst_us))
-        answers = await self._settle({name: Bill(spent_us, cost_us, burst_us)})
+        spent_us = cost_us + self._unsent_us(name)
+        if time.monotonic() - self._answered_s.get(name, float("-inf")) < KEEP_S and spent_us * _UNSENT <= burst_us:
+            estimate = self._estimates.take(name, cost_us, burst_us // _USED)
+            if estimate.admitted:
+                self._send_later(name, Bill(spent_us, 0, burst_us))
+                return estimate
+        answers = await self._settle({name: Bill(spent_us - cost_us, cost_us, burst_us)})
         return answers[name] if name in answers else self._estimates.take(name, cost_us, burst_us)
 
     def charge(self, name: str, cost_us: int, burst_us: int) -> None:
         """Take a cost from a bucket, which may become negative. Do not wait for Redis."""
         self._estimates.charge(name, cost_us, burst_us)
-        spent_us = self._unsent[name].spent_us if name in self._unsent else 0
-        self._unsent[name] = Bill(spent_us + cost_us, 0, burst_us)
+        self._send_later(name, Bill(cost_us + self._unsent_us(name), 0, burst_us))
+
+    def _unsent_us(self, name: str) -> int:
+        """Return what has been taken from a bucket and not been sent yet."""
+        return self._unsent[name].spent_us if name in self._unsent else 0
+
+    def _send_later(self, name: str, bill: Bill) -> None:
+        self._unsent[name] = bill
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(SEND_AFTER_S, self._start_sending)
 
@@ -69,15 +77,6 @@ class SharedBuckets:
             self._timer.cancel()
         await asyncio.gather(self._send(), *self._sending)
         await self._redis.guard.close()
-
-    def _has_plenty(self, name: str, unsent_us: int, cost_us: int, burst_us: int) -> bool:
-        """Return whether a request can be admitted without asking Redis. `unsent_us` includes the cost of the
-        request."""
-        return (
-            time.monotonic() - self._answered_s.get(name, float("-inf")) < KEEP_S
-            and unsent_us * _UNSENT <= burst_us
-            and (self._estimates.owed_us(name, burst_us) + cost_us) * _USED <= burst_us
-        )
 
     async def _settle(self, bills: dict[str, Bill]) -> dict[str, Decision]:
         """Send bills to Redis, which contain everything that was not sent before, and make the answers the new
@@ -90,9 +89,8 @@ class SharedBuckets:
             self._works = answers is not None
             self._on_change(self._works)
         for name, answer in (answers or {}).items():
-            used_meanwhile = self._unsent[name].spent_us if name in self._unsent else 0
             self._answered_s.pop(name, None)
-            if self._estimates.set_owed(name, answer.owed_us + used_meanwhile):
+            if self._estimates.set_owed(name, answer.owed_us + self._unsent_us(name)):
                 self._answered_s[name] = asked_s
         self._forget(asked_s - KEEP_S)
         return answers or {}

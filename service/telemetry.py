@@ -126,10 +126,15 @@ class Metrics:
         self.queue_patches = gauge("queue_patches", "Patches that wait for the engine.")
         self.queue_age = gauge("queue_oldest_seconds", "Time that the oldest image has waited for the engine.")
         self.decode_workers = gauge("decode_workers", "Number of decoding threads.")
+        self.decode_process_deaths = counter(
+            "decode_process_deaths_total",
+            "Processes that ended while they decoded an image: crash, or time if it took too long.",
+            "reason",
+        )
         self.images = counter("images_total", "Images that the engine processed.")
         self.dropped = counter("dropped_images_total", "Images whose clients disconnected while they were queued.")
         self.engine_errors = counter("engine_errors_total", "Forward passes that failed.")
-        self.engine_up = gauge("engine_up", "1 if the thread of each loaded model works; 0 if one has died or hangs.")
+        self.engine_up = gauge("engine_up", "1 if the engine and the thread of each loaded model work; 0 otherwise.")
         self.failed_images = counter(
             "failed_images_total",
             "Images that were refused or could not be processed, by the code of the error.",
@@ -232,6 +237,10 @@ class Metrics:
 
     def _add_jobs(self, gauge: _Make[Gauge]) -> None:
         self.jobs = gauge("jobs", "Jobs of this data folder in a state; finished jobs are kept for a while.", "state")
+        self.jobs_blocked = gauge(
+            "jobs_blocked",
+            "Queued jobs that are due, but that none of the running workers can start.",
+        )
         self.job_quiet = gauge(
             "job_seconds_since_progress",
             "Longest time for which a running job has shown neither progress nor output; 0: no job is running.",

@@ -66,6 +66,7 @@ class FakeEngine:
     delay_s: float = 0.0
     gate: threading.Event | None = None  # each pass waits until the event is set
     fails: Callable[[FloatArray], bool] = field(default=lambda pixels: False)  # gets a batch, [B, 3, h, w]
+    error: Exception | None = None  # each pass raises it
     killed: bool = False
     batches: list[tuple[int, ...]] = field(default_factory=list)  # shapes of the inputs
     entered: threading.Event = field(default_factory=threading.Event)
@@ -84,6 +85,8 @@ class FakeEngine:
         time.sleep(self.delay_s)
         if self.killed:
             raise WorkerKilled
+        if self.error is not None:
+            raise self.error
         if self.fails(pixels):
             raise RuntimeError("the fake engine was told to fail; secret-internals")
         batch, _, height, width = pixels.shape

@@ -105,6 +105,9 @@ class TrainConfig(BaseModel):
     held_out_share: float = Field(
         0.1, ge=0, lt=1, description="share of the images held out for evaluation if `data` has no train and val"
     )
+    exclude: Address | None = Field(
+        None, description="text file with the paths of images that are neither trained on nor held out, one per line"
+    )
     cache_size: int | None = Field(
         None,
         ge=32,

@@ -5,6 +5,7 @@ notice what training gains. How surely another view of a held-out image finds th
 classes.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal
@@ -13,11 +14,13 @@ from model.pooling import Pooling
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 from training.data.run_images import Data
+from training.evaluate.features import compute_features
 from training.evaluate.knn import EVALUATED_KS, accuracies, labelled_features
 from training.evaluate.label_free import MOST_IMAGES, measure_label_free
 from training.evaluate.own_images import own_accuracy
 from training.spread import RANKME_ROWS, rankme_share
 from training.watch.measure import KNN, OWN, RETRIEVAL, VIEWS, Measure
+from training.whiten import whiten
 
 MeasureName = Literal["auto", "knn", "own", "views", "retrieval", "none"]
 MANY_HELD_OUT = 500
@@ -30,6 +33,7 @@ KEYS = {"rankme_share": "held_out_rankme_share", "spread": "held_out_spread"}
 """Keys in evaluations.jsonl of metrics that metrics.jsonl has too, there of crops of training images."""
 
 MEASURED_K = 10
+WHITENING_IMAGES = 10_000  # enough images for the covariance of the widest model's 1,536 dimensions
 FEWEST_HELD_OUT = 20  # with fewer, one image is worth more than five percentage points
 
 
@@ -156,3 +160,10 @@ def evaluate_backbone(
     usable = [k for k in knn.get("cls", {}) if k <= MEASURED_K]
     value = knn["cls"][max(usable)] if usable else None
     return Evaluation(knn, figures, value, len(features.test_labels), None, retrieval)
+
+
+def whiten_backbone(backbone: DinoVisionTransformer, data: Data, spec: PreprocessSpec, shrinkage: float | None) -> None:
+    """Whiten a backbone in place with the class tokens of training images. If `shrinkage` is None, do nothing."""
+    if shrinkage is not None:
+        sample = data.train_sample[:: math.ceil(len(data.train_sample) / WHITENING_IMAGES)]
+        whiten(backbone, compute_features(backbone, sample, spec).pooled("cls"), shrinkage)

@@ -29,9 +29,8 @@ from training.estimate import (
     steps_of_phases,
 )
 from training.evaluate.label_free import MOST_IMAGES
-from training.measuring import FEWEST_HELD_OUT, MANY_HELD_OUT
+from training.measuring import FEWEST_HELD_OUT, MANY_HELD_OUT, WHITENING_IMAGES
 from training.outcome import GALLERY
-from training.release import WHITENING_IMAGES
 from training.resources import Free
 from training.setup import make_setup
 from training.state import Saved
@@ -241,7 +240,8 @@ def costed_plan(config: TrainConfig, n_images: int, n_evaluated: int, world: Wor
     )
     measured = n_evaluated > 0 and config.measure != "none"
     in_the_loop = count_evaluations(total, every.evaluate)
-    n_finished = (2 if measured else 1) if config.whiten is not None else 0  # backbones that are whitened at the end
+    # backbones that are whitened: one in each evaluation, the last one, and the best one
+    n_whitened = 0 if config.whiten is None else in_the_loop + 2 if measured else 1
     n_sheets = 1 + ((total - 1) // every.sheet if every.sheet else 0)
     return Plan(
         images=n_images,
@@ -260,7 +260,7 @@ def costed_plan(config: TrainConfig, n_images: int, n_evaluated: int, world: Wor
         # the last one, the best one before and after it is whitened, and those for `dinov2 average`
         checkpoints=(3 if measured else 1) + (total // every.checkpoint if every.checkpoint else 0),
         sheets=n_sheets,
-        evaluations=(in_the_loop if measured else 0) + n_finished,
+        evaluations=in_the_loop if measured else 0,
         images_per_evaluation=n_evaluated,
-        other_images=n_sheets * min(n_images, GALLERY) + n_finished * min(n_images, WHITENING_IMAGES),
+        other_images=n_sheets * min(n_images, GALLERY) + n_whitened * min(n_images, WHITENING_IMAGES),
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from model.artifact import MANIFEST, read_manifest
 from model.config import CONFIGS
 from model.files import name_problem
 from model.loading import published, read_model
@@ -91,7 +92,8 @@ def settings_of(init: str, given: Mapping[str, object]) -> dict[str, object]:
         return {}
     if (entry := published(init)) is not None and not Path(init).exists():
         return {"model": entry.name}
-    loaded = read_model(init)
+    is_artifact = (Path(init) / MANIFEST).is_file()  # its manifest is enough; the weights may be gigabytes
+    loaded = read_manifest(Path(init)) if is_artifact else read_model(init)
     settings = head_settings(Path(init), given)
     name = next(
         (name for name, config in CONFIGS.items() if config == loaded.config), TrainConfig.model_fields["model"].default

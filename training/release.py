@@ -4,7 +4,6 @@ All ranks call `release`. Only rank 0 calls the other functions.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,14 @@ from model.checkpoint import load_checkpoint
 from model.files import write_text
 from model.vit import DinoVisionTransformer
 from training.distributed import wait_for_all
-from training.evaluate.features import compute_features
-from training.measuring import evaluate_backbone
+from training.measuring import evaluate_backbone, whiten_backbone
 from training.outcome import BEST, CHECKPOINT, released_backbone, write_checkpoint, write_sheet
 from training.run import Run, sheet_path
 from training.state import KEPT_BEST
 from training.watch.monitor import EVALUATIONS, read_lines
 from training.watch.sentinels import difference_error
-from training.whiten import whiten
 
 SHOWN_K = 10  # neighbours, or fewer if there are fewer images
-WHITENING_IMAGES = 10_000  # enough images for the covariance of the widest model's 1,536 dimensions
 
 
 def release(run: Run, step: int) -> Path:
@@ -63,10 +59,8 @@ def finish(run: Run, backbone: DinoVisionTransformer, step: int) -> dict[str, An
     They are the k-NN accuracy, whether the backbone is whitened, and the number of steps.
     """
     data, settings = run.data, run.release
-    if settings.whiten is not None:
-        sample = data.train_sample[:: math.ceil(len(data.train_sample) / WHITENING_IMAGES)]
-        whiten(backbone, compute_features(backbone, sample, settings.eval_spec).pooled("cls"), settings.whiten)
-    found = run.evaluations.get(step) if settings.whiten is None else None
+    whiten_backbone(backbone, data, settings.eval_spec, settings.whiten)
+    found = run.evaluations.get(step)
     if found is None:
         found = evaluate_backbone(backbone, data, settings.eval_spec, run.measure)
     return {"knn": found.knn, "whitened": settings.whiten is not None, "steps": step}

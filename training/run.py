@@ -19,7 +19,7 @@ from training.data.run_images import Data, list_skipped
 from training.distributed import World, agree, from_all, from_main, mean_over_ranks, min_over_ranks, wait_for_all
 from training.ending import RunStopped, Signals
 from training.held_out import HeldOutImages, held_out_loss
-from training.measuring import Evaluation, evaluate_backbone
+from training.measuring import Evaluation, evaluate_backbone, whiten_backbone
 from training.outcome import (
     BEST,
     CHECKPOINT,
@@ -163,6 +163,9 @@ def log_line(run: Run, step: int, terms: dict[str, Tensor], cls_tokens: Tensor) 
 def evaluate(run: Run, step: int) -> Verdict | None:
     """Evaluate the features on the held-out images, and check whether the measure of the run has fallen.
 
+    A run that whitens the backbone that it releases evaluates whitened copies. Their RankMe and measure can be compared
+    with those of a start that was whitened before.
+
     Return the verdict of this check, or None if the check has nothing to report or the run has no measure.
     """
     measure = run.measure
@@ -173,6 +176,7 @@ def evaluate(run: Run, step: int) -> Verdict | None:
         backbone = released_backbone(run.release.vit, run.world, run.setup.parts)
 
         def ask() -> Verdict | None:
+            whiten_backbone(backbone, run.data, run.release.eval_spec, run.release.whiten)
             found = evaluate_backbone(backbone, run.data, run.release.eval_spec, measure)
             run.evaluations[step] = found
             if found.value is None:

@@ -239,6 +239,8 @@ def restore(run: Run, saved: Saved | None, damaged: list[str]) -> int:
     if step == 0 and run.sentinels.state.best is None:
         if run.world.is_main:
             cut_lines(run.out / EVALUATIONS, -1)
+        if run.measure is not None:
+            run.monitor.tell("evaluating the network before the first step")
         evaluate(run, 0)
         if run.world.is_main and saved:
             remember(saved, memory_of(run))

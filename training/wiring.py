@@ -111,7 +111,13 @@ def image_settings(config: TrainConfig) -> tuple[SourceSettings, ImageSettings]:
     if config.last_phase is not None:
         micro_batches["last_phase.micro_batch"] = config.last_phase.micro_batch
     sources = SourceSettings(
-        config.data, config.out, config.seed, config.held_out_share, config.data_weights, config.sampling
+        data=config.data,
+        out=config.out,
+        seed=config.seed,
+        held_out_share=config.held_out_share,
+        weights=config.data_weights,
+        sampling=config.sampling,
+        exclude=config.exclude,
     )
     return sources, ImageSettings(
         batch_size=config.batch_size,

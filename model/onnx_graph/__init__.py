@@ -4,5 +4,6 @@ build      writes the graph of a backbone (`GraphSpec`, `write_onnx`)
 nodes      adds nodes, constants and weights to a graph
 positions  computes the position embedding in a graph that accepts any size
 linear     adds linear layers in each precision
+foreign    finds graphs that do not belong to the weights
 quantize   quantizes weights to eight bits
 """

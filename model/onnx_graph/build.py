@@ -17,10 +17,13 @@ Legend: B batch, H x W pixels, p patch size, h x w = H/p x W/p patches, N = h*w,
 width, A attention heads.
 """
 
-from collections.abc import Mapping
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import onnx
@@ -28,7 +31,7 @@ from onnx import TensorProto, helper
 
 from model.config import ViTConfig
 from model.onnx_graph.linear import HALVES, Linear, is_named, narrow, widen
-from model.onnx_graph.nodes import FloatArray, GraphBuilder, Weights
+from model.onnx_graph.nodes import FloatArray, GraphBuilder, Sink, Weights
 from model.onnx_graph.positions import positions_for_any_grid
 from model.onnx_graph.quantize import Int8Weights
 from model.pos_embed import resize_pos_embed
@@ -120,17 +123,72 @@ def write_onnx(
         ValueError: see `build_onnx`.
         OSError: a file cannot be written.
     """
-    activations = activations or {}
-    _check(config, spec, activations)
-    names = [path.name]
+    _check(config, spec, activations or {})
+    with ExitStack() as files:
+
+        def opened(name: str) -> Sink:
+            return files.enter_context(path.with_name(name).open("wb"))
+
+        return _write(weights, config, spec, path.name, opened, activations or {})
+
+
+class Digest(NamedTuple):
+    """The sha256 in hex and the size of a file."""
+
+    sha256: str
+    bytes: int
+
+
+def graph_digests(weights: Weights, config: ViTConfig, spec: GraphSpec, name: str) -> dict[str, Digest]:
+    """Return the digests of the files that `write_onnx` would write with the file name `name`, without writing them.
+
+    The arguments are those of `write_onnx`. A graph of up to 1 GiB is built in memory.
+
+    Raises:
+        ValueError: see `build_onnx`.
+    """
+    _check(config, spec, {})
+    files: dict[str, _HashedFile] = defaultdict(_HashedFile)
+    _write(weights, config, spec, name, files.__getitem__, {})
+    return {file: hashed.digest() for file, hashed in files.items()}
+
+
+class _HashedFile:
+    """A file that is hashed and not stored."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._size = 0
+
+    def write(self, data: bytes | memoryview, /) -> int:
+        self._hash.update(data)
+        size = memoryview(data).nbytes
+        self._size += size
+        return size
+
+    def tell(self) -> int:
+        return self._size
+
+    def digest(self) -> Digest:
+        return Digest(self._hash.hexdigest(), self._size)
+
+
+def _write(
+    weights: Weights,
+    config: ViTConfig,
+    spec: GraphSpec,
+    name: str,
+    opened: Callable[[str], Sink],
+    activations: Mapping[str, float],
+) -> list[str]:
+    """Write the files of a graph and return their names. `opened` opens a file for writing by its name."""
+    names = [name]
     if _weight_bytes(config, spec) > EXTERNAL_ABOVE_BYTES:
-        names.append(f"{path.name}.data")
-        with path.with_name(names[1]).open("wb") as data:
-            model = _build(GraphBuilder(weights, data, names[1]), config, spec, activations)
+        names.append(f"{name}.data")
+        model = _build(GraphBuilder(weights, opened(names[1]), names[1]), config, spec, activations)
     else:
         model = _build(GraphBuilder(weights), config, spec, activations)
-    with path.open("wb") as file:
-        file.write(model.SerializeToString(deterministic=True))
+    opened(name).write(model.SerializeToString(deterministic=True))
     return names
 
 

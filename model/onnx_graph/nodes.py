@@ -6,7 +6,7 @@ the name of every node and tensor, so the same calls produce the same bytes.
 """
 
 from collections.abc import Mapping
-from typing import BinaryIO
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,14 @@ EXTERNAL_ALIGNMENT = 4096  # one page, so that runtimes can map the file
 INLINE_BELOW_BYTES = 1024  # shapes and scalars stay in the graph, where shape inference reads them
 
 
+class Sink(Protocol):
+    """An open file to which a graph or its data is written."""
+
+    def write(self, data: bytes | memoryview, /) -> int: ...
+
+    def tell(self) -> int: ...
+
+
 class GraphBuilder:
     """Collects a graph's nodes and initializers.
 
@@ -30,7 +38,7 @@ class GraphBuilder:
         location: the data file's name as recorded in the graph.
     """
 
-    def __init__(self, weights: Weights, data: BinaryIO | None = None, location: str = "") -> None:
+    def __init__(self, weights: Weights, data: Sink | None = None, location: str = "") -> None:
         self._weights, self._data, self._location = weights, data, location
         self._names: set[str] = set()
         self.nodes: list[onnx.NodeProto] = []
@@ -51,7 +59,7 @@ class GraphBuilder:
             self.initializers.append(self._written(name, value, self._data))
         return name
 
-    def _written(self, name: str, value: npt.NDArray[np.generic], data: BinaryIO) -> onnx.TensorProto:
+    def _written(self, name: str, value: npt.NDArray[np.generic], data: Sink) -> onnx.TensorProto:
         data.write(b"\0" * (-data.tell() % EXTERNAL_ALIGNMENT))
         offset = data.tell()
         data.write(value.view(np.uint8).data)  # as bytes, because numpy exports no buffer of bfloat16

@@ -13,7 +13,8 @@ only the share of the client is used, with a Retry-After time that is computed f
 
 If a client disconnects, its waiting images are dropped when the next batch is formed. If the engine fails on a batch,
 the images of this batch are tried one by one, so an image that the engine cannot process does not affect the others. If
-the worker thread dies or hangs, `health` reports the fault, and the liveness check `/livez` fails.
+the worker thread dies or hangs, or if the engine is broken (service/features/engine_faults.py), `health` reports the
+fault, and the liveness check `/livez` fails.
 
 The methods in the section "The worker thread" run in that thread. All other methods are called on the event loop's
 thread.
@@ -31,9 +32,11 @@ from typing import Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from model.engines.broken import is_sticky
 from service.clients import ITSELF, Sender, current_sender
 from service.errors import EngineFailed, ModelUnavailable, QueueFull, ServiceError, ShareUsed, ShuttingDown
 from service.fair import FairQueue, Shares
+from service.features.engine_faults import EngineFaults
 from service.telemetry import Metrics
 from service.tracing import Batch, RequestTrace, current_trace, record_batch
 
@@ -84,6 +87,8 @@ class Batcher(Generic[Row]):
     Args:
         run: a function that runs a forward pass with pooling. It takes pixels [B, 3, h, w] and the names of inner
             outputs, and returns the features of each image, B rows. Only the worker thread calls it.
+        probe: a function that runs a forward pass that is known to work (see `EngineFaults`). Only the worker thread
+            calls it.
         patch_size: the side of a patch in pixels. It is used to count patches.
     """
 
@@ -98,6 +103,7 @@ class Batcher(Generic[Row]):
         metrics: Metrics,
         hang_timeout_s: float = 120.0,
         client_share: float = 1.0,
+        probe: Callable[[], object] | None = None,
     ) -> None:
         self._run = run
         self._patch_size = patch_size
@@ -106,6 +112,7 @@ class Batcher(Generic[Row]):
         self._patches = Shares(queue_max_patches, client_share)  # of the images in the queue; changes under _wake
         self._metrics = metrics
         self._hang_timeout_s = hang_timeout_s
+        self._faults = EngineFaults(probe)
         self._queue: FairQueue[Job[Row]] = FairQueue()
         self._taken: list[Job[Row]] = []
         self._wake = threading.Condition()
@@ -146,12 +153,12 @@ class Batcher(Generic[Row]):
         return self._places.is_full or self._patches.is_full
 
     def health(self) -> str | None:
-        """Return None if the worker thread is healthy or the batcher is closing. Otherwise return a description of the
-        fault."""
+        """Return None if the worker thread and the engine are healthy or the batcher is closing. Otherwise return a
+        description of the fault."""
         if self._closing:
             return None
-        if self._dead:
-            return "the engine's worker thread has died"
+        if self._dead or self._faults.fault:
+            return self._why_dead()
         busy_since = self._busy_since
         if busy_since is not None and time.monotonic() - busy_since > self._hang_timeout_s:
             return f"the engine's worker has been in one forward pass for more than {self._hang_timeout_s:g} s"
@@ -240,13 +247,16 @@ class Batcher(Generic[Row]):
         if self._closing:
             raise ShuttingDown("the service is shutting down", retry_after_s=1)
         if self._dead:
-            raise ModelUnavailable("the engine's worker thread has died; the service must be restarted")
+            raise ModelUnavailable(f"{self._why_dead()}; the service must be restarted")
+
+    def _why_dead(self) -> str:
+        return self._faults.fault or "the engine's worker thread has died"
 
     # The worker thread.
 
     def _work(self) -> None:
         try:
-            while batch := self._next_batch():
+            while not self._faults.is_final and (batch := self._next_batch()) is not None:
                 self._busy_since = time.monotonic()
                 outcomes = self._outcomes(batch)
                 self._busy_since = None
@@ -259,16 +269,18 @@ class Batcher(Generic[Row]):
                 with self._wake:
                     self._dead = True
                     lost = self._taken + self._queue.clear()
-                self._deliver([(job, EngineFailed("the engine's worker thread has died")) for job in lost])
+                self._deliver([(job, EngineFailed(self._why_dead())) for job in lost])
 
-    def _next_batch(self) -> list[Job[Row]]:
-        """Wait for images, and return the next batch. The batch is empty if the batcher is closing."""
+    def _next_batch(self) -> list[Job[Row]] | None:
+        """Wait for images, and return the next batch. Return None if the batcher is closing. The batch is empty if the
+        engine has failed and must be probed."""
         with self._wake:
             while True:
                 self._taken = self._take()
                 if self._taken or self._closing:
-                    return self._taken
-                self._wake.wait()
+                    return self._taken or None
+                if not self._wake.wait(self._faults.probe_in_s):
+                    return []
 
     def _take(self) -> list[Job[Row]]:
         """Remove the next batch from the queue and return it. The batch consists of the next image and later images
@@ -294,7 +306,10 @@ class Batcher(Generic[Row]):
 
     def _outcomes(self, batch: list[Job[Row]]) -> list[Outcome[Row]]:
         """Run a forward pass over the batch, and return the result or the error of each image. If the pass fails, run a
-        separate pass for each image."""
+        separate pass for each image. If the batch is empty, only find out whether the engine works."""
+        if not batch:
+            self._faults.probe()
+            return []
         started, patches = time.perf_counter(), sum(job.patches for job in batch)
         try:
             rows = self._run(np.stack([job.pixels for job in batch]), batch[0].outputs)
@@ -304,11 +319,11 @@ class Batcher(Generic[Row]):
             record_batch(batch, started, time.perf_counter(), patches, failed=True)
             self._metrics.engine_errors.inc()
             log.exception("a forward pass of %d images failed", len(batch))
-            if len(batch) > 1:
+            if len(batch) > 1 and not is_sticky(error):
                 return [outcome for job in batch if not job.future.cancelled() for outcome in self._outcomes([job])]
-            failed = EngineFailed("the engine failed on this image")
-            failed.__cause__ = error
-            return [(batch[0], failed)]
+            self._faults.failed(error)
+            return [(job, _engine_failed(error)) for job in batch]
+        self._faults.passed()
         ended = time.perf_counter()
         span = record_batch(batch, started, ended, patches)
         seconds = ended - started
@@ -328,6 +343,12 @@ class Batcher(Generic[Row]):
             self._loop.call_soon_threadsafe(_set_results, outcomes)
         except RuntimeError:  # the loop is closed: the service has stopped and no client waits
             log.warning("%d results arrived after the service had stopped", len(outcomes))
+
+
+def _engine_failed(error: Exception) -> EngineFailed:
+    failed = EngineFailed("the engine failed on this image")
+    failed.__cause__ = error
+    return failed
 
 
 def _set_results(outcomes: list[Outcome[Row]]) -> None:

@@ -1,8 +1,9 @@
 """Compute the features of images. The steps for an image are: look in the cache, decode, preprocess, wait for a batch,
 run the engine, pool, and store the result in the cache.
 
-An image is decoded and preprocessed in a thread before it is put into a batch. So a damaged image never reaches the
-engine and does not affect other images. If the queue has no room for all images of a request, none of them is decoded.
+An image is decoded and preprocessed in a thread before it is put into a batch, as soon as there is memory for its
+pixels (service/features/decode_memory.py). So a damaged image never reaches the engine and does not affect other
+images. If the queue has no room for all images of a request, none of them is decoded.
 
 The cache does not store final vectors but their parts: the class token and the mean of the patch tokens, float32,
 before normalisation. `pooling` and `normalize` are applied when an entry is used, so one entry serves every combination
@@ -38,12 +39,13 @@ from model.pooling import PARTS, Pooling, pool
 from model.preprocess import PreprocessSpec, crop_box, output_size, preprocess
 from service.clients import current_sender
 from service.costs import current_cost
-from service.errors import BrokenImage, InvalidRequest
+from service.errors import BrokenImage, InvalidRequest, ServiceError
 from service.fair import FairSlots, FairThreads
 from service.features.batcher import Batcher
 from service.features.cache import Cache, cache_key
+from service.features.decode_memory import MustWait, Reservation
 from service.features.forward import Forward, Row
-from service.features.images import decode
+from service.features.images import Decoding, decode, forget_frames
 from service.features.patch_cache import PatchCache, as_is, patches_key
 from service.features.patch_store import PatchStore
 from service.features.patches import Patches
@@ -56,6 +58,9 @@ FloatArray = npt.NDArray[np.float32]
 S = TypeVar("S")
 T = TypeVar("T")
 
+ANSWER_BYTES: Final = 16
+"""Memory per pixel for an image that is analysed: 3 bytes are its pixels, and the others are masks and pictures of its
+size."""
 _HEAD = struct.Struct("<I")  # head of a cache entry: number of tokens; P * D floats follow
 
 
@@ -136,6 +141,7 @@ class _Decoded(NamedTuple):
     pixels: FloatArray  # [3, h, w]
     image: npt.NDArray[np.uint8] | None
     size: tuple[int, int]  # H, W
+    memory: Reservation  # of `image`
     started: float  # of `time.perf_counter()`
     decode_s: float
     preprocess_s: float
@@ -185,7 +191,8 @@ class Pipeline:
     loop's thread.
 
     `open_general` opens an engine for the images that `engine` cannot run (see `service/features/forward.py`).
-    `patch_store` keeps patch features on disk, if it is not None.
+    `patch_store` keeps patch features on disk, if it is not None. Several pipelines may share `decoding`,
+    which the caller closes.
     """
 
     def __init__(
@@ -195,12 +202,14 @@ class Pipeline:
         cache: Cache,
         metrics: Metrics,
         limits: PipelineLimits,
-        open_general: Callable[[], Engine] | None = None,
-        patch_store: PatchStore | None = None,
+        open_general: Callable[[], Engine] | None,
+        patch_store: PatchStore | None,
+        decoding: Decoding,
     ) -> None:
         self.artifact = artifact
         self.engine = engine
         self.cache = cache
+        self.decoding = decoding
         self.dims = artifact.manifest.config.embed_dim
         self._spec = artifact.manifest.preprocess
         self._patch_size = artifact.manifest.config.patch_size
@@ -228,6 +237,7 @@ class Pipeline:
             metrics=metrics,
             hang_timeout_s=limits.hang_timeout_s,
             client_share=limits.client_share,
+            probe=lambda: self._forward(self._zeros()[None]),
         )
 
     async def embed(self, images: Sequence[Outcome[bytes]], *, store_patches: bool = False) -> list[Outcome[Embedded]]:
@@ -332,8 +342,11 @@ class Pipeline:
     async def warm_up(self) -> None:
         """Run one forward pass on zeros, so that the first request does not have to wait until the runtime is
         initialised."""
-        height, width = self.artifact.manifest.input_size
-        await self._row(np.zeros((3, height, width), np.float32))
+        await self._row(self._zeros())
+
+    def _zeros(self) -> FloatArray:
+        """Return zeros of the input size, [3, h, w]."""
+        return np.zeros((3, *self.artifact.manifest.input_size), np.float32)
 
     def forward_zeros(self, height: int, width: int) -> FloatArray:
         """Run one forward pass on zeros, and return the patch features [N, D]. Call this method in a worker thread, as
@@ -441,24 +454,30 @@ class Pipeline:
 
     async def _analyse(self, image: bytes, answer: Callable[[Analysed], T], view: View) -> T:
         async with self._kept_images.turn(current_sender.get()):
-            spec = view.spec or self._spec
-            decoded = await self._decode(image, spec, keep_image=True)
-            row, timings = await self._infer(decoded, view.outputs)
-            assert decoded.image is not None
-            parts = row.parts
-            if spec == self._spec and not row.by_serving:  # vectors of two engines are never mixed
-                parts = (await self._infer(decoded))[0].parts
-            embedded = Embedded(parts, row.tokens, timings=timings)
-            if spec == self._spec:
-                [key] = await self._keys([Outcome(0, image)])
-                await self.cache.set_many({key.result(): embedded.to_bytes()})
-            grid = self._grid(decoded.pixels)
-            analysed = Analysed(embedded, row.patches, row.registers, grid, decoded.image, spec, row.outputs)
-            began = time.perf_counter()
+            decoded = await self._decode(image, view.spec or self._spec, keep_image=True)
             try:
-                return await self._in_thread(self._answerers, partial(answer, analysed))
+                return await self._answer(image, decoded, answer, view)
             finally:
-                record_stage("post", began, time.perf_counter())
+                decoded.memory.release()
+
+    async def _answer(self, image: bytes, decoded: _Decoded, answer: Callable[[Analysed], T], view: View) -> T:
+        spec = view.spec or self._spec
+        row, timings = await self._infer(decoded, view.outputs)
+        assert decoded.image is not None
+        parts = row.parts
+        if spec == self._spec and not row.by_serving:  # vectors of two engines are never mixed
+            parts = (await self._infer(decoded))[0].parts
+        embedded = Embedded(parts, row.tokens, timings=timings)
+        if spec == self._spec:
+            [key] = await self._keys([Outcome(0, image)])
+            await self.cache.set_many({key.result(): embedded.to_bytes()})
+        grid = self._grid(decoded.pixels)
+        analysed = Analysed(embedded, row.patches, row.registers, grid, decoded.image, spec, row.outputs)
+        began = time.perf_counter()
+        try:
+            return await self._in_thread(self._answerers, partial(answer, analysed))
+        finally:
+            record_stage("post", began, time.perf_counter())
 
     def _start_patches(self, digest_and_image: tuple[str, bytes]) -> "asyncio.Task[Patches]":
         task = asyncio.create_task(self._patches(*digest_and_image))
@@ -496,23 +515,51 @@ class Pipeline:
             del self._flights[key]
 
     async def _decode(self, image: bytes, spec: PreprocessSpec, *, keep_image: bool) -> _Decoded:
-        on_size = self._charging(spec)
+        """Decode and preprocess an image in a thread, as soon as there is memory for it. If `keep_image` is true, the
+        caller releases the memory; otherwise it is released here."""
+        memory = Reservation(self.decoding.memory)
+        work = partial(self._decode_now, image, spec, memory, keep_image, self._charging(spec))
+        decoded = None
+        try:
+            while decoded is None:
+                try:
+                    decoded = await self._in_thread(self._decoders, work)
+                except MustWait:
+                    await memory.wait()
+                except ServiceError as error:
+                    forget_frames(error)
+                    raise
+            return decoded
+        finally:
+            if decoded is None or not keep_image:
+                memory.release()
 
-        def work() -> _Decoded:
-            started = time.perf_counter()
-            rgb = decode(image, self._decode_limits, on_size=on_size)
-            decoded_at = time.perf_counter()
-            try:
-                if spec != self._spec:
-                    check_input_size(rgb.shape[0], rgb.shape[1], spec, self._max_input_patches)
-                pixels = preprocess(rgb, spec)
-            except ValueError as error:
-                raise BrokenImage(str(error)) from error
-            preprocess_s = time.perf_counter() - decoded_at
-            size = (rgb.shape[0], rgb.shape[1])
-            return _Decoded(pixels, rgb if keep_image else None, size, started, decoded_at - started, preprocess_s)
+    def _decode_now(
+        self, image: bytes, spec: PreprocessSpec, memory: Reservation, keep_image: bool, on_size: OnSize | None
+    ) -> _Decoded:
+        started, pixels_in_file = time.perf_counter(), 0
 
-        return await self._in_thread(self._decoders, work)
+        def seen(width: int, height: int) -> None:
+            nonlocal pixels_in_file
+            pixels_in_file = width * height
+            if on_size is not None:
+                on_size(width, height)
+
+        def take(n_bytes: int) -> None:
+            memory.take(max(n_bytes, ANSWER_BYTES * pixels_in_file) if keep_image else n_bytes)
+
+        processes = self.decoding.processes
+        rgb = decode(image, self._decode_limits, on_size=seen, on_memory=take, processes=processes)
+        decoded_at = time.perf_counter()
+        try:
+            if spec != self._spec:
+                check_input_size(rgb.shape[0], rgb.shape[1], spec, self._max_input_patches)
+            pixels = preprocess(rgb, spec)
+        except ValueError as error:
+            raise BrokenImage(str(error)) from error
+        preprocess_s = time.perf_counter() - decoded_at
+        size = (rgb.shape[0], rgb.shape[1])
+        return _Decoded(pixels, rgb if keep_image else None, size, memory, started, decoded_at - started, preprocess_s)
 
     def _charging(self, spec: PreprocessSpec) -> OnSize | None:
         """Return a function that adds the cost of an image to that of the current request: the pixels that are decoded,
@@ -521,9 +568,14 @@ class Pipeline:
         if cost is None:
             return None
 
+        charged: set[tuple[int, int]] = set()
+
         def charge(width: int, height: int) -> None:
+            if (width, height) in charged:  # the header is read again after the image has waited for memory
+                return
             input_height, input_width = output_size(height, width, spec)
             cost.add(width * height + min(input_height * input_width, most))  # a larger input will be refused
+            charged.add((width, height))
 
         return charge
 

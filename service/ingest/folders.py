@@ -1,15 +1,15 @@
-"""Read files for `dinov2 index` from the local disk, from any file system that fsspec supports, and from the web.
+"""Read files for `dinov2 index` from the local disk, and from any file system that fsspec supports.
 
-`Disk` and `Remote` implement the interface `Place`. `Web` only reads files at given URLs and cannot list folders.
-`model/folder.py` decides which files are images. `Disk` does not use fsspec, because fsspec's local file system does
-not follow links to files, and it silently omits a file that vanishes during a listing. `Disk` yields a `Problem` for a
-broken link and for a file that vanishes.
+`Disk` and `Remote` implement the interface `Place`. `model/folder.py` decides which files are images. `Disk` does not
+use fsspec, because fsspec's local file system does not follow links to files, and it silently omits a file that
+vanishes during a listing. `Disk` yields a `Problem` for a broken link and for a file that vanishes.
 
 The file systems of fsspec raise exceptions of many types. `translated` converts all of them to OSError.
 """
 
 import datetime
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple, Protocol, cast
 
 import fsspec
-import httpx
 
 from model.folder import HEAD_BYTES, HIDDEN, HIDDEN_FOLDERS, ignored_as, list_folder
 from service.errors import ImageTooLarge
@@ -28,7 +27,6 @@ and its `etag`. Some file systems do not provide all three."""
 
 _MODIFIED: Final = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
 """The keys under which the file systems of fsspec give the time of a file's last change."""
-_WEB_TIMEOUT_S: Final = 30.0
 
 
 class Content(NamedTuple):
@@ -85,7 +83,8 @@ class Place(Protocol):
 
     def open(self, path: str) -> BinaryIO: ...
 
-    def read(self, path: str) -> bytes: ...
+    def read(self, path: str, max_bytes: int) -> bytes:
+        """Return the bytes of a file that had at most `max_bytes` bytes. If it has grown, the result may be longer."""
 
     def join(self, folder: str, name: str) -> str: ...
 
@@ -121,7 +120,7 @@ class File:
             with translated(self.path), self.open() as file:
                 data = file.read(max_bytes + 1)
         else:
-            data = self.place.read(self.path) if int(size) <= max_bytes else b""
+            data = self.place.read(self.path, max_bytes) if int(size) <= max_bytes else b""
         if len(data) > max_bytes or int(size or 0) > max_bytes:
             raise ImageTooLarge(f"the file exceeds the limit of {max_bytes} bytes")
         return data
@@ -152,10 +151,18 @@ class Disk:
         return Entry(path, os.path.basename(path), os.path.isdir(path), _disk_stamp(os.stat(path)))
 
     def open(self, path: str) -> BinaryIO:
-        return open(path, "rb")
+        """Open a plain file. Devices, pipes and sockets are not opened, because opening one may wait for ever or have
+        an effect.
 
-    def read(self, path: str) -> bytes:
-        return Path(path).read_bytes()
+        Raises:
+            OSError: the file cannot be opened, or is not a plain file.
+        """
+        _check_plain(os.stat(path).st_mode)
+        return open(path, "rb", opener=_open_plain)
+
+    def read(self, path: str, max_bytes: int) -> bytes:
+        with self.open(path) as file:
+            return file.read(max_bytes + 1)
 
     def join(self, folder: str, name: str) -> str:
         return os.path.join(folder, name)
@@ -208,7 +215,7 @@ class Remote:
         with translated(path):
             return cast(BinaryIO, self._system.open(path, "rb"))
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, max_bytes: int) -> bytes:
         with translated(path):
             return bytes(self._system.cat_file(path))
 
@@ -219,34 +226,21 @@ class Remote:
         return str(self._system.unstrip_protocol(path))
 
 
-class Web:
-    """A reader of files at http and https addresses. All threads share one connection pool."""
+def _open_plain(path: str, flags: int) -> int:
+    """Open a plain file, and return its descriptor. If a pipe has replaced the file, the call does not wait for it."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    try:
+        _check_plain(os.fstat(descriptor).st_mode)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
-    def __init__(self) -> None:
-        self._client: httpx.Client | None = None
 
-    def read(self, url: str, max_bytes: int) -> bytes:
-        """Send a GET request and return the body of the response.
-
-        Raises:
-            OSError: the request failed, or the response has an error status.
-            ImageTooLarge: the body has more than `max_bytes` bytes. The rest of the body is not read.
-        """
-        client = self._client = self._client or httpx.Client(follow_redirects=True, timeout=_WEB_TIMEOUT_S)
-        parts, size = [], 0
-        try:
-            with client.stream("GET", url) as response:
-                response.raise_for_status()
-                for part in response.iter_bytes():
-                    parts.append(part)
-                    size += len(part)
-                    if size > max_bytes:
-                        raise ImageTooLarge(f"the file exceeds the limit of {max_bytes} bytes")
-        except httpx.HTTPStatusError as error:
-            raise OSError(f"HTTP {error.response.status_code}") from error
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise OSError(str(error) or type(error).__name__) from error
-        return b"".join(parts)
+def _check_plain(mode: int) -> None:
+    """Raise OSError if a file is a device, a pipe or a socket."""
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder raises an OSError that says so
+        raise OSError("not a plain file")
 
 
 def find_place(source: str) -> tuple[Place, str]:
@@ -282,8 +276,8 @@ def _protocols(system: fsspec.AbstractFileSystem) -> tuple[str, ...]:
     return (system.protocol,) if isinstance(system.protocol, str) else tuple(system.protocol)
 
 
-def _disk_stamp(stat: os.stat_result) -> Stamp:
-    return {"bytes": stat.st_size, "modified": iso_time(stat.st_mtime)}
+def _disk_stamp(found: os.stat_result) -> Stamp:
+    return {"bytes": found.st_size, "modified": iso_time(found.st_mtime)}
 
 
 def _remote_entry(row: Mapping[str, Any]) -> Entry:

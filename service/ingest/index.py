@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 
@@ -34,7 +34,7 @@ from service.errors import BrokenImage, CollectionNotFound, Conflict, InvalidReq
 from service.features.images import decode
 from service.features.patches import Patches
 from service.ingest.embed import FloatArray, load_ahead, pooled, vector_dims
-from service.ingest.folders import Photo, Problem
+from service.ingest.folders import Photo, Problem, Stamp
 from service.outcomes import Outcome, attempt
 from service.search.checks import check_id, check_source, metadata_text
 from service.search.store import CollectionInfo, CollectionSpec, Item, VectorStore
@@ -46,8 +46,12 @@ MAX_LISTED: Final = 1000
 """The maximum number of problems in a report. `on_problem` is called for every problem, even beyond this number."""
 _WRITE_ITEMS: Final = 256
 _WRITE_S: Final = 1.0
+_STOP_S: Final = 0.1  # how soon a waiting thread notices that the run ends
 _CHECK_ITEMS: Final = 256
 _CHECK_BYTES: Final = 64 * 2**20
+_HELD_BYTES: Final = 256 * 2**20
+"""The limit of the bytes of images that were read in advance and are not decoded yet. Images in a compressed tar are
+read in advance."""
 
 
 @dataclass(frozen=True)
@@ -144,16 +148,54 @@ async def index_photos(
     return await run.go(images)
 
 
+class _Origin(NamedTuple):
+    """The file of an image that is being indexed. Unlike a `Photo`, it does not keep the image's bytes in memory."""
+
+    source: str
+    stamp: Stamp | None
+
+
+@dataclass
+class _Task:
+    """An image to read and decode. Afterwards, `photo` is removed, because it may keep the image's bytes in memory."""
+
+    id: str
+    source: str
+    photo: Photo | None
+
+
 @dataclass(frozen=True)
 class _Ready:
     """An image that is decoded and ready to be embedded, with the id, digest and metadata of its item."""
 
-    photo: Photo
+    source: str
     item_id: str
     digest: str
     metadata: Mapping[str, Any]
     pixels: FloatArray  # [3, h, w]
     size: tuple[int, int]  # H, W of the upright image
+
+
+class _Held:
+    """Counts the bytes of images in memory, and makes the thread that reads more of them wait for room."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._size = 0
+        self._change = threading.Condition()
+
+    def add(self, size: int, stop: threading.Event) -> None:
+        """Wait until there is room for `size` bytes, or until `stop` is set, and count them. An image that is larger
+        than the limit waits until it is the only one."""
+        with self._change:
+            while size and self._size and self._size + size > self._limit and not stop.is_set():
+                self._change.wait(_STOP_S)
+            self._size += size
+
+    def remove(self, size: int) -> None:
+        with self._change:
+            self._size -= size
+            self._change.notify_all()
 
 
 @dataclass
@@ -168,7 +210,8 @@ class _Run:
     hooks: IndexHooks
     report: IndexReport = field(default_factory=IndexReport)
     lock: threading.Lock = field(default_factory=threading.Lock)
-    under_way: dict[str, Photo] = field(default_factory=dict)  # images that are being indexed, by item id
+    under_way: dict[str, _Origin] = field(default_factory=dict)  # images that are being indexed, by item id
+    held: "_Held" = field(default_factory=lambda: _Held(_HELD_BYTES))
     exists: bool = True  # whether the collection exists
     started: float = field(default_factory=time.perf_counter)
 
@@ -264,7 +307,7 @@ class _Run:
                 self._count(present=1)
             elif verdict == "new":
                 with self.lock:
-                    self.under_way[photo.id] = photo
+                    self.under_way[photo.id] = _Origin(photo.source, photo.stamp)
                 yield photo
             else:
                 self._fail(Problem(photo.source, f"its id {photo.id!r} belongs to {verdict}; --force replaces it"))
@@ -291,11 +334,22 @@ class _Run:
 
     # ---- decode threads
 
-    def _load(self, photo: Photo) -> Outcome[_Ready | None]:
+    def _tasks(self, photos: Iterable[Photo]) -> Iterator[_Task]:
+        """Yield a task for each image. Wait while too many bytes of images are in memory."""
+        for photo in photos:
+            self.held.add(photo.held_bytes, self.hooks.stop)
+            yield _Task(photo.id, photo.source, photo)
+
+    def _load(self, task: _Task) -> Outcome[_Ready | None]:
         """Read and decode an image. The outcome contains the decoded image, or the error if the image cannot be read.
         It contains None if `id_by` is "sha256" and the same content is already in the collection or is being
         indexed."""
-        loaded = attempt(0, self._read, photo)
+        photo, task.photo = task.photo, None
+        assert photo is not None
+        try:
+            loaded = attempt(0, self._read, photo)
+        finally:
+            self.held.remove(photo.held_bytes)
         if isinstance(loaded.error, StorageFailed):  # a failure of the store affects every image
             raise loaded.error
         return loaded
@@ -322,9 +376,10 @@ class _Run:
             raise BrokenImage(str(error)) from error
         if by_content:
             with self.lock:
-                if self.under_way.setdefault(digest, photo) is not photo:
+                origin = _Origin(photo.source, photo.stamp)
+                if self.under_way.setdefault(digest, origin) is not origin:
                     return None
-        return _Ready(photo, item_id, digest, metadata, pixels, (image.shape[0], image.shape[1]))
+        return _Ready(photo.source, item_id, digest, metadata, pixels, (image.shape[0], image.shape[1]))
 
     def _is_here(self, digest: str) -> bool:
         """Return whether an image with this sha256 is in the collection or is being indexed."""
@@ -338,12 +393,13 @@ class _Run:
     def _embedded(self, images: Iterable[Photo | Problem]) -> Generator[list[Item], None, None]:
         size = self.options.batch_size
         workers = self.options.workers
-        loaded = load_ahead(self._wanted(images), self._load, ahead=max(2 * size, workers or 0), workers=workers)
+        tasks = self._tasks(self._wanted(images))
+        loaded = load_ahead(tasks, self._load, ahead=max(2 * size, workers or 0), workers=workers)
         ready: list[_Ready] = []
         try:
-            for photo, outcome in loaded:
+            for task, outcome in loaded:
                 if outcome.error is not None:
-                    self._fail(Problem(photo.source, outcome.error.detail), photo.id)
+                    self._fail(Problem(task.source, outcome.error.detail), task.id)
                 elif outcome.value is None:
                     self._count(present=1)
                 else:
@@ -371,9 +427,9 @@ class _Run:
         items = []
         for image, vector in zip(ready, vectors, strict=True):
             if np.isfinite(vector).all() and vector.any():
-                items.append(Item(image.item_id, vector, image.metadata, image.photo.source, image.digest))
+                items.append(Item(image.item_id, vector, image.metadata, image.source, image.digest))
             else:
-                self._fail(Problem(image.photo.source, "the engine's features are not finite"), image.item_id)
+                self._fail(Problem(image.source, "the engine's features are not finite"), image.item_id)
         return items
 
     # ---- event loop

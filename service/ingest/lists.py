@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
 from model.folder import suffix_of
-from service.ingest.archives import ADDRESS_COLUMNS, json_object
+from service.ingest.archives import json_object
 from service.ingest.folders import File, Problem
+from service.ingest.parquet_images import ADDRESS_COLUMNS
 
 LIST_SUFFIXES: Final = (".txt", ".jsonl", ".ndjson", ".csv", ".tsv")
 _ADDRESS_KEYS: Final = (
@@ -116,6 +117,33 @@ def _json_line(where: str, text: str) -> Line:
     return Line(where, address, {**fields, **inner}, item_id)
 
 
+class _ShortLines:
+    """The lines of a table, as an iterator. A row may have several lines, because a quoted cell may contain line ends.
+
+    Raises:
+        ValueError: a row has more than `_MAX_LINE_CHARACTERS` characters.
+    """
+
+    def __init__(self, text: io.TextIOWrapper) -> None:
+        self._text = text
+        self._size = 0
+
+    def begin_row(self) -> None:
+        self._size = 0
+
+    def __iter__(self) -> "_ShortLines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._text.readline(_MAX_LINE_CHARACTERS + 1)
+        self._size += len(line)
+        if self._size > _MAX_LINE_CHARACTERS:
+            raise ValueError(f"a row has more than {_MAX_LINE_CHARACTERS} characters; the rest was not read")
+        if not line:
+            raise StopIteration
+        return line
+
+
 def _rows(
     file: File, text: io.TextIOWrapper, delimiter: str | None, image_column: str | None
 ) -> Iterator[Line | Problem]:
@@ -133,8 +161,10 @@ def _rows(
     if column is None:
         advice = "its first row must name the columns; choose the column of paths or addresses with --image-column"
         raise ValueError(f"no image column among {', '.join(names)[:200] or 'no columns'}; {advice}")
-    rows = csv.reader(text, delimiter=delimiter)
+    lines = _ShortLines(text)
+    rows = csv.reader(lines, delimiter=delimiter)
     for row in rows:
+        lines.begin_row()
         where = f"{file.address}:{rows.line_num + 1}"
         fields = {name: value for name, value in zip(names, row, strict=False) if name and value}
         try:

@@ -4,18 +4,20 @@
                        `metadata.jsonl` or `metadata.csv`, and all archives
     image              one file
     .tar .tar.gz       `service/ingest/archives.py`
-    .parquet           `service/ingest/archives.py`
+    .parquet           `service/ingest/parquet_images.py`
     .txt .jsonl .csv   `service/ingest/lists.py`
 
 A source may be on this machine or on any file system that fsspec supports (s3://, gs://, memory://, file://). A single
-image may also be at an http or https address. Images are yielded one by one. An image is read when its `load` function
-is called. The exceptions are the images in a compressed or remote tar, which are read before they are yielded.
+image may also be at an http or https address. `service/ingest/listed.py` decides what a list may name. Images are
+yielded one by one. An image is read when its `load` function is called. The exceptions are the images in a compressed
+or remote tar, which are read before they are yielded.
 
 The id of an image is its path relative to the SOURCE, with slashes: `shelf/a.jpg`, `shards/0001.tar/a.jpg`,
 `train.parquet#12`. The id of an image from a list is the `id` on its line, or else the path or address on the line. If
 an image or file cannot be read, a `Problem` is yielded and the search continues with the next one.
 """
 
+import os
 import posixpath
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,14 +27,20 @@ from typing import Any, Final
 
 from model.decode import sniff
 from model.folder import HEAD_BYTES, HIDDEN, HIDDEN_FOLDERS, OTHER_SUFFIXES, Account, suffix_of
-from service.ingest.archives import MAX_SIDECAR_BYTES, json_object, parquet_photos, tar_photos
-from service.ingest.folders import Content, Entry, File, Photo, Place, Problem, Web, find_place, translated
+from service.ingest.archives import json_object, tar_photos
+from service.ingest.folders import Content, Disk, Entry, File, Photo, Place, Problem, find_place, translated
+from service.ingest.listed import Allowed, is_web, locate
 from service.ingest.lists import LIST_SUFFIXES, read_list
+from service.ingest.parquet_images import parquet_photos
+from service.ingest.unpacking import MAX_SIDECAR_BYTES
+from service.ingest.web import PublicOnly, Web
 
 _TAR: Final = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _METADATA_FILES: Final = ("metadata.jsonl", "metadata.csv")
 """Names of files that describe images in their folder and its subfolders, as in Hugging Face's ImageFolder."""
-_WEB: Final = ("http://", "https://")
+_MAX_DESCRIBED_BYTES: Final = 256 * 2**20
+"""The highest size of such a file, because all its lines are in memory at the same time."""
+_NOTHING: Final = Allowed()
 _ADVICE: Final = {
     ".zip": "unpack it, or put the images into a .tar",
     ".7z": "unpack it, or put the images into a .tar",
@@ -51,6 +59,7 @@ def find_photos(
     image_column: str | None = None,
     folders_as: Sequence[str] = (),
     account: Account | None = None,
+    allowed: Allowed = _NOTHING,
 ) -> Iterator[Photo | Problem]:
     """Return an iterator over the images of all sources, in order. It yields a `Problem` for anything that cannot be
     read.
@@ -62,6 +71,7 @@ def find_photos(
         folders_as: metadata keys. Their values are the names of the folders on the path from a source to an image,
             outermost first.
         account: counts the files that are ignored.
+        allowed: what lists may name, apart from files in their own folder and below it.
 
     Raises:
         ValueError: `sources` is empty, or a source does not exist, cannot be reached or is of a kind that cannot be
@@ -71,7 +81,7 @@ def find_photos(
         raise ValueError("no source was given")
     roots: list[str | tuple[Place, Entry]] = []
     for source in sources:
-        if source.startswith(_WEB):
+        if is_web(source):
             roots.append(source)
             continue
         place, path = find_place(source)
@@ -83,16 +93,19 @@ def find_photos(
         except OSError as error:
             raise ValueError(f"{source}: {error}") from error
         roots.append((place, entry))
-    return _Finder(max_bytes, image_column, folders_as, account or Account()).photos(roots)
+    return _Finder(max_bytes, image_column, folders_as, account or Account(), allowed).photos(roots)
 
 
 def _check_kind(source: str, place: Place, entry: Entry) -> None:
     """Check that a source may contain images. A file that is neither a list nor an archive must be an image.
 
     Raises:
-        ValueError: the file has the suffix of another kind of file, and its content is not an image.
+        ValueError: the file has the suffix of another kind of file, and its content is not an image, or it is a device,
+            a pipe or a socket.
         OSError: the file cannot be read.
     """
+    if isinstance(place, Disk) and not entry.is_folder and not os.path.isfile(entry.path):
+        raise ValueError(f"{source}: not a plain file")
     suffix = suffix_of(entry.name)
     readable = (*_TAR, ".parquet", *LIST_SUFFIXES)
     if entry.is_folder or suffix not in OTHER_SUFFIXES or entry.name.lower().endswith(readable):
@@ -110,7 +123,7 @@ def read_photo(source: str, *, max_bytes: int = 20 * 2**20) -> bytes:
     Raises:
         ImageTooLarge, OSError, ValueError: the image cannot be read. The message gives the reason.
     """
-    if source.startswith(_WEB):
+    if is_web(source):
         return Web().read(source, max_bytes)
     place, path = find_place(source)
     return File(place, path, source, place.entry(path).stamp).read(max_bytes)
@@ -119,17 +132,26 @@ def read_photo(source: str, *, max_bytes: int = 20 * 2**20) -> bytes:
 class _Finder:
     """A search for the images in sources. The same options apply to every source."""
 
-    def __init__(self, max_bytes: int, image_column: str | None, folders_as: Sequence[str], account: Account) -> None:
+    def __init__(
+        self,
+        max_bytes: int,
+        image_column: str | None,
+        folders_as: Sequence[str],
+        account: Account,
+        allowed: Allowed,
+    ) -> None:
         self._max_bytes = max_bytes
         self._image_column = image_column
         self._folders_as = folders_as
         self._account = account
+        self._allowed = allowed
         self._web = Web()
+        self._public_web = Web(PublicOnly)
 
     def photos(self, roots: Sequence[str | tuple[Place, Entry]]) -> Iterator[Photo | Problem]:
         for root in roots:
             if isinstance(root, str):
-                yield self._on_web(root, {}, root)
+                yield self._on_web(self._web, root, {}, root)
                 continue
             place, entry = root
             file = File(place, entry.path, entry.name, entry.stamp)
@@ -198,6 +220,8 @@ class _Finder:
             with file.open() as raw:
                 if b"file_name" not in raw.readline(2**16):
                     return
+                if raw.seek(0, os.SEEK_END) > _MAX_DESCRIBED_BYTES:
+                    raise OSError(f"it has more than {_MAX_DESCRIBED_BYTES:,} bytes: index the file itself as a list")
         except OSError as error:
             yield Problem(file.address, str(error))
             return
@@ -231,8 +255,8 @@ class _Finder:
         for line in read_list(file, self._image_column):
             yield line if isinstance(line, Problem) else self._at(file, line.address, line.metadata, line.id)
 
-    def _on_web(self, url: str, metadata: dict[str, Any], item_id: str) -> Photo:
-        return Photo(item_id, url, lambda: Content(self._web.read(url, self._max_bytes), metadata))
+    def _on_web(self, web: Web, url: str, metadata: dict[str, Any], item_id: str) -> Photo:
+        return Photo(item_id, url, lambda: Content(web.read(url, self._max_bytes), metadata))
 
     def _at(
         self, listed_in: File, address: str, metadata: dict[str, Any], item_id: str | None = None
@@ -241,14 +265,12 @@ class _Finder:
         address is a relative path, it is resolved from the folder of this file. If the address cannot be used, return a
         `Problem`."""
         item_id = address if item_id is None else item_id
-        if address.startswith(_WEB):
-            return self._on_web(address, metadata, item_id)
+        if is_web(address):
+            if not self._allowed.web:
+                return Problem(address, "a list may not name web addresses; --allow-web permits this")
+            return self._on_web(self._public_web, address, metadata, item_id)
         try:
-            if "://" in address or address.startswith("/"):
-                place, path = find_place(address)
-            else:
-                place = listed_in.place
-                path = place.join(listed_in.path.rpartition("/")[0], address)
+            place, path = locate(listed_in, address, self._allowed)
             stamp = place.entry(path).stamp if place.is_local else None  # remotely, each stamp would need a request
         except (OSError, ValueError) as error:
             return Problem(address, getattr(error, "strerror", None) or str(error))

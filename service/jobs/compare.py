@@ -19,17 +19,19 @@ from service.jobs.frozen_set import MOST_IMAGES, FrozenSet, open_frozen_set
 from service.jobs.gate import Evidence, judge
 from service.jobs.gate_features import FeatureCache, SetFeatures, embed_set
 from service.jobs.gate_scores import Pair
+from service.jobs.live_sample import LiveSample, LiveVectors, embed_live, pairs_of
 from service.jobs.verdict import GateRules, Verdict
 
 GATE_DIR: Final = "gate"
 """The subfolder of the data folder for lists of frozen sets and stored features."""
 
 
-def list_file(data_dir: Path, folder: Path) -> Path:
-    """Return the default path of the list of a frozen set that is chosen from `folder`."""
+def list_file(data_dir: Path, folder: Path, suffix: str = "") -> Path:
+    """Return the default path of the list of a frozen set that is chosen from `folder`. `suffix` is appended to the
+    name of the file."""
     resolved = folder.resolve()
     name = hashlib.sha256(str(resolved).encode(errors="surrogateescape")).hexdigest()[:8]
-    return data_dir / GATE_DIR / f"{resolved.name or 'images'}-{name}.json"
+    return data_dir / GATE_DIR / f"{resolved.name or 'images'}-{name}{suffix}.json"
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def compare(
     data_dir: Path,
     options: CompareOptions | None = None,
     progress: Progress | None = None,
+    live: LiveSample | None = None,
 ) -> Verdict:
     """Compare two artifacts on the images in a folder, and return the verdict of the gate.
 
@@ -84,6 +87,7 @@ def compare(
         folder: the images, see `service.jobs.frozen_set.open_frozen_set`.
         data_dir: the data folder.
         options, progress: see `CompareOptions` and `Progress`.
+        live: drawn items of collections, for `live_neighbours_kept`.
 
     Raises:
         ValueError: an image of the frozen set is missing or changed, an artifact is damaged, or no engine can run it.
@@ -96,13 +100,13 @@ def compare(
     frozen = open_frozen_set(
         file, folder, labels=options.labels, most=options.most, limits=options.limits, tell=progress.say
     )
-    features, about = [], []
+    embedded, about = [], []
     for path in (champion, challenger):
         artifact = load_artifact(path, derived_dir=data_dir / "derived")
-        computed, precision = _features(artifact, frozen, folder, data_dir, options, progress)
-        features.append(computed)
-        about.append({"name": artifact.name, "fingerprint": artifact.fingerprint, "precision": precision})
-    verdict = judge(_evidence(frozen, *features), options.rules)
+        embedded.append(_embedded(artifact, _Images(frozen, folder, live), data_dir, options, progress))
+        about.append({"name": artifact.name, "fingerprint": artifact.fingerprint, "precision": embedded[-1].precision})
+    evidence = _evidence(frozen, *(each.features for each in embedded))
+    verdict = judge(replace(evidence, live=pairs_of(*(each.live for each in embedded))), options.rules)
     described: dict[str, Any] = {
         "champion": about[0],
         "challenger": about[1],
@@ -112,39 +116,57 @@ def compare(
     return replace(verdict, about=described)
 
 
-def _features(
-    artifact: Artifact,
-    frozen: FrozenSet,
-    folder: Path,
-    data_dir: Path,
-    options: CompareOptions,
-    progress: Progress,
-) -> tuple[SetFeatures, str]:
-    """Return the features of a frozen set, and the precision in which they were computed.
+@dataclass(frozen=True)
+class _Images:
+    """What both models embed: the frozen set of a folder, and drawn items of collections."""
 
-    The engine is loaded only if the features are not stored, or if its precision is unknown before it is loaded.
+    frozen: FrozenSet
+    folder: Path
+    live: LiveSample | None
+
+
+@dataclass(frozen=True)
+class _Embedded:
+    """The features of one model, and the precision in which they were computed."""
+
+    features: SetFeatures
+    precision: str
+    live: LiveVectors
+
+
+def _embedded(
+    artifact: Artifact, images: _Images, data_dir: Path, options: CompareOptions, progress: Progress
+) -> _Embedded:
+    """Embed the images with one model. The features of a frozen set are stored, those of collections are not.
+
+    The engine is loaded only if there is something to compute, or if its precision is unknown before it is loaded.
     """
+    frozen, live = images.frozen, images.live
     cache = FeatureCache(data_dir / GATE_DIR, artifact.fingerprint, options.pooling, frozen)
     precision = known_precision(options.engine)
-    if precision is not None and (stored := cache.read(precision)) is not None:
-        return stored, precision
+    stored = None if precision is None else cache.read(precision)
+    if precision is not None and stored is not None and (live is None or not live.collections):
+        return _Embedded(stored, precision, {})
     progress.say(f"loading {artifact.name}")
     engine = choose_engine(artifact, options.engine, threads=options.threads).engine
     with closing(engine):
-        if (stored := cache.read(engine.precision)) is not None:
-            return stored, engine.precision
-        progress.say(f"computing the features of {len(frozen.images)} images with {artifact.name}")
-        computed = embed_set(
-            frozen,
-            folder,
-            artifact,
-            engine,
-            pooling=options.pooling,
-            limits=options.limits,
-            advance=lambda count: progress.advance(count, len(frozen.images)),
-        )
-    cache.write(engine.precision, computed)
-    return computed, engine.precision
+        features = cache.read(engine.precision)
+        if features is None:
+            progress.say(f"computing the features of {len(frozen.images)} images with {artifact.name}")
+            features = embed_set(
+                frozen,
+                images.folder,
+                artifact,
+                engine,
+                pooling=options.pooling,
+                limits=options.limits,
+                advance=lambda count: progress.advance(count, len(frozen.images)),
+            )
+            cache.write(engine.precision, features)
+        if live is not None and live.collections:
+            progress.say(f"embedding items of {len(live.collections)} collections with {artifact.name}")
+        vectors = {} if live is None else embed_live(live, artifact, engine, options.limits)
+        return _Embedded(features, engine.precision, vectors)
 
 
 def _evidence(frozen: FrozenSet, champion: SetFeatures, challenger: SetFeatures) -> Evidence:

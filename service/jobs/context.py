@@ -29,6 +29,7 @@ CODE: Final = Path(__file__).parents[2]
 REPORT_S: Final = 1.0
 FLUSH_S: Final = 0.5
 MOST_PENDING: Final = 2**20
+RECENT_BYTES: Final = 8192
 KILLED: Final = frozenset(
     {128 + number for number in (signal.SIGINT, signal.SIGKILL, signal.SIGTERM)}
     | {-number for number in (signal.SIGINT, signal.SIGKILL, signal.SIGTERM)}
@@ -114,6 +115,7 @@ class Context(Generic[P]):
         self._reported_at = self._flushed_at = 0.0
         self._pending = b""
         self._told_wait = False
+        self._recent = b""
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def check_cancelled(self) -> None:
@@ -191,7 +193,7 @@ class Context(Generic[P]):
             ChildKilled: something else has killed the child.
             JobFailed: the child ended with an error. The message is the last line of its output.
         """
-        grace_s = self.settings.job_stop_grace_s
+        grace_s, self._recent = self.settings.job_stop_grace_s, b""
         with take_lock(self.folder / LOCK, self._while_waiting, grace_s) as lock:
             self.check_cancelled()
             self._store.renew(self._hold.lease, self._hold.lease_s)  # a worker that was suspended notices its loss here
@@ -206,10 +208,19 @@ class Context(Generic[P]):
                 watched_at = time.monotonic()
             return self._hold.ends
 
-        ended = child.wait(self._output, should_stop, grace_s)
+        def printed(text: bytes) -> None:
+            self._recent = (self._recent + text)[-RECENT_BYTES:]
+            self._output(text)
+
+        ended = child.wait(printed, should_stop, grace_s)
         self._flush()
         self._guarded(watch)
         return self._outcome(ended)
+
+    @property
+    def recent_output(self) -> str:
+        """The end of what the running child, or the last one, has printed so far."""
+        return self._recent.decode(errors="replace")
 
     def end_survivors(self) -> None:
         """End the processes that an earlier attempt has left."""

@@ -6,10 +6,14 @@ added to the folder later are ignored. An image that is missing or changed is an
 Images are chosen by their sha256, the smallest ones first. The choice therefore depends neither on names nor on the
 order of files, and a new list of a folder that has grown mostly contains the same images. Files with the same content
 are used once.
+
+A retraining on the same folder must not train on the images on which it is judged. `hold_out` chooses a share of them,
+and `copies_of` finds the files that the training has to leave out.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal
 
@@ -24,6 +28,10 @@ Part = Literal["index", "query"]
 
 MOST_IMAGES: Final = 5000
 """The default maximum number of images in each part of a frozen set."""
+HELD_OUT_SHARE: Final = 0.1
+"""The share of the images that `hold_out` chooses, if this is enough."""
+MOST_HELD_OUT_SHARE: Final = 1 / 3
+"""The largest share of the images that `hold_out` chooses. The training needs the others."""
 
 
 class FrozenImage(BaseModel):
@@ -121,16 +129,92 @@ def open_frozen_set(
     file.parent.mkdir(parents=True, exist_ok=True)
     with waiting_lock(file.with_name(f".{file.name}.lock"), lambda: tell(f"waiting for another process: {file}")):
         if file.exists():
-            frozen = _read(file)
-            frozen.verify(folder)
-            return frozen
-        frozen = choose_images(folder, labels=labels, most=most, limits=limits or DecodeLimits(), tell=tell)
+            return read_frozen_set(file, folder)
+        frozen = choose_images(folder, labels=labels, most=most, limits=limits, tell=tell)
         write_text(file, frozen.model_dump_json(indent=1) + "\n")
     return frozen
 
 
+def hold_out(
+    file: Path,
+    folder: Path,
+    least: int,
+    *,
+    limits: DecodeLimits | None = None,
+    tell: Callable[[str], object] = lambda line: None,
+) -> FrozenSet | None:
+    """Read the list of images of a folder that are held out of a training, and check every image. If the list does not
+    exist, choose images with `choose_held_out` and write it.
+
+    Args:
+        file, folder, limits, tell: as for `open_frozen_set`.
+        least: the smallest number of images with which models can be compared.
+
+    Returns:
+        the set, or None if the folder has too few images.
+
+    Raises:
+        ValueError, OSError: as for `open_frozen_set`.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with waiting_lock(file.with_name(f".{file.name}.lock"), lambda: tell(f"waiting for another process: {file}")):
+        if file.exists():
+            return read_frozen_set(file, folder)
+        frozen = choose_held_out(folder, least, limits=limits, tell=tell)
+        if frozen is not None:
+            write_text(file, frozen.model_dump_json(indent=1) + "\n")
+    return frozen
+
+
+def choose_held_out(
+    folder: Path,
+    least: int,
+    *,
+    limits: DecodeLimits | None = None,
+    tell: Callable[[str], object] = lambda line: None,
+) -> FrozenSet | None:
+    """Choose a tenth of the images of a folder, but at least `least` and at most `MOST_IMAGES`. Return None if this is
+    more than a third of the images. The folder is not divided into training images and held-out images.
+
+    Raises:
+        ValueError: the folder has fewer than two usable images.
+    """
+    listed = sorted(_listed(folder, folder, "index", tell), key=_by_hash)
+    n_images = len({image.sha256 for image in listed})
+    count = min(max(round(HELD_OUT_SHARE * n_images), least, 2), MOST_IMAGES)
+    if count > MOST_HELD_OUT_SHARE * n_images:
+        return None
+    return _choose({"index": listed}, folder, labels=True, most=count, limits=limits or DecodeLimits(), tell=tell)
+
+
+def copies_of(frozen: FrozenSet, folder: Path, roots: Sequence[Path]) -> list[str]:
+    """Return the paths of the files below `roots` that a training must leave out, so that it sees none of the images on
+    which models are judged: the queries of a set from `folder`, or all its images if it has no queries. Copies of these
+    images under other names belong to them. Files that cannot be read are left to the training."""
+    judged = frozen.part("query") or frozen.part("index")
+    sizes = {(folder / image.path).stat().st_size for image in judged}
+    digests = {image.sha256 for image in judged}
+    found = []
+    for entry in (entry for root in roots for entry in walk(root) if entry.is_image):
+        with suppress(OSError):
+            path = Path(entry.path)
+            if path.stat().st_size in sizes and _sha256(path) in digests:  # few files need to be read
+                found.append(entry.path)
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def choose_images(
-    folder: Path, *, labels: bool, most: int, limits: DecodeLimits, tell: Callable[[str], object]
+    folder: Path,
+    *,
+    labels: bool = True,
+    most: int = MOST_IMAGES,
+    limits: DecodeLimits | None = None,
+    tell: Callable[[str], object] = lambda line: None,
 ) -> FrozenSet:
     """Choose the images of a frozen set. The arguments are those of `open_frozen_set`.
 
@@ -142,6 +226,20 @@ def choose_images(
     split = split_folders(folder)
     roots: dict[Part, Path] = {"index": folder} if split is None else {"index": split[0], "query": split[1]}
     listed = {part: sorted(_listed(folder, root, part, tell), key=_by_hash) for part, root in roots.items()}
+    return _choose(listed, folder, labels=labels, most=most, limits=limits or DecodeLimits(), tell=tell)
+
+
+def _choose(
+    listed: dict[Part, list[FrozenImage]],
+    folder: Path,
+    *,
+    labels: bool,
+    most: int,
+    limits: DecodeLimits,
+    tell: Callable[[str], object],
+) -> FrozenSet:
+    """Choose up to `most` of the listed images of each part, in their order. The other arguments are those of
+    `open_frozen_set`."""
     labels = labels and all(len({image.label for image in images} - {None}) > 1 for images in listed.values())
     if not labels:  # of two parts, the held-out images are used, because the model was not trained on them
         last = listed[list(listed)[-1]]
@@ -159,7 +257,10 @@ def choose_images(
                 seen.add(image.sha256)
                 chosen.append(image)
         if len(chosen) - n_before < 2:
-            raise ValueError(f"{roots[part]}: {len(chosen) - n_before} usable images; a frozen set needs at least two")
+            where = (
+                folder if len(listed) == 1 else f"the {'training' if part == 'index' else 'held-out'} part of {folder}"
+            )
+            raise ValueError(f"{where}: {len(chosen) - n_before} usable images; a frozen set needs at least two")
     return FrozenSet(images=tuple(chosen))
 
 
@@ -175,13 +276,12 @@ def _listed(folder: Path, root: Path, part: Part, tell: Callable[[str], object])
                 tell(f"left out {printable(entry.path)}: {entry.problem}")
             continue
         path = Path(entry.path)
-        if printable(entry.path) != entry.path:  # the list is UTF-8
-            tell(f"left out {printable(entry.path)}: the name is not valid text")
+        if printable(entry.path) != entry.path or "\n" in entry.path:  # the list is UTF-8
+            tell(f"left out {printable(entry.path)}: the name is not valid text in one line")
             continue
         inside = path.relative_to(root).parts
         try:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = _sha256(path)
         except OSError as error:
             tell(f"left out {printable(entry.path)}: {error.strerror}")
             continue
@@ -198,13 +298,15 @@ def _is_readable(folder: Path, image: FrozenImage, limits: DecodeLimits, tell: C
     return True
 
 
-def _read(file: Path) -> FrozenSet:
-    """Return the list in a file.
+def read_frozen_set(file: Path, folder: Path) -> FrozenSet:
+    """Return the list in a file, after checking every image.
 
     Raises:
-        ValueError: the file is not such a list.
+        ValueError: the file is not such a list, or an image is missing or changed.
     """
     try:
-        return FrozenSet.model_validate_json(file.read_bytes())
+        frozen = FrozenSet.model_validate_json(file.read_bytes())
     except ValidationError as error:
         raise ValueError(f"{file}: not the list of a frozen set: {in_words(error)}") from error
+    frozen.verify(folder)
+    return frozen

@@ -13,8 +13,8 @@ refuse a model that is as good as the champion, and how often they accept a wors
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import NormalDist
 
 import numpy as np
@@ -22,7 +22,7 @@ import numpy as np
 from service.jobs.bootstrap import bootstrap_quantiles
 from service.jobs.collapse import broken_rules, neighbours_kept, signs_of_collapse
 from service.jobs.gate_scores import Pair, Scores, knn_scores, view_scores
-from service.jobs.verdict import AccuracyFigures, ClassFigures, Figures, GateRules, Verdict
+from service.jobs.verdict import AccuracyFigures, ClassFigures, Figures, GateRules, LiveFigures, Verdict
 
 DEFAULT_RULES = GateRules()
 _SHOWN_CLASSES = 5
@@ -39,7 +39,7 @@ class Evidence:
         queries: features [m, D] of the query part. If None, each image is classified by the others (leave-one-out).
         query_labels: the classes of the queries.
         views: features [n, V, D] of V random crops of each image. They are needed if `labels` is None.
-        live: features [q, D] of live queries, or None.
+        live: features [q, D] of drawn items of each collection. They decide nothing.
 
     Raises:
         ValueError: the number of labels or views does not match, or there are fewer than two images or no queries.
@@ -50,7 +50,7 @@ class Evidence:
     queries: Pair | None = None
     query_labels: Sequence[str] = ()
     views: Pair | None = None
-    live: Pair | None = None
+    live: Mapping[str, Pair] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n, m = len(self.images.champion), 0 if self.queries is None else len(self.queries.champion)
@@ -69,7 +69,7 @@ class Evidence:
         Raises:
             ValueError: a feature of the champion is not finite.
         """
-        pairs = [pair for pair in (self.images, self.queries, self.views, self.live) if pair is not None]
+        pairs = [pair for pair in (self.images, self.queries, self.views) if pair is not None]
         if not all(np.isfinite(pair.champion).all() for pair in pairs):
             raise ValueError("a feature of the champion is NaN or infinite, so nothing can be compared with it")
         return self if all(np.isfinite(pair.challenger).all() for pair in pairs) else None
@@ -86,9 +86,9 @@ def judge(evidence: Evidence, rules: GateRules = DEFAULT_RULES) -> Verdict:
         signs_of_collapse(_all_images(evidence, model), rules) for model in ("champion", "challenger")
     )
     broken = broken_rules(champion, challenger, rules)
-    accuracy, classes, kept, live, too_small = None, ClassResult((), 0, 0), None, None, ""
+    accuracy, classes, kept, too_small = None, ClassResult((), 0, 0), None, ""
     if finite is None:
-        broken = broken or ["a feature of a crop or of a live query is NaN or infinite"]
+        broken = broken or ["a feature of a crop is NaN or infinite"]
     else:
         scores = scores_of(evidence, rules)
         accuracy = compare_accuracy(scores, rules)
@@ -96,14 +96,21 @@ def judge(evidence: Evidence, rules: GateRules = DEFAULT_RULES) -> Verdict:
         too_small, worse = accuracy_reasons(accuracy, rules)
         broken = [*worse, *class_reasons(classes, rules), *broken]
         kept = neighbours_kept(evidence.images.champion, evidence.images.challenger, rules.neighbours)
-        if evidence.live is not None:
-            live = neighbours_kept(evidence.live.champion, evidence.live.challenger, rules.neighbours)
+    live = _live_figures(evidence.live, rules)
     figures = Figures(accuracy, classes.worst, classes.tested, classes.too_small, champion, challenger, kept, live)
     reasons = (*([too_small] if too_small else []), *broken)
     if not reasons:
         assert accuracy is not None
         reasons = (f"{_difference(accuracy, rules)}, and no rule is broken",)
     return Verdict(not too_small and not broken, reasons, bool(too_small) and not broken, figures, rules)
+
+
+def _live_figures(live: Mapping[str, Pair], rules: GateRules) -> tuple[LiveFigures, ...]:
+    """Return the share of neighbours kept for each collection with at least three items."""
+    kept = {name: neighbours_kept(pair.champion, pair.challenger, rules.neighbours) for name, pair in live.items()}
+    return tuple(
+        LiveFigures(name, len(live[name].champion), share) for name, share in kept.items() if share is not None
+    )
 
 
 def scores_of(evidence: Evidence, rules: GateRules) -> Scores:

@@ -27,6 +27,10 @@ class JobParams(Schema):
         return self
 
 
+def _nothing(params: Any, settings: Settings) -> None:
+    """Check nothing."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of job.
@@ -35,12 +39,15 @@ class Kind:
     params: the class of its parameters, a subclass of JobParams.
     run: the function that does the work. It gets a Context with the parameters.
     needs: the packages without which a worker does not run this kind.
+    check: further checks of resolved parameters, which take about a second. They are made only when a job is created.
+        The function raises ValueError for a value that is not allowed.
     """
 
     summary: str
     params: type[JobParams]
     run: Callable[[Context[Any]], None]
     needs: tuple[str, ...] = ()
+    check: Callable[[Any, Settings], None] = _nothing
 
     @property
     def can_run_here(self) -> bool:

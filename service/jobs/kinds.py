@@ -13,18 +13,22 @@ from service.jobs.evaluate import EvaluateParams, evaluate
 from service.jobs.export import ExportParams, export
 from service.jobs.kind import JobParams, Kind
 from service.jobs.reindex import ReindexParams, reindex
-from service.jobs.retrain import RetrainParams, retrain
-from service.jobs.train import TrainParams, train
+from service.jobs.retrain import RetrainParams, check_retraining, retrain
+from service.jobs.train import TrainParams, check_training, train
 from service.settings import Settings
 
 KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
     {
-        "train": Kind("train a model on your own images", TrainParams, train, needs=("torch",)),
+        "train": Kind("train a model on your own images", TrainParams, train, ("torch",), check_training),
         "export": Kind("turn a checkpoint or a run into an artifact", ExportParams, export),
         "build-engine": Kind("build a TensorRT plan on a GPU", BuildEngineParams, build_engine, needs=("cuda",)),
         "reindex": Kind("embed collections again with another model", ReindexParams, reindex),
         "retrain": Kind(
-            "train, compare with the live model, and make the better one live", RetrainParams, retrain, needs=("torch",)
+            "train, compare with the live model, and make the better one live",
+            RetrainParams,
+            retrain,
+            ("torch",),
+            check_retraining,
         ),
         "evaluate": Kind("evaluate a model on labelled images", EvaluateParams, evaluate, needs=("torch",)),
     }
@@ -47,6 +51,23 @@ def checked_params(
         raise InvalidRequest(in_words(error), param="params") from error
     except ValueError as error:
         raise InvalidRequest(str(error), param="params") from error
+
+
+def accepted_params(
+    kind: str, params: Mapping[str, Any], settings: Settings, kinds: Mapping[str, Kind] = KINDS
+) -> JobParams:
+    """Return the parameters of a new job, as `checked_params` does, after all checks of its kind. This may take a
+    second, because the settings of a training are checked by a child process.
+
+    Raises:
+        InvalidRequest: see `checked_params`.
+    """
+    checked = checked_params(kind, params, settings, kinds)
+    try:
+        kinds[kind].check(checked, settings)
+    except ValueError as error:
+        raise InvalidRequest(str(error), param="params") from error
+    return checked
 
 
 def kinds_here(kinds: Mapping[str, Kind] = KINDS) -> list[str]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from service.errors import JobNotFound
+from service.jobs.answers import JobAnswer, job_answers
+from service.jobs.blocked import why_blocked
 from service.jobs.kind import Kind
 from service.jobs.kinds import KINDS
 from service.jobs.queue import JobQueue, open_jobs, open_queue
@@ -19,16 +21,19 @@ from service.jobs.store import JobStore
 from service.settings import Settings
 
 _RUNNING: Final[tuple[State, ...]] = ("running",)
+_QUEUED: Final[tuple[State, ...]] = ("queued",)
 
 
 @dataclass(frozen=True)
 class Figures:
     """Figures about all jobs, for metrics. `quiet_s` is the longest time in seconds for which a running job has shown
-    no progress, and `silent_s` is the longest time since the last heartbeat of a worker."""
+    no progress, and `silent_s` is the longest time since the last heartbeat of a worker. `blocked` is the number of
+    jobs that are due, although no worker can start them."""
 
     counts: Mapping[State, int]
     quiet_s: float
     silent_s: float
+    blocked: int
 
 
 class OpenedJobs:
@@ -86,6 +91,11 @@ class OpenedJobs:
         self._queue.announce(job)
         return job
 
+    def answer(self, job: Job) -> JobAnswer:
+        """Return the answer that describes a job."""
+        [answer] = job_answers(self.store(), [job])
+        return answer
+
     def figures(self) -> Figures | None:
         """Return figures about all jobs, or None if there is no job store.
 
@@ -97,7 +107,10 @@ class OpenedJobs:
             return None
         quiet_s = self._progress.longest_pause_s(store.jobs(states=_RUNNING, limit=1000))
         heartbeats = [worker.heartbeat for worker in store.workers.known()]
-        return Figures(store.counts(), quiet_s, max(0.0, store.now() - min(heartbeats)) if heartbeats else 0.0)
+        silent_s = max(0.0, store.now() - min(heartbeats)) if heartbeats else 0.0
+        workers, queued = store.workers.alive(), store.jobs(states=_QUEUED, limit=1000)
+        blocked = sum(why_blocked(job, workers, store.now()) is not None for job in queued)
+        return Figures(store.counts(), quiet_s, silent_s, blocked)
 
     def close(self) -> None:
         with self._lock:

@@ -23,6 +23,8 @@ from model.files import lock_file
 
 LOCK: Final = "lock"
 """The file in a job's folder that its child locks."""
+IN_JOB: Final = "IN_DINOV2_JOB"
+"""An environment variable that children have. Commands then print no advice about the next command."""
 POLL_S: Final = 0.2
 TAIL_BYTES: Final = 8192
 PIPE_BYTES: Final = 65_536
@@ -155,6 +157,7 @@ class Child:
         self._process = subprocess.Popen(  # noqa: S603 - the caller builds the command from checked values
             launch_command(command, death_signal=death_signal, lock=lock),
             cwd=cwd,
+            env={**os.environ, IN_JOB: "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -16,13 +16,16 @@ from service.jobs.context import Cancelled, Context
 from service.jobs.kind import JobParams
 from service.jobs.roots import model_source
 from service.jobs.train import read_object
-from service.migration import Places, abandon_all, items_without_image
+from service.migration.giving_up import abandon_all
+from service.migration.planning import items_without_image
+from service.migration.work import Places
 from service.model_list import known_models, model_named
 from service.originals import Originals
 from service.schema_base import ONE_OR_MORE
 from service.search.checks import NAME_PATTERN
 from service.search.opening import open_store
 from service.settings import Settings
+from service.tags import model_of
 
 PROGRESS: Final = "migration.json"
 
@@ -35,6 +38,9 @@ class MigrationParams(JobParams):
         description="what to do about items whose image cannot be read: refuse, drop them, or keep their collections",
     )
     share: float = Field(1.0, ge=0.01, le=1, description="share of the time for which images are embedded")
+    end_window: bool = Field(
+        False, description="whether to start even if a rollback to the former model is then no longer possible"
+    )
     keep_hours: float = Field(24.0, ge=0, le=8760, description="hours for which a rollback is possible")
 
 
@@ -68,7 +74,8 @@ def local_model(name: str, settings: Settings) -> str:
         return name
     generations = Generations(settings.data_dir) if Generations.exists(settings.data_dir) else None
     try:
-        return model_named(known_models(settings.data_dir, generations), name).name
+        known = model_named(known_models(settings.data_dir, generations), name)
+        return name if name.isdecimal() else known.name  # the number of a generation also means a precision
     except ModelNotFound:
         return model_source(name, settings)
 
@@ -95,6 +102,8 @@ def run_migration(
     progress = context.folder / PROGRESS
     options = [f"--data-dir={context.data_dir}", f"--lost={params.lost}", f"--share={params.share}"]
     options += [f"--progress={progress}"]
+    if params.end_window:
+        options.append("--end-window")
     if arguments[0] == "models":
         options.append(f"--keep-hours={params.keep_hours}")
 
@@ -121,10 +130,20 @@ async def _give_up(settings: Settings) -> None:
         await abandon_all(places)
 
 
-async def lost_items(settings: Settings) -> dict[str, list[str]]:
-    """Return the ids of the items that a migration could not embed again, by collection."""
+async def items_to_embed(settings: Settings) -> tuple[dict[str, int], dict[str, list[str]]]:
+    """Return the numbers of items that a migration of all collections embeds again, and the ids of those that it could
+    not embed again, by collection. Nothing is created if there is no vector store.
+
+    Raises:
+        Conflict: the store cannot re-embed collections.
+    """
+    if settings.vector_store == "embedded" and not (settings.data_dir / "search.sqlite3").exists():
+        return {}, {}
     async with _opened(settings) as places:
-        return await items_without_image(places)
+        models = {each.model for each in await asyncio.to_thread(places.generations.all)}
+        infos = await places.store.collections()
+        counts = {info.name: info.count for info in infos if model_of(info.tag) in models}
+        return counts, await items_without_image(places)
 
 
 @asynccontextmanager

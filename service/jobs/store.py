@@ -25,6 +25,7 @@ from service.jobs.records import FINISHED, STATES, TRANSITIONS, Event, Job, NewJ
 from service.jobs.schedules import Schedules
 from service.jobs.workers import Workers
 from service.sqlite import translated
+from service.times import iso_time
 
 DEFAULT_KEPT: Final = 1000
 
@@ -179,7 +180,7 @@ class JobStore(Leases):
             job = find_job(db, job_id)
             if job.state != "waiting" or job.waiting_for is None:
                 raise Conflict(f"job {job_id} is {job.state} and does not wait for approval")
-            self._file.add_step(db, job, job.waiting_for, {"approved_by": by, "time": self.now()})
+            self._file.add_step(db, job, job.waiting_for, {"approved_by": by, "approved_at": iso_time(self.now())})
             self._file.move(db, job, "queued", waiting_for=None, not_before=self.now())
             return find_job(db, job_id)
 

@@ -2,24 +2,34 @@
 
 The run's folder is `run` in the job's folder. A run saves its state when it gets SIGTERM and every few minutes, and the
 same command resumes it, so a job that is started again goes on where its run stopped. The settings of a training are
-not known here. The child checks them.
+not known here. `dinov2 train --check` checks them when a job is created, and `dinov2 train` does it again.
 """
 
 import json
+import logging
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 
 from pydantic import Field, field_validator
 
-from service.jobs.context import ChildFailed, Context, JobFailed
+from service.jobs.context import CODE, ChildFailed, Context, JobFailed
 from service.jobs.kind import JobParams
 from service.jobs.roots import data_source, model_source
 from service.schema_base import ONE_OR_MORE
 from service.settings import Settings
 
+log = logging.getLogger(__name__)
+
 RUN: Final = "run"
+CHECK_S: Final = 30.0
+"""The time limit for checking the settings of a training, in seconds. The check takes about 0.7 s of one core."""
+REFUSED_STATUS: Final = 2
+"""The exit status of `dinov2 train --check` if the training would not start."""
 STOPPED_STATUS: Final = 3
 """The exit status of a run that one of its checks has stopped (docs/training.md)."""
 
@@ -27,6 +37,7 @@ MODELS: Final = frozenset({"init", "teacher"})
 """Settings of training that name a model."""
 REFUSED: Final = {
     "data": "use the parameter data",
+    "exclude": "a retraining leaves out the images of its gate by itself",
     "out": "the run is stored in the job's folder",
     "recipe": "use the parameter recipe",
     "mlflow": "a job does not send metrics to other machines",
@@ -35,6 +46,10 @@ REFUSED: Final = {
 SHOWN: Final[tuple[str, ...]] = ("step", "epoch", "loss", "dino_over_ln_k", "rankme_share", "lr", "images_per_s")
 """The figures of the last line of metrics.jsonl that a job shows."""
 TAIL_BYTES: Final = 65_536
+STARTING: Final = "starting"
+TOLD: Final = re.compile(r"^\d\d:\d\d:\d\d  (.+)\n", re.MULTILINE)
+"""A line that a training prints for its user (training/data/progress.py)."""
+MOST_CHARACTERS: Final = 200
 
 Override = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*=", max_length=10_000)]
 
@@ -89,6 +104,42 @@ def with_source(
     return f'{key}="{source(text, settings)}"'
 
 
+def check_training(params: TrainParams, settings: Settings) -> None:
+    """Check the recipe and the settings of a training before its job is accepted, as the training itself does later.
+
+    A child process does it, because the service does not import the training. It needs no torch. If the child cannot
+    decide, or if the code of the training is not installed, the job is accepted, and its worker decides. `params` has
+    resolved paths. `settings` is not needed here.
+
+    Raises:
+        ValueError: the recipe or a setting does not exist, or a value is not allowed. The message names it.
+    """
+    if find_spec("training") is None:
+        return
+    command = [sys.executable, "-m", "cli", *train_command(params, Path(RUN), "--check")]
+    try:
+        done = subprocess.run(  # noqa: S603 - the arguments are checked, and follow "--"
+            command, cwd=CODE, stdin=subprocess.DEVNULL, capture_output=True, timeout=CHECK_S
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        log.warning("the settings of a training were not checked: %s", error)
+        return
+    said = done.stderr.decode(errors="replace")
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    if done.returncode == REFUSED_STATUS and errors:
+        raise ValueError(errors[-1].removeprefix("error: "))
+    if done.returncode:
+        log.warning("the settings of a training were not checked: status %d: %s", done.returncode, said[-1000:])
+
+
+def train_command(params: TrainParams, out: Path, *options: str) -> list[str]:
+    """Return the arguments of `dinov2` that train with these parameters in the folder `out`."""
+    command = ["train", *(f"--data={source}" for source in params.data), f"--recipe={params.recipe}", f"--out={out}"]
+    if params.hours is not None:
+        command.append(f"--hours={params.hours}")
+    return [*command, *options, "--", *params.overrides]
+
+
 def train(context: Context[TrainParams]) -> None:
     """Do the work of a job."""
     context.step("train", lambda: run_training(context, context.params, context.folder / RUN))
@@ -107,16 +158,15 @@ def run_training(context: Context[Any], params: TrainParams, out: Path, share: t
     Raises:
         JobFailed: the training ended with an error, or a check stopped it.
     """
-    arguments = ["train", *(f"--data={source}" for source in params.data), f"--recipe={params.recipe}", f"--out={out}"]
-    if params.hours is not None:
-        arguments.append(f"--hours={params.hours}")
 
     def watch() -> None:
         progress, text, figures = progress_of(out)
+        if text == STARTING:
+            text = phase_of(context.recent_output) or text
         context.report(share[0] + (share[1] - share[0]) * progress, text, figures)
 
     try:
-        context.run_command([*arguments, "--", *params.overrides], watch)
+        context.run_command(train_command(params, out), watch)
     except ChildFailed as failed:
         if failed.status == STOPPED_STATUS and (reason := _reason(out)) is not None:
             raise JobFailed(f"a check stopped the training: {reason}") from failed
@@ -132,8 +182,15 @@ def progress_of(out: Path) -> tuple[float, str, dict[str, Any]]:
     epochs = read_object(out / "config.json").get("epochs")
     epoch = line.get("epoch")
     if not isinstance(epochs, int | float) or not isinstance(epoch, int | float) or epochs <= 0:
-        return 0.0, "starting", figures
+        return 0.0, STARTING, figures
     return min(epoch / epochs, 1.0), f"step {line.get('step')}, epoch {epoch:.2f} of {epochs:g}", figures
+
+
+def phase_of(output: str) -> str:
+    """Return what a training does before its first step, such as "decoding 2,640 images, 68 %": the last complete line
+    with a time of day that it has printed. Return "" if there is none."""
+    lines = TOLD.findall(output)
+    return str(lines[-1])[:MOST_CHARACTERS] if lines else ""
 
 
 def last_line(path: Path) -> dict[str, Any]:

@@ -174,12 +174,23 @@ class Signs:
 
 
 @dataclass(frozen=True)
+class LiveFigures:
+    """The share of the nearest neighbours that both models agree on, for `n_items` drawn items of a collection, among
+    these items."""
+
+    collection: str
+    n_items: int
+    kept: float
+
+
+@dataclass(frozen=True)
 class Figures:
     """All figures of a verdict.
 
     `accuracy` is None if it cannot be computed, because a feature of the challenger is not finite. `worst_classes`
     contains the classes with the largest falls. `neighbours_kept` is the share of the nearest images of an image that
-    both models agree on, in the frozen set and among live queries. It is information only.
+    both models agree on, in the frozen set, and `live_neighbours_kept` the same for collections. They are information
+    only.
     """
 
     accuracy: AccuracyFigures | None
@@ -189,7 +200,7 @@ class Figures:
     champion: Signs
     challenger: Signs
     neighbours_kept: float | None
-    live_neighbours_kept: float | None
+    live_neighbours_kept: tuple[LiveFigures, ...]
 
 
 @dataclass(frozen=True)

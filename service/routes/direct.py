@@ -9,6 +9,7 @@ a HEAD route.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any, Final
 
 from fastapi import Request, Response
@@ -100,6 +101,19 @@ def head_route(route: BaseRoute) -> DirectRoute:
     """
     assert isinstance(route, DirectRoute)
     return DirectRoute(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
+
+
+def find_route(routes: Sequence[BaseRoute], scope: Scope) -> None:
+    """Store the route of a request in its scope, as the router does, without calling the route. Do nothing if no route
+    has the path of the request."""
+    found: Scope = {}
+    for route in routes:
+        match, values = route.matches(scope)
+        if match is Match.FULL:
+            found = values
+            break
+        found = found or values  # the path matches and the method does not, or nothing matches
+    scope.update(found)
 
 
 def allowed_methods(request: Request) -> list[str]:

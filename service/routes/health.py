@@ -1,10 +1,10 @@
 """Report liveness, readiness and metrics: /livez, /readyz and /metrics.
 
-`/livez` fails if the worker thread that runs the network has died or hangs. The service must then be restarted.
-`/readyz` fails if requests cannot be served at the moment: the service is not warmed up or is shutting down, the worker
-thread has failed, or the queue is full. If Redis fails, requests are still answered but nothing is cached, so /readyz
-answers 200 with the status `degraded`. Anyone may call these routes, so the answers name only the kind of fault. The
-log has the full error, which may include the address of Redis.
+`/livez` fails if the worker thread that runs the network has died or hangs, or if the engine is broken. The service
+must then be restarted. `/readyz` fails if requests cannot be served at the moment: the service is not warmed up or is
+shutting down, the worker thread has failed, or the queue is full. If Redis fails, requests are still answered but
+nothing is cached, so /readyz answers 200 with the status `degraded`. Anyone may call these routes, so the answers name
+only the kind of fault. The log has the full error, which may include the address of Redis.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from service.errors import ServiceError
 from service.routes.answers import Content, JsonAnswer, json_response
 from service.routes.describe import Operation, describe
 from service.routes.direct import DirectRoute, service_of
-from service.scrape import observe
+from service.scrape import batchers, observe
 from service.search.store import UsageStore, VectorStore
 
 log = logging.getLogger(__name__)
@@ -34,8 +34,8 @@ router = APIRouter(tags=["health"], route_class=DirectRoute)
 @describe(Operation(statuses=(200, 503)))
 async def livez(request: Request) -> JsonAnswer[LivezAnswer]:
     """Return 200 if the process is healthy. Return 503 with the reason if the process must be restarted, because the
-    thread that runs the network has died or hangs."""
-    fault = service_of(request).pipeline.batcher.health()
+    thread that runs the network has died or hangs, or because the GPU has failed."""
+    fault = next(filter(None, (batcher.health() for batcher in batchers(service_of(request)))), None)
     return _answer({"status": "alive"} if fault is None else {"status": "dead", "reason": fault}, fault is None)
 
 

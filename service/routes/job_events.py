@@ -1,9 +1,12 @@
 """Send the events of jobs as server-sent events: `GET /v1/jobs/events` and `GET /v1/jobs/{job_id}/events`.
 
 The `id` of each event is its number, so a browser that reconnects sends the number of the last event that it received
-in the header `Last-Event-ID`, and goes on after it. A stream has no thread. It compares the stamp of the job store,
-which is a number in memory, every `POLL_S` seconds, and reads the store only if the stamp has changed. A stream ends
-when its job has ended, when the client disconnects, and when the service shuts down.
+in the header `Last-Event-ID`, and goes on after it. The field `event` is the kind of the event. Browsers pass events
+with this field to listeners of the kind only, so `named=false` leaves it out for code that uses `onmessage`.
+
+A stream has no thread. It compares the stamp of the job store, which is a number in memory, every `POLL_S` seconds, and
+reads the store only if the stamp has changed. A stream ends when its job has ended, when the client disconnects, and
+when the service shuts down.
 """
 
 import asyncio
@@ -19,6 +22,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from service.errors import InvalidRequest, JobNotFound, StorageFailed, Unavailable
+from service.jobs.answers import event_answer
 from service.jobs.opened import OpenedJobs
 from service.jobs.records import FINISHED, Event
 from service.jobs.store import JobStore
@@ -26,7 +30,7 @@ from service.options import parse_options
 from service.routes.bodies import query_fields
 from service.routes.describe import Operation, describe
 from service.routes.direct import DirectRoute
-from service.routes.job_schemas import AllEventQuery, JobEventQuery, event_answer
+from service.routes.job_schemas import AllEventQuery, JobEventQuery
 from service.state import Lifecycle
 
 POLL_S: Final = 0.25
@@ -83,6 +87,7 @@ class Source:
     jobs: OpenedJobs
     job_id: str | None
     follow: str
+    named: bool = True
     after: int = 0
 
     def read(self) -> Page:
@@ -190,7 +195,7 @@ class EventStream(StreamingResponse):
                 if page.ended:
                     return
                 if page.events:
-                    yield b"".join(map(encoded, page.events))
+                    yield b"".join(encoded(event, named=source.named) for event in page.events)
                     sent_at, seen = loop.time(), _UNSEEN  # there may be more events
                     continue
             if loop.time() - sent_at >= HEARTBEAT_S:
@@ -199,14 +204,16 @@ class EventStream(StreamingResponse):
             await asyncio.sleep(POLL_S)
 
 
-def encoded(event: Event) -> bytes:
-    """Return the bytes of a server-sent event. JSON text has no line breaks."""
+def encoded(event: Event, *, named: bool = True) -> bytes:
+    """Return the bytes of a server-sent event. If `named` is True, it has the field `event`. JSON text has no line
+    breaks."""
     answer: Any = event_answer(event)
     try:
         data = orjson.dumps(answer)
     except TypeError:  # a lone surrogate, or an integer of more than 64 bits
         data = json.dumps(answer).encode()
-    return b"id: %d\ndata: %b\n\n" % (event.number, data)
+    name = b"event: %b\n" % event.kind.encode() if named else b""
+    return b"id: %d\n%bdata: %b\n\n" % (event.number, name, data)
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -223,9 +230,9 @@ async def _disconnected(receive: Receive) -> None:
 async def follow_jobs(request: Request) -> Response:
     """Send the events of all jobs as server-sent events, for as long as the client is connected. Without
     `Last-Event-ID`, the stream begins with the next event, or with the first stored one if `follow` is `none`. The data
-    of each event is a JSON object with `number`, `job`, `kind`, `time` and `data`."""
+    of each event is a JSON object with `number`, `job`, `kind`, `time` and `data`. The field `event` is the kind."""
     query = parse_options(AllEventQuery, query_fields(request))
-    source = Source(request.app.state.jobs, None, query.follow)
+    source = Source(request.app.state.jobs, None, query.follow, query.named)
     await asyncio.to_thread(source.begin, _last_event_id(request, query.last_event_id))
     return _stream(request, source)
 
@@ -244,9 +251,9 @@ async def follow_job(request: Request, job_id: str) -> Response:
     """Send the events of a job as server-sent events, until the job has ended. The stream begins with the first event
     of the job. With `Last-Event-ID`, it begins after this event. If the job has ended and there are no more events, the
     status is 204, which makes browsers stop reconnecting. Of the events `progress` and `log`, only the newest one is
-    stored. The text of the log is not part of the events."""
+    stored. The text of the log is not part of the events. The field `event` is the kind of the event."""
     query = parse_options(JobEventQuery, query_fields(request))
-    source = Source(request.app.state.jobs, job_id, query.follow)
+    source = Source(request.app.state.jobs, job_id, query.follow, query.named)
     last_event_id = _last_event_id(request, query.last_event_id)
     await asyncio.to_thread(source.begin, last_event_id)
     if last_event_id is not None and query.follow == "end" and await asyncio.to_thread(_is_complete, source):

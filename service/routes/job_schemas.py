@@ -1,9 +1,9 @@
-"""The requests and answers of the routes for jobs and schedules, and the conversion of stored jobs to answers."""
+"""The requests of the routes for jobs and schedules, and the lists in their answers."""
 
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import reduce
 from operator import or_
-from typing import Annotated, Any, Final, Literal, NotRequired
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AwareDatetime, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, TypeAdapter, create_model
 from pydantic.json_schema import JsonSchemaValue
@@ -12,14 +12,14 @@ from typing_extensions import TypeAliasType, TypedDict
 
 from model.files import NAME_PATTERN
 from service.answer_schemas import ListObject
+from service.jobs.answers import JobAnswer, ScheduleAnswer
 from service.jobs.kinds import KINDS
-from service.jobs.records import Event, EventKind, Job, Schedule, State
+from service.jobs.records import State
 from service.schema_base import LISTED, DocumentedAs, Schema, Whole
+from service.times import LAST_SECOND
 
 MAX_LOG_BYTES: Final = 2**20
 MAX_TAIL_BYTES: Final = 2**16
-LAST_SECOND: Final = 253_402_300_799
-"""The last second of the year 9999, in seconds since 1970."""
 
 
 def _seconds(value: Any) -> Any:
@@ -132,6 +132,10 @@ class _EventQuery(Schema):
     last_event_id: Annotated[Whole | None, Field(ge=0, le=2**53)] = Field(
         None, description="number of an event; only events after it; the header Last-Event-ID takes precedence"
     )
+    named: bool = Field(
+        True,
+        description="whether each event has the field event, which is its kind; false: for browser code with onmessage",
+    )
 
 
 class JobEventQuery(_EventQuery):
@@ -152,49 +156,6 @@ class AllEventQuery(_EventQuery):
     )
 
 
-class StepAnswer(TypedDict):
-    """A finished step of a job."""
-
-    name: str
-    result: Any
-    ended_at: str
-
-
-class LogTail(TypedDict):
-    """The end of a job's log. `position` is the position after it."""
-
-    text: str
-    position: int
-
-
-class JobAnswer(TypedDict):
-    """A job. Times are in ISO 8601 format, in UTC."""
-
-    object: Literal["job"]
-    id: str
-    kind: str
-    params: dict[str, Any]
-    state: State
-    progress: Annotated[float, Field(description="share of the work that is done, from 0 to 1")]
-    text: Annotated[str, Field(description="what the job does at the moment")]
-    metrics: dict[str, Any]
-    steps: Annotated[list[StepAnswer], Field(description="finished steps, which a retry does not repeat")]
-    error: Annotated[str | None, Field(description="why the job failed")]
-    attempt: Annotated[int, Field(description="number of times that a worker has started the job")]
-    worker: str | None
-    waiting_for: Annotated[str | None, Field(description="the step that waits for approval")]
-    cancel_requested: bool
-    created_at: str
-    not_before: str
-    started_at: str | None
-    ended_at: str | None
-    requested_by: Annotated[str | None, Field(description="id of the API key that created the job")]
-    parent: Annotated[str | None, Field(description="id of the job that created the job")]
-    schedule: Annotated[str | None, Field(description="name of the schedule that created the job")]
-    log_bytes: Annotated[int, Field(description="number of bytes written to the log so far")]
-    log: NotRequired[LogTail]
-
-
 class JobsAnswer(TypedDict):
     """A list of jobs, newest first."""
 
@@ -213,21 +174,6 @@ class RemovedJob(TypedDict):
     deleted: bool
 
 
-class ScheduleAnswer(TypedDict):
-    """A schedule. Times are in ISO 8601 format, in UTC."""
-
-    object: Literal["schedule"]
-    name: str
-    kind: str
-    params: dict[str, Any]
-    every: str
-    zone: str
-    created_at: str
-    next_at: Annotated[str, Field(description="time at which the next job is due")]
-    requested_by: str | None
-    last_job: Annotated[str | None, Field(description="id of the job that the schedule created last")]
-
-
 class SchedulesAnswer(TypedDict):
     """All schedules in the order of their names."""
 
@@ -242,76 +188,4 @@ class RemovedSchedule(TypedDict):
     deleted: bool
 
 
-class EventAnswer(TypedDict):
-    """The JSON text in the field `data` of a server-sent event."""
-
-    number: int
-    job: str
-    kind: EventKind
-    time: str
-    data: dict[str, Any]
-
-
 JobOrSchedule = TypeAliasType("JobOrSchedule", JobAnswer | ScheduleAnswer)  # its name appears in the OpenAPI document
-
-
-def job_answer(job: Job) -> JobAnswer:
-    """Return the answer that describes a job."""
-    return {
-        "object": "job",
-        "id": job.id,
-        "kind": job.kind,
-        "params": dict(job.params),
-        "state": job.state,
-        "progress": job.progress,
-        "text": job.text,
-        "metrics": dict(job.metrics),
-        "steps": [{"name": step.name, "result": step.result, "ended_at": iso_time(step.ended)} for step in job.steps],
-        "error": job.error,
-        "attempt": job.attempt,
-        "worker": job.worker,
-        "waiting_for": job.waiting_for,
-        "cancel_requested": job.cancel_requested,
-        "created_at": iso_time(job.created),
-        "not_before": iso_time(job.not_before),
-        "started_at": None if job.started is None else iso_time(job.started),
-        "ended_at": None if job.ended is None else iso_time(job.ended),
-        "requested_by": job.requested_by,
-        "parent": job.parent,
-        "schedule": job.schedule,
-        "log_bytes": job.log_bytes,
-    }
-
-
-def schedule_answer(schedule: Schedule) -> ScheduleAnswer:
-    """Return the answer that describes a schedule."""
-    return {
-        "object": "schedule",
-        "name": schedule.name,
-        "kind": schedule.kind,
-        "params": dict(schedule.params),
-        "every": schedule.every,
-        "zone": schedule.zone,
-        "created_at": iso_time(schedule.created),
-        "next_at": iso_time(schedule.next_at),
-        "requested_by": schedule.requested_by,
-        "last_job": schedule.last_job,
-    }
-
-
-def event_answer(event: Event) -> EventAnswer:
-    """Return the JSON object that describes an event."""
-    return {
-        "number": event.number,
-        "job": event.job,
-        "kind": event.kind,
-        "time": iso_time(event.time),
-        "data": dict(event.data),
-    }
-
-
-def iso_time(seconds: float) -> str:
-    """Return a time in seconds since 1970 in ISO 8601 format, in UTC and with milliseconds."""
-    return (
-        datetime.fromtimestamp(min(seconds, LAST_SECOND), UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    )

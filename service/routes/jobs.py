@@ -13,9 +13,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from service.errors import Conflict, InvalidRequest, JobNotFound, StorageFailed
-from service.jobs.kinds import checked_params
+from service.jobs.answers import JobAnswer, job_answers, schedule_answer
+from service.jobs.kinds import accepted_params
 from service.jobs.opened import OpenedJobs
-from service.jobs.records import STATES, Job, NewJob, Schedule
+from service.jobs.records import STATES, NewJob, Schedule
 from service.options import parse_options
 from service.routes.add_items import KEY_HEADER, idempotency_key
 from service.routes.answers import JsonAnswer, json_response
@@ -24,7 +25,6 @@ from service.routes.describe import BODY, Operation, describe
 from service.routes.direct import DirectRoute
 from service.routes.job_schemas import (
     JobActionIn,
-    JobAnswer,
     JobIn,
     JobListQuery,
     JobOrSchedule,
@@ -33,8 +33,6 @@ from service.routes.job_schemas import (
     LogQuery,
     RemovedJob,
     ScheduleIn,
-    job_answer,
-    schedule_answer,
 )
 
 MAX_PARAMS_BYTES: Final = 64 * 1024
@@ -80,13 +78,13 @@ async def create_job(request: Request) -> JsonAnswer[JobOrSchedule]:
             raise InvalidRequest(f"{name} can only be used together with every", param=name)
     new = NewJob(body.kind, body.params, requested_by=by, key=key, not_before=body.not_before)
     job = await asyncio.to_thread(_create, jobs, new)
-    headers = {"Location": f"{request.app.state.root_path}/v1/jobs/{job.id}"}
-    return json_response(job_answer(job), status=202, headers=headers)
+    headers = {"Location": f"{request.app.state.root_path}/v1/jobs/{job['id']}"}
+    return json_response(job, status=202, headers=headers)
 
 
-def _create(jobs: OpenedJobs, new: NewJob) -> Job:
-    checked_params(new.kind, new.params, jobs.settings, jobs.kinds)
-    return jobs.announce(jobs.store().create(new))
+def _create(jobs: OpenedJobs, new: NewJob) -> JobAnswer:
+    accepted_params(new.kind, new.params, jobs.settings, jobs.kinds)
+    return jobs.answer(jobs.announce(jobs.store().create(new)))
 
 
 def _create_schedule(jobs: OpenedJobs, body: JobIn, by: str | None) -> Schedule:
@@ -109,7 +107,7 @@ def put_schedule(jobs: OpenedJobs, name: str, body: ScheduleIn, by: str | None) 
         InvalidRequest: the kind, a parameter, the name, `every` or the time zone is not allowed.
         StorageFailed: the store cannot be used.
     """
-    checked_params(body.kind, body.params, jobs.settings, jobs.kinds)
+    accepted_params(body.kind, body.params, jobs.settings, jobs.kinds)
     zone = body.zone or jobs.settings.schedule_zone
     schedules = jobs.store().schedules
     return schedules.put(name, body.kind, body.params, every=body.every, zone=zone, requested_by=by)
@@ -135,7 +133,7 @@ def _page(jobs: OpenedJobs, query: JobListQuery) -> JobsAnswer:
     page = found[: query.limit]
     return {
         "object": "list",
-        "data": [job_answer(job) for job in page],
+        "data": job_answers(store, page),
         "next": page[-1].id if len(found) > query.limit else None,
         "last_event": last_event,
     }
@@ -149,8 +147,9 @@ async def get_job(request: Request, job_id: str) -> JsonAnswer[JobAnswer]:
     query = parse_options(JobQuery, query_fields(request))
 
     def read() -> JobAnswer:
-        store = jobs_of(request).with_job(job_id)
-        answer = job_answer(store.get(job_id))
+        jobs = jobs_of(request)
+        store = jobs.with_job(job_id)
+        answer = jobs.answer(store.get(job_id))
         if query.log:
             text, position = store.read_log(job_id, limit=query.log)
             answer["log"] = {"text": _from_first_character(text).decode(errors="replace"), "position": position}
@@ -221,7 +220,7 @@ async def cancel_job(request: Request, job_id: str) -> JsonAnswer[JobAnswer]:
     it within seconds, so its state may still be `running` in the answer. The status is 409 if the job has ended."""
     await _check_action(request)
     jobs, by = jobs_of(request), requested_by(request)
-    return json_response(job_answer(await asyncio.to_thread(lambda: jobs.with_job(job_id).request_cancel(job_id, by))))
+    return json_response(await asyncio.to_thread(lambda: jobs.answer(jobs.with_job(job_id).request_cancel(job_id, by))))
 
 
 @router.post("/{job_id}/approve", summary="Approve the next step of a job")
@@ -232,7 +231,7 @@ async def approve_job(request: Request, job_id: str) -> JsonAnswer[JobAnswer]:
     await _check_action(request)
     jobs, by = jobs_of(request), requested_by(request)
     return json_response(
-        job_answer(await asyncio.to_thread(lambda: jobs.announce(jobs.with_job(job_id).approve(job_id, by))))
+        await asyncio.to_thread(lambda: jobs.answer(jobs.announce(jobs.with_job(job_id).approve(job_id, by))))
     )
 
 
@@ -244,7 +243,7 @@ async def retry_job(request: Request, job_id: str) -> JsonAnswer[JobAnswer]:
     await _check_action(request)
     jobs = jobs_of(request)
     return json_response(
-        job_answer(await asyncio.to_thread(lambda: jobs.announce(jobs.with_job(job_id).retry(job_id))))
+        await asyncio.to_thread(lambda: jobs.answer(jobs.announce(jobs.with_job(job_id).retry(job_id))))
     )
 
 

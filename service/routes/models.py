@@ -14,7 +14,8 @@ from model.heads.store import list_heads
 from model.zoo import ENTRIES
 from service.answer_schemas import HeadAnswer, ModelAnswer, ModelsAnswer, RemovedModel, RolledBackAnswer
 from service.errors import Conflict, ModelNotFound, StorageFailed
-from service.migration import Places, roll_back
+from service.migration.rollback import roll_back
+from service.migration.work import Places
 from service.model_list import KnownModel, known_models, model_named, remove_model
 from service.options import parse_options
 from service.routes.answers import JsonAnswer, json_response
@@ -24,6 +25,7 @@ from service.routes.direct import DirectRoute, service_of
 from service.schemas import RemoveModelIn, RollbackIn
 from service.sqlite import translated as storage_errors
 from service.state import Service
+from service.times import iso_time
 
 router = APIRouter(tags=["models"], route_class=DirectRoute)
 
@@ -148,8 +150,8 @@ def _answer(live: Service, known: KnownModel, loaded: Service | None) -> ModelAn
         ],
         "state": state,
         "generation": generation.number if generation else None,
-        "live_since": generation.live_since if generation else None,
-        "keep_until": generation.keep_until if generation else None,
+        "live_since": _iso_time(generation.live_since if generation else None),
+        "keep_until": _iso_time(generation.keep_until if generation else None),
         "metrics": generation.metrics if generation else {},
     }
 
@@ -182,6 +184,10 @@ def _dinotxt(record: Record, last_block: int) -> HeadAnswer:
         "source": ", ".join(record.sources),
         "created_at": record.created,
     }
+
+
+def _iso_time(seconds: float | None) -> str | None:
+    return None if seconds is None else iso_time(seconds)
 
 
 def _unix_time(created: str) -> int:

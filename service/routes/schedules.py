@@ -5,6 +5,7 @@ import asyncio
 from fastapi import APIRouter, Request
 
 from service.errors import InvalidRequest, NotFound, StorageFailed
+from service.jobs.answers import ScheduleAnswer, schedule_answer
 from service.jobs.opened import OpenedJobs
 from service.jobs.records import Schedule
 from service.jobs.schedules import Schedules
@@ -14,10 +15,8 @@ from service.routes.describe import BODY, Operation, describe
 from service.routes.direct import DirectRoute
 from service.routes.job_schemas import (
     RemovedSchedule,
-    ScheduleAnswer,
     ScheduleIn,
     SchedulesAnswer,
-    schedule_answer,
 )
 from service.routes.jobs import jobs_of, put_schedule, read_fields, requested_by
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,71 @@ async def test_what_cannot_be_done_is_told(data_dir: Path) -> None:
     )
     shutil.rmtree(data_dir / "originals")
     assert "3 items of 1 collections" in await _in_thread(run, data_dir, "models", "promote", "model_b", status=2)
+
+
+async def test_the_options_of_promote_and_reindex_are_used(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    await fill(data_dir)
+    await _in_thread(run, data_dir, "models", "promote", "model_b", "--keep-hours", "2")
+    former = Generations(data_dir).window()
+    assert former is not None
+    assert former.keep_until is not None
+    assert 0 <= 2 * 3600 - (former.keep_until - time.time()) < 60
+    model = Opened(put_artifact(data_dir, "c"), FakeEngine(seed=9))
+    monkeypatch.setattr(first_model, "open_model", lambda settings, path, engine: model)
+    for words in (["models", "promote", "model_c"], ["reindex", "shop", "--model", "model_c"]):
+        assert "generation 1 (model_a-aaaaaaaa) can become live" in await _in_thread(run, data_dir, *words, status=2)
+    shutil.rmtree(data_dir / "originals")
+    progress = data_dir / "progress.json"
+    words = ["--end-window", "--lost", "drop", "--share", "0.5", "--progress", str(progress), "--json"]
+    out = await _in_thread(run, data_dir, "reindex", "shop", "--model", "model_c", *words)
+    report = json.loads(out[out.index("{") :])
+    assert (report["switched"], report["lost"]) == (["shop"], {"shop": ["i0", "i1", "i2"]})
+    assert json.loads(progress.read_text())["stage"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("words", "engines"),
+    [
+        (["promote", "2"], ["fake:int8"]),  # a number is a generation, with its precision
+        (["promote", "model_a"], ["auto"]),  # the live model keeps its precision
+        (["promote", "model_a", "--engine", "onnxruntime:bf16"], ["onnxruntime:bf16"]),
+        (["promote", "model_b"], ["auto"]),
+    ],
+)
+def test_which_engine_opens_a_model(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], engines: list[str]
+) -> None:
+    path = data_dir / "artifacts" / "model_a-aaaaaaaa"
+    Generations(data_dir).add("a" * 64, "model_a-aaaaaaaa", path, "fake", "int8", reason="test")
+    monkeypatch.setattr("service.first_model.known_precision", lambda name: "fp32")
+    opened = []
+
+    def open_model(settings: Settings, path: Path, engine: str) -> Opened:
+        opened.append(engine)
+        return Opened(fake_artifact("x", path.name[-1]), FakeEngine(precision=engine.partition(":")[2] or "fp32"))
+
+    monkeypatch.setattr(first_model, "open_model", open_model)
+    run(data_dir, "models", *words)
+    assert opened == engines
+
+
+@pytest.mark.parametrize("name", ["1", "a" * 8, "model_a", "model_a-aaaaaaaa", "auto", "artifacts/model_a-aaaaaaaa"])
+def test_compare_accepts_the_names_of_the_other_commands(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    compared = []
+
+    def fake(champion: Path, challenger: Path, *rest: object) -> None:
+        compared.extend([champion.name, challenger.name])
+        raise ValueError("compared")
+
+    monkeypatch.setattr("service.jobs.compare.compare", fake)
+    name = str(data_dir / name) if "/" in name else name
+    out = run(data_dir, "models", "compare", name, "b" * 10, "--data", str(data_dir), status=2)
+    assert "error: compared" in out
+    assert compared == ["model_a-aaaaaaaa", "model_b-bbbbbbbb"]
+    unknown = run(data_dir, "models", "compare", name, "77", "--data", str(data_dir), status=2)
+    assert "77" in unknown
 
 
 async def test_a_model_with_collections_is_removed_only_by_force(data_dir: Path) -> None:

@@ -1,6 +1,7 @@
 """Tests of the options of `dinov2 jobs ...` for scripts: exit statuses, JSON, filters and times."""
 
 import json
+import re
 import threading
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import cli
-from service.jobs.records import Job, NewJob, State
+from service.jobs.answers import job_answers
+from service.jobs.records import Job, NewJob, State, WorkerRow
 from service.jobs.store import JobStore
 
 runner = CliRunner()
@@ -94,6 +96,24 @@ def test_commands_print_json(store: JobStore) -> None:
     store.wait_for_approval(claimed(store).lease, "approval")
     approved = json.loads(invoke("approve", job["id"], "--json").stdout)
     assert (approved["state"], [step["name"] for step in approved["steps"]]) == ("queued", ["approval"])
+
+
+def test_times_and_names_are_those_of_the_rest_api(store: JobStore) -> None:
+    store.workers.beat(WorkerRow("w1", "host", 1, ("train",), 0.0, 0.0))
+    started = invoke("start", "export", "source=dinov2_vits14", "--json")
+    assert started.stderr.startswith("warning: no running worker runs jobs of the kind export")
+    job = json.loads(started.stdout)
+    shown = json.loads(invoke("show", job["id"]).stdout)
+    assert shown == job == job_answers(store, [store.get(job["id"])])[0]
+    assert shown["blocked"] == started.stderr.removeprefix("warning: ").strip()
+    worker = json.loads(invoke("list", "--json").stdout)["workers"][0]
+    store.cancel(claimed(store).lease)
+    event = json.loads(invoke("watch", job["id"], "--json").stdout.splitlines()[0])
+    store.schedules.put("weekly", "export", {}, every="6 h", zone="UTC", requested_by=None)
+    [schedule] = json.loads(invoke("schedules", "--json").stdout)
+    times = [shown["created_at"], shown["not_before"], worker["started_at"], worker["heartbeat_at"], event["time"]]
+    for time in (*times, schedule["created_at"], schedule["next_at"]):
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", time)
 
 
 def test_the_list_is_filtered(store: JobStore) -> None:

@@ -30,7 +30,19 @@ def named_in_documents() -> set[str]:
 @needs_make
 def test_help_is_the_default_and_lists_every_target_that_documents_name() -> None:
     listed = {line.split()[0] for line in make(ROOT).stdout.splitlines()}
-    assert listed == {"help", "run", "test", "test-service", "test-cpus", "check", "docs", "bench", "clean"}
+    assert listed == {
+        "help",
+        "run",
+        "test",
+        "test-service",
+        "test-cpus",
+        "check",
+        "docs",
+        "bench",
+        "hashes",
+        "sbom",
+        "clean",
+    }
     assert {"run", "test"} <= named_in_documents() <= listed
 
 

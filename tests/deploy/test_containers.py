@@ -39,10 +39,20 @@ def test_containers_keep_only_what_they_need(name: str) -> None:
     assert container["security_opt"] == ["no-new-privileges:true"]
     assert container["restart"] == ("no" if name == "build-engine" else "unless-stopped")
     assert container["logging"]["options"] == {"max-size": "10m", "max-file": "3"}
-    assert "/tmp" in container["tmpfs"]
     assert container["mem_limit"]
+    [tmpfs] = container["tmpfs"]
+    assert re.fullmatch(r"/tmp:size=\d+[mg]", tmpfs)
+    assert container["pids_limit"] >= (4096 if name in OURS else 512)
+    assert container["ulimits"] == {"nofile": {"soft": 65536, "hard": 65536}}
     assert not {"privileged", "network_mode", "cap_add", "pid", "ipc"} & set(container)
     assert container.get("user") != "root"
+
+
+def test_milvus_has_limits_too() -> None:
+    milvus = yaml.safe_load((ROOT / "deploy" / "compose.milvus.yml").read_text())["services"]["milvus"]
+    assert milvus["security_opt"] == ["no-new-privileges:true"]
+    assert {"pids_limit", "ulimits", "mem_limit", "logging"} <= set(milvus)
+    assert "ports" not in milvus
 
 
 def test_without_a_profile_only_the_service_and_its_cache_start() -> None:
@@ -263,7 +273,7 @@ def test_tensorrt_is_a_build_argument_that_allows_only_0_and_1() -> None:
         text = STAGES[stage]
         assert re.search(r"^ARG TENSORRT=0$", text, re.MULTILINE)
         assert "--extra-index-url https://pypi.nvidia.com" in text
-        assert text.index("pip install -c constraints.txt") < text.index("ARG TENSORRT")  # so that its layer is reused
+        assert text.index("pip install --require-hashes") < text.index("ARG TENSORRT")  # so that its layer is reused
     assert "TENSORRT" not in STAGES["packages"]
 
 
@@ -272,7 +282,7 @@ def test_the_code_comes_after_the_dependencies() -> None:
     for name, text in STAGES.items():
         copied = re.findall(r"^COPY (?!--from)(.+)$", text, re.MULTILINE)
         if name == "packages":
-            assert copied == ["pyproject.toml constraints.txt LICENSE ./"]
+            assert copied == ["pyproject.toml constraints.txt LICENSE ./", "hashes hashes"]
         else:
             assert bool(copied) == (name == "code")
         if name.startswith("packages-"):

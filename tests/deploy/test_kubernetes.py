@@ -77,8 +77,28 @@ def test_pods_keep_only_what_they_need(name: str) -> None:
         "capabilities": {"drop": ["ALL"]},
     }
     assert only["resources"]["limits"]["memory"]
+    assert only["resources"]["limits"]["ephemeral-storage"]
     assert only["resources"]["requests"]["cpu"]
     assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec)
+
+
+def test_a_training_keeps_only_what_it_needs() -> None:
+    documents = list(yaml.safe_load_all((FOLDER.parent / "training" / "kubernetes.yaml").read_text()))
+    [job] = [document for document in documents if document["kind"] == "Job"]
+    spec = pod(job)
+    assert spec["automountServiceAccountToken"] is False
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert spec["containers"][0]["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+def test_nothing_connects_to_the_worker() -> None:
+    policy = OBJECTS["NetworkPolicy", "dinov2-worker"]["spec"]
+    assert policy["policyTypes"] == ["Ingress"]
+    assert "ingress" not in policy
+    assert policy["podSelector"] == DEPLOYMENTS["dinov2-worker"]["spec"]["selector"]
 
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)

@@ -175,6 +175,12 @@ def test_no_unit_test_is_about_an_alert_that_is_gone() -> None:
     assert {case["alertname"] for test in unit_tests() for case in test["alert_rule_test"]} == set(ALERTS)
 
 
+def test_prometheus_stores_the_exemplars_that_panels_show() -> None:
+    assert any(target.get("exemplar") for panel in panels() for target in panel["targets"])
+    command = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["prometheus"]["command"]
+    assert "--enable-feature=exemplar-storage" in command
+
+
 @pytest.mark.parametrize("alert", ALERTS)
 def test_each_alert_says_what_to_do(alert: str) -> None:
     rule = ALERTS[alert]

@@ -19,8 +19,6 @@ from PIL import Image, ImageFile, PngImagePlugin
 
 from model.decode import (
     FORMATS,
-    JPEG_MAX_SCANS,
-    JPEG_MAX_SEGMENTS,
     Broken,
     DecodeError,
     DecodeLimits,
@@ -30,9 +28,11 @@ from model.decode import (
     decode_stored,
     sniff,
 )
+from model.image_structure.limits import LIMITS as PART_LIMITS
 
 DATA = Path(__file__).parents[1] / "data"
 OURS = (TooLarge, Unsupported, Broken)
+JPEG_MAX_SCANS, JPEG_MAX_SEGMENTS = (PART_LIMITS["JPEG"][part].most for part in ("scans", "segments"))
 NEEDS_AVIF = pytest.mark.skipif("AVIF" not in FORMATS, reason="this Pillow is built without AVIF")
 
 

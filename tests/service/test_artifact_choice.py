@@ -1,8 +1,10 @@
 """Tests of the artifact that `--model` selects."""
 
+import shutil
+
 import pytest
 
-from model.artifact import MANIFEST, bundled_artifact, read_manifest
+from model.artifact import MANIFEST, ArtifactError, bundled_artifact, describe_file, read_manifest
 from service import artifact_choice as models
 from service.artifact_choice import choose_artifact
 from tests.fakes import plain_photo
@@ -66,3 +68,16 @@ def test_one_image_is_too_few_to_compare_engines_on(tmp_path):
         models.read_photos(tmp_path, 4)
     (tmp_path / "b.png").write_bytes(plain_photo(2))
     assert len(models.read_photos(tmp_path, 4)) == 2
+
+
+def test_an_artifact_from_a_url_whose_graph_was_swapped_does_not_get_its_name(tmp_path):
+    there = tmp_path / "there"
+    shutil.copytree(bundled_artifact(), there)
+    assert choose_artifact(there.as_uri(), tmp_path / "honest").is_dir()
+    (there / "model.onnx").write_bytes(b"another graph")
+    manifest = read_manifest(there)
+    files = {**manifest.files, "model.onnx": describe_file(there / "model.onnx")}
+    (there / MANIFEST).write_text(manifest.model_copy(update={"files": files}).model_dump_json())
+    with pytest.raises(ArtifactError, match=r"model\.onnx: not the graph"):
+        choose_artifact(there.as_uri(), tmp_path / "data")
+    assert list((tmp_path / "data" / "artifacts").iterdir()) == []

@@ -1,17 +1,23 @@
 """Tests of the record of generations, and of the model with which a process starts."""
 
 import shutil
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 from typing import Any
 
 import pytest
 
 from model.artifact import MANIFEST, ArtifactError, bundled_artifact, read_manifest
 from service import first_model
+from service import generations as generations_module
 from service.artifact_choice import artifact_of, choose_artifact
 from service.errors import Conflict, StorageFailed
 from service.first_model import load_first
-from service.generations import REPLICA_LOST_S, Generation, Generations
+from service.generations import REPLICA_LOST_S, Applied, Generation, Generations
 from service.live_models import Opened
 from service.settings import Settings
 from tests.fakes import FakeEngine, fake_artifact
@@ -95,14 +101,47 @@ def test_the_live_generation_cannot_be_retired_or_forgotten(generations: Generat
     assert generations.live() is not None
 
 
-def test_only_a_change_of_the_requested_model_is_a_decision(generations: Generations) -> None:
-    assert [generations.request(model) for model in ("auto", "auto", "b", "b", "auto")] == [
-        True,
-        False,
-        True,
-        False,
-        True,
-    ]
+def test_a_value_of_a_setting_is_applied_once(generations: Generations, clock: Clock) -> None:
+    first, second = add(generations, "a"), add(generations, "b")
+    assert generations.applied("model", "a") is None
+    generations.promote(first.number, expected=None, keep_s=0, settings={"model": "a"})
+    clock.now += 10
+    generations.promote(first.number, expected=first.number, keep_s=0, settings={"engine": "a"})  # it is live already
+    assert generations.applied("model", "a") == Applied(first.number, 1000.0)
+    assert generations.applied("engine", "a") == Applied(first.number, 1010.0)
+    with pytest.raises(Conflict, match="another process has applied model=a"):
+        generations.promote(second.number, expected=first.number, keep_s=0, settings={"engine": "b", "model": "a"})
+    assert generations.applied("engine", "b") is None  # all or nothing
+    live = generations.live()
+    assert live is not None
+    assert live.number == first.number
+
+
+def test_a_record_of_version_1_keeps_the_applied_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    schema = generations_module._SCHEMA
+    with monkeypatch.context() as old:
+        old.setattr(generations_module, "_SCHEMA", replace(schema, scripts=schema.scripts[:1]))
+        before = Generations(tmp_path)
+        for letter in "ab":
+            reason = "model=old at a start" if letter == "a" else "test"
+            before.add(letter * 64, letter, tmp_path, "fake", "fp32", reason=reason)
+    with closing(sqlite3.connect(tmp_path / "models.sqlite3")) as db, db:
+        db.execute("UPDATE generations SET state = 'live', live_since = 5 WHERE number = 2")
+        db.execute("INSERT INTO requested VALUES (1, 'old')")
+    assert Generations(tmp_path).applied("model", "old") == Applied(1, 5.0)
+    assert [each.state for each in Generations(tmp_path).all()] == ["candidate", "live"]
+
+
+def test_the_window_is_open_until_its_time_is_over(generations: Generations, clock: Clock) -> None:
+    first, second = add(generations, "a"), add(generations, "b")
+    generations.promote(first.number, expected=None, keep_s=60)
+    assert generations.window() is None
+    generations.promote(second.number, expected=first.number, keep_s=60)
+    former = generations.window()
+    assert former is not None
+    assert former.number == first.number
+    clock.now += 60
+    assert generations.window() is None
 
 
 def test_another_process_sees_a_change(generations: Generations, tmp_path: Path) -> None:
@@ -184,8 +223,119 @@ def test_a_restart_with_the_same_setting_keeps_what_was_promoted(data_dir: Path)
 def test_another_model_in_the_settings_is_a_decision(data_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert started(data_dir, "old") == ("old", 1)
     assert started(data_dir, "new") == ("new", 2)
-    assert "dinov2 models promote" in caplog.text
+    assert "generation 2 (new-bbbbbbbb, fp32) replaces 1" in caplog.text
+    assert "dinov2 models promote new-bbbbbbbb" in caplog.text
+
+
+def test_processes_with_different_models_do_not_take_turns(data_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert [started(data_dir, model) for model in ("old", "new", "old", "new", "old")] == [
+        ("old", 1),
+        *[("new", 2)] * 4,
+    ]
+    told = [record.message for record in caplog.records if "has become live since" in record.message]
+    assert len(told) == 2  # each start with the model that was replaced
+    assert told[0].startswith("model=old made generation 1 live at 20")
+    assert "generation 2 (new-bbbbbbbb)" in told[0]
+    assert "dinov2 models promote old" in told[0]
+
+
+def test_processes_with_different_engines_do_not_take_turns(data_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engines = ("onnxruntime:fp32", "onnxruntime:int8", "onnxruntime:fp32", "auto", "onnxruntime:int8")
+    assert [started(data_dir, "old", engine=engine)[1] for engine in engines] == [1, 2, 2, 2, 2]
+    told = [record.message for record in caplog.records if "call dinov2 models promote" in record.message]
+    assert len(told) == 2
+    assert "engine=onnxruntime:fp32 computes fp32 here, but generation 2 has fake:int8" in told[0]
+    assert "dinov2 models promote old-aaaaaaaa --engine onnxruntime:fp32" in told[0]
+    assert "engine=auto" in told[1]
+
+
+def test_an_engine_with_the_same_precision_changes_nothing(data_dir: Path) -> None:
     assert started(data_dir, "old") == ("old", 1)
+    assert started(data_dir, "old", engine="onnxruntime-cuda:fp32") == ("old", 1)
+    applied = Generations(data_dir).applied("engine", "onnxruntime-cuda:fp32")
+    assert applied is not None
+    assert applied.generation == 1
+    assert len(Generations(data_dir).all()) == 1
+
+
+def test_the_precision_of_a_benchmark_decides_only_once(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fastest` may choose another precision at each start."""
+    winners = iter(["int8", "fp32", "fp32"])
+    open_model = first_model.open_model
+    loaded = []
+
+    def opened(settings: Settings, path: Path, engine: str) -> Opened:
+        loaded.append(open_model(settings, path, f"x:{next(winners)}" if engine == "fastest" else engine))
+        return loaded[-1]
+
+    monkeypatch.setattr(first_model, "open_model", opened)
+    assert [started(data_dir, "old", engine="fastest") for _ in range(3)] == [("old", 1)] * 3
+    assert [each.engine.precision for each in loaded] == ["int8", "fp32", "int8", "fp32", "int8"]
+    assert [each.engine.closed for each in loaded] == [False, True, False, True, False]
+
+
+def test_a_process_that_cannot_load_the_live_precision_says_what_to_do(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert started(data_dir, "old", engine="onnxruntime:int8") == ("old", 1)
+    open_model = first_model.open_model
+
+    def opened(settings: Settings, path: Path, engine: str) -> Opened:
+        if engine.endswith("int8"):
+            raise ValueError("no int8 on this host")
+        return open_model(settings, path, engine)
+
+    monkeypatch.setattr(first_model, "open_model", opened)
+    with pytest.raises(ValueError, match=r"generation 1 has fake:int8, .* no int8 on this host\. Start it where"):
+        started(data_dir, "old")
+    live = Generations(data_dir).live()
+    assert live is not None
+    assert live.number == 1
+
+
+def test_two_processes_that_start_at_once_agree(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both load their model before either has recorded one. Each setting is applied once, in any order."""
+    barrier, open_model = Barrier(2), first_model.open_model
+
+    def opened(settings: Settings, path: Path, engine: str) -> Opened:
+        with suppress(BrokenBarrierError):
+            barrier.wait(timeout=5)
+        barrier.abort()  # a process that loads again does not wait
+        return open_model(settings, path, engine)
+
+    monkeypatch.setattr(first_model, "open_model", opened)
+    with ThreadPoolExecutor(2) as threads:
+        first = list(threads.map(lambda model: started(data_dir, model), ["old", "new"], timeout=20))
+        again = list(threads.map(lambda model: started(data_dir, model), ["old", "new"] * 2, timeout=20))
+    live = Generations(data_dir).live()
+    assert live is not None
+    assert ("old" if live.name.startswith("old") else "new", live.number) == max(first, key=lambda each: each[1])
+    assert {number for _, number in again} == {live.number} == {2}
+
+
+def test_a_slow_start_does_not_undo_a_rollback(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes start with the same new model. One makes it live, an operator goes back, and the other must not
+    make it live again."""
+    assert started(data_dir, "old") == ("old", 1)
+    generations, open_model = Generations(data_dir), first_model.open_model
+
+    def opened_slowly(settings: Settings, path: Path, engine: str) -> Opened:
+        monkeypatch.setattr(first_model, "open_model", open_model)
+        assert started(data_dir, "new") == ("new", 2)
+        generations.promote(1, expected=2, keep_s=60, reason="rolled back")
+        return open_model(settings, path, engine)
+
+    monkeypatch.setattr(first_model, "open_model", opened_slowly)
+    assert started(data_dir, "new") == ("old", 1)
+
+
+def test_a_setting_that_ends_a_window_says_so(data_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert started(data_dir, "old") == ("old", 1)
+    generations = Generations(data_dir)
+    new = generations.add("b" * 64, "new", data_dir / "artifacts" / "new", "fake", "fp32", reason="test")
+    generations.promote(new.number, expected=1, keep_s=60)
+    assert started(data_dir, engine="onnxruntime:int8") == ("new", 3)
+    assert "this ends the window of generation 1" in caplog.text
 
 
 def test_a_start_that_failed_does_not_count_as_a_decision(data_dir: Path) -> None:

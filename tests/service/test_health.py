@@ -12,6 +12,7 @@ import time
 
 from service.backup import back_up
 from service.errors import Unavailable
+from service.features import engine_faults
 from service.features.cache import MemoryCache
 from service.outcomes import numbered
 from service.search import opening
@@ -41,6 +42,37 @@ async def test_a_hung_worker_is_not_alive_and_recovers(tmp_path):
         well = await run.client.get("/livez")
     assert (hung.status_code, well.status_code) == (503, 200)
     assert "one forward pass" in hung.text
+
+
+async def test_a_gpu_that_only_a_new_process_can_use_turns_livez_and_readyz_red(tmp_path):
+    engine = FakeEngine()
+    async with running(tmp_path, engine=engine) as run:
+        engine.error = RuntimeError("CUDA failure 719: unspecified launch failure ; GPU=0")
+        failed = await run.client.post("/v1/embeddings", json={"input": base64.b64encode(photo()).decode()})
+        await until(lambda: run.service.pipeline.batcher.health() is not None)
+        live, ready = await run.client.get("/livez"), await run.client.get("/readyz")
+        engine.error = None
+        refused = await run.client.post("/v1/embeddings", json={"input": base64.b64encode(photo(1)).decode()})
+        metrics = (await run.client.get("/metrics")).text
+    assert failed.status_code == 500
+    assert [answer.status_code for answer in (live, ready, refused)] == [503, 503, 503]
+    assert "the GPU has failed" in live.json()["reason"]
+    assert "719" not in live.text + ready.text + refused.text
+    assert "dinov2_engine_up 0.0" in metrics
+
+
+async def test_an_engine_that_always_fails_turns_livez_and_readyz_red(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine_faults, "PROBE_S", 0.01)
+    engine = FakeEngine()
+    async with running(tmp_path, engine=engine) as run:
+        engine.fails = lambda pixels: True
+        await run.embed([photo()])
+        await until(lambda: run.service.pipeline.batcher.health() is not None)
+        red = [(await run.client.get(path)).status_code for path in ("/livez", "/readyz")]
+        engine.fails = lambda pixels: False
+        await until(lambda: run.service.pipeline.batcher.health() is None)
+        green = [(await run.client.get(path)).status_code for path in ("/livez", "/readyz")]
+    assert (red, green) == ([503, 503], [200, 200])
 
 
 async def test_a_full_queue_is_alive_and_not_ready(tmp_path):

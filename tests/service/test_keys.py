@@ -199,11 +199,35 @@ def test_replaced_files_are_noticed_within_a_second_and_never_let_everyone_in(
     assert opened.has_keys
 
 
-def test_a_whole_key_can_be_revoked(store: KeyStore) -> None:
+def test_a_whole_key_can_be_revoked(store: KeyStore, tmp_path: Path) -> None:
     text, key = store.create("a", ["read"])
     assert store.revoke(text).id == key.id
     with pytest.raises(ValueError, match="there is no key with the id 'nobody'"):
         store.revoke("nobody")
+    (tmp_path / "other").mkdir()
+    other, _ = KeyStore(tmp_path / "other").create("a", ["read"])
+    with pytest.raises(ValueError, match="there is no key with the id") as caught:
+        store.revoke(other)
+    assert other[15:20] not in str(caught.value)
+
+
+def test_a_name_is_enough_if_one_valid_key_has_it(store: KeyStore, clock: Clock) -> None:
+    first, second, expired = (store.create("shop_1", ["read"], seconds)[1] for seconds in (None, None, 5))
+    clock.now += 5
+    with pytest.raises(ValueError, match=f"2 valid keys are named 'shop_1': .* {first.id}, {second.id}$"):
+        store.revoke("shop_1")
+    assert all(key.revoked is None for key in store.all_keys())
+    store.revoke(first.id)
+    assert store.revoke("shop_1").id == second.id
+    with pytest.raises(ValueError, match="no valid key with this name"):
+        store.revoke("shop_1")
+    assert [key.revoked for key in store.all_keys() if key.id == expired.id] == [None]
+
+
+def test_an_id_counts_before_a_name(store: KeyStore) -> None:
+    _, key = store.create("a", ["read"])
+    store.create(key.id, ["read"])  # a key whose name is the id of the other
+    assert store.revoke(key.id).id == key.id
 
 
 def test_a_key_expires_while_it_is_remembered(store: KeyStore, clock: Clock, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gc
 import logging
 import signal
 import threading
@@ -59,10 +60,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @dataclass(frozen=True)
 class Principal:
-    """A stand-in for the sender of a request, with a limit of its own or without."""
+    """A stand-in for the sender of a request."""
 
     key_id: str | None
-    limit: Limit | None = None
     name: str | None = None
     scopes: frozenset[str] = frozenset({"open", "metrics", "read", "write", "admin"})
 
@@ -172,6 +172,38 @@ async def test_a_refusal_has_the_format_of_the_route_and_says_when_to_come_back(
     assert problem.headers["RateLimit"] == '"default";r=0;t=10'
 
 
+async def test_a_refusal_is_counted_and_logged_under_its_route(tmp_path, clock, caplog):
+    caplog.set_level(logging.INFO, "service.access")
+    async with running(tmp_path, **LIMITED | {"rate_request_pixels": BURST}) as run:
+        await run.client.get("/v1/models")
+        await run.client.post("/v1/collections/shop/search", json={"vector": [0.0]})
+        await run.client.put(EMBED)  # a method that the path does not have
+        await run.client.get("/v1/nothing")
+        text = run.service.metrics.render().decode()
+    routes = [("POST", "/v1/collections/{name}/search"), ("PUT", EMBED), ("GET", "unmatched")]
+    logged = [record.fields for record in caplog.records if record.fields["status"] == 429]
+    assert [(line["method"], line["route"]) for line in logged] == routes
+    assert [line.get("collection") for line in logged] == ["shop", None, None]
+    for method, route in routes:
+        assert f'dinov2_requests_total{{method="{method}",route="{route}",status="429"}} 1.0' in text
+        assert f'dinov2_request_errors_total{{code="rate_limit_exceeded",route="{route}"}} 1.0' in text
+
+
+async def test_requests_leave_nothing_to_the_garbage_collector():
+    """A reference cycle for each request would make the collector run eight times as often as without limits."""
+    limits = Limits(Limit(RATE, 10**9, REQUEST), Metrics())
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(100):
+            admission = await limits.admit(Principal("a"), "")
+            admission.headers()
+            limits.settle(admission)
+        assert gc.collect() < 100
+    finally:
+        gc.enable()
+
+
 async def test_the_openai_client_takes_a_refusal_as_a_rate_limit(tmp_path, clock):
     import openai
 
@@ -235,7 +267,7 @@ async def test_an_image_that_breaks_off_costs_its_pixels(tmp_path, clock):
 async def test_the_networks_input_is_charged_too(tmp_path, clock):
     """A request may choose a large input for a small image."""
     async with running(tmp_path, cache_bytes=0) as run:
-        cost = Cost(10**9)
+        cost = Cost(10**9, charge_late=print)
         current_cost.set(cost)
         larger = View(spec=PreprocessSpec(resize=112, crop=112))
         await run.service.pipeline.analyse(photo(), lambda analysed: None, larger)
@@ -315,7 +347,7 @@ async def test_the_balance_falls_below_zero_by_at_most_one_request(tmp_path, clo
 
 
 def test_threads_add_to_one_cost():
-    cost = Cost(10**9)
+    cost = Cost(10**9, charge_late=print)
     threads = [threading.Thread(target=lambda: [cost.add(1) for _ in range(5000)]) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -325,7 +357,7 @@ def test_threads_add_to_one_cost():
 
 
 def test_a_cost_accepts_its_limit_and_no_more():
-    cost = Cost(10)
+    cost = Cost(10, charge_late=print)
     cost.add(4)
     with pytest.raises(TooCostly, match="more than 10 pixels"):
         cost.add(7)
@@ -339,9 +371,9 @@ def test_a_cost_accepts_its_limit_and_no_more():
 def test_what_a_task_adds_after_its_request_is_charged_up_to_the_limit():
     """A task of hours that a request started is not refused, and does not use up the client's limit for hours."""
     late: list[int] = []
-    cost = Cost(10)
+    cost = Cost(10, charge_late=late.append)
     cost.add(4)
-    assert cost.settle(late.append) == 4
+    assert cost.settle() == 4
     for _ in range(5):
         cost.add(2)
     assert late == [2, 2, 2]
@@ -397,8 +429,7 @@ async def test_a_client_that_leaves_pays_for_what_goes_on_for_another(tmp_path, 
         assert left == BURST - 2 * REQUEST - IMAGE
 
 
-async def test_a_key_has_its_own_bucket_and_maybe_its_own_limit(tmp_path, clock):
-    own = Limit(pixels_per_s=10, burst_pixels=400, request_pixels=200)
+async def test_a_key_has_its_own_bucket(tmp_path, clock):
     async with running(tmp_path, **LIMITED | {"rate_request_pixels": BURST}) as run:
         async with client_of(run, Principal("a")) as a, client_of(run, Principal("b")) as b:
             assert (await a.get("/v1/models")).status_code == 200
@@ -407,11 +438,6 @@ async def test_a_key_has_its_own_bucket_and_maybe_its_own_limit(tmp_path, clock)
             assert (await run.client.get("/v1/models")).status_code == 200  # an address without a key
         async with client_of(run, Principal(None)) as nobody:
             assert (await nobody.get("/v1/models")).status_code == 429  # the same address
-        async with client_of(run, Principal("c", own)) as c:
-            answers = [await c.get("/v1/models") for _ in range(3)]
-    assert [answer.status_code for answer in answers] == [200, 200, 429]
-    assert answers[0].headers["RateLimit-Policy"] == '"default";q=400;qu="pixels";w=40'
-    assert answers[2].headers["Retry-After"] == "20"
 
 
 async def test_api_keys_are_limited_apart(tmp_path, clock):

@@ -477,7 +477,7 @@ async def test_requests_that_need_admin_and_denied_requests_are_audited(tmp_path
         ("denied", ids["write"], *delete, {"name": "shop"}, 403, "admin", "missing_scope", None),
         ("denied", None, "GET", "unmatched", None, 401, None, "unauthenticated", "no key"),
         ("denied", ids["read"], "POST", EMBED, None, 401, "read", "unauthenticated", "wrong secret"),
-        ("denied", None, "POST", "unmatched", None, 403, None, "cross_origin", None),
+        ("denied", None, "POST", EMBED, None, 403, None, "cross_origin", None),
     ]
     assert (lines[0]["request_id"], lines[0]["client"], lines[0]["key_name"]) == ("one", "203.0.113.9", "admin")
     everything = caplog.text + json.dumps([JsonLines().format(record) for record in caplog.records])

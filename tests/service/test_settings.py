@@ -251,5 +251,32 @@ def test_a_password_file_that_cannot_be_used_is_refused(tmp_path, url, content, 
     assert "other" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("vector_store", "milvus://user:s3cret@milvus:19530"), ("originals_url", "s3://key:s3cret@bucket")],
+)
+def test_a_setting_with_a_secret_can_be_in_a_file(tmp_path, monkeypatch, name, value):
+    (tmp_path / "secret").write_text(f"{value}\n")
+    monkeypatch.setenv(f"DINOV2_{name.upper()}_FILE", str(tmp_path / "secret"))
+    settings = load_settings()
+    assert getattr(settings, name) == value
+    assert "s3cret" not in str(settings.shown())
+    with pytest.raises(ValueError, match=f"{name} and {name}_file must not both be set") as error:
+        load_settings({name: value})
+    assert "s3cret" not in str(error.value)
+    (tmp_path / "secret").write_text("")
+    with pytest.raises(ValueError, match=f"{name}_file: .*is empty"):
+        load_settings()
+
+
+def test_a_secret_in_a_file_is_checked_and_not_shown(tmp_path):
+    (tmp_path / "secret").write_text("milvus://user:s3cret@host:99999999")
+    with pytest.raises(ValueError, match="vector_store") as error:
+        load_settings({"vector_store_file": str(tmp_path / "secret")})
+    assert "s3cret" not in str(error.value)
+    with pytest.raises(ValueError, match=r"vector_store_file: .*No such file"):
+        load_settings({"vector_store_file": str(tmp_path / "none")})
+
+
 def test_a_password_file_without_a_url_is_not_read():
     assert load_settings({"redis_password_file": "/nowhere"}).redis_url is None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from service import shared_buckets
 from service.buckets import Bill, Decision, LocalBuckets, RedisBuckets
 from service.redis_guard import RedisGuard
-from service.shared_buckets import KEEP_S, SEND_AFTER_S, SharedBuckets
+from service.shared_buckets import KEEP_S, SharedBuckets
 
 BURST = 16_000  # microseconds
 UNSENT = BURST // 16
@@ -90,7 +90,10 @@ async def test_redis_is_asked_first_and_then_only_when_it_matters(clock: Clock) 
     await shared.close()
 
 
-async def test_costs_are_sent_soon_and_the_answer_is_the_new_estimate(clock: Clock) -> None:
+async def test_costs_are_sent_soon_and_the_answer_is_the_new_estimate(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_buckets, "SEND_AFTER_S", 0.1)
     redis = FakeRedis(clock)
     one, two = process(redis, clock), process(redis, clock)
     for shared in (one, two):
@@ -98,17 +101,17 @@ async def test_costs_are_sent_soon_and_the_answer_is_the_new_estimate(clock: Clo
     two.charge("a", 10_000, BURST)
     await one.take("a", 100, BURST)
     one.charge("b", 7, BURST)
-    await asyncio.sleep(1.5 * SEND_AFTER_S)
+    await asyncio.sleep(0.15)
     assert sorted(redis.bills[2:], key=len) == [
         {"a": Bill(10_000, 0, BURST)},
         {"a": Bill(100, 0, BURST), "b": Bill(7, 0, BURST)},
     ]
     assert redis.truth.owed_us("a", BURST) == 10_300
     one.charge("a", 1, BURST)
-    await asyncio.sleep(1.5 * SEND_AFTER_S)
+    await asyncio.sleep(0.15)
     assert one._estimates.owed_us("a", BURST) == 10_301  # it knows what the other process has used
     assert len(redis.bills) == 5
-    await asyncio.sleep(1.5 * SEND_AFTER_S)
+    await asyncio.sleep(0.15)
     assert len(redis.bills) == 5  # nothing to send
     await one.close()
     await two.close()

@@ -141,6 +141,21 @@ def test_a_whitened_best_checkpoint_is_made_from_the_trained_one_each_time(image
     assert all(torch.equal(again[name], trained[name]) for name in trained)
 
 
+def test_the_evaluations_of_a_whitened_run_see_whitened_backbones(images, tmp_path, monkeypatch):
+    seen = []
+
+    def evaluated(backbone, data, spec, measure):
+        seen.append(backbone.norm.weight.clone())
+        return Evaluation({"cls": {1: 0.5}}, {}, 0.5, 10**9)
+
+    monkeypatch.setattr(actions, "evaluate_backbone", evaluated)
+    out = tmp_path / "run"
+    loop.train(config(images, out, eval_every_epochs=1, on_measure="warn", epochs=1, whiten=0.1), QUIET)
+    last, _, _ = load_checkpoint(out / "checkpoint.safetensors")
+    assert len(seen) == 2
+    assert torch.equal(seen[-1], last["norm.weight"])
+
+
 def test_a_run_ends_early_if_nothing_gets_better_and_stays_ended(images, tmp_path, monkeypatch):
     measured_as([0.5, 0.8, 0.7, 0.75, 0.9], monkeypatch)
     out = tmp_path / "run"

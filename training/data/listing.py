@@ -35,7 +35,7 @@ class SourceSettings:
     images and held-out images keeps its division. From each other source, `seed` selects the share `held_out_share` to
     hold out. `weights` are the relative shares of the sources in the samples. If it is None, every image is drawn
     equally often. If `sampling` is `balanced`, every class is drawn equally often, within each source if there are
-    weights.
+    weights. The images whose paths are in the text file `exclude`, one per line, are not used.
 
     Raises:
         ValueError: there is no source, a source is given twice or is inside another one, the number of weights differs
@@ -48,6 +48,7 @@ class SourceSettings:
     held_out_share: float
     weights: tuple[float, ...] | None = None
     sampling: Sampling = "uniform"
+    exclude: str | None = None
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -202,6 +203,8 @@ def list_images(settings: SourceSettings, world: World, console: Console) -> Lis
     with progress(show, lambda: f"listing images: {tally}"):
         sources = [_opened(address, settings, tally) for address in settings.data]
         splits = [split_indices(source, settings.held_out_share, settings.seed) for source in sources]
+        if settings.exclude is not None:
+            splits = without_excluded(settings.data, sources, splits, settings.exclude)
     if world.is_main:
         wait_for_all(world)
     source: Source = sources[0]
@@ -222,6 +225,43 @@ def list_images(settings: SourceSettings, world: World, console: Console) -> Lis
     return Listing(
         settings, source, Subset(source, train), Subset(source, held_out), classes[train], classes[held_out], mixture
     )
+
+
+def without_excluded(
+    data: Sequence[str], sources: Sequence[Source], splits: Sequence[tuple[Indices, Indices]], file: str
+) -> list[tuple[Indices, Indices]]:
+    """Return the divisions of the sources without the images whose paths are in the text file `file`, one per line.
+
+    Args:
+        data: the addresses of the sources.
+        sources: the sources.
+        splits: for each source, the numbers of the training images and of the held-out images.
+        file: the text file. Relative paths begin at the working folder. Links are not resolved. Empty lines are
+            ignored.
+
+    Raises:
+        ValueError: the file cannot be read, or a path in it is not an image in one of the folders.
+    """
+    try:
+        lines = Path(file).read_text().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"exclude={file} cannot be read: {error}") from error
+    excluded = {os.path.abspath(line) for line in lines if line}
+    found, kept = set[str](), []
+    for address, source, split in zip(data, sources, splits, strict=True):
+        is_used = np.ones(len(source), bool)
+        if _folder(address) is not None:
+            start = os.path.join(os.path.abspath(address.removeprefix("file://")), "")
+            paths = [start + source.name(index) for index in range(len(source))]
+            is_used = np.array([path not in excluded for path in paths], bool)
+            found |= excluded.intersection(paths)
+        kept.append((split[0][is_used[split[0]]], split[1][is_used[split[1]]]))
+    if missing := sorted(excluded - found):
+        raise ValueError(
+            f"exclude={file}: {len(missing)} of {len(excluded)} paths are not images in a folder of the run's data: "
+            f"{missing[0]}"
+        )
+    return kept
 
 
 def _opened(address: str, settings: SourceSettings, tally: Tally) -> Source:

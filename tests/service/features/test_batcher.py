@@ -14,7 +14,9 @@ import pytest
 from service.clients import ITSELF, Sender, current_sender
 from service.errors import EngineFailed, ModelUnavailable, QueueFull, ShareUsed, ShuttingDown
 from service.features import batcher as service_batcher
+from service.features import engine_faults
 from service.features.batcher import OUTPUTS_PER_PATCH, Batcher
+from service.features.engine_faults import MOST_FAILED, EngineFaults
 from service.telemetry import Metrics
 from tests.fakes import FakeEngine, WorkerKilled, until
 
@@ -413,6 +415,92 @@ async def test_a_hung_worker_is_seen():
         await until(lambda: batcher.health() is None)
         await asyncio.sleep(0.06)
         assert batcher.health() is None  # waiting for work is no hang
+
+
+class Broken:
+    """An engine that raises `error` as soon as one is set. `probe` is the pass that is known to work."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self.passes = self.probes = 0
+
+    def run(self, pixels: np.ndarray, outputs: tuple[str, ...]) -> list[float]:
+        self.passes += 1
+        if self.error is not None:
+            raise self.error
+        return [0.0] * len(pixels)
+
+    def probe(self) -> None:
+        self.probes += 1
+        if self.error is not None:
+            raise self.error
+
+
+@asynccontextmanager
+async def breaking() -> AsyncIterator[tuple[Broken, Batcher]]:
+    engine, limits = Broken(), {"batch_max_patches": 32, "queue_max_images": 100, "queue_max_patches": 1000}
+    batcher = Batcher(engine.run, patch_size=14, metrics=Metrics(), probe=engine.probe, **limits)
+    try:
+        yield engine, batcher
+    finally:
+        batcher.close()
+
+
+async def test_a_sticky_error_of_the_gpu_ends_the_worker_at_once():
+    async with breaking() as (engine, batcher):
+        await batcher.submit(image())
+        engine.error = RuntimeError("CUDA failure 700: an illegal memory access was encountered ; GPU=0")
+        with pytest.raises(EngineFailed):
+            await batcher.submit(image())
+        await until(lambda: not batcher._thread.is_alive())
+        assert "the GPU has failed" in batcher.health()
+        assert (engine.passes, engine.probes) == (2, 0)
+        engine.error = None
+        with pytest.raises(ModelUnavailable, match=r"the GPU has failed.*must be restarted"):
+            batcher.submit(image())
+        with pytest.raises(ModelUnavailable):
+            batcher.reserve(1)
+
+
+async def test_a_batch_is_not_tried_singly_after_a_sticky_error():
+    async with breaking() as (engine, batcher):
+        engine.error = RuntimeError("CUDA error: unspecified launch failure")
+        with batcher._wake:  # so that all images are in one batch
+            futures = [batcher.submit(image()) for _ in range(5)]
+        outcomes = await asyncio.gather(*futures, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [EngineFailed] * 5
+    assert engine.passes == 1
+
+
+async def test_an_engine_that_fails_with_input_that_is_known_to_work_is_not_healthy_until_it_works_again(monkeypatch):
+    monkeypatch.setattr(engine_faults, "PROBE_S", 0.01)
+    async with breaking() as (engine, batcher):
+        engine.error = RuntimeError("CUDA out of memory")
+        with pytest.raises(EngineFailed):
+            await batcher.submit(image())
+        await until(lambda: batcher.health() is not None)
+        assert "forward passes in a row have failed" in batcher.health()
+        assert engine.probes >= MOST_FAILED
+        engine.error = None
+        await until(lambda: batcher.health() is None)  # it is probed although no image waits
+        probes = engine.probes
+        await batcher.submit(image())
+        await asyncio.sleep(0.05)
+    assert engine.probes == probes
+
+
+async def test_one_failed_probe_is_not_enough_and_images_that_fail_never_are():
+    engine = FakeEngine(fails=lambda pixels: bool((pixels == 13).any()))
+    async with batching(engine, probe=lambda: engine.run(image()[None])) as batcher:
+        for _ in range(2 * MOST_FAILED):
+            with pytest.raises(EngineFailed):
+                await batcher.submit(image(13))
+            assert batcher.health() is None
+    faults = EngineFaults(lambda: 1 / 0)
+    for _ in range(MOST_FAILED):
+        assert faults.fault is None
+        faults.failed(RuntimeError("out of memory"))
+    assert "3 forward passes" in faults.fault
 
 
 async def test_closing_fails_what_waits_and_refuses_more():

@@ -1,12 +1,14 @@
 """Tests of indexing: the stored items, the items that a second run skips, and that its stages run concurrently."""
 
 import asyncio
+import gc
 import io
 import os
 import tarfile
 import threading
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from model.preprocess import preprocess
 from service.errors import Conflict, InvalidRequest, ModelMismatch, StorageFailed
 from service.features.images import decode
 from service.ingest import index as index_files
+from service.ingest import unpacking
 from service.ingest.embed import load_ahead
 from service.ingest.folders import Content, Photo
 from service.ingest.index import IndexHooks, IndexOptions, IndexReport, index_photos, pooling_of, vector_tag
@@ -26,6 +29,7 @@ from service.ingest.sources import find_photos
 from service.search.store import CollectionInfo, CollectionSpec, Item
 from tests.dict_store import DictStore
 from tests.fakes import DIMS, SPEC, FakeEngine, fake_artifact, photo, running
+from tests.service.ingest import bombs
 
 ARTIFACT = fake_artifact()
 
@@ -463,3 +467,68 @@ def test_loading_ahead_keeps_the_order_and_passes_errors_on() -> None:
     taken = load_ahead(iter(range(10**9)), slow, ahead=4)
     assert next(taken) == (0, 0)
     taken.close()
+
+
+async def test_archives_that_stand_for_gigabytes_do_not_end_a_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unpacking, "FREE_BYTES", 4 * 2**20)
+    monkeypatch.setattr(unpacking, "MAX_RATIO", 20)
+    bomb = bombs.write(tmp_path / "bomb.tar.gz", bombs.many_images())
+    report = await run(bomb, folder, store=DictStore())
+    assert report.indexed == 6
+    reasons = {problem.source: problem.reason for problem in report.problems}
+    assert reasons[str(bomb)] == "the rest of the tar was not read: it unpacks to more than 20 times its size"
+    assert sum("bomb.tar.gz" in source for source in reasons) == report.failed - 3
+
+
+async def test_the_bytes_of_an_image_are_not_kept_after_it_is_decoded(tmp_path: Path) -> None:
+    """Neither by the items that wait to be written, nor by the record of what is being indexed."""
+    held: list[weakref.ref[Any]] = []
+
+    class Held:
+        """The bytes of an image, as an object whose end can be observed."""
+
+        def __init__(self, index: int) -> None:
+            self.data = photo(index)
+            held.append(weakref.ref(self))
+
+        def load(self) -> Content:
+            return Content(self.data, {})
+
+    def images() -> Iterator[Photo]:
+        for index in range(8):
+            yield Photo(f"{index}.png", f"{index}.png", Held(index).load, None, 100)
+
+    alive: list[int] = []
+    store = Recorder()
+    upsert = store.upsert
+
+    async def counted(collection: str, items: Sequence[Item], **options: Any) -> CollectionInfo:
+        gc.collect()
+        alive.append(sum(one() is not None for one in held))
+        return await upsert(collection, items, **options)
+
+    store.upsert = counted  # type: ignore[method-assign]
+    report = await run(store=store, found=images())
+    assert report.indexed == 8
+    assert alive == [0]
+
+
+def test_reading_in_advance_waits_for_room() -> None:
+    held, stop, done = index_files._Held(10), threading.Event(), threading.Event()
+    held.add(8, stop)
+    held.add(0, stop)  # what is not in memory never waits
+    thread = threading.Thread(target=lambda: (held.add(5, stop), done.set()), daemon=True)
+    thread.start()
+    assert not done.wait(0.2)
+    held.remove(8)
+    assert done.wait(5)
+    held.remove(5)
+    held.add(100, stop)  # one that is larger than the limit comes alone
+    thread = threading.Thread(target=lambda: (held.add(5, stop), done.set()), daemon=True)
+    done.clear()
+    thread.start()
+    assert not done.wait(0.2)
+    stop.set()
+    assert done.wait(5)

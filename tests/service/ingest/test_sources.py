@@ -16,9 +16,10 @@ import pytest
 
 from model.folder import Account
 from service.errors import ImageTooLarge
-from service.ingest.archives import MAX_SIDECAR_BYTES
 from service.ingest.folders import Content, Entry, File, Photo, Problem, Remote, find_place
+from service.ingest.listed import Allowed
 from service.ingest.sources import find_photos, read_photo
+from service.ingest.unpacking import MAX_SIDECAR_BYTES
 from tests.fakes import no_file_left_open, photo
 
 pa = pytest.importorskip("pyarrow", reason="the extra `parquet`")
@@ -289,7 +290,7 @@ def test_parquet_of_paths(tmp_path: Path) -> None:
     path = write_table(
         tmp_path / "x.parquet", {"path": ["a.jpg", "memory://paths/b.jpg", None, "none.jpg"], "n": [1, 2, 3, 4]}
     )
-    contents, problems = taken(path)
+    contents, problems = taken(path, allowed=Allowed(outside=True))
     assert contents == {"a.jpg": (b"A", {"n": 1}), "memory://paths/b.jpg": (b"B", {"n": 2})}
     assert problems == {f"{path}#2": "the row has no address", "none.jpg": "No such file or directory"}
 
@@ -318,7 +319,8 @@ def test_lists(tmp_path: Path) -> None:
     fsspec.filesystem("memory").pipe("/lists/c.jpg", b"C")
     absolute = str(tmp_path / "photos" / "a b.jpg")
     (tmp_path / "list.txt").write_text(f"photos/a b.jpg\n\n{absolute}\nmemory://lists/c.jpg\nphotos/none.jpg\n")
-    contents, problems = taken(tmp_path / "list.txt")
+    outside = Allowed(outside=True)
+    contents, problems = taken(tmp_path / "list.txt", allowed=outside)
     assert contents == {"photos/a b.jpg": (b"A", {}), absolute: (b"A", {}), "memory://lists/c.jpg": (b"C", {})}
     assert problems == {"photos/none.jpg": "No such file or directory"}
     lines = [
@@ -330,7 +332,7 @@ def test_lists(tmp_path: Path) -> None:
     ]
     text = "\n".join(json.dumps(line) for line in lines)
     (tmp_path / "list.jsonl").write_text(f"{text}\n{{broken\n")
-    contents, problems = taken(tmp_path / "list.jsonl")
+    contents, problems = taken(tmp_path / "list.jsonl", allowed=outside)
     assert contents == {"one": (b"A", {"brand": "x", "n": 1})}
     where = f"{tmp_path / 'list.jsonl'}:"
     assert {source.removeprefix(where): reason for source, reason in problems.items()} == {

@@ -1,5 +1,6 @@
 """Tests of the comparison of two artifacts: stored features, crops, and the command with real models."""
 
+import asyncio
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +18,14 @@ from service.jobs import compare as compare_module
 from service.jobs.compare import CompareOptions, Progress, compare, list_file
 from service.jobs.gate import Evidence, judge
 from service.jobs.gate_scores import Pair
+from service.jobs.live_sample import drawn_live
 from service.jobs.own_views import own_views
-from service.jobs.verdict import GateRules
+from service.jobs.verdict import GateRules, LiveFigures
+from service.originals import Originals, source_of
+from service.search.embedded import open_embedded
+from service.search.store import CollectionSpec, Item
+from service.settings import Settings
+from service.tags import make_tag
 from tests.fakes import FakeEngine, fake_artifact, no_file_left_open, photo
 
 RULES = GateRules(min_queries=10)
@@ -30,9 +37,10 @@ class Engines:
     def __init__(self) -> None:
         self.loaded: list[tuple[str, FakeEngine]] = []
         self.precision = "fp32"
+        self.seeds: dict[str, int] = {}
 
     def choose(self, artifact, name, *, threads=None):
-        engine = FakeEngine(precision=self.precision)
+        engine = FakeEngine(precision=self.precision, seed=self.seeds.get(artifact.fingerprint[0], 0))
         self.loaded.append((artifact.fingerprint[0], engine))
         return SimpleNamespace(engine=engine)
 
@@ -137,6 +145,52 @@ def test_the_default_list_is_in_the_data_folder(tmp_path: Path) -> None:
     assert list_file(tmp_path, tmp_path / "a" / "shop") != list_file(tmp_path, tmp_path / "b" / "shop")
 
 
+async def fill(data_dir: Path, images: dict[str, list[bytes]]) -> None:
+    """Make collections that store their images."""
+    store, originals = await open_embedded(data_dir), Originals(data_dir / "originals")
+    tag = make_tag("a" * 64, "cls", (28, 28), "fp32")
+    for name, content in images.items():
+        await store.create(name, CollectionSpec(tag, 8, originals=name != "without"))
+        for n, image in enumerate(content):
+            digest = await originals.put(image)
+            item = Item(f"i{n}", np.eye(8, dtype=np.float32)[n % 8], source=source_of(digest), digest=digest)
+            await store.upsert(name, [item], tag=tag)
+    await store.close()
+    await originals.close()
+
+
+def test_neighbours_in_collections_are_compared(engines: Engines, folder: Path, tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path)
+    images = [photo(200 + n) for n in range(20)]
+    broken = b"no image"
+    asyncio.run(fill(tmp_path, {"shop": [*images, broken], "two": images[:2], "without": images[:5]}))
+    arguments = (folder, tmp_path, CompareOptions(rules=RULES))
+    before = compare(Path("a"), Path("b"), *arguments)
+    assert before.figures.live_neighbours_kept == ()
+    said: list[str] = []
+    with no_file_left_open(), drawn_live(settings, said.append) as live:
+        assert {name: len(digests) for name, (_, digests) in live.collections.items()} == {"shop": 21, "two": 2}
+        same = compare(Path("a"), Path("b"), *arguments, Progress(), live)
+        engines.seeds["b"] = 5
+        other = compare(Path("a"), Path("b"), *arguments, Progress(), live)
+    assert same.figures.live_neighbours_kept == (LiveFigures("shop", 20, 1.0),)
+    [shown] = other.figures.live_neighbours_kept
+    assert 0.2 < shown.kept < 0.95
+    assert (other.passed, other.reasons) == (before.passed, before.reasons)
+    assert said == []
+
+
+def test_collections_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+    said: list[str] = []
+    with drawn_live(Settings(data_dir=tmp_path), said.append) as live:
+        assert live.collections == {}
+    assert said == []
+    (tmp_path / "search.sqlite3").write_bytes(b"no database" * 1000)
+    with drawn_live(Settings(data_dir=tmp_path), said.append) as live:
+        assert live.collections == {}
+    assert "cannot be read" in said[0]
+
+
 def test_crops_depend_on_the_file_and_show_a_part_of_the_image() -> None:
     image = np.random.default_rng(0).integers(0, 256, (90, 160, 3), dtype=np.uint8)
     views = own_views(image, "ab" * 32, 20)
@@ -229,7 +283,7 @@ def test_the_command_passes_a_model_against_itself_and_refuses_random_weights(
 def test_the_engine_is_that_of_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[CompareOptions] = []
 
-    def fake(champion, challenger, folder, data_dir, options, progress):
+    def fake(champion, challenger, folder, data_dir, options, progress, live):
         used.append(options)
         images = np.eye(4, dtype=np.float32)
         return judge(Evidence(Pair(images, images), ["a", "a", "b", "b"]), options.rules)

@@ -4,6 +4,7 @@ collects an answer before it returns it."""
 import asyncio
 import json
 import random
+import re
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -36,6 +37,7 @@ class Stream:
 
     def __init__(self, app: Any, path: str, last_event_id: str | None = None, method: str = "GET") -> None:
         path, _, query = path.partition("?")
+        self.named = "named=false" not in query
         headers = [(b"host", b"x"), (b"accept-encoding", b"gzip")]
         if last_event_id is not None:
             headers.append((b"last-event-id", last_event_id.encode()))
@@ -77,6 +79,7 @@ class Stream:
             self.last_id = fields.get("id", self.last_id)
             if "data" in fields:
                 self.messages.append(json.loads(fields["data"]))
+                assert fields.get("event") == (self.messages[-1]["kind"] if self.named else None)
                 assert fields["id"] == str(self.messages[-1]["number"])
         self.ended = not message["more_body"]
 
@@ -126,6 +129,25 @@ async def test_a_stream_sends_each_event_and_ends_with_the_job(tmp_path):
     assert stream.messages[2]["data"] == {"progress": 0.5, "text": "half", "metrics": {"loss": 1.5}}
     assert stream.messages[-1]["data"]["state"] == shown["state"] == "succeeded"
     assert stream.ended
+
+
+async def test_events_without_a_name_reach_onmessage(tmp_path):
+    async with service(tmp_path) as (run, store):
+        job_id = store.create(NewJob(KIND)).id
+        store.request_cancel(job_id)
+        named, plain = [
+            (await run.client.get(f"/v1/jobs/{job_id}/events{query}")).text for query in ("", "?named=false")
+        ]
+        streams = [Stream(run.app, f"{ALL}?last_event_id=0{query}") for query in ("", "&named=false")]
+        for stream in streams:
+            await read(stream, 3)
+            await stream.close()
+        wrong = await run.client.get(f"/v1/jobs/{job_id}/events?named=perhaps")
+    assert [line for line in named.splitlines() if line.startswith("event: ")] == [
+        *("event: state", "event: cancel", "event: state")
+    ]
+    assert plain == re.sub("^event: .*\n", "", named, flags=re.MULTILINE)
+    assert (wrong.status_code, wrong.json()["param"]) == (422, "named")
 
 
 async def test_a_client_that_reconnects_misses_and_repeats_nothing(tmp_path):
@@ -375,8 +397,8 @@ async def test_a_store_that_fails_ends_the_stream(tmp_path, caplog):
 @pytest.mark.parametrize("text", ["a\nb\r\n\n data: x", "größe 🙂", "\u2028\u2029\x85", "\ud800", 10**40, float("nan")])
 def test_no_value_breaks_the_format(text):
     event = encoded(Event(7, "a-1", 0.0, "step", {"name": "x", "result": text}))
-    head, body, *rest = event.decode().split("\n")
-    assert (head, rest) == ("id: 7", ["", ""])
+    head, kind, body, *rest = event.decode().split("\n")
+    assert (head, kind, rest) == ("id: 7", "event: step", ["", ""])
     assert "\r" not in body
     result = json.loads(body.removeprefix("data: "))["data"]["result"]
     assert result == text or (result is None and text != text)

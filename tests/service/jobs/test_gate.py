@@ -205,7 +205,7 @@ def test_nan_in_a_crop_is_refused() -> None:
     crops = INDEX[:, None].copy()
     crops[3, 0, 0] = np.inf
     verdict = judge(Evidence(Pair(INDEX, INDEX), views=Pair(INDEX[:, None], crops)))
-    assert verdict.reasons == ("a feature of a crop or of a live query is NaN or infinite",)
+    assert verdict.reasons == ("a feature of a crop is NaN or infinite",)
 
 
 def test_images_without_labels_are_judged_by_their_crops() -> None:
@@ -257,10 +257,12 @@ def test_neighbours_kept_is_the_overlap_of_the_nearest_images() -> None:
 def test_live_neighbours_are_information_only() -> None:
     rng = np.random.default_rng(7)
     live = Pair(rng.normal(size=(40, 8)).astype(np.float32), rng.normal(size=(40, 8)).astype(np.float32))
-    verdict = judge(Evidence(Pair(INDEX, INDEX), names(INDEX_LABELS), live=live))
+    few = Pair(live.champion[:2], live.challenger[:2])
+    verdict = judge(Evidence(Pair(INDEX, INDEX), names(INDEX_LABELS), live={"shop": live, "few": few}))
     assert verdict.passed
-    assert verdict.figures.live_neighbours_kept is not None
-    assert verdict.figures.live_neighbours_kept == pytest.approx(10 / 39, abs=0.1)
+    [shown] = verdict.figures.live_neighbours_kept
+    assert (shown.collection, shown.n_items) == ("shop", 40)
+    assert shown.kept == pytest.approx(10 / 39, abs=0.1)
 
 
 def test_a_verdict_is_json() -> None:

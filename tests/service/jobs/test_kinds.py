@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,11 @@ import pytest
 from service.errors import InvalidRequest
 from service.jobs.context import ChildFailed, Context, Hold, JobFailed
 from service.jobs.evaluate import PATHS, EvaluateParams
-from service.jobs.kinds import KINDS, checked_params
+from service.jobs.kinds import KINDS, accepted_params, checked_params
 from service.jobs.records import Job, NewJob
 from service.jobs.roots import data_source, model_source
 from service.jobs.store import JobStore
-from service.jobs.train import MODELS, REFUSED, last_line, progress_of
+from service.jobs.train import MODELS, REFUSED, last_line, phase_of, progress_of
 from service.settings import Settings
 
 
@@ -147,6 +149,51 @@ def test_a_recipe_is_a_name(settings: Settings) -> None:
             checked_params("train", {"data": ["shop"], "recipe": recipe}, settings)
 
 
+@pytest.mark.parametrize(
+    ("params", "error"),
+    [
+        ({"recipe": "continu"}, r"unknown recipe 'continu': .*continue, .*smoke"),
+        ({"recipe": "continue"}, "the recipe continue needs init"),
+        ({"recipe": "smoke", "overrides": ["epoch=3"]}, "unknown setting 'epoch': did you mean epochs"),
+        ({"recipe": "smoke", "overrides": ["epochs=3", "flip=1.5"]}, "flip=1.5: must be at most 1"),
+        ({"recipe": "smoke", "overrides": ["epochs=3"], "hours": 2}, "--hours 2 and epochs contradict each other"),
+    ],
+)
+def test_a_training_that_could_not_start_is_refused_at_once(
+    settings: Settings, params: dict[str, Any], error: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=error):
+        accepted_params("train", {"data": ["shop"], **params}, settings)
+
+
+def test_the_settings_of_a_training_are_checked_without_torch(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "no-torch").mkdir()
+    (tmp_path / "no-torch" / "torch.py").write_text("raise ImportError('torch is not installed')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "no-torch"))
+    params = {"data": ["shop"], "recipe": "continue", "overrides": ["init=dinov2_vits14"]}
+    assert accepted_params("train", params, settings) == checked_params("train", params, settings)
+    assert caplog.text == ""  # it was checked
+
+
+@pytest.mark.parametrize("way", ["slow", "broken", "missing"])
+def test_a_training_whose_settings_cannot_be_checked_is_accepted(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, way: str
+) -> None:
+    def start(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
+        assert way != "missing"
+        if way == "slow":
+            raise subprocess.TimeoutExpired(command, options["timeout"])
+        return subprocess.CompletedProcess(command, 1, b"", b"Traceback")
+
+    monkeypatch.setattr(subprocess, "run", start)
+    if way == "missing":
+        monkeypatch.setattr("service.jobs.train.find_spec", lambda name: None)
+    accepted_params("train", {"data": ["shop"], "recipe": "unknown"}, settings)
+    assert ("were not checked" in caplog.text) == (way != "missing")
+
+
 def _is_text(field: Any) -> bool:
     """Return whether a setting is a path or any text."""
     words = str(field.annotation)
@@ -254,6 +301,34 @@ def test_progress_of_a_run_that_has_just_begun(tmp_path: Path) -> None:
     assert last_line(tmp_path / "metrics.jsonl") == {}
     (tmp_path / "evaluations.jsonl").write_text('{"step": 0, "knn_cls_10": 0.5}\n')
     assert progress_of(tmp_path)[2] == {"evaluation_step": 0, "evaluation_knn_cls_10": 0.5}
+
+
+def test_a_training_tells_what_it_does_before_its_first_step(context_of: Callable[..., Commands]) -> None:
+    context = context_of("train", data="shop", recipe="smoke")
+    texts = []
+    context.report = lambda progress, text="", metrics=None: texts.append(text)  # type: ignore[method-assign]
+
+    def run() -> str:
+        context._recent = b"Warning: slow\n08:03:57  listing images\n08:03:58  decoding 5 images, 40 %\n08:03:59  comp"
+        return ""
+
+    context.answer = run
+    KINDS["train"].run(context)
+    assert texts == ["decoding 5 images, 40 %"]
+    assert phase_of("") == phase_of("Traceback\n") == ""
+
+
+def test_a_child_knows_that_it_belongs_to_a_job(context_of: Callable[..., Commands]) -> None:
+    context = context_of("train", data="shop", recipe="smoke")
+    code = "from cli.shared import tell_next; print('08:00:00  before'); tell_next('dinov2 serve'); print('after')"
+    assert Context.run(context, [sys.executable, "-c", code]) == context.recent_output == "08:00:00  before\nafter\n"
+
+
+def test_advice_is_printed_outside_of_jobs(capsys: pytest.CaptureFixture[str]) -> None:
+    from cli.shared import tell_next
+
+    tell_next("dinov2 serve")
+    assert capsys.readouterr().out == "next: dinov2 serve\n"
 
 
 def test_export(tmp_path: Path, context_of: Callable[..., Commands]) -> None:

@@ -16,7 +16,7 @@ from model.export.options import Backbone, ExportOptions
 from service.errors import InvalidRequest
 from service.generations import Generations
 from service.jobs.context import ChildFailed, ChildKilled, Context
-from service.jobs.kinds import KINDS, checked_params
+from service.jobs.kinds import KINDS, accepted_params, checked_params
 from service.jobs.records import Job, NewJob
 from service.jobs.store import JobStore
 from service.jobs.worker import Times, Worker
@@ -134,7 +134,8 @@ def test_a_better_model_becomes_live(settings: Settings, commands: Commands) -> 
     assert "--rule=margin=0.02" in compare
     assert promote[2] == new
     assert job.results["migrate"]["lost"] == {"shop": 1}
-    assert Generations(settings.data_dir).all()[1].metrics == {"gate": {"passed": True, "reasons": []}}
+    expected = {"gate": {"passed": True, "reasons": []}, "gate_held_out": False}
+    assert Generations(settings.data_dir).all()[1].metrics == expected
 
 
 def test_a_worse_model_is_refused_and_the_reasons_are_told(settings: Settings, commands: Commands) -> None:
@@ -147,6 +148,54 @@ def test_a_worse_model_is_refused_and_the_reasons_are_told(settings: Settings, c
     live = Generations(settings.data_dir).live()
     assert live is not None
     assert live.number == 1
+
+
+def test_the_training_does_not_see_the_images_of_the_gate(settings: Settings, commands: Commands) -> None:
+    shop = settings.data_dir / "datasets" / "shop"
+    for n in range(3, 12):
+        (shop / f"{n}.png").write_bytes(photo(n))
+    store, job_id = started(settings, "retrain", data=["shop"], gate_rules={"min_queries": 4})
+    job = run(store, job_id, settings)
+    assert job.state == "succeeded", job.error
+    train, _, compare, _ = commands.calls
+    [exclude] = [Path(each.removeprefix('exclude="')[:-1]) for each in train if each.startswith("exclude=")]
+    excluded = exclude.read_text().split("\n")
+    [file] = [Path(each.removeprefix("--set=")) for each in compare if each.startswith("--set=")]
+    assert sorted(excluded) == sorted(str(shop / image["path"]) for image in json.loads(file.read_text())["images"])
+    assert len(excluded) == 4
+    assert (job.metrics["gate_images"], job.metrics["gate_held_out"]) == (4, True)
+    assert "the training leaves out 4 files" in store.read_log(job_id)[0].decode()
+    assert Generations(settings.data_dir).all()[1].metrics["gate_held_out"] is True
+
+
+def test_a_job_tells_that_its_images_are_too_few_to_hold_some_out(settings: Settings, commands: Commands) -> None:
+    store, job_id = started(settings, "retrain", data=["shop"])
+    job = run(store, job_id, settings)
+    assert not any(each.startswith("exclude=") for each in commands.calls[0])
+    assert job.metrics["gate_held_out"] is False
+    assert "too few to hold out 300 (min_queries)" in store.read_log(job_id)[0].decode()
+
+
+def test_a_dry_run_only_reports(settings: Settings, commands: Commands) -> None:
+    async def fill() -> None:
+        store = await open_embedded(settings.data_dir)
+        tag = make_tag("a" * 64, "cls", (28, 28), "fp32")
+        await store.upsert("shop", [Item("ready-made", np.eye(8, dtype=np.float32)[0])], tag=tag)
+        await store.close()
+
+    asyncio.run(fill())
+    commands.answers["train"] = lambda arguments: "08:03:57  3 images to train on\n08:03:58  estimated time: 5 s\n"
+    store, job_id = started(settings, "retrain", data=["shop"], dry_run=True)
+    job = run(store, job_id, settings)
+    assert (job.state, job.text) == ("succeeded", "this was a dry run: nothing has changed")
+    plan = job.results["plan"]
+    assert plan["champion"]["generation"] == 1
+    assert (plan["gate"]["images"], plan["gate"]["held_out"]) == (3, False)
+    assert (plan["collections"], plan["lost"]) == ({"shop": 1}, {"shop": 1})
+    assert plan["training"] == ["3 images to train on", "estimated time: 5 s"]
+    assert commands.names() == ["train"]
+    assert "--dry-run" in commands.calls[0]
+    assert not (settings.data_dir / "gate").exists()
 
 
 def test_a_missing_image_of_the_gate_ends_the_job_before_the_training(settings: Settings, commands: Commands) -> None:
@@ -227,6 +276,7 @@ def test_a_service_that_never_started_has_no_live_model(tmp_path: Path, commands
         ("retrain", {"data": ["shop"], "gate_data": "nothing"}, "is not a folder"),
         ("retrain", {"data": ["shop"], "share": 0}, "share"),
         ("retrain", {"data": ["shop"], "overrides": ["mlflow=x"]}, "mlflow"),
+        ("retrain", {"data": ["shop"], "overrides": ["exclude=/etc/passwd"]}, "exclude"),
         ("reindex", {}, "either collections or promote=true"),
         ("reindex", {"collections": ["shop"], "promote": True}, "either collections or promote=true"),
         ("reindex", {"promote": True, "model": "unknown"}, "unknown"),
@@ -236,6 +286,12 @@ def test_a_service_that_never_started_has_no_live_model(tmp_path: Path, commands
 def test_wrong_parameters_are_refused(settings: Settings, kind: str, params: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         checked_params(kind, params, settings)
+
+
+def test_a_retraining_that_could_not_start_is_refused_at_once(settings: Settings) -> None:
+    with pytest.raises(InvalidRequest, match=r"lr=-1: must be more than 0"):
+        accepted_params("retrain", {"data": ["shop"], "overrides": ["lr=-1"]}, settings)
+    accepted_params("retrain", {"data": ["shop"], "overrides": ["lr=0.001"]}, settings)  # starts from the live model
 
 
 def test_reindex_runs_the_command_of_its_parameters(settings: Settings, commands: Commands) -> None:

@@ -4,12 +4,14 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from service.jobs.blocked import why_blocked
 from service.jobs.kind import JobParams, Kind
 from service.jobs.kinds import KINDS as REAL_KINDS
 from service.jobs.opened import OpenedJobs, _Progress
@@ -259,6 +261,17 @@ async def test_what_is_wrong_with_a_job_is_a_422_that_names_it(tmp_path, body, w
     assert len(answer.content) < 4000
 
 
+async def test_a_training_with_an_unknown_setting_is_a_422(tmp_path):
+    async with running(tmp_path) as run:
+        body = {"kind": "train", "data": ["shop"], "recipe": "smoke", "overrides": ["epoch=3"]}
+        job = await run.client.post(JOBS, json=body)
+        schedule = await run.client.put("/v1/schedules/weekly", json={**body, "every": "6 h"})
+        assert not (tmp_path / "jobs").exists()
+    for answer in (job, schedule):
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+        assert answer.json()["detail"].startswith("unknown setting 'epoch': did you mean epochs")
+
+
 async def test_hostile_bodies_and_queries(tmp_path):
     async with service(tmp_path) as run:
         await created(run)
@@ -383,6 +396,37 @@ async def test_metrics_of_jobs(tmp_path):
     age = next(float(line.split()[1]) for line in text.splitlines() if line.startswith("dinov2_worker_heartbeat_age"))
     assert 45 <= age < 100
     assert "dinov2_worker_heartbeat_age_seconds 0.0" in left
+
+
+async def test_a_job_says_that_no_worker_can_start_it(tmp_path):
+    async with service(tmp_path) as run:
+        store = store_of(run)
+
+        async def blocked(job_id: str) -> tuple[str | None, float]:
+            shown = (await run.client.get(f"{JOBS}/{job_id}")).json()["blocked"]
+            listed = (await run.client.get(JOBS)).json()["data"]
+            assert [job["blocked"] for job in listed if job["id"] == job_id] == [shown]
+            metrics = (await run.client.get("/metrics")).text.splitlines()
+            return shown, next(float(line.split()[1]) for line in metrics if line.startswith("dinov2_jobs_blocked "))
+
+        job_id = await created(run, not_before="2100-01-01T00:00:00Z")
+        store.workers.beat(WorkerRow("w1", "host", 1, ("sleep",), 0.0, 0.0))
+        assert await blocked(job_id) == (None, 0)  # it is not due
+        answer = await run.client.post(JOBS, json={"kind": "steps"})
+        why = "no running worker runs jobs of the kind steps: start one with `dinov2 worker`"
+        assert answer.json()["blocked"] == why
+        assert await blocked(answer.json()["id"]) == (why, 1)
+        store.workers.beat(WorkerRow("w2", "host", 2, ("steps", "sleep"), 0.0, 0.0))
+        assert await blocked(answer.json()["id"]) == (None, 0)
+
+
+def test_a_job_that_waits_for_the_first_worker_is_not_blocked_at_once(tmp_path):
+    job = JobStore(tmp_path).create(NewJob("train"))
+    worker = WorkerRow("w1", "host", 1, ("export",), 0.0, 0.0)
+    assert why_blocked(job, [], job.created + 5) is None
+    assert why_blocked(job, [], job.created + 11) == "no worker is running: start one with `dinov2 worker`"
+    assert "kind train, which needs torch" in str(why_blocked(job, [worker], job.created))
+    assert why_blocked(replace(job, state="running"), [worker], job.created) is None
 
 
 def test_a_report_without_news_is_no_progress(tmp_path):

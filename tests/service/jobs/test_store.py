@@ -19,6 +19,7 @@ from service.jobs.leases import MAX_LOSSES
 from service.jobs.process import LOCK
 from service.jobs.records import FINISHED, Job, Lease, LeaseLost, NewJob
 from service.jobs.store import JobStore
+from service.times import iso_time
 
 ROOT = Path(__file__).parents[3]
 LEASE_S = 8.0
@@ -184,7 +185,7 @@ class Machine(RuleBasedStateMachine):
     def approve(self, job: str) -> None:
         if one := self.asked(job, {"waiting"}, lambda job: self.store.approve(job, "Ada")):
             one.state, one.waiting_for, one.not_before = "queued", None, self.clock.time
-            one.steps["approval"] = {"approved_by": "Ada", "time": self.clock.time}
+            one.steps["approval"] = {"approved_by": "Ada", "approved_at": iso_time(self.clock.time)}
             one.losses = 0
 
     @rule(job=jobs)

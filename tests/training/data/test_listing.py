@@ -53,6 +53,32 @@ def two(tmp_path):
     return own, fill(tmp_path / "plain", cats=6, birds=4)
 
 
+# Excluded images
+
+
+def test_excluded_images_are_neither_trained_on_nor_held_out(tmp_path):
+    plain, own = fill(tmp_path / "plain", a=6, b=4), fill(tmp_path / "own", **{"train/c": 3, "val/c": 2})
+    out = [plain / "a" / "0.png", plain / "b" / "3.png", own / "train" / "c" / "1.png", own / "val" / "c" / "0.png"]
+    (tmp_path / "out.txt").write_text("\n".join(map(str, out)) + "\n")
+    before = listed(tmp_path, plain, own)
+    after = listed(tmp_path, plain, own, exclude=str(tmp_path / "out.txt"))
+    gone = {"1/a/0.png", "1/b/3.png", "2/train/c/1.png", "2/val/c/0.png"}
+    assert names(after.train) == [name for name in names(before.train) if name not in gone]
+    assert names(after.held_out) == [name for name in names(before.held_out) if name not in gone]
+    assert len(after.train) + len(after.held_out) == len(before.train) + len(before.held_out) - len(gone)
+    assert len(after.train_classes.numbers) == len(after.train)
+
+
+@pytest.mark.parametrize("text", ["{folder}/a/9.png", "{folder}/a/0.png\na/0.png", None])
+def test_a_list_of_excluded_images_that_does_not_fit_is_refused(tmp_path, text):
+    folder, file = fill(tmp_path / "images", a=4), tmp_path / "out.txt"
+    if text is not None:
+        file.write_text(text.format(folder=folder))
+    message = "1 of . paths are not images" if text else "cannot be read"
+    with pytest.raises(ValueError, match=rf"exclude={file}.*{message}"):
+        listed(tmp_path, folder, exclude=str(file))
+
+
 # One source
 
 
