@@ -114,7 +114,7 @@ def measure(artifact: Artifact, photos: list[bytes], arguments: argparse.Namespa
     bare, http, memory, statuses = [], [], [], Counter[int]()
     stages: dict[str, list[float]] = {}
     latency: list[float] = []
-    settings = {"cache_bytes": "0", "queue_max_images": str(arguments.clients)}
+    settings = {"cache_bytes": "0", "queue_max_images": str(arguments.clients), "client_share": "1"}
     with (
         tempfile.TemporaryDirectory() as data_dir,
         service_process(artifact.path, Path(data_dir), port, **settings) as process,

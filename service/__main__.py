@@ -37,6 +37,8 @@ from model.engines.protocol import Engine
 from service.app import App, create_app
 from service.artifact_choice import Report
 from service.blas import use_one_blas_thread
+from service.connections import Connections
+from service.descriptors import check_descriptors
 from service.errors import ServiceError
 from service.first_model import load_first
 from service.http_protocol import BoundedHttpProtocol
@@ -45,7 +47,7 @@ from service.security import check_reachable
 from service.settings import Settings, load_settings
 from service.starting import Starting
 from service.state import Lifecycle
-from service.telemetry import configure_logging
+from service.telemetry import Metrics, configure_logging
 
 log = logging.getLogger("service")
 
@@ -78,6 +80,7 @@ def serve(overrides: Mapping[str, Any] | None = None) -> int:
         settings = load_settings(overrides)
         configure_logging(settings.log_level, settings.audit_log)
         check_reachable(settings)
+        check_descriptors(settings.max_connections)
         worker = start_local_worker(settings)
         try:
             make_server(settings, on_exit=worker.ask_to_stop if worker else None).run()
@@ -127,8 +130,15 @@ def make_server(settings: Settings, on_exit: Callable[[], None] | None = None) -
     """Return a server that listens, loads the model, and then answers requests with it. `on_exit` is called when it
     begins to shut down."""
 
+    connections = Connections(
+        settings.max_connections, settings.client_share, are_of_proxies=settings.trusted_proxies > 0
+    )
+
     class HttpProtocol(BoundedHttpProtocol):
         header_timeout_s = settings.header_timeout_s
+        answer_stall_s = settings.answer_stall_s
+        min_bytes_per_s = settings.min_bytes_per_s
+        places = connections
 
     starting = Starting(settings)
     config = uvicorn.Config(
@@ -149,6 +159,7 @@ def make_server(settings: Settings, on_exit: Callable[[], None] | None = None) -
         config,
         starting,
         partial(load, settings),
+        connections,
         grace_s=settings.shutdown_grace_s,
         root_path=settings.root_path,
         on_exit=on_exit,
@@ -174,6 +185,7 @@ class DrainingServer(uvicorn.Server):
         config: uvicorn.Config,
         starting: Starting,
         load: Callable[[Report], Loaded],
+        connections: Connections,
         *,
         grace_s: float,
         root_path: str = "",
@@ -183,6 +195,7 @@ class DrainingServer(uvicorn.Server):
         self._root_path = root_path
         self._starting = starting
         self._load = load
+        self._connections = connections
         self._grace_s = grace_s
         self._on_exit = on_exit
         self._lifecycle: Lifecycle | None = None  # None until the application is ready
@@ -218,6 +231,9 @@ class DrainingServer(uvicorn.Server):
                 server.close()
             raise
         self._lifecycle = loaded.app.state.lifecycle
+        metrics: Metrics = loaded.app.state.service.metrics
+        metrics.connections.set_function(lambda: self._connections.open)
+        self._connections.on_refused = metrics.refused_connections.inc
         self._starting.app = loaded.app
         gc.collect()
         gc.freeze()  # otherwise garbage collections would scan the objects made at startup and delay requests

@@ -12,7 +12,7 @@ import logging
 import platform
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -126,7 +126,10 @@ def create_app(
         on_spans=lambda result, count: metrics.spans.labels(result).inc(count),
     )
     limits, security = Limits.of(settings, metrics), Security(settings)
-    start = _Start(settings, artifact, engine, tried, cache, open_store, metrics, tracing, limits, security, record)
+    lifecycle = Lifecycle.of(settings)
+    start = _Start(
+        settings, artifact, engine, tried, cache, open_store, metrics, tracing, limits, security, lifecycle, record
+    )
     app = App(
         title="dinov2-service",
         version=_version(),
@@ -137,7 +140,7 @@ def create_app(
     app.state.border = start.border()
     app.state.security = security
     app.state.tracing = tracing
-    app.state.lifecycle = start.lifecycle
+    app.state.lifecycle = lifecycle
     app.state.jobs = OpenedJobs(settings)
     app.state.streams = job_events.OpenStreams()
     app.state.cache_status = "ok"  # the status that /readyz logged last
@@ -214,8 +217,8 @@ class _Start:
     tracing: Tracing | None
     limits: Limits | None
     security: Security
+    lifecycle: Lifecycle
     record: Record | None = None
-    lifecycle: Lifecycle = field(default_factory=Lifecycle)
 
     def border(self) -> "partial[Border]":
         """Return a function that puts the `Border` around an application."""

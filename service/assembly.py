@@ -49,7 +49,7 @@ async def opened_service(
         cache: the vector cache. If None, the cache that the settings specify is created.
         metrics, lifecycle: these objects of the process. If None, new ones are created.
     """
-    metrics, lifecycle = metrics or Metrics(), lifecycle or Lifecycle()
+    metrics, lifecycle = metrics or Metrics(), lifecycle or Lifecycle.of(settings)
     async with AsyncExitStack() as stack:
         originals = Originals(settings.originals_place, max_bytes=settings.max_originals_bytes)
         stack.push_async_callback(originals.close)
@@ -60,7 +60,9 @@ async def opened_service(
         decoding = Decoding(DecodeMemory(settings.memory_for_decoding), processes)
         pipeline = make_pipeline(settings, artifact, engine, cache, metrics, decoding)
         stack.push_async_callback(pipeline.close)
-        web_images = WebImages(settings, lifecycle, on_result=lambda result: metrics.image_urls.labels(result).inc())
+        web_images = WebImages(
+            settings, lifecycle.buffer, on_result=lambda result: metrics.image_urls.labels(result).inc()
+        )
         stack.push_async_callback(web_images.close)
         yield Service(
             settings=settings,

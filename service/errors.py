@@ -13,6 +13,7 @@
     │   ├── ItemNotFound                404 item_not_found
     │   └── JobNotFound                 404 job_not_found
     ├── MethodNotAllowed                405 method_not_allowed
+    ├── BodyTooSlow                     408 body_too_slow
     ├── Conflict                        409 conflict
     │   └── ModelMismatch               409 model_mismatch
     ├── PayloadTooLarge                 413 payload_too_large
@@ -21,11 +22,14 @@
     ├── UnsupportedMediaType            415 unsupported_media_type
     │   └── UnsupportedImage            415 unsupported_image
     ├── RangeNotSatisfiable             416 range_not_satisfiable
+    ├── HostNotAllowed                  421 host_not_allowed
     ├── InvalidRequest                  422 invalid_request
+    │   ├── AnswerTooLarge              422 answer_too_large
     │   ├── BrokenImage                 422 broken_image
     │   ├── ImageUrlFailed              422 image_url_failed
     │   └── InvalidItems                422 invalid_items (or the status and code of an item)
     ├── RateLimited                     429 rate_limit_exceeded (Retry-After)
+    │   └── ShareUsed                   429 share_used (Retry-After)
     ├── HeadTooLarge                    431 head_too_large
     ├── ClientGone                      499 client_closed_request (only logged)
     ├── EngineFailed                    500 engine_failed
@@ -143,6 +147,9 @@ class JobNotFound(NotFound): ...
 class MethodNotAllowed(ServiceError): ...
 
 
+class BodyTooSlow(ServiceError): ...
+
+
 class Conflict(ServiceError): ...
 
 
@@ -167,7 +174,13 @@ class UnsupportedImage(UnsupportedMediaType): ...
 class RangeNotSatisfiable(ServiceError): ...
 
 
+class HostNotAllowed(ServiceError): ...
+
+
 class InvalidRequest(ServiceError): ...
+
+
+class AnswerTooLarge(InvalidRequest): ...
 
 
 class BrokenImage(InvalidRequest): ...
@@ -243,6 +256,14 @@ def invalid_items_detail(items: list[ItemError], total: int) -> str:
 class RateLimited(ServiceError): ...
 
 
+class ShareUsed(RateLimited):
+    """The error for a client that occupies so much of a queue or of the memory that it must wait until some of it is
+    free. Other clients are not affected."""
+
+    def __init__(self, detail: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(detail, headers={"Retry-After": str(max(1, retry_after_s))})
+
+
 class HeadTooLarge(ServiceError): ...
 
 
@@ -306,6 +327,7 @@ ERRORS: dict[type[ServiceError], ErrorKind] = {
     ItemNotFound: ErrorKind(404, "item_not_found", "Item not found"),
     JobNotFound: ErrorKind(404, "job_not_found", "Job not found"),
     MethodNotAllowed: ErrorKind(405, "method_not_allowed", "Method not allowed"),
+    BodyTooSlow: ErrorKind(408, "body_too_slow", "Request body too slow"),
     Conflict: ErrorKind(409, "conflict", "Conflict"),
     ModelMismatch: ErrorKind(409, "model_mismatch", "Vectors of another model"),
     PayloadTooLarge: ErrorKind(413, "payload_too_large", "Payload too large"),
@@ -314,11 +336,14 @@ ERRORS: dict[type[ServiceError], ErrorKind] = {
     UnsupportedMediaType: ErrorKind(415, "unsupported_media_type", "Unsupported media type"),
     UnsupportedImage: ErrorKind(415, "unsupported_image", "Unsupported image format"),
     RangeNotSatisfiable: ErrorKind(416, "range_not_satisfiable", "Range not satisfiable"),
+    HostNotAllowed: ErrorKind(421, "host_not_allowed", "Host not allowed"),
     InvalidRequest: ErrorKind(422, "invalid_request", "Invalid request"),
+    AnswerTooLarge: ErrorKind(422, "answer_too_large", "Answer too large"),
     BrokenImage: ErrorKind(422, "broken_image", "Broken image"),
     ImageUrlFailed: ErrorKind(422, "image_url_failed", "Image URL failed"),
     InvalidItems: ErrorKind(422, "invalid_items", "Invalid items"),
     RateLimited: ErrorKind(429, "rate_limit_exceeded", "Rate limit exceeded"),
+    ShareUsed: ErrorKind(429, "share_used", "Share of the client used"),
     HeadTooLarge: ErrorKind(431, "head_too_large", "Head too large"),
     ClientGone: ErrorKind(499, "client_closed_request", "Client closed request"),
     EngineFailed: ErrorKind(500, "engine_failed", "Engine failed"),

@@ -1,9 +1,11 @@
-"""An HTTP protocol for uvicorn that limits the heads of requests, ignores upgrades, and lets the application answer
-malformed requests.
+"""An HTTP protocol for uvicorn that limits connections, the heads of requests and the patience with slow clients,
+ignores upgrades, and lets the application answer malformed requests.
 
 The head of a request consists of the request line and the headers. uvicorn parses requests with httptools. The class in
-this module changes five things:
+this module changes seven things:
 
+- **Connections.** Their number is limited, and one address may only open a share of what the others leave. A connection
+  beyond this is answered with 503 and closed, before anything is read from it.
 - **Heads.** httptools does not limit the size of a head, and joins the pieces of a head in quadratic time. A request
   line of 50 MB blocks the event loop for minutes, and a connection that never completes its head stays open forever.
   uvicorn's other parser, h11, has a size limit, but it is slower and has no time limit. So the class counts the bytes
@@ -16,28 +18,40 @@ this module changes five things:
 - **Early answers.** If a request is answered before its body has been read, uvicorn closes the connection immediately.
   The operating system then sends a reset, and the client may lose the answer. The class first closes only the sending
   side.
-- **Unread answers.** A client that never reads a large answer would keep it in memory forever. The class closes its
-  connection.
+- **Slow bodies.** A client that sends a body more slowly than `min_bytes_per_s` gets status 408.
+- **Unread answers.** The part of an answer that the client has not read counts as memory of the client. If the client
+  reads it more slowly than `min_bytes_per_s`, the connection is closed.
 """
 
 import asyncio
+import fcntl
 import re
+import struct
+import termios
 from asyncio import TimerHandle, Transport
-from typing import Any, Final
+from contextlib import suppress
+from typing import Any, Final, Protocol
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from service.errors import BadRequest, HeadTooLarge, ServiceError
+from service.connections import TURNED_AWAY, Connections
+from service.errors import BadRequest, BodyTooSlow, HeadTooLarge, ServiceError
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_DISCARDED_HEAD_BYTES: Final = 16 * MAX_HEAD_BYTES
 LINGER_S: Final = 10.0
 """The time limit in seconds for discarding the rest of a body after an early answer."""
-STALL_S: Final = 30.0
-"""The time limit in seconds for a client that reads nothing of an answer."""
+BODY_GRACE_S: Final = 10.0
+"""The time in seconds after which the rate of a body is measured, and then measured again."""
 _HOST: Final = re.compile(rb"([A-Za-z0-9._~%!$&'()*+,;=-]*|\[[0-9A-Za-z.:_~%!$&'()*+,;=-]+\])(:[0-9]*)?")
 _UPGRADE_HEADERS: Final = frozenset({b"upgrade", b"http2-settings"})
+
+
+class Account(Protocol):
+    """Counts the bytes that a client occupies in memory."""
+
+    def add(self, client: str, size: int) -> None: ...
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -48,11 +62,19 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     The size is checked after each read from the socket, so a larger head is accepted if it arrives in a single read. An
     idle keep-alive connection is closed by uvicorn's own timeout. The time for a body is limited by the request's
     deadline.
+
+    Subclasses must set these attributes, because uvicorn passes no additional arguments to the constructor.
     """
 
     header_timeout_s: float
-    """The time limit for a head, in seconds. Subclasses must set this attribute, because uvicorn passes no additional
-    arguments to the constructor."""
+    """The time limit for a head, in seconds."""
+    answer_stall_s: float
+    """The time in seconds after which the rate at which a client reads an answer is measured, and then measured
+    again."""
+    min_bytes_per_s: int
+    """The least rate at which a client must send a body and read an answer."""
+    places: Connections
+    """Counts the connections of all instances."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -65,6 +87,12 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             None  # runs while the rest of a body is discarded before the next head
         )
         self._stall_timer: TimerHandle | None = None  # runs while the client reads more slowly than the answer comes
+        self._body_timer: TimerHandle | None = None  # runs while a body is being received
+        self._body_bytes = 0  # received since the body timer was started
+        self._was_paused = False  # whether nothing was read from the connection when it was started
+        self._place: str | None = None  # the name under which the connection is counted; None if it was refused
+        self._unread_bytes = 0  # as they are counted in the account
+        self._account: tuple[Account, str] | None = None  # and the client
         self._refused = False
         self._staged: _StagedTransport
 
@@ -73,37 +101,76 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]  # uvicorn's signature
         super().connection_made(transport)
         self._staged = _StagedTransport(self)
-        self._start_timer()
+        self._place = self.places.admit(self.client[0] if self.client else "")
+        if self._place is None:
+            self._refused = True
+            transport.write(TURNED_AWAY)
+            transport.close()
+        else:
+            self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._place is not None:
+            self.places.forget(self._place)
         self._stop_timer()
         self._stop_watching()
-        for timer in (self._linger_timer, self._discard_timer):
+        for timer in (self._linger_timer, self._discard_timer, self._body_timer):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
 
+    # Unread answers
+
+    def charge_to(self, account: Account, client: str) -> None:
+        """Count the unread bytes of this connection in an account, as memory of a client."""
+        if self._account != (account, client):
+            unread = self._unread_bytes
+            self._count_unread(0)
+            self._account = account, client
+            self._count_unread(unread)
+
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._watch_writing(None)
+        self._watch_writing()
 
     def resume_writing(self) -> None:
         self._stop_watching()
         super().resume_writing()
 
-    def _watch_writing(self, before: int | None) -> None:
-        """Drop the connection if the client has read nothing for `STALL_S` seconds. Otherwise its answer, which may
-        have hundreds of megabytes, would stay in memory. `before` is the number of bytes that were left to send."""
-        left = self.transport.get_write_buffer_size()
-        if before is not None and left >= before:
+    def _watch_writing(self) -> None:
+        """Count what the client has not read, and check after `answer_stall_s` seconds how much it has read."""
+        self._count_unread(self.transport.get_write_buffer_size())
+        self._stall_timer = self.loop.call_later(self.answer_stall_s, self._check_writing, self._unacknowledged())
+
+    def _check_writing(self, before: int) -> None:
+        """Drop the connection if the client reads too slowly. `before` is the number of bytes that it had not received
+        when the measurement began."""
+        if before - self._unacknowledged() < max(1, self.min_bytes_per_s * self.answer_stall_s):
             self.transport.abort()
         else:
-            self._stall_timer = self.loop.call_later(STALL_S, self._watch_writing, left)
+            self._watch_writing()
+
+    def _unacknowledged(self) -> int:
+        """Return the number of bytes that the client has not received yet. They include the send buffer of the
+        operating system, which takes up megabytes at once and would hide the rate of a client for minutes."""
+        unsent = 0
+        with suppress(OSError):
+            unsent = struct.unpack(
+                "i", fcntl.ioctl(self.transport.get_extra_info("socket"), termios.TIOCOUTQ, b"0000")
+            )[0]
+        return self.transport.get_write_buffer_size() + unsent
 
     def _stop_watching(self) -> None:
+        self._count_unread(0)
         if self._stall_timer is not None:
             self._stall_timer.cancel()
             self._stall_timer = None
+
+    def _count_unread(self, unread: int) -> None:
+        if self._account is not None:
+            account, client = self._account
+            account.add(client, unread - self._unread_bytes)
+            self._unread_bytes = unread
 
     def close_in_steps(self) -> None:
         """Close the connection after an answer.
@@ -134,7 +201,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         except httptools.HttpParserError as error:
             self._refuse(BadRequest(f"the request is not valid HTTP/1.1: {_reason(error)}"))
             return
-        if self.transport.is_closing() or not self._pending_bytes:
+        if self.transport.is_closing():
+            return
+        if not self._in_head and self._body_timer is None:
+            self._watch_body()
+        if not self._pending_bytes:
             return
         if self._pending_bytes > MAX_HEAD_BYTES:
             self._refuse(HeadTooLarge(f"the request line and the headers are larger than {MAX_HEAD_BYTES} bytes"))
@@ -178,12 +249,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._pending_bytes, self._in_head = 0, False
         self._stop_timer()
         self.cycle.transport = self._staged  # type: ignore[assignment]
+        self.scope["connection"] = self  # type: ignore[typeddict-unknown-key]  # for `charge_to`
         fault = _head_fault(self.headers, self.parser.get_http_version())
         if fault is not None:
             self._refuse_current(BadRequest(fault))
 
     def on_body(self, body: bytes) -> None:
         self._pending_bytes = 0
+        self._body_bytes += len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -191,6 +264,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             return
         self._pending_bytes, self._in_head = 0, True
         super().on_message_complete()
+        if self._body_timer is not None:
+            self._body_timer.cancel()
+            self._body_timer = None
         if self._discard_timer is not None:
             self._discard_timer.cancel()
             self._discard_timer = None
@@ -203,6 +279,27 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if self.cycle.more_body and self.cycle.response_complete and self._linger_timer is None:
             self._discard_timer = self.loop.call_later(LINGER_S, self.transport.close)
+
+    def _watch_body(self) -> None:
+        self._body_bytes, self._was_paused = 0, self.flow.read_paused
+        self._body_timer = self.loop.call_later(BODY_GRACE_S, self._check_body)
+
+    def _check_body(self) -> None:
+        """Refuse a request whose body arrives too slowly. If the application has not read what has arrived, the client
+        is not to blame."""
+        self._body_timer = None
+        if self.cycle.response_complete:  # the rest of the body is discarded
+            return
+        is_slow = self._body_bytes < self.min_bytes_per_s * BODY_GRACE_S
+        if is_slow and not (self._was_paused or self.flow.read_paused):
+            self._refuse(
+                BodyTooSlow(
+                    f"only {self._body_bytes} bytes of the request body have arrived in {BODY_GRACE_S:g} s; the least "
+                    f"rate is {self.min_bytes_per_s} bytes per second"
+                )
+            )
+        else:
+            self._watch_body()
 
     # Refused requests
 
@@ -270,12 +367,18 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
 
 class _StagedTransport:
-    """The transport that uvicorn uses to answer a request. Its `close` calls the protocol's `close_in_steps`."""
+    """The transport that uvicorn uses to answer a request. Its `close` calls the protocol's `close_in_steps`. What is
+    written after the client has disconnected is dropped. uvicorn does not notice this for a request that other requests
+    of the same connection follow, and uvloop raises RuntimeError."""
 
     def __init__(self, protocol: BoundedHttpProtocol) -> None:
-        self.write = protocol.transport.write
+        self._transport = protocol.transport
         self.is_closing = protocol.transport.is_closing
         self.close = protocol.close_in_steps
+
+    def write(self, data: bytes) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(data)
 
 
 def _head_fault(headers: list[tuple[bytes, bytes]], version: str) -> str | None:

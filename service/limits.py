@@ -10,16 +10,16 @@ reasons.
 """
 
 import asyncio
-import ipaddress
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
 from prometheus_client import Counter
 
 from service.buckets import LocalBuckets, RedisBuckets
+from service.clients import Principal, client_name
 from service.costs import Cost
 from service.errors import RateLimited
 from service.redis_guard import RedisGuard
@@ -76,13 +76,6 @@ class Limit:
         remaining = left_us * self.pixels_per_s // 1_000_000 if left_us > 0 else 0
         value = b'"default";r=%d;t=%d' % (remaining, -(-wait_us // 1_000_000))
         return [self.policy, (b"ratelimit", value)]
-
-
-class Principal(Protocol):
-    """The sender of a request. `key_id` is None if the request has no API key."""
-
-    @property
-    def key_id(self) -> str | None: ...
 
 
 class _Client(NamedTuple):
@@ -150,7 +143,8 @@ class Limits:
         """Decide whether a request may run, and take its fixed cost.
 
         Args:
-            principal: the sender of the request, or None if keys are not used.
+            principal: the sender of the request, or None if keys are not used. If it has an attribute `limit` that is
+                not None, this `Limit` replaces the default.
             address: the address of the client. It counts if the request has no key.
 
         Raises:
@@ -190,7 +184,7 @@ class Limits:
         counter.inc(pixels)
 
     def _new_client(self, key_id: str | None, address: str) -> _Client:
-        name = f"address:{_network(address)}" if key_id is None else f"key:{key_id}"
+        name = client_name(key_id, address)
         counter = self._metrics.rate_limit_pixels.labels(self._label(key_id))
         late = partial(self._charge_late, name, counter)
         return _Client(name, counter, partial(asyncio.get_running_loop().call_soon_threadsafe, late))
@@ -221,17 +215,3 @@ def _rate_limited(limit: Limit, owed_us: int) -> RateLimited:
         f"try again in {wait_s} s",
         headers={"Retry-After": str(wait_s), **fields},
     )
-
-
-def _network(address: str) -> str:
-    """Return an IPv4 address, or the network of 64 bits of an IPv6 address, because one client usually has a whole such
-    network. An address of another form is returned unchanged."""
-    try:
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address
-    if isinstance(parsed, ipaddress.IPv4Address):
-        return str(parsed)
-    if parsed.ipv4_mapped is not None:
-        return str(parsed.ipv4_mapped)
-    return str(ipaddress.ip_network((parsed, 64), strict=False))

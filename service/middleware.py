@@ -7,6 +7,7 @@ ASGI application, because Starlette's BaseHTTPMiddleware copies streams and hide
 
 - The bytes of the body are counted as they arrive, because Content-Length may be missing or wrong. Reading stops at the
   limit. A compressed body is decoded as it arrives, and its decoded bytes are counted too.
+- The memory for bodies and for answers that clients have not read is shared out among clients (service/buffer.py).
 - If a request is not answered within `_WATCH_AFTER_S` seconds after its body is complete, a task starts that waits for
   the client to disconnect. If this happens, the task cancels the request, and the pipeline drops those images of the
   request that are still queued.
@@ -29,6 +30,7 @@ from urllib.parse import unquote_to_bytes
 import orjson
 
 from service.access_log import UNMATCHED, request_fields, span_attributes
+from service.clients import ITSELF, Sender, client_of, current_sender
 from service.cors import Cors, parse_origins
 from service.costs import current_cost
 from service.encodings import BodyDecoder, accepts_gzip, body_decoder, gzipped
@@ -41,7 +43,6 @@ from service.errors import (
     PayloadTooLarge,
     ServiceError,
     ShuttingDown,
-    Unavailable,
     openai_body,
     problem_body,
 )
@@ -60,8 +61,10 @@ Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _PROCESS = uuid.uuid4().hex[:20]
+_requests = itertools.count(1)
 _numbers = itertools.count(1)  # cheaper than a random id, which costs a system call
 _NO_FAULTS = frozenset({503, 504})  # caused by load or shutdown, and too frequent to log a traceback for each
+_LARGE_ANSWER_BYTES = 64 * 1024  # smaller answers fit into the buffers of the connection
 _WATCH_AFTER_S = 0.02  # seconds; starting and cancelling a task for every request costs more than a search
 _COMPRESSIBLE = frozenset({b"application/json", b"application/problem+json", b"text/plain", b"text/html"})
 _HIGH_BYTE = re.compile(rb"%[89A-Fa-f][0-9A-Fa-f]|[\x80-\xff]")  # not ASCII
@@ -124,7 +127,9 @@ class _Exchange:
         self._body_ended = False
         self._decoder: BodyDecoder | None = None
         self._decoding_ends = False  # all bytes are received, and some may not be decoded yet
-        self._held: Message | None = None  # the start of an answer whose body will be compressed
+        self._sender = ITSELF
+        self._held: Message | None = None  # the start of an answer that is large or whose body will be compressed
+        self._compresses = False
         self._gone = asyncio.Event()
         self._watch_soon: asyncio.TimerHandle | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -149,7 +154,8 @@ class _Exchange:
             if self._admission is not None and self._limits is not None:
                 self._limits.settle(self._admission)
             lifecycle.in_flight -= counted
-            lifecycle.buffered_bytes -= self._body_bytes
+            lifecycle.buffer.add(self._sender.client, -self._body_bytes)
+            current_sender.set(ITSELF)
             self._metrics.requests_in_flight.set(lifecycle.in_flight)
             self._account(time.perf_counter() - started)
 
@@ -165,6 +171,8 @@ class _Exchange:
                 raise ShuttingDown("the service is shutting down", retry_after_s=1)
             _check_target(self._scope)
             self._check_length()
+            if counted:
+                self._identify()
             if counted and self._limits is not None:
                 self._admission = await self._limits.admit(self._scope["state"].get("principal"), self._client)
                 current_cost.set(self._admission.cost)
@@ -196,6 +204,15 @@ class _Exchange:
             self._set_gone()
         except Exception:  # noqa: BLE001  no exception may reach uvicorn
             await self._unhandled()
+
+    def _identify(self) -> None:
+        """Find out which client sends the request. Its work and its memory are counted from here on."""
+        client = client_of(self._scope["state"].get("principal"), self._client)
+        self._sender = Sender(client, next(_requests))
+        current_sender.set(self._sender)
+        connection = self._scope.get("connection")  # of the server; tests have none
+        if connection is not None:
+            connection.charge_to(self._lifecycle.buffer, client)
 
     async def _unhandled(self) -> None:
         if self._gone.is_set():  # the client disconnected while it was sending the body
@@ -282,15 +299,10 @@ class _Exchange:
         return {"type": "http.request", "body": piece, "more_body": True}
 
     def _count(self, size: int) -> None:
-        self._body_bytes += size
-        self._lifecycle.buffered_bytes += size
-        settings = self._settings
-        if self._body_bytes > settings.max_body_bytes:
+        if self._body_bytes + size > self._settings.max_body_bytes:
             raise self._too_large()
-        if self._lifecycle.buffered_bytes > settings.max_buffered_bytes:
-            raise Unavailable(
-                f"request bodies use more than {settings.max_buffered_bytes} bytes; try again later", retry_after_s=1
-            )
+        self._lifecycle.buffer.take(self._sender.client, size, self._body_bytes)
+        self._body_bytes += size
 
     def _start_watching(self, task: "asyncio.Task[None] | None") -> None:
         self._watcher = asyncio.create_task(self._watch(task))
@@ -316,15 +328,35 @@ class _Exchange:
             if self._admission is not None:
                 headers += self._admission.headers()
             message = {**message, "headers": headers}
-            if b"accept-encoding" in self._headers and self._is_compressible(headers):
+            self._compresses = b"accept-encoding" in self._headers and self._is_compressible(headers)
+            if self._compresses or (self._sender.client and _length(headers) >= _LARGE_ANSWER_BYTES):
                 self._held = message
                 return
         elif self._held is not None:
+            await self._send_held(message)
+            return
+        await self._send(message)
+
+    async def _send_held(self, message: Message) -> None:
+        """Send the start of an answer that was held back, and its body or the first piece of it. The bytes count as
+        memory of the client until they have been passed on to the connection, which then counts what is not read.
+
+        Raises:
+            ShareUsed, Unavailable: there is no room for the answer. Nothing was sent.
+        """
+        buffer, client, size = self._lifecycle.buffer, self._sender.client, len(message.get("body", b""))
+        if client:  # monitoring is never refused
+            buffer.take(client, size, self._body_bytes)
+        try:
             start, self._held = self._held, None
-            if not message.get("more_body", False):
+            assert start is not None
+            if self._compresses and not message.get("more_body", False):
                 start, message = await _compressed(start, message)
             await self._send(start)
-        await self._send(message)
+            await self._send(message)
+        finally:
+            if client:
+                buffer.add(client, -size)
 
     def _is_compressible(self, headers: list[tuple[bytes, bytes]]) -> bool:
         """Return whether an answer with these headers should be compressed."""
@@ -401,6 +433,14 @@ async def _compressed(start: Message, body: Message) -> tuple[Message, Message]:
 def _joined(headers: list[tuple[bytes, bytes]], name: bytes) -> bytes:
     """Join the values of all headers with this name, as RFC 9110 (5.3) allows."""
     return b", ".join(value for other, value in headers if other == name)
+
+
+def _length(headers: list[tuple[bytes, bytes]]) -> int:
+    """Return the value of the header Content-Length, or 0 if there is no such header."""
+    for name, value in headers:
+        if name == b"content-length":
+            return int(value)
+    return 0
 
 
 def _check_target(scope: Scope) -> None:

@@ -81,6 +81,7 @@ def _observe_queues(service: Service) -> None:
     metrics, all_batchers = service.metrics, batchers(service)
     metrics.queue_images.set(sum(batcher.images for batcher in all_batchers))
     metrics.queue_patches.set(sum(batcher.patches for batcher in all_batchers))
+    metrics.buffered_bytes.set(service.lifecycle.buffer.used)
     metrics.queue_age.set(max(batcher.oldest_s for batcher in all_batchers))
     metrics.engine_up.set(all(batcher.health() is None for batcher in all_batchers))
 

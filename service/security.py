@@ -1,4 +1,4 @@
-"""Decides who may call which route: API keys, their scopes, and the audit log.
+"""Decides who may call which route: names of the service, API keys, their scopes, and the audit log.
 
 `Border` (service/middleware.py) calls `Security.admit` once for each request, before the body is read. It stores a
 `Principal` in the state of the request: who sends the request, and what this sender may do. The route then calls
@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from service.cors import SAFE_METHODS, Cors, is_foreign, parse_origins
-from service.errors import CrossOrigin, MissingScope, ServiceError, Unauthenticated
+from service.errors import CrossOrigin, HostNotAllowed, MissingScope, ServiceError, Unauthenticated
+from service.hosts import Hosts, parse_names
 from service.keys import FILE, FileState, Key, KeyStore, digest_of_key, granted, key_id_of
 from service.settings import Settings
 from service.telemetry import audit_log
@@ -104,7 +105,9 @@ _MAX_REMEMBERED: Final = 4096
 log = logging.getLogger(__name__)
 _BEARER: Final = re.compile(rb"bearer +(\S+)", re.IGNORECASE)
 _CHALLENGE: Final = 'Bearer realm="dinov2-service"'
-_DENIALS: Final = (Unauthenticated, MissingScope, CrossOrigin)
+_DENIALS: Final = (Unauthenticated, MissingScope, CrossOrigin, HostNotAllowed)
+PROBES: Final = frozenset({"/livez", "/readyz"})
+"""Routes that any name may call, because health checks choose the name themselves."""
 _SEND_A_KEY: Final = 'send an API key in the header "Authorization: Bearer KEY"'
 
 
@@ -137,6 +140,7 @@ class Security:
         self._clock = clock
         self._ring: KeyRing | None = None
         self._cors = Cors(parse_origins(settings.cors_origins)) if settings.cors_origins else None
+        self._hosts = _hosts(settings)
         self._everyone: frozenset[Need] = frozenset({"open"} if settings.metrics_auth else {"open", "metrics"})
         self._nobody = Principal(None, None, self._everyone)
         self._anyone = Principal(None, None, frozenset({"open", "metrics", "read", "write", "admin"}))
@@ -165,9 +169,11 @@ class Security:
 
         Raises:
             CrossOrigin: a page of another origin sends a request that may change something.
+            HostNotAllowed: the service is not called by one of its names.
         """
         state = scope["state"]
         state["principal"] = self._nobody
+        self._check_host(scope, headers)
         if scope["method"] not in SAFE_METHODS and is_foreign(headers, self._cors):
             raise CrossOrigin(
                 "a web page of another origin sent this request; the setting DINOV2_CORS_ORIGINS lists the origins "
@@ -184,6 +190,19 @@ class Security:
                 state["principal"] = self._ring.principal(_authorization(scope, headers))
         except ServiceError as error:  # StorageFailed too: without the keys, nobody gets in
             state["denial"] = error
+
+    def _check_host(self, scope: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> None:
+        """Check the name by which the service is called. Without the setting `hosts`, names are not checked if requests
+        need a key, which a web page does not have, or if there is a trusted proxy, which may serve any name."""
+        host = headers.get(b"host")
+        if not host or self._hosts.allows(host) or scope["path"] in PROBES:
+            return
+        settings = self._settings
+        if settings.hosts is not None or not (settings.trusted_proxies or self.requires_keys):
+            raise HostNotAllowed(
+                f"the service is not called {host[:80].decode('latin-1')!r}: DINOV2_HOSTS lists its names in addition "
+                "to localhost and IP addresses"
+            )
 
     async def save_last_used(self) -> None:
         """Store when keys were last used."""
@@ -375,6 +394,14 @@ def is_loopback(address: str) -> bool:
         with contextlib.suppress(ValueError):
             return ipaddress.ip_address(host).is_loopback
     return False
+
+
+def _hosts(settings: Settings) -> Hosts:
+    """Return the names of the service: those in the setting `hosts`, and the addresses where it listens and that it is
+    published at, if they are names."""
+    names = parse_names(settings.hosts or "")
+    own = {re.sub(r":[0-9-]*\Z", "", address).lower() for address in (settings.host, settings.publish or "")}
+    return Hosts(names | own - {""})
 
 
 def _authorization(scope: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> bytes:

@@ -32,6 +32,7 @@ from service.addresses import (
     with_redis_password,
 )
 from service.cors import parse_origins
+from service.hosts import parse_names
 from service.image_urls import parse_hosts
 
 PREFIX = "DINOV2_"
@@ -76,6 +77,12 @@ class Settings(BaseSettings):
         "",
         description="path prefix under which a proxy publishes the service, such as /images; links contain it, and "
         "requests may come with or without it",
+    )
+    hosts: str | None = Field(
+        None,
+        description="names by which clients may call the service, in addition to localhost, IP addresses and names "
+        "without a dot: comma-separated names such as images.example.com or *.example.com, or * for all; unset: only "
+        "those, as long as requests need no API key and trusted_proxies is 0; see docs/security.md",
     )
     data_dir: Path = Field(Path("data"), description="folder for collections, artifacts and derived files")
     model: str = Field(
@@ -185,8 +192,16 @@ class Settings(BaseSettings):
         64 * 2**20, ge=1, description="size limit of one request body, and of the images that are fetched for a request"
     )
     max_buffered_bytes: int = Field(
-        2**30, ge=1, description="limit on the total size of all request bodies and fetched images in memory"
+        2**30,
+        ge=1,
+        description="limit on the total size of all request bodies, fetched images and unread answers in memory",
     )
+    max_answer_bytes: int = Field(
+        32 * 2**20,
+        ge=2**16,
+        description="size limit of the answer to a search; larger ones get 422, and pages of items end earlier",
+    )
+    max_connections: int = Field(1024, ge=1, le=1_000_000, description="highest number of open connections")
 
     image_urls: str | None = Field(
         None,
@@ -208,6 +223,13 @@ class Settings(BaseSettings):
         50_000, ge=0, description="cost of a request in addition to its images, as a number of pixels"
     )
 
+    client_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="share that one client may occupy of what the others leave: of the queue, of the memory for bodies "
+        "and answers, and of the connections; further requests of this client get 429; 1: no such limit",
+    )
     queue_max_images: int = Field(
         256,
         ge=1,
@@ -238,6 +260,18 @@ class Settings(BaseSettings):
         gt=0,
         allow_inf_nan=False,
         description="time limit for the headers of a request, after which the connection is closed",
+    )
+    min_bytes_per_s: int = Field(
+        4096,
+        ge=0,
+        description="least rate at which a client must send a body, measured every 10 seconds, and read an answer, "
+        "measured every answer_stall_s seconds; 0: none",
+    )
+    answer_stall_s: float = Field(
+        30.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="time after which the connection of a client that does not read its answer is closed",
     )
     request_deadline_s: float = Field(
         60.0, gt=0, allow_inf_nan=False, description="time limit of a request, after which the answer is 504"
@@ -385,6 +419,13 @@ class Settings(BaseSettings):
     def _image_urls_are_hosts(cls, value: str | None) -> str | None:
         if value is not None:
             parse_hosts(value)
+        return value
+
+    @field_validator("hosts")
+    @classmethod
+    def _hosts_are_names(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_names(value)
         return value
 
     @field_validator("cors_origins")

@@ -25,7 +25,7 @@ class Starting:
         self.app: ASGIApp | None = None
         self._step = "loading the model"
         # The counts of these metrics are lost when the application is ready and shows its own.
-        self._border = Border(self._answer, settings, Metrics(), Lifecycle())
+        self._border = Border(self._answer, settings, Metrics(), Lifecycle.of(settings))
 
     def report(self, step: str) -> None:
         """Set the step of the start that /readyz shows. Any thread may call this."""

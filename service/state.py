@@ -5,13 +5,16 @@ because it is also needed before the `Service` exists and during shutdown.
 """
 
 from dataclasses import dataclass, field
+from typing import Final
 
 from model.artifact import Artifact
 from model.engines.protocol import Engine, Tried
 from model.pooling import DEFAULT_POOLING, Pooling
 from model.zoo import ENTRIES
 from service.answer_schemas import Identity
+from service.buffer import Buffer
 from service.errors import ModelNotFound, Unavailable
+from service.fair import FairSlots
 from service.features.pipeline import Pipeline
 from service.features.served_model import ServedModel
 from service.generations import Generations
@@ -24,16 +27,26 @@ from service.tags import make_tag, model_of, tag_parts
 from service.telemetry import Metrics
 from service.web_images import WebImages
 
+FEW_RESULTS: Final = 128
+"""An answer with more results than this may occupy a lot of memory while it is made, because each result may have
+64 KiB of metadata. So only `LARGE_ANSWERS` of them are made at the same time."""
+LARGE_ANSWERS: Final = 4
+
 
 @dataclass
 class Lifecycle:
     """The state of the process from its start to its end. `Border` (service/middleware.py) updates the number of
-    running requests and the total size of their bodies. The shutdown code and /readyz read the state."""
+    running requests and the memory for their bodies and answers. The shutdown code and /readyz read the state."""
 
+    buffer: Buffer
     warm: bool = False
     draining: bool = False  # shutting down: running requests may finish, new requests get status 503
     in_flight: int = 0
-    buffered_bytes: int = 0
+
+    @staticmethod
+    def of(settings: Settings) -> "Lifecycle":
+        """Return the state of a process that starts with these settings."""
+        return Lifecycle(buffer=Buffer(settings.max_buffered_bytes, settings.client_share))
 
 
 @dataclass
@@ -68,6 +81,7 @@ class Service:
     generations: Generations | None = None
     shared: SharedResults = field(default_factory=SharedResults)
     rankings: Rankings = field(default_factory=Rankings)
+    large_answers: FairSlots = field(default_factory=lambda: FairSlots(LARGE_ANSWERS))
 
     def tag(self, fingerprint: str | None = None, pooling: Pooling = DEFAULT_POOLING) -> str:
         """Return the tag of vectors that a model computed with this pooling. `fingerprint` identifies the model, and

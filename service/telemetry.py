@@ -158,6 +158,13 @@ class Metrics:
         )
 
     def _add_limits(self, counter: _Make[Counter], gauge: _Make[Gauge]) -> None:
+        self.connections = gauge("connections", "Open connections of clients.")
+        self.refused_connections = counter(
+            "refused_connections_total", "Connections that were closed at once, because too many were open."
+        )
+        self.buffered_bytes = gauge(
+            "buffered_bytes", "Memory for request bodies, fetched images and answers that clients have not read."
+        )
         self.rate_limited = counter(
             "rate_limited_requests_total",
             'Requests that a rate limit refused: all of them ("rate"), or images of a single costly request ("cost").',

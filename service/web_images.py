@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Final, Protocol
+from typing import Final
 from urllib.parse import urljoin
 from weakref import WeakValueDictionary
 
@@ -26,6 +26,8 @@ import httpx
 
 from model.decode import sniff
 from model.folder import HEAD_BYTES
+from service.buffer import Buffer
+from service.clients import current_sender
 from service.errors import (
     ImageTooLarge,
     ImageUrlFailed,
@@ -33,7 +35,6 @@ from service.errors import (
     PayloadTooLarge,
     QueueFull,
     ServiceError,
-    Unavailable,
 )
 from service.image_urls import ImageUrl, parse_hosts, parse_image_url
 from service.outcomes import Outcome, attempt_await
@@ -71,12 +72,6 @@ Resolve = Callable[[str, int], Sequence[str]]
 """Returns the IP addresses of a host and port, the best one first. It blocks, and raises OSError if there is none."""
 
 
-class Buffered(Protocol):
-    """Counts the bytes that clients' requests occupy in memory."""
-
-    buffered_bytes: int
-
-
 class _Refused(Exception):
     """The reason why an image was not fetched. It is logged but not sent to the client."""
 
@@ -84,24 +79,21 @@ class _Refused(Exception):
 class _Held:
     """The bytes that are fetched for one request. They count as if the client had sent them in the body."""
 
-    def __init__(self, settings: Settings, buffered: Buffered) -> None:
-        self._settings, self._buffered = settings, buffered
+    def __init__(self, settings: Settings, buffer: Buffer) -> None:
+        self._settings, self._buffer = settings, buffer
+        self._client = current_sender.get().client
         self._size = 0
 
     def count(self, size: int) -> None:
-        self._size += size
-        self._buffered.buffered_bytes += size
-        if self._size > self._settings.max_body_bytes:
+        if self._size + size > self._settings.max_body_bytes:
             raise PayloadTooLarge(
                 f"the images of all URLs in the request have more than {self._settings.max_body_bytes} bytes"
             )
-        if self._buffered.buffered_bytes > self._settings.max_buffered_bytes:
-            raise Unavailable(
-                f"requests use more than {self._settings.max_buffered_bytes} bytes; try again later", retry_after_s=1
-            )
+        self._buffer.take(self._client, size, self._size)
+        self._size += size
 
     def release(self) -> None:
-        self._buffered.buffered_bytes -= self._size
+        self._buffer.add(self._client, -self._size)
         self._size = 0
 
 
@@ -122,7 +114,7 @@ class WebImages:
     def __init__(
         self,
         settings: Settings,
-        buffered: Buffered,
+        buffer: Buffer,
         *,
         on_result: Callable[[str], object] = lambda result: None,
         resolve: Resolve = resolve,
@@ -131,11 +123,11 @@ class WebImages:
         """Make an object that fetches images.
 
         Args:
-            buffered: the fetched bytes are added to its `buffered_bytes` until the task of the request ends.
+            buffer: the fetched bytes count in it until the task of the request ends.
             on_result: is called with "fetched" or "failed" for each URL that was requested.
             resolve, transport: replace the resolver, and the connections below the guard, in tests.
         """
-        self._settings, self._buffered, self._on_result = settings, buffered, on_result
+        self._settings, self._buffer, self._on_result = settings, buffer, on_result
         self._hosts = parse_hosts(settings.image_urls) if settings.image_urls else None
         self._resolve = resolve
         self._resolvers = ThreadPoolExecutor(_RESOLVER_THREADS, thread_name_prefix="image-urls")
@@ -160,7 +152,7 @@ class WebImages:
         unique = dict.fromkeys(urls)
         if not unique:
             return {}
-        held, task = _Held(self._settings, self._buffered), asyncio.current_task()
+        held, task = _Held(self._settings, self._buffer), asyncio.current_task()
         assert task is not None
         task.add_done_callback(lambda _: held.release())
         until = asyncio.get_running_loop().time() + self._settings.request_deadline_s / 2
@@ -181,7 +173,7 @@ class WebImages:
             InvalidRequest: image URLs are off, the URL is invalid, or its host is not in the list.
             ImageUrlFailed: the image could not be fetched.
             ImageTooLarge, PayloadTooLarge: the image, or all images of the request together, are too large.
-            QueueFull, Unavailable: too many images are being fetched, or they use too much memory.
+            QueueFull, Unavailable, ShareUsed: too many images are being fetched, or they use too much memory.
         """
         url = self._parsed(text)
         loop = asyncio.get_running_loop()

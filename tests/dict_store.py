@@ -189,6 +189,7 @@ class DictStore:
         cursor: str | None = None,
         limit: int = 100,
         order: Order | None = None,
+        max_bytes: int | None = None,
     ) -> Page:
         items = sorted(self._passing(self._resolve(collection)[1], where), key=lambda item: item.id)
         if order is not None:
@@ -208,6 +209,7 @@ class DictStore:
         where: Filter | None = None,
         params: SearchParams | None = None,
         assumed: bool = False,
+        max_bytes: int | None = None,
     ) -> list[list[Hit]]:
         check_k(k)
         queries = normalised_rows(vectors)

@@ -8,10 +8,10 @@ counts.
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
+from service.buffer import Buffer
 from service.settings import Settings
 from tests.image_servers import PUBLIC, open_network, redirect
 
@@ -216,7 +216,7 @@ async def _escapes(case: Case) -> bool:
     async with open_network(inner_images_example_com=["192.168.0.1"]) as network:
         network.names |= {NAME: case.addresses, f"rebound.{HOST}": ["127.0.0.1"]}
         network.answers["/loop"] = redirect("/loop")
-        web = network.web(Settings(image_urls="*"), SimpleNamespace(buffered_bytes=0))
+        web = network.web(Settings(image_urls="*"), Buffer(2**30))
         [outcome] = (await web.fetch_all([case.url])).values()
         await web.close()
     is_public = all(address in PUBLIC and port == 443 for address, port in network.dialled)

@@ -1,14 +1,15 @@
 """A bounded queue of images that wait for the engine. Images of different requests share forward passes.
 
-One worker thread owns the engine. Whenever this thread is free, it takes the oldest waiting images as one batch. It
+One worker thread owns the engine. Whenever this thread is free, it takes the next waiting images as one batch. It
 never waits for a batch to fill, so an idle engine answers a single image at once. Under load, images arrive during a
-pass and form the next batch. All images in a batch have the same shape and need the same inner outputs as the oldest
-waiting image. To limit memory, a batch contains at most `batch_max_patches` patches, and the patches of an image that
-needs inner outputs count several times. An image with more patches than this forms a batch on its own.
+pass and form the next batch. Clients are served in turn (service/fair.py). All images in a batch have the same shape
+and need the same inner outputs as the image whose turn it is. To limit memory, a batch contains at most
+`batch_max_patches` patches, and the patches of an image that needs inner outputs count several times. An image with
+more patches than this forms a batch on its own.
 
 The queue has two limits. `reserve` limits the number of accepted images that have no result yet. It is called before an
-image is decoded. `submit` limits the number of patches in the queue. Both methods raise `QueueFull`, with a Retry-After
-time that is computed from the measured throughput.
+image is decoded. `submit` limits the number of patches in the queue. Both methods raise `QueueFull`, or `ShareUsed` if
+only the share of the client is used, with a Retry-After time that is computed from the measured throughput.
 
 If a client disconnects, its waiting images are dropped when the next batch is formed. If the engine fails on a batch,
 the images of this batch are tried one by one, so an image that the engine cannot process does not affect the others. If
@@ -24,7 +25,6 @@ import logging
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -33,7 +33,9 @@ import numpy as np
 import numpy.typing as npt
 
 from model.engines.broken import is_sticky
-from service.errors import EngineFailed, ModelUnavailable, QueueFull, ShuttingDown
+from service.clients import ITSELF, Sender, current_sender
+from service.errors import EngineFailed, ModelUnavailable, QueueFull, ServiceError, ShareUsed, ShuttingDown
+from service.fair import FairQueue, Shares
 from service.features.engine_faults import EngineFaults
 from service.telemetry import Metrics
 from service.tracing import Batch, RequestTrace, current_trace, record_batch
@@ -71,6 +73,7 @@ class Job(Generic[Row]):
     outputs: tuple[str, ...]
     patches: int
     future: "asyncio.Future[Done[Row]]"
+    sender: Sender = field(default_factory=current_sender.get)
     queued_at: float = field(default_factory=time.perf_counter)
     trace: RequestTrace | None = field(default_factory=current_trace)
 
@@ -99,25 +102,24 @@ class Batcher(Generic[Row]):
         queue_max_patches: int,
         metrics: Metrics,
         hang_timeout_s: float = 120.0,
+        client_share: float = 1.0,
         probe: Callable[[], object] | None = None,
     ) -> None:
         self._run = run
         self._patch_size = patch_size
         self._batch_max_patches = batch_max_patches
-        self._queue_max_images = queue_max_images
-        self._queue_max_patches = queue_max_patches
+        self._places = Shares(queue_max_images, client_share)  # images without a result
+        self._patches = Shares(queue_max_patches, client_share)  # of the images in the queue; changes under _wake
         self._metrics = metrics
         self._hang_timeout_s = hang_timeout_s
         self._faults = EngineFaults(probe)
-        self._queue: deque[Job[Row]] = deque()
-        self._queued_patches = 0
+        self._queue: FairQueue[Job[Row]] = FairQueue()
         self._taken: list[Job[Row]] = []
         self._wake = threading.Condition()
         self._closing = False
         self._dead = False  # set under _wake, when the queue is emptied for the last time
         self._busy_since: float | None = None
         self._images_per_s: float | None = None
-        self._reserved = 0
         metrics.queue_images_limit.set(queue_max_images)
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._work, name="engine-worker", daemon=True)
@@ -126,12 +128,12 @@ class Batcher(Generic[Row]):
     @property
     def images(self) -> int:
         """The number of accepted images that have no result yet."""
-        return self._reserved
+        return self._places.used
 
     @property
     def patches(self) -> int:
         """The number of patches that wait for the engine."""
-        return self._queued_patches
+        return self._patches.used
 
     @property
     def waiting(self) -> int:
@@ -142,12 +144,13 @@ class Batcher(Generic[Row]):
     def oldest_s(self) -> float:
         """The time in seconds that the oldest image in the queue has waited for the engine. 0 if none waits."""
         with self._wake:
-            return time.perf_counter() - self._queue[0].queued_at if self._queue else 0.0
+            oldest = min((job.queued_at for job in self._queue.in_turn()), default=None)
+        return 0.0 if oldest is None else time.perf_counter() - oldest
 
     @property
     def full(self) -> bool:
-        """True if the queue has reached one of its two limits and therefore accepts no more images."""
-        return self._reserved >= self._queue_max_images or self._queued_patches >= self._queue_max_patches
+        """True if the queue has reached one of its two limits, and more than one client has filled it."""
+        return self._places.is_full or self._patches.is_full
 
     def health(self) -> str | None:
         """Return None if the worker thread and the engine are healthy or the batcher is closing. Otherwise return a
@@ -161,24 +164,23 @@ class Batcher(Generic[Row]):
             return f"the engine's worker has been in one forward pass for more than {self._hang_timeout_s:g} s"
         return None
 
-    def reserve(self, images: int) -> None:
-        """Reserve places in the queue for `images` more images. If too few places are free, none is reserved. The
-        caller must free every reserved place with `release`.
+    def reserve(self, images: int, client: str = ITSELF.client) -> None:
+        """Reserve places in the queue for `images` more images of a client. If too few places are free, none is
+        reserved. The caller must free every reserved place with `release`.
 
         Raises:
             QueueFull: too few places are free at the moment.
+            ShareUsed: the client has used its share of the places.
             ShuttingDown: the batcher is closing.
             ModelUnavailable: the worker thread has died.
         """
         self._check_open()
-        if self._reserved + images > self._queue_max_images:
-            raise self._queue_full(f"{self._reserved} of {self._queue_max_images} images")
-        self._reserved += images
+        self._check_room(self._places, client, images, "images")
+        self._places.add(client, images)
 
-    def release(self, images: int) -> None:
+    def release(self, images: int, client: str = ITSELF.client) -> None:
         """Free `images` places that were reserved with `reserve`."""
-        self._reserved -= images
-        assert self._reserved >= 0
+        self._places.add(client, -images)
 
     def submit(self, pixels: FloatArray, outputs: tuple[str, ...] = ()) -> "asyncio.Future[Done[Row]]":
         """Put one image, float32 [3, h, w], into the queue and return a future for its result. `outputs` are the names
@@ -187,19 +189,20 @@ class Batcher(Generic[Row]):
 
         Raises:
             QueueFull: too many patches are waiting.
+            ShareUsed: too many patches of this client are waiting.
             ShuttingDown: the batcher is closing.
             ModelUnavailable: the worker thread has died.
             EngineFailed: the forward pass failed. The future raises this error, not this method.
         """
         patches = (pixels.shape[1] // self._patch_size) * (pixels.shape[2] // self._patch_size)
         patches *= 1 + len(outputs) // OUTPUTS_PER_PATCH
+        job: Job[Row] = Job(pixels, outputs, patches, self._loop.create_future())
         with self._wake:
             self._check_open()
-            if self._queue and self._queued_patches + patches > self._queue_max_patches:
-                raise self._queue_full(f"{self._queued_patches} of {self._queue_max_patches} patches")
-            job: Job[Row] = Job(pixels, outputs, patches, self._loop.create_future())
-            self._queue.append(job)
-            self._queued_patches += patches
+            if self._queue:
+                self._check_room(self._patches, job.sender.client, patches, "patches")
+            self._queue.push(job.sender, job)
+            self._patches.add(job.sender.client, patches)
             self._wake.notify()
         return job.future
 
@@ -208,8 +211,7 @@ class Batcher(Generic[Row]):
         The futures of images that are still in the queue fail with `ShuttingDown`."""
         with self._wake:
             self._closing = True
-            waiting = list(self._queue)
-            self._queue.clear()
+            waiting = self._queue.clear()
             self._wake.notify()
         for job in waiting:
             if not job.future.done():
@@ -221,10 +223,25 @@ class Batcher(Generic[Row]):
         Return a number from 1 to 60."""
         if not self._images_per_s:
             return 1
-        return max(1, min(MAX_RETRY_AFTER_S, math.ceil(self._reserved / self._images_per_s)))
+        return max(1, min(MAX_RETRY_AFTER_S, math.ceil(self._places.used / self._images_per_s)))
 
-    def _queue_full(self, what: str) -> QueueFull:
-        return QueueFull(f"the queue has {what}; try again later", retry_after_s=self.retry_after_s())
+    def _check_room(self, shares: Shares, client: str, amount: int, what: str) -> None:
+        """Raise an error if there is no room for `amount` more images or patches of a client."""
+        error: ServiceError
+        if not shares.may_add(client, amount):
+            error = ShareUsed(
+                f"{shares.held(client)} {what} of this client are in the queue, and {amount} more would exceed its "
+                "share; try again later",
+                retry_after_s=self.retry_after_s(),
+            )
+        elif not shares.fits(amount):
+            error = QueueFull(
+                f"the queue has {shares.used} of {shares.limit} {what}; try again later",
+                retry_after_s=self.retry_after_s(),
+            )
+        else:
+            return
+        raise error
 
     def _check_open(self) -> None:
         if self._closing:
@@ -251,8 +268,7 @@ class Batcher(Generic[Row]):
             if not self._closing:
                 with self._wake:
                     self._dead = True
-                    lost = self._taken + list(self._queue)
-                    self._queue.clear()
+                    lost = self._taken + self._queue.clear()
                 self._deliver([(job, EngineFailed(self._why_dead())) for job in lost])
 
     def _next_batch(self) -> list[Job[Row]] | None:
@@ -267,27 +283,25 @@ class Batcher(Generic[Row]):
                     return []
 
     def _take(self) -> list[Job[Row]]:
-        """Remove the next batch from the queue and return it. The batch consists of the oldest image and later images
+        """Remove the next batch from the queue and return it. The batch consists of the next image and later images
         with the same shape and outputs, up to the limit of patches. Images with a cancelled future are dropped."""
         batch: list[Job[Row]] = []
-        passed: list[Job[Row]] = []  # images with another shape or other outputs; they return to the front of the queue
+        dropped: list[Job[Row]] = []
         patches = 0
-        while self._queue:
-            job = self._queue[0]
+        for job in self._queue.in_turn():
             if job.future.cancelled():
-                self._metrics.dropped.inc()
-                self._queued_patches -= self._queue.popleft().patches
+                dropped.append(job)
+                continue
+            if batch and (job.pixels.shape, job.outputs) != (batch[0].pixels.shape, batch[0].outputs):
                 continue
             if batch and patches + job.patches > self._batch_max_patches:
                 break
-            self._queue.popleft()
-            if batch and (job.pixels.shape, job.outputs) != (batch[0].pixels.shape, batch[0].outputs):
-                passed.append(job)
-                continue
             batch.append(job)
             patches += job.patches
-        self._queue.extendleft(reversed(passed))
-        self._queued_patches -= patches
+        for job in dropped + batch:
+            self._queue.remove(job.sender, job)
+            self._patches.add(job.sender.client, -job.patches)
+        self._metrics.dropped.inc(len(dropped))
         return batch
 
     def _outcomes(self, batch: list[Job[Row]]) -> list[Outcome[Row]]:

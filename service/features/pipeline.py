@@ -25,7 +25,6 @@ import hashlib
 import struct
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar
@@ -38,8 +37,10 @@ from model.decode import DecodeLimits, OnSize
 from model.engines.protocol import Engine
 from model.pooling import PARTS, Pooling, pool
 from model.preprocess import PreprocessSpec, crop_box, output_size, preprocess
+from service.clients import current_sender
 from service.costs import current_cost
 from service.errors import BrokenImage, InvalidRequest, ServiceError
+from service.fair import FairSlots, FairThreads
 from service.features.batcher import Batcher
 from service.features.cache import Cache, cache_key
 from service.features.decode_memory import MustWait, Reservation
@@ -166,6 +167,7 @@ class PipelineLimits:
     queue_max_images: int
     queue_max_patches: int
     hang_timeout_s: float
+    client_share: float = 1.0
     patch_cache_bytes: int = 0
     max_input_patches: int = 4096
 
@@ -178,6 +180,7 @@ class PipelineLimits:
             queue_max_images=settings.queue_max_images,
             queue_max_patches=settings.queue_max_patches,
             hang_timeout_s=settings.hang_timeout_s,
+            client_share=settings.client_share,
             patch_cache_bytes=settings.patch_cache_bytes,
             max_input_patches=settings.max_input_patches,
         )
@@ -218,13 +221,11 @@ class Pipeline:
         metrics.decode_workers.set(limits.decode_workers)
         self._loop = asyncio.get_running_loop()
         self._flights: dict[str, _Flight] = {}
-        self._decoders = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="decode")
-        self._answerers = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="answer")
-        self._encoders = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="encode")
-        self._hasher = ThreadPoolExecutor(
-            1, thread_name_prefix="hash"
-        )  # its own thread, so cached images do not wait for decoding
-        self._kept_images = asyncio.Semaphore(limits.decode_workers)  # see `analyse`
+        self._decoders = FairThreads(limits.decode_workers, "decode")
+        self._answerers = FairThreads(limits.decode_workers, "answer")
+        self._encoders = FairThreads(limits.decode_workers, "encode")
+        self._hasher = FairThreads(1, "hash")  # its own thread, so cached images do not wait for decoding
+        self._kept_images = FairSlots(limits.decode_workers)  # see `analyse`
         in_thread = partial(self._in_thread, self._answerers)
         self.patch_cache = PatchCache(self._patches_key, limits.patch_cache_bytes, patch_store, in_thread, metrics)
         self.batcher: Batcher[Row] = Batcher(
@@ -235,6 +236,7 @@ class Pipeline:
             queue_max_patches=limits.queue_max_patches,
             metrics=metrics,
             hang_timeout_s=limits.hang_timeout_s,
+            client_share=limits.client_share,
             probe=lambda: self._forward(self._zeros()[None]),
         )
 
@@ -247,7 +249,8 @@ class Pipeline:
         `images`.
 
         Raises:
-            QueueFull, ShuttingDown, ModelUnavailable: the queue does not accept the images. No image was decoded.
+            QueueFull, ShareUsed, ShuttingDown, ModelUnavailable: the queue does not accept the images. No image was
+                decoded.
         """
         keys = await self._keys(images)
         by_key = {key.result(): image.result() for key, image in zip(keys, images, strict=True) if key.error is None}
@@ -284,12 +287,13 @@ class Pipeline:
         image's error. An image that already has an error keeps it.
 
         Raises:
-            QueueFull, ShuttingDown, ModelUnavailable: the queue does not accept the images. No image was decoded.
+            QueueFull, ShareUsed, ShuttingDown, ModelUnavailable: the queue does not accept the images. No image was
+                decoded.
         """
 
         def start(image: bytes) -> "asyncio.Task[T]":
             task = asyncio.create_task(self._analyse(image, answer, view))
-            task.add_done_callback(self._ended)
+            task.add_done_callback(partial(self._ended, current_sender.get().client))
             return task
 
         return await self._all(images, start)
@@ -315,13 +319,14 @@ class Pipeline:
         error.
 
         Raises:
-            QueueFull, ShuttingDown, ModelUnavailable: the queue does not accept the images. No image was decoded.
+            QueueFull, ShareUsed, ShuttingDown, ModelUnavailable: the queue does not accept the images. No image was
+                decoded.
         """
         return await self._all(images, self._start_patches)
 
     async def _all(self, images: Sequence[Outcome[S]], start: "Callable[[S], asyncio.Task[T]]") -> "list[Outcome[T]]":
         """Reserve a place in the queue for each image, start a task for each, and wait for all tasks."""
-        self.batcher.reserve(sum(image.error is None for image in images))
+        self.batcher.reserve(sum(image.error is None for image in images), current_sender.get().client)
         outcomes = [image.then(start) for image in images]
         tasks = successes(outcomes)
         try:
@@ -369,7 +374,7 @@ class Pipeline:
         self.batcher.close()
         self._forward.close()
         for threads in (self._decoders, self._answerers, self._encoders, self._hasher):
-            threads.shutdown(wait=False, cancel_futures=True)
+            threads.shutdown()
         await self.patch_cache.close()
 
     async def _keys(self, images: Sequence[Outcome[bytes]]) -> list[Outcome[str]]:
@@ -380,7 +385,7 @@ class Pipeline:
             return [image.then(self._key) for image in images]
 
         size = sum(map(len, successes(images)))
-        return keys() if size <= 2**18 else await asyncio.get_running_loop().run_in_executor(self._hasher, keys)
+        return keys() if size <= 2**18 else await self._in_thread(self._hasher, keys)
 
     def _key(self, image: bytes) -> str:
         digest = hashlib.sha256(image).hexdigest()
@@ -407,12 +412,14 @@ class Pipeline:
         are dicts by cache key. If an image is already being computed, wait for that task instead of starting
         another."""
         new = [key for key in wanted if key not in self._flights]
+        client = current_sender.get().client
         if new:
-            self.batcher.reserve(len(new))  # all images of this request, or none
+            self.batcher.reserve(len(new), client)  # all images of this request, or none
         self._metrics.coalesced.inc(len(wanted) - len(new))
         for key in new:
             task = asyncio.create_task(self._fly(key, wanted[key], store_patches))
-            task.add_done_callback(partial(self._landed, key))  # also if the task is cancelled before its first step
+            landed = partial(self._landed, client, key)
+            task.add_done_callback(landed)  # also if the task is cancelled before its first step
             self._flights[key] = _Flight(task)
         flights = {key: self._flights[key] for key in wanted}
         for flight in flights.values():
@@ -446,7 +453,7 @@ class Pipeline:
         return embedded
 
     async def _analyse(self, image: bytes, answer: Callable[[Analysed], T], view: View) -> T:
-        async with self._kept_images:
+        async with self._kept_images.turn(current_sender.get()):
             decoded = await self._decode(image, view.spec or self._spec, keep_image=True)
             try:
                 return await self._answer(image, decoded, answer, view)
@@ -474,7 +481,7 @@ class Pipeline:
 
     def _start_patches(self, digest_and_image: tuple[str, bytes]) -> "asyncio.Task[Patches]":
         task = asyncio.create_task(self._patches(*digest_and_image))
-        task.add_done_callback(self._ended)
+        task.add_done_callback(partial(self._ended, current_sender.get().client))
         return task
 
     async def _patches(self, digest: str, image: bytes) -> Patches:
@@ -491,13 +498,13 @@ class Pipeline:
     def _grid(self, pixels: FloatArray) -> tuple[int, int]:
         return pixels.shape[1] // self._patch_size, pixels.shape[2] // self._patch_size
 
-    def _landed(self, key: str, task: "asyncio.Task[Embedded]") -> None:
-        self._ended(task)
+    def _landed(self, client: str, key: str, task: "asyncio.Task[Embedded]") -> None:
+        self._ended(client, task)
         self._forget(key, task)
 
-    def _ended(self, task: "asyncio.Task[Any]") -> None:
-        """Release the queue place that was reserved for this task, which has ended."""
-        self.batcher.release(1)
+    def _ended(self, client: str, task: "asyncio.Task[Any]") -> None:
+        """Release the queue place that was reserved for this task of a client, which has ended."""
+        self.batcher.release(1, client)
         if not task.cancelled():
             task.exception()  # otherwise asyncio would log it, although the waiting requests get it
 
@@ -572,11 +579,11 @@ class Pipeline:
 
         return charge
 
-    async def _in_thread(self, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-        """Run `work` in a thread of the pool and return its result. If the caller is cancelled before `work` has begun,
-        `work` does not run. If the caller is cancelled later, wait until `work` ends, so that resources are not
-        released while the thread still uses them."""
-        running = threads.submit(work)
+    async def _in_thread(self, threads: FairThreads, work: Callable[[], T]) -> T:
+        """Run `work` in a thread of the pool and return its result. Clients get a thread in turn. If the caller is
+        cancelled before `work` has begun, `work` does not run. If the caller is cancelled later, wait until `work`
+        ends, so that resources are not released while the thread still uses them."""
+        running = threads.submit(current_sender.get(), work)
         try:
             return await asyncio.wrap_future(running)
         except asyncio.CancelledError:

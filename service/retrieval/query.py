@@ -60,6 +60,11 @@ class Query:
         return self.ranking.k + self.ranking.offset
 
     @property
+    def results(self) -> int:
+        """Return the highest number of results in the answer: `k`, or `k` groups of `group_size` items."""
+        return self.ranking.k * (self.ranking.group_size or 1)
+
+    @property
     def rerank_depth(self) -> int:
         """Return how many of the best hits are re-ranked, that is, compared with the query patch by patch."""
         return self.ranking.rerank_depth or DEFAULT_RERANK_DEPTH

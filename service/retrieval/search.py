@@ -12,10 +12,12 @@ therefore read for each such item.
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
+import orjson
 
-from service.errors import ModelMismatch
+from service.errors import AnswerTooLarge, ModelMismatch
 from service.outcomes import Outcome, indexed, successes
 from service.retrieval.grouping import Group, grouped
 from service.retrieval.origins import Origin, Target, find_origins
@@ -25,6 +27,9 @@ from service.search.store import MAX_DEPTH, Floats, Hit
 from service.state import Service
 from service.timings import ms_since
 from service.tracing import record_stage
+
+VECTOR_VALUE_BYTES: Final = 12
+"""The size of one number of a vector in JSON."""
 
 
 @dataclass
@@ -67,17 +72,38 @@ async def search(service: Service, name: str, request: SearchRequest) -> SearchR
     if quick is not None:
         return quick
     target = await Target.of(service, name, request.model, _fingerprints(request))
+    room = _room(service, target, request)
     origins = await find_origins(service, target, request.queries)
     timings: dict[str, float] = {}
     for _, origin in indexed(origins):
         for stage, ms in origin.timings.items():
             timings[stage] = max(timings.get(stage, 0.0), ms)
     started = time.perf_counter()
-    results = await _find(service, target, request, origins)
+    results = await _find(service, target, request, origins, room)
     timings["search"] = ms_since(started)
     record_stage("search", started, time.perf_counter())
     await _add_vectors(service, target, request, results)
     return SearchResults(results, target.info.tag, timings)
+
+
+def _room(service: Service, target: Target, request: SearchRequest) -> int:
+    """Return the number of bytes that the metadata of all hits may have, before anything is computed.
+
+    Raises:
+        AnswerTooLarge: the vectors in the answer alone would exceed the limit.
+    """
+    most, dimension = service.settings.max_answer_bytes, target.info.dimension
+    vectors = sum(
+        min(query.results, target.info.count) for query in successes(request.queries) if query.ranking.include
+    )
+    size = vectors * dimension * VECTOR_VALUE_BYTES
+    if size > most:
+        raise AnswerTooLarge(
+            f"an answer with {vectors:,} vectors of {dimension:,} numbers would have about {size:,} bytes, and at most "
+            f"{most:,} are allowed: ask for fewer results (k, group_size) or queries, or leave out include=vector",
+            param="include",
+        )
+    return most - size
 
 
 def _fingerprints(request: SearchRequest) -> set[str]:
@@ -101,7 +127,14 @@ async def _by_one_vector(service: Service, name: str, request: SearchRequest) ->
     tag, assumed = service.tag(part.fingerprint), part.fingerprint is None
     try:
         [hits] = await service.store.search(
-            name, part.vector[None], query.depth, tag=tag, where=query.where, params=query.params, assumed=assumed
+            name,
+            part.vector[None],
+            query.depth,
+            tag=tag,
+            where=query.where,
+            params=query.params,
+            assumed=assumed,
+            max_bytes=service.settings.max_answer_bytes,
         )
     except ModelMismatch:
         return None
@@ -111,23 +144,38 @@ async def _by_one_vector(service: Service, name: str, request: SearchRequest) ->
 
 
 async def _find(
-    service: Service, target: Target, request: SearchRequest, origins: Sequence[Outcome[Origin]]
+    service: Service, target: Target, request: SearchRequest, origins: Sequence[Outcome[Origin]], room: int
 ) -> list[Outcome[QueryResults]]:
-    """Run the search for each query, and return the results or the error of each query, in order."""
+    """Run the search for each query, and return the results or the error of each query, in order. The metadata of all
+    hits may have `room` bytes."""
     results: dict[int, QueryResults] = {}
     batches: dict[bytes, dict[int, tuple[Query, Origin]]] = {}
     for number, origin in indexed(origins):
         query = request.queries[number].result()
         if query.path is not None:
-            results[number] = await _groups(service, target, query, query.path, origin)
+            results[number] = await _groups(service, target, query, query.path, origin, room)
+            room -= _metadata_bytes([results[number]], request)
         else:
             batches.setdefault(query.batch_key, {})[number] = (query, origin)
     for batch in batches.values():
-        results |= zip(batch, await _hits(service, target, list(batch.values())), strict=True)
+        hits = await _hits(service, target, list(batch.values()), room)
+        room -= _metadata_bytes(hits, request)
+        results |= zip(batch, hits, strict=True)
     return [Outcome(origin.index, results.get(origin.index), origin.error) for origin in origins]
 
 
-async def _hits(service: Service, target: Target, batch: Sequence[tuple[Query, Origin]]) -> list[QueryResults]:
+def _metadata_bytes(found: Sequence[QueryResults], request: SearchRequest) -> int:
+    """Return the size of the metadata of all hits, or 0 if the request has a single query."""
+    if not request.batch:
+        return 0
+    lists = [results.hits for results in found]
+    lists += [group.hits for results in found for group in results.groups or ()]
+    return sum(len(orjson.dumps(hit.metadata)) for hits in lists for hit in hits)
+
+
+async def _hits(
+    service: Service, target: Target, batch: Sequence[tuple[Query, Origin]], room: int
+) -> list[QueryResults]:
     """Answer queries that have the same options but different vectors, with a single call to the store. Return the
     results in the order of the queries."""
     first = batch[0][0]
@@ -135,7 +183,13 @@ async def _hits(service: Service, target: Target, batch: Sequence[tuple[Query, O
     depth = min(MAX_DEPTH, depth + max(len(origin.exclude) for _, origin in batch))
     vectors = np.stack([origin.vector for _, origin in batch])
     rankings = await service.store.search(
-        target.info.ref, vectors, depth, tag=target.info.tag, where=first.where, params=first.params
+        target.info.ref,
+        vectors,
+        depth,
+        tag=target.info.tag,
+        where=first.where,
+        params=first.params,
+        max_bytes=max(room, 0),
     )
     results = []
     for (query, origin), hits in zip(batch, rankings, strict=True):
@@ -149,14 +203,14 @@ async def _hits(service: Service, target: Target, batch: Sequence[tuple[Query, O
 
 
 async def _groups(
-    service: Service, target: Target, query: Query, path: tuple[str, ...], origin: Origin
+    service: Service, target: Target, query: Query, path: tuple[str, ...], origin: Origin, room: int
 ) -> QueryResults:
     """Return the results of a query that requests groups."""
 
     async def best(depth: int) -> list[Hit]:
         info, vectors = target.info, origin.vector[None]
         [hits] = await service.store.search(
-            info.ref, vectors, depth, tag=info.tag, where=query.where, params=query.params
+            info.ref, vectors, depth, tag=info.tag, where=query.where, params=query.params, max_bytes=max(room, 0)
         )
         return hits
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import orjson
 from fastapi import Request, Response
 
-from service.errors import ItemError, ItemErrorBody
+from service.errors import AnswerTooLarge, ItemError, ItemErrorBody
 
 Content = TypeVar("Content")
 
@@ -42,6 +42,18 @@ def server_timing(timings: dict[str, float]) -> dict[str, str]:
     return {"Server-Timing": ", ".join(f"{stage};dur={ms:g}" for stage, ms in timings.items())}
 
 
-def json_response(body: Content, *, status: int = 200, headers: dict[str, str] | None = None) -> JsonAnswer[Content]:
-    """Serialise `body` to JSON and return a response with it. The body may contain numpy arrays."""
-    return JsonAnswer(orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), status_code=status, headers=headers)
+def json_response(
+    body: Content, *, status: int = 200, headers: dict[str, str] | None = None, most: int | None = None
+) -> JsonAnswer[Content]:
+    """Serialise `body` to JSON and return a response with it. The body may contain numpy arrays.
+
+    Raises:
+        AnswerTooLarge: the JSON has more than `most` bytes.
+    """
+    content = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+    if most is not None and len(content) > most:
+        raise AnswerTooLarge(
+            f"the answer has {len(content):,} bytes, and {most:,} are allowed: ask for fewer results (k or limit) or "
+            "queries at a time, or leave out include=vector"
+        )
+    return JsonAnswer(content, status_code=status, headers=headers)

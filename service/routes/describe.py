@@ -24,6 +24,7 @@ from service.errors import (
     RateLimited,
     RequestTooCostly,
     ServiceError,
+    ShareUsed,
     ShuttingDown,
     StorageBusy,
     StorageDamaged,
@@ -40,7 +41,7 @@ Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 ALWAYS: Final[Errors] = (PayloadTooLarge, ServiceError, Unavailable, ShuttingDown, DeadlineExceeded)
 """The errors that `service/middleware.py` may raise on every route, apart from those for malformed requests."""
-LIMITED: Final[Errors] = (RateLimited,)
+LIMITED: Final[Errors] = (RateLimited, ShareUsed)
 """The errors that `service/middleware.py` may also raise on routes below /v1/."""
 BODY: Final[Errors] = (BadRequest, UnsupportedMediaType, InvalidRequest)
 IMAGES: Final[Errors] = (

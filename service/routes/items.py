@@ -23,10 +23,12 @@ from service.answer_schemas import (
     ItemsAnswer,
     PatchedItem,
 )
+from service.clients import current_sender
 from service.errors import InvalidRequest, ItemNotFound, NotFound
 from service.off_loop import off_loop
 from service.options import check_fields, parse_options
 from service.originals import photo_digest
+from service.retrieval.search import VECTOR_VALUE_BYTES
 from service.routes.answers import JsonAnswer, encode_vector, json_response
 from service.routes.bodies import query_fields, read_exact_json, read_json
 from service.routes.describe import BODY, COLLECTION, Operation, describe
@@ -34,8 +36,8 @@ from service.routes.direct import DirectRoute, service_of
 from service.schemas import CountIn, DeleteIn, Encoding, FacetsIn, ItemQuery, PatchIn, ScrollIn
 from service.search.checks import check_id, check_name, metadata_text
 from service.search.filters import Filter, parse_filter, parse_path
-from service.search.store import Item, Order
-from service.state import Service
+from service.search.store import CollectionInfo, Item, Order
+from service.state import FEW_RESULTS, Service
 
 router = APIRouter(prefix="/v1/collections", tags=["items"], route_class=DirectRoute)
 
@@ -150,7 +152,24 @@ async def scroll_items(request: Request, name: str) -> JsonAnswer[ItemsAnswer]:
     if body.order_by is not None:
         order = Order(parse_path(body.order_by.key, "order_by"), body.order_by.direction == "desc")
     info = await service.store.info(name)
-    page = await service.store.scroll(info.name, where=where, cursor=body.cursor, limit=body.limit, order=order)
+    if body.limit <= FEW_RESULTS:
+        return await _page(service, name, info, body, where, order)
+    async with service.large_answers.turn(current_sender.get()):
+        return await _page(service, name, info, body, where, order)
+
+
+async def _page(
+    service: Service, name: str, info: CollectionInfo, body: ScrollIn, where: Filter | None, order: Order | None
+) -> JsonAnswer[ItemsAnswer]:
+    """Read a page of items, and return the answer. If it would exceed the limit of an answer, the page ends earlier."""
+    most, limit = service.settings.max_answer_bytes, body.limit
+    if "vector" in body.include:
+        vector_bytes = info.dimension * VECTOR_VALUE_BYTES
+        limit = max(1, min(limit, most // (2 * vector_bytes)))
+        most -= limit * vector_bytes
+    page = await service.store.scroll(
+        info.name, where=where, cursor=body.cursor, limit=limit, order=order, max_bytes=max(most // 2, 1)
+    )
 
     def answer() -> JsonAnswer[ItemsAnswer]:
         data = [_shown(item, body.include, body.encoding_format) for item in page.items]
@@ -162,7 +181,8 @@ async def scroll_items(request: Request, name: str) -> JsonAnswer[ItemsAnswer]:
                 "data": data,
                 "cursor": page.cursor,
                 **service.identity(page.tag or info.tag),
-            }
+            },
+            most=service.settings.max_answer_bytes,
         )
 
     return await asyncio.to_thread(answer)

@@ -20,7 +20,9 @@ from service.cors import SAFE_METHODS
 from service.errors import (
     ERRORS,
     OPENAI_PATHS,
+    BodyTooSlow,
     CrossOrigin,
+    HostNotAllowed,
     MissingScope,
     OpenAIError,
     Problem,
@@ -34,6 +36,7 @@ from service.routes.direct import DirectRoute, route_need
 from service.schema_base import NULL, Schema
 from service.search.checks import NAME_PATTERN
 from service.search.store import MAX_ID_CHARACTERS
+from service.security import PROBES
 
 Json = dict[str, Any]
 
@@ -257,7 +260,9 @@ def _denials(route: DirectRoute) -> list[type[ServiceError]]:
     if need in ("write", "admin"):
         errors.append(MissingScope)
     if not set(route.methods or ()) <= SAFE_METHODS:
-        errors.append(CrossOrigin)
+        errors += [CrossOrigin, BodyTooSlow]
+    if route.path not in PROBES:
+        errors.append(HostNotAllowed)
     return errors
 
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 from fastapi import APIRouter, Request
 
 from service.answer_schemas import BatchAnswer, HitFields, HitGroup, IndexedQueryAnswer, QueryAnswer, SearchAnswer
+from service.clients import current_sender
 from service.data_urls import check_count
 from service.errors import Conflict, InvalidItems, ItemNotFound, ModelMismatch, ModelNotFound
-from service.outcomes import Outcome, split_items
+from service.outcomes import Outcome, split_items, successes
 from service.retrieval.query import SearchRequest
 from service.retrieval.reading import read_image_search, read_search
 from service.retrieval.search import QueryResults, SearchResults
@@ -21,7 +22,7 @@ from service.routes.direct import DirectRoute, service_of
 from service.schemas import SearchIn, SearchOptions
 from service.search.checks import check_name
 from service.search.store import Hit
-from service.state import Service
+from service.state import FEW_RESULTS, Service
 from service.timings import ms_since
 
 router = APIRouter(prefix="/v1/collections", tags=["search"], route_class=DirectRoute)
@@ -43,8 +44,19 @@ async def search(request: Request, name: str) -> JsonAnswer[SearchAnswer]:
     service = service_of(request)
     check_name(name)
     search_request = await _read(request, service)
-    results = await search_collection(service, name, search_request)
-    answer = _batch(request, search_request, results) if search_request.batch else _answer(results.queries[0].result())
+    queries = successes(search_request.queries)
+    if sum(query.results + query.ranking.offset for query in queries) <= FEW_RESULTS:
+        return await _search(request, service, name, search_request, started)
+    async with service.large_answers.turn(current_sender.get()):
+        return await _search(request, service, name, search_request, started)
+
+
+async def _search(
+    request: Request, service: Service, name: str, asked: SearchRequest, started: float
+) -> JsonAnswer[SearchAnswer]:
+    """Run a search that began at `started`, and return the answer."""
+    results = await search_collection(service, name, asked)
+    answer = _batch(request, asked, results) if asked.batch else _answer(results.queries[0].result())
     timings = results.timings | {"total": ms_since(started)}
     body: SearchAnswer = {
         "object": "list",
@@ -53,7 +65,7 @@ async def search(request: Request, name: str) -> JsonAnswer[SearchAnswer]:
         **service.identity(results.tag),
         "timings": timings,
     }
-    return json_response(body, headers=server_timing(timings))
+    return json_response(body, headers=server_timing(timings), most=service.settings.max_answer_bytes)
 
 
 async def _read(request: Request, service: Service) -> SearchRequest:

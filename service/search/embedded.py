@@ -373,6 +373,7 @@ class EmbeddedStore:
         cursor: str | None = None,
         limit: int = 100,
         order: Order | None = None,
+        max_bytes: int | None = None,
     ) -> Page:
         """Return a page of items. If `order` is None, the items are in the order in which they were written.
 
@@ -391,9 +392,9 @@ class EmbeddedStore:
                     raise InvalidRequest("cursor: the collection has been re-embedded; begin again", param="cursor")
                 row = database.by_key(db, key)
             if order is None:
-                page = page_by_number(db, row, where, after, limit)
+                page = page_by_number(db, row, where, after, limit, max_bytes)
             else:
-                page = page_in_order(db, row, where, order, position, limit)
+                page = page_in_order(db, row, where, order, position, limit, max_bytes)
             cursor_with_key = None if page.cursor is None else f"{row.key}.{page.cursor}"
             return Page(page.items, cursor_with_key, row.spec.tag)
 
@@ -523,12 +524,13 @@ class EmbeddedStore:
         where: Filter | None = None,
         params: SearchParams | None = None,
         assumed: bool = False,
+        max_bytes: int | None = None,
     ) -> list[list[Hit]]:
         if self._access.damage:
             await self._read(lambda db: None, of=collection)  # refuses a damaged collection
         try:
             return await self._searcher.search(
-                collection, vectors, k, tag=tag, where=where, params=params, assumed=assumed
+                collection, vectors, k, tag=tag, where=where, params=params, assumed=assumed, max_bytes=max_bytes
             )
         except StorageDamaged as error:
             await self._access.mark(collection, error)

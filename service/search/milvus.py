@@ -287,8 +287,9 @@ class MilvusStore:
         cursor: str | None = None,
         limit: int = 100,
         order: Order | None = None,
+        max_bytes: int | None = None,
     ) -> Page:
-        """Return a page of items in order of id."""
+        """Return a page of items in order of id. `max_bytes` has no effect."""
         if order is not None:
             raise InvalidRequest("order_by is not supported by Milvus, which lists items by id", param="order_by")
         after = id_after(cursor)
@@ -312,9 +313,11 @@ class MilvusStore:
         where: Filter | None = None,
         params: SearchParams | None = None,
         assumed: bool = False,
+        max_bytes: int | None = None,
     ) -> list[list[Hit]]:
         """Return the k nearest items for each query vector, using Milvus' HNSW index. This index does not support exact
-        search. If `params.exact` is true, the search uses a high value of the search parameter `ef` instead."""
+        search. If `params.exact` is true, the search uses a high value of the search parameter `ef` instead.
+        `max_bytes` has no effect."""
         check_k(k)
         queries = normalised_rows(vectors)
         name, spec = await self._resolve(collection)

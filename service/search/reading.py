@@ -71,11 +71,28 @@ def condition_of(where: Filter | None) -> tuple[str, list[Any]]:
     return ("1", []) if where is None else to_sql(where)
 
 
-def page_by_number(db: sqlite3.Connection, row: Row, where: Filter | None, after: int, limit: int) -> Page:
-    """Return the page of up to `limit` items with the lowest numbers above `after`."""
+def fitting(rows: Sequence[tuple[Any, ...]], limit: int, max_bytes: int | None) -> int:
+    """Return how many of the rows that `items_of` expects fit on a page: at least one, at most `limit`, and no more
+    than have `max_bytes` bytes of metadata."""
+    if max_bytes is None:
+        return limit
+    left = max_bytes
+    for count, columns in enumerate(rows[:limit]):
+        left -= len(columns[2])
+        if left < 0:
+            return max(1, count)
+    return limit
+
+
+def page_by_number(
+    db: sqlite3.Connection, row: Row, where: Filter | None, after: int, limit: int, max_bytes: int | None = None
+) -> Page:
+    """Return the page of up to `limit` items with the lowest numbers above `after`. Their metadata has at most
+    `max_bytes` bytes, unless that of the first item has more."""
     condition, parameters = condition_of(where)
     query = f"SELECT {ITEM} FROM items_{row.key} i WHERE number > ? AND {condition} ORDER BY number LIMIT ?"
     rows = db.execute(query, (after, *parameters, limit + 1)).fetchall()
+    limit = fitting(rows, limit, max_bytes)
     return Page(items_of(db, row, rows[:limit]), f"n{rows[limit - 1][0]}" if len(rows) > limit else None)
 
 

@@ -17,7 +17,7 @@ from service.errors import InvalidRequest
 from service.search.database import Row
 from service.search.filter_sql import extract, json_path
 from service.search.filters import Filter, plain_number
-from service.search.reading import ITEM, condition_of, items_of
+from service.search.reading import ITEM, condition_of, fitting, items_of
 from service.search.store import Order, Page
 
 _SCALARS: Final = "'text', 'integer', 'real', 'true', 'false'"
@@ -52,16 +52,23 @@ def position_in(order: Order, cursor: str | None) -> Position | None:
 
 
 def page_in_order(
-    db: sqlite3.Connection, row: Row, where: Filter | None, order: Order, after: Position | None, limit: int
+    db: sqlite3.Connection,
+    row: Row,
+    where: Filter | None,
+    order: Order,
+    after: Position | None,
+    limit: int,
+    max_bytes: int | None = None,
 ) -> Page:
     """Return the page of up to `limit` items that follow the position `after`. If `after` is None, return the first
-    page."""
+    page. Its metadata has at most `max_bytes` bytes, unless that of the first item has more."""
     rows: list[tuple[Any, ...]] = []
     if after is None or after.value is not None:
         rows = _with_value(db, row, where, order, after, limit + 1)
         after = None
     if len(rows) <= limit:
         rows += _without_value(db, row, where, order, after, limit + 1 - len(rows))
+    limit = fitting(rows, limit, max_bytes)
     items = items_of(db, row, [columns[:-1] for columns in rows[:limit]])
     if len(rows) <= limit:
         return Page(items, None)

@@ -24,14 +24,14 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from service.errors import StorageDamaged
+from service.errors import AnswerTooLarge, StorageDamaged
 from service.search.checks import check_k, check_match, check_named, check_reference, normalised_rows
 from service.search.filters import Filter, matches
 from service.search.maintenance import Maintenance
 from service.search.partners import version_with
 from service.search.segments import Allowed, Neighbours
 from service.search.selection import Selections
-from service.search.store import MAX_DEPTH, Floats, Hit, SearchParams
+from service.search.store import MAX_DEPTH, MAX_METADATA_BYTES, Floats, Hit, SearchParams
 from service.search.threads import Workers
 from service.search.view import View, Views
 from service.sqlite import translated
@@ -55,6 +55,7 @@ ensures that a thread never loops forever."""
 
 
 _USUAL: Final = SearchParams()
+_MAX_HIT_BYTES: Final = 2 * MAX_METADATA_BYTES  # of the JSON text of a hit: metadata, id and source
 
 
 class _Query(NamedTuple):
@@ -67,6 +68,7 @@ class _Query(NamedTuple):
     where: Filter | None
     params: SearchParams
     assumed: bool
+    max_bytes: int | None  # limit of the metadata of all hits; None if they cannot reach the limit
 
 
 class Searcher:
@@ -108,9 +110,13 @@ class Searcher:
         where: Filter | None = None,
         params: SearchParams | None = None,
         assumed: bool = False,
+        max_bytes: int | None = None,
     ) -> list[list[Hit]]:
+        queries = normalised_rows(vectors)
+        if max_bytes is not None and check_k(k) * len(queries) * _MAX_HIT_BYTES <= max_bytes:
+            max_bytes = None
         query = _Query(
-            check_reference(collection), normalised_rows(vectors), check_k(k), tag, where, params or _USUAL, assumed
+            check_reference(collection), queries, check_k(k), tag, where, params or _USUAL, assumed, max_bytes
         )
         answers: list[list[Hit]]
         if where is not None:
@@ -120,7 +126,8 @@ class Searcher:
             return hits
         self._searching += 1
         try:
-            answers = await self._workers.do(query, (collection, k, tag, query.params, query.vectors.shape[1], assumed))
+            shared = (collection, k, tag, query.params, query.vectors.shape[1], assumed)
+            answers = await self._workers.do(query, shared if max_bytes is None else object())
             return answers
         finally:
             self._searching -= 1
@@ -213,7 +220,8 @@ class Searcher:
         candidates = _nearest(find, vectors, query.k, 0 if at_once else min(deepest, row.count))
         if query.where is None:
             self._maintenance.observe(view, vectors, candidates, query.params)
-        return [_hits(view, best, query.k) for best in candidates]
+        room = None if query.max_bytes is None else _Room(query.max_bytes, query.k * len(candidates))
+        return [_hits(view, best, query.k, room) for best in candidates]
 
     def view(self, db: sqlite3.Connection, name: str, tag: str) -> View:
         """Return a view of the collection with this name or alias. If only its former has vectors with this tag, return
@@ -276,12 +284,39 @@ def _is_tied(best: list[tuple[float, int]], k: int, depth: int) -> bool:
     return len(best) == depth and best[-1][0] == best[k - 1][0]
 
 
-def _hits(view: View, best: list[tuple[float, int]], k: int) -> list[Hit]:
+class _Room:
+    """Counts the bytes of the metadata of all hits of a search, before they are parsed. `most` is the limit, and
+    `wanted` the number of hits that the search may have."""
+
+    def __init__(self, most: int, wanted: int) -> None:
+        self._most, self._wanted = most, wanted
+        self._bytes = self._hits = 0
+
+    def add(self, size: int) -> None:
+        """Count one hit.
+
+        Raises:
+            AnswerTooLarge: the limit is exceeded.
+        """
+        self._bytes += size
+        self._hits += 1
+        if self._bytes > self._most:
+            raise AnswerTooLarge(
+                f"the {self._wanted:,} results would have about {self._bytes * self._wanted // self._hits:,} bytes of "
+                f"metadata, and at most {self._most:,} are allowed: ask for fewer results (k, group_size, offset) or "
+                "queries at a time",
+                param="k",
+            )
+
+
+def _hits(view: View, best: list[tuple[float, int]], k: int, room: _Room | None) -> list[Hit]:
     """Return the hits for the k best of the (score, position) pairs in `best`. Hits with equal scores are sorted by
-    id."""
+    id. If there is a `room`, their metadata must fit into it."""
     hits = []
     try:
         for (score, _), payload in zip(best, view.payloads([position for _, position in best]), strict=True):
+            if room is not None:
+                room.add(len(payload))
             item_id, metadata, source = orjson.loads(payload)
             hits.append(Hit(item_id, score, metadata, source))
     except ValueError as error:

@@ -326,9 +326,13 @@ class VectorStore(Protocol):
         cursor: str | None = None,
         limit: int = 100,
         order: Order | None = None,
+        max_bytes: int | None = None,
     ) -> Page:
         """Return one page of items. If `order` is None, the store defines the order. Only stores with the capability
         `order` support other orders. A cursor is valid only for the order of the page that it came with.
+
+        A store may end the page earlier, so that its metadata has at most `max_bytes` bytes. It then has at least one
+        item.
 
         If all pages are read, each item that does not change in the meantime is on exactly one page. An item that is
         written or deleted while the pages are read may be on no page or on two pages.
@@ -348,6 +352,7 @@ class VectorStore(Protocol):
         where: Filter | None = None,
         params: SearchParams | None = None,
         assumed: bool = False,
+        max_bytes: int | None = None,
     ) -> list[list[Hit]]:
         """Return the k nearest items for each of the query vectors [n, D], best first. The result has one list of hits
         for each vector. Hits with equal scores are sorted by id. k is at most MAX_DEPTH.
@@ -357,6 +362,9 @@ class VectorStore(Protocol):
         `assumed` says that the client did not name the model of the vectors, so `tag` is only assumed. Such a search of
         a collection whose vectors were once made by another model raises ModelMismatch, because a client that still has
         vectors of that model would get wrong results.
+
+        A store may raise AnswerTooLarge, a kind of InvalidRequest, if the metadata of all hits has more than
+        `max_bytes` bytes.
         """
 
     async def close(self) -> None: ...

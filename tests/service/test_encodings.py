@@ -50,7 +50,7 @@ async def test_a_compressed_image_is_decoded(tmp_path, name, encode, size):
         plain = await run.client.post(EMBED, content=photo(), headers=PNG)
         headers = PNG | {"Content-Encoding": name}
         packed = await run.client.post(EMBED, content=pieces(encode(photo()), size), headers=headers)
-        assert run.service.lifecycle.buffered_bytes == 0
+        assert run.service.lifecycle.buffer.used == 0
     assert packed.json()["data"] == plain.json()["data"]
 
 
@@ -102,7 +102,7 @@ async def test_an_unknown_encoding_is_refused_with_the_known_ones(tmp_path, name
 async def test_a_body_that_is_not_in_its_encoding_is_refused(tmp_path, name, body, words):
     async with running(tmp_path) as run:
         answer = await run.client.post(EMBED, content=body, headers=PNG | {"Content-Encoding": name})
-        assert run.service.lifecycle.buffered_bytes == 0
+        assert run.service.lifecycle.buffer.used == 0
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "bad_request")
     assert words in answer.text
 
@@ -120,7 +120,7 @@ async def test_a_bomb_is_refused_at_the_limit_and_costs_neither_memory_nor_time(
             assert (answer.status_code, answer.json()["error"]["code"]) == (413, "payload_too_large")
             assert peak < 2**22 + 2**21 + len(bomb) * 3
             assert spent < 2
-        assert run.service.lifecycle.buffered_bytes == 0
+        assert run.service.lifecycle.buffer.used == 0
 
 
 async def test_a_body_that_decodes_to_nothing_is_limited_by_its_own_size(tmp_path):

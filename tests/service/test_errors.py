@@ -16,6 +16,7 @@ import pytest
 from service import sqlite
 from service.errors import (
     ERRORS,
+    BodyTooSlow,
     BrokenImage,
     EngineFailed,
     HeadTooLarge,
@@ -164,7 +165,7 @@ async def _mismatch(tmp_path: Path) -> httpx.Response:
 async def _image_url(tmp_path: Path) -> httpx.Response:
     async with running(tmp_path, image_urls="*") as run:
         run.service.web_images = WebImages(
-            run.service.settings, run.service.lifecycle, resolve=lambda host, port: ["127.0.0.1"]
+            run.service.settings, run.service.lifecycle.buffer, resolve=lambda host, port: ["127.0.0.1"]
         )
         return await run.client.post(EMBED, json={"input": "https://images.example.com/a.jpg"})
 
@@ -187,6 +188,45 @@ async def _head(tmp_path: Path) -> httpx.Response:
 
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
             return await client.get("/v1/models")
+
+
+@provokes("body_too_slow")
+async def _slow(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+
+        async def app(scope, receive, send):  # the HTTP protocol does this
+            async def slow():
+                scope["refusal"] = BodyTooSlow("only 10 bytes of the request body have arrived in 10 s")
+                return {"type": "http.request", "body": b"", "more_body": True}
+
+            await run.app(scope, slow, send)
+
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
+            answer = await client.post("/v1/collections/shop/search", json={})
+            assert answer.headers["Connection"] == "close"
+            return answer
+
+
+@provokes("host_not_allowed")
+async def _host(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        return await run.client.get("/v1/models", headers={"Host": "rebound.example.com:8000"})
+
+
+@provokes("share_used")
+async def _share(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path) as run:
+        run.service.pipeline.batcher.reserve(128, "address:127.0.0.1")
+        return await run.client.post(EMBED, json={"input": base64_of(photo())})
+
+
+@provokes("answer_too_large")
+async def _answer(tmp_path: Path) -> httpx.Response:
+    async with running(tmp_path, store=DictStore(), max_answer_bytes=2**16) as run:
+        metadata = json.dumps({"text": "x" * 40_000})
+        await run.client.post("/v1/collections/shop/items", files={"file": photo()}, data={"metadata": metadata})
+        many = {"queries": [{"vector": [1.0] * DIMS}] * 2}
+        return await run.client.post("/v1/collections/shop/search", json=many)
 
 
 @provokes("payload_too_large")
@@ -316,7 +356,7 @@ async def _quota(tmp_path: Path) -> httpx.Response:
 @provokes("unavailable")
 async def _unavailable(tmp_path: Path) -> httpx.Response:
     async with running(tmp_path) as run:
-        run.service.lifecycle.buffered_bytes = run.service.settings.max_buffered_bytes
+        run.service.lifecycle.buffer.take("other", run.service.settings.max_buffered_bytes, 0)
         return await run.client.post(EMBED, json={"input": base64_of(photo())})
 
 
@@ -399,7 +439,7 @@ async def test_provoked_over_http(tmp_path, code):
         assert {"type", "title", "status", "detail", "instance", "code", "request_id"} <= set(body)
         assert (body["code"], body["status"], body["title"]) == (code, status, title)
         assert body["request_id"] == answer.headers["X-Request-ID"]
-    if code in ("queue_full", "shutting_down", "unavailable", "rate_limit_exceeded", "storage_busy"):
+    if code in ("queue_full", "shutting_down", "unavailable", "rate_limit_exceeded", "share_used", "storage_busy"):
         assert int(answer.headers["Retry-After"]) >= 1
 
 

@@ -80,11 +80,26 @@ async def test_an_engine_that_always_fails_turns_livez_and_readyz_red(tmp_path, 
 
 async def test_a_full_queue_is_alive_and_not_ready(tmp_path):
     async with running(tmp_path, queue_max_images=2) as run:
-        run.service.pipeline.batcher.reserve(2)
+        run.service.pipeline.batcher.reserve(1, "one")
+        run.service.pipeline.batcher.reserve(1, "other")
         live, ready = await run.client.get("/livez"), await run.client.get("/readyz")
-        run.service.pipeline.batcher.release(2)
+        run.service.pipeline.batcher.release(1, "other")
         again = await run.client.get("/readyz")
     assert [answer.status_code for answer in (live, ready, again)] == [200, 503, 200]
+
+
+async def test_one_client_alone_cannot_make_the_service_unready(tmp_path):
+    async with running(tmp_path, queue_max_images=8) as run:
+        gate = run.engine.gate = threading.Event()
+        images = {"input": [base64.b64encode(photo(i)).decode() for i in range(8)]}
+        filling = asyncio.create_task(run.client.post("/v1/embeddings", json=images))
+        await until(lambda: run.service.pipeline.batcher.images == 8)
+        more = await run.client.post("/v1/embeddings", json={"input": base64.b64encode(photo(9)).decode()})
+        ready = await run.client.get("/readyz")
+        gate.set()
+        assert (await filling).status_code == 200
+    assert (more.status_code, more.json()["error"]["code"]) == (429, "share_used")
+    assert ready.status_code == 200
 
 
 async def test_a_dead_redis_is_degraded_and_still_ready(tmp_path, caplog):
@@ -126,9 +141,10 @@ async def test_what_is_not_ready_is_not_called_degraded(tmp_path):
         async def status(self):
             return "degraded: redis: get: ConnectionError: refused"
 
-    async with running(tmp_path, queue_max_images=1, cache=Down(0)) as run:
+    async with running(tmp_path, queue_max_images=2, cache=Down(0)) as run:
         assert (await run.client.get("/readyz")).json()["status"] == "degraded"
-        run.service.pipeline.batcher.reserve(1)
+        run.service.pipeline.batcher.reserve(1, "one")
+        run.service.pipeline.batcher.reserve(1, "other")
         body = (await run.client.get("/readyz")).json()
     assert (body["status"], body["reasons"]) == ("unready", {"queue": "full"})
     assert body["cache"]["status"] == "degraded: ConnectionError"

@@ -8,12 +8,14 @@ import subprocess
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from service.http_protocol import MAX_HEAD_BYTES, BoundedHttpProtocol
+from service.connections import Connections
+from service.http_protocol import MAX_HEAD_BYTES, BoundedHttpProtocol, _StagedTransport
 from tests.fakes import until
 
 HEAD_S, KEEP_ALIVE_S = 0.3, 0.9
@@ -24,11 +26,29 @@ HUGE = 32 * 2**20  # more than the buffers of the operating system hold
 
 class Quick(BoundedHttpProtocol):
     header_timeout_s = HEAD_S
+    answer_stall_s = 30.0
+    min_bytes_per_s = 4096
+    places = Connections(100, 0.5)
+
+
+class Account:
+    """Counts the unread bytes of clients."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, int] = {}
+
+    def add(self, client: str, size: int) -> None:
+        self.held[client] = self.held.get(client, 0) + size
+
+
+ACCOUNT = Account()
 
 
 async def app(scope, receive, send):
     """Read the body and answer with its size. For /slow, answer after more time than a request head may take. For
     /early and /kept, answer before the body; only /early closes. Answer a refused request with its error."""
+    if "connection" in scope:
+        scope["connection"].charge_to(ACCOUNT, scope["path"])
     size, more = 0, scope["path"] not in ("/early", "/kept")
     while more and "refusal" not in scope:
         message = await receive()
@@ -53,13 +73,22 @@ async def connected() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.Strea
     server = await loop.create_server(
         lambda: Quick(config=config, server_state=state, app_state={}, _loop=loop), "127.0.0.1", 0
     )
-    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    try:
+        async with more(server.sockets[0].getsockname()) as streams:
+            yield streams
+    finally:
+        server.close()
+        await until(lambda: not state.connections)
+
+
+@asynccontextmanager
+async def more(address: tuple[str, int]) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """Open a connection to the server at `address`."""
+    reader, writer = await asyncio.open_connection(*address)
     try:
         yield reader, writer
     finally:
         writer.close()
-        server.close()
-        await until(lambda: not state.connections)
 
 
 async def rest(reader: asyncio.StreamReader) -> bytes:
@@ -376,17 +405,46 @@ async def test_no_request_behind_a_discarded_body_is_run():
 
 
 async def test_a_client_that_reads_nothing_of_a_large_answer_is_dropped(monkeypatch):
-    monkeypatch.setattr("service.http_protocol.STALL_S", 0.2)
+    monkeypatch.setattr(Quick, "answer_stall_s", 0.2)
     monkeypatch.setattr(f"{__name__}.KEEP_ALIVE_S", 60)
     async with connected() as (reader, writer):
         writer.write(b"GET /huge HTTP/1.1\r\nHost: x\r\n\r\n")
-        await asyncio.sleep(1.5)  # the reader takes 128 KiB, and then nothing
+        await until(lambda: ACCOUNT.held.get("/huge", 0) > HUGE // 4)  # the reader takes 128 KiB, and then nothing
+        await until(lambda: ACCOUNT.held["/huge"] == 0)
         answer = await rest(reader)
     assert len(answer) < HUGE
 
 
+async def test_a_client_that_trickles_an_answer_is_dropped(monkeypatch):
+    """A byte now and then is no reason to keep the rest in memory."""
+    monkeypatch.setattr(Quick, "answer_stall_s", 0.2)
+    monkeypatch.setattr(Quick, "min_bytes_per_s", 5 * HUGE)
+    monkeypatch.setattr(f"{__name__}.KEEP_ALIVE_S", 60)
+    answer = 0
+    async with connected() as (reader, writer):
+        writer.write(b"GET /huge HTTP/1.1\r\nHost: x\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            while chunk := await reader.read(2**16):
+                answer += len(chunk)
+                await asyncio.sleep(0.01)
+    assert answer < HUGE
+
+
+async def test_what_a_client_has_not_read_is_counted_for_the_client_of_the_last_request():
+    async with connected() as (reader, writer):
+        writer.write(b"GET /huge HTTP/1.1\r\nHost: x\r\n\r\n")
+        await until(lambda: ACCOUNT.held.get("/huge", 0) > 0)
+        unread = ACCOUNT.held["/huge"]
+        writer.write(b"GET /next HTTP/1.1\r\nHost: x\r\n\r\n")
+        await until(lambda: ACCOUNT.held.get("/next", 0) > 0)
+        assert (ACCOUNT.held["/huge"], ACCOUNT.held["/next"]) == (0, unread)
+        await reader.readexactly(HUGE)
+        await until(lambda: ACCOUNT.held["/next"] == 0)
+    assert set(ACCOUNT.held.values()) == {0}
+
+
 async def test_a_client_that_reads_slowly_gets_the_whole_answer(monkeypatch):
-    monkeypatch.setattr("service.http_protocol.STALL_S", 0.2)
+    monkeypatch.setattr(Quick, "answer_stall_s", 0.2)
     answer = 0
     async with connected() as (reader, writer):
         writer.write(b"GET /huge HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
@@ -394,3 +452,85 @@ async def test_a_client_that_reads_slowly_gets_the_whole_answer(monkeypatch):
             answer += len(chunk)
             await asyncio.sleep(0.002)
     assert answer > HUGE
+
+
+def test_nothing_is_written_to_a_connection_that_is_closed():
+    """uvloop would raise an error, which would be logged as a fault of the service."""
+    written: list[bytes] = []
+    closing = [False, True]
+    transport = SimpleNamespace(is_closing=lambda: closing.pop(0), write=written.append)
+    staged = _StagedTransport(SimpleNamespace(transport=transport, close_in_steps=None))  # type: ignore[arg-type]
+    staged.write(b"first")
+    staged.write(b"second")
+    assert written == [b"first"]
+
+
+SLOW_BODY = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
+
+
+@pytest.mark.parametrize("head_start", [0, 500_000])
+async def test_a_body_that_stalls_is_told_so_in_time(monkeypatch, head_start):
+    """Also if most of it came quickly: it is in memory until the request ends."""
+    monkeypatch.setattr("service.http_protocol.BODY_GRACE_S", 0.2)
+    async with connected() as (reader, writer):
+        started = time.monotonic()
+        writer.write(SLOW_BODY + bytes(head_start))
+        answer = asyncio.create_task(rest(reader))
+        while not answer.done() and time.monotonic() - started < 5:
+            writer.write(b"a")
+            await asyncio.sleep(0.02)
+        assert statuses(await answer) == [408]
+        assert b"the least rate is 4096 bytes per second" in await answer
+        assert 0.15 < time.monotonic() - started < 2
+
+
+async def test_a_body_at_the_least_rate_is_accepted(monkeypatch):
+    monkeypatch.setattr("service.http_protocol.BODY_GRACE_S", 0.2)
+    monkeypatch.setattr(Quick, "min_bytes_per_s", 5_000)
+    async with connected() as (reader, writer):
+        writer.write(SLOW_BODY.replace(b"1000000", b"20000"))
+        for _ in range(20):
+            writer.write(bytes(1000))
+            await asyncio.sleep(0.04)
+        assert b"200" in await reader.readuntil(b"\r\n\r\n")
+        assert await reader.readexactly(5) == b"20000"
+
+
+async def test_a_client_is_not_blamed_for_what_the_application_does_not_read(monkeypatch):
+    monkeypatch.setattr("service.http_protocol.BODY_GRACE_S", 0.1)
+    async with connected() as (reader, writer):
+        writer.write(GET.replace(b"/ ", b"/slow ") + SLOW_BODY)  # the second request waits for the first
+        writer.write(bytes(1_000_000))
+        assert statuses(await reader.readuntil(b"\r\n\r\n0")) == [200]
+        assert statuses(await reader.readuntil(b"\r\n\r\n1000000")) == [200]
+
+
+async def test_connections_beyond_the_limit_are_answered_and_closed_at_once(monkeypatch):
+    refused: list[None] = []
+    places = Connections(4, 0.5)
+    places.on_refused = lambda: refused.append(None)
+    monkeypatch.setattr(Quick, "places", places)
+    async with connected() as (_, first):
+        peer = first.get_extra_info("peername")
+        async with more(peer) as (second, writer), more(peer) as (third, _):
+            answer = await rest(third)
+            assert statuses(answer) == [503]
+            assert b'"code":"too_many_connections"' in answer
+            writer.write(GET)
+            assert statuses(await second.readuntil(b"\r\n\r\n0")) == [200]
+            assert len(refused) == 1
+            assert places.open == 2
+        await until(lambda: places.open == 1)
+        async with more(peer) as (again, writer):
+            writer.write(GET)
+            assert statuses(await again.readuntil(b"\r\n\r\n0")) == [200]
+    await until(lambda: places.open == 0)
+
+
+def test_each_address_has_a_share_of_the_connections_and_a_proxy_has_none():
+    places = Connections(100, 0.5)
+    assert sum(places.admit("192.0.2.1") is not None for _ in range(100)) == 50
+    assert places.admit("192.0.2.2") is not None
+    assert places.admit("2001:db8::1") == places.admit("2001:db8::2") == "2001:db8::/64"
+    proxied = Connections(100, 0.5, are_of_proxies=True)
+    assert sum(proxied.admit("192.0.2.1") is not None for _ in range(200)) == 100

@@ -31,7 +31,7 @@ async def online(tmp_path: Path, **settings: Any) -> AsyncIterator[tuple[Running
     """Yield a service that fetches images, and the network from which it fetches them."""
     async with open_network() as network, running(tmp_path, **{"image_urls": "*.example.com", **settings}) as run:
         await run.service.web_images.close()
-        run.service.web_images = network.web(run.service.settings, run.service.lifecycle)
+        run.service.web_images = network.web(run.service.settings, run.service.lifecycle.buffer)
         yield run, network
 
 

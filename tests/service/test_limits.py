@@ -18,12 +18,13 @@ import pytest
 
 from model.preprocess import PreprocessSpec
 from service.buckets import RedisBuckets
+from service.clients import network
 from service.costs import Cost, TooCostly, current_cost
 from service.errors import RateLimited
 from service.features import pipeline
 from service.features.pipeline import View
 from service.keys import KeyStore
-from service.limits import MOST_KEYS, Limit, Limits, _network
+from service.limits import MOST_KEYS, Limit, Limits
 from service.redis_guard import RedisGuard
 from service.security import Security
 from service.settings import Settings
@@ -462,7 +463,7 @@ async def test_a_client_behind_a_proxy_has_its_own_bucket(tmp_path, clock):
 
 
 @pytest.mark.parametrize(
-    ("address", "network"),
+    ("address", "client"),
     [
         ("192.0.2.1", "192.0.2.1"),
         ("::ffff:192.0.2.1", "192.0.2.1"),
@@ -473,8 +474,8 @@ async def test_a_client_behind_a_proxy_has_its_own_bucket(tmp_path, clock):
         ("unix", "unix"),
     ],
 )
-def test_one_client_is_an_address_or_a_network(address: str, network: str):
-    assert _network(address) == network
+def test_one_client_is_an_address_or_a_network(address: str, client: str):
+    assert network(address) == client
 
 
 async def test_the_label_of_a_key_has_few_values(clock):

@@ -64,7 +64,7 @@ async def test_what_bodies_hold_is_given_back(tmp_path):
             assert (await run.client.post(EMBED, content=image, headers=PNG)).status_code == 200
             bad = image[:100] if i % 2 else chunks(image + b"x")
             assert (await run.client.post(EMBED, content=bad, headers=PNG)).status_code in (413, 422)
-            assert run.service.lifecycle.buffered_bytes == 0
+            assert run.service.lifecycle.buffer.used == 0
             assert run.service.lifecycle.in_flight == 0
             assert run.service.metrics.registry.get_sample_value("dinov2_requests_in_flight") == 0
         text = (await run.client.get("/metrics")).text

@@ -53,7 +53,7 @@ class CountingStore(DictStore):
         self.calls.append(("get", len(ids)))
         return await super().get(collection, ids)
 
-    async def search(self, collection, vectors, k, *, tag, where=None, params=None, assumed=False):
+    async def search(self, collection, vectors, k, *, tag, where=None, params=None, **others):
         self.calls.append(("search", len(vectors), k, where, params))
         return await super().search(collection, vectors, k, tag=tag, where=where, params=params)
 

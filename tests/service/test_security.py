@@ -572,6 +572,26 @@ async def test_a_page_of_another_origin_cannot_write_with_a_key_either(tmp_path)
     assert (answer.status_code, answer.json()["code"]) == (403, "cross_origin")
 
 
+async def test_no_page_of_another_origin_reaches_a_route_that_may_change_something(tmp_path):
+    routes = [(method, filled(template)) for method, template in ROUTES if method != "GET"]
+    async with running(tmp_path) as run:
+        for headers in (EVIL, {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site", "Origin": "null"}):
+            answers = [await run.client.request(method, path, headers=headers) for method, path in routes]
+            assert {(answer.status_code, code_of(answer)) for answer in answers} == {(403, "cross_origin")}
+
+
+async def test_no_route_answers_under_a_name_that_resolves_to_this_machine(tmp_path):
+    async with running(tmp_path) as run:
+        for method, template in ROUTES:
+            answer = await begin(run.app, method, filled(template), {"Host": "rebound.example.com"})
+            assert (answer.status_code == 421) == (template not in ("/livez", "/readyz")), template
+
+
+def code_of(answer: httpx.Response) -> str:
+    body = answer.json()
+    return body["error"]["code"] if "error" in body else body["code"]
+
+
 async def test_nothing_of_a_body_is_read_from_a_page_of_another_origin(tmp_path):
     async with running(tmp_path) as run:
         sent = []

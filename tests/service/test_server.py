@@ -232,7 +232,7 @@ def test_a_body_above_the_limit_is_refused_by_an_answer_and_not_by_a_reset(tmp_p
 
 def test_a_body_without_room_in_memory_is_refused_by_an_answer_and_not_by_a_reset(tmp_path):
     limits = {"DINOV2_MAX_BODY_BYTES": "9000000", "DINOV2_MAX_BUFFERED_BYTES": "9000000", "DINOV2_MAX_IMAGE_BYTES": "9"}
-    server = Server(tmp_path / "data", **limits)
+    server = Server(tmp_path / "data", **limits, DINOV2_CLIENT_SHARE="1")
     head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 8000000\r\n\r\n"
     try:
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as first:
@@ -244,6 +244,52 @@ def test_a_body_without_room_in_memory_is_refused_by_an_answer_and_not_by_a_rese
                     answer = second.recv(65536)
                 assert answer.startswith(b"HTTP/1.1 503 ")
                 assert b"retry-after: 1" in answer
+    finally:
+        assert server.stop() == 0
+
+
+def test_slow_large_bodies_of_one_client_leave_room_for_its_other_requests(tmp_path):
+    """The largest legal bodies, sent except for the last byte, occupy only the share of their client."""
+    limits = {
+        "DINOV2_MAX_BODY_BYTES": "4000000",
+        "DINOV2_MAX_BUFFERED_BYTES": "32000000",
+        "DINOV2_MAX_IMAGE_BYTES": "9",
+    }
+    server = Server(tmp_path / "data", **limits)
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 4000000\r\n\r\n"
+    try:
+        with contextlib.ExitStack() as stack:
+            slow = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 10)) for _ in range(8)]
+            for connection in slow:
+                with contextlib.suppress(ConnectionError):
+                    connection.sendall(head + bytes(3_999_999))
+            refused = b""
+            for connection in slow:
+                connection.settimeout(0.5)
+                with contextlib.suppress(TimeoutError, ConnectionError):
+                    refused += connection.recv(65536)
+            assert refused.count(b"HTTP/1.1 429 ") == 4  # four of them are a half
+            assert b"share_used" in refused
+            metrics = httpx.get(f"{server.url}/metrics").text
+            assert 15e6 < float(re.search(r"^dinov2_buffered_bytes (\S+)", metrics, re.MULTILINE)[1]) <= 16e6
+            assert httpx.get(f"{server.url}/readyz").status_code == 200
+    finally:
+        assert server.stop() == 0
+
+
+def test_connections_beyond_the_limit_are_refused_and_counted(tmp_path):
+    server = Server(tmp_path / "data", DINOV2_MAX_CONNECTIONS="8")
+    try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(3):
+                stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 10))
+            with httpx.Client() as client:
+                assert client.get(f"{server.url}/livez").status_code == 200
+                assert talk(server.port, b"").startswith(b"HTTP/1.1 503 ")  # half of 8 are open
+                metrics = client.get(f"{server.url}/metrics").text
+        assert "dinov2_connections 4.0" in metrics
+        assert "dinov2_refused_connections_total 1.0" in metrics
+        assert httpx.get(f"{server.url}/livez").status_code == 200
     finally:
         assert server.stop() == 0
 

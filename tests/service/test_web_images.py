@@ -4,11 +4,11 @@ import asyncio
 import gzip
 import logging
 import time
-from types import SimpleNamespace
 
 import pytest
 
 from service import web_images
+from service.buffer import Buffer
 from service.errors import ImageTooLarge, ImageUrlFailed, InvalidRequest, PayloadTooLarge, QueueFull, Unavailable
 from service.settings import Settings
 from service.web_images import WebImages, resolve
@@ -24,8 +24,8 @@ def _failures_are_reported_at_once(monkeypatch):
     monkeypatch.setattr(web_images, "_STEP_S", 0.001)
 
 
-def buffered() -> SimpleNamespace:
-    return SimpleNamespace(buffered_bytes=0)
+def buffered() -> Buffer:
+    return Buffer(2**30)
 
 
 async def fetch(network, url: str = URL, **settings) -> bytes:
@@ -229,7 +229,7 @@ async def test_images_of_a_request_count_as_its_body():
     async with open_network() as network:
         settings = Settings(image_urls="*", max_image_bytes=len(IMAGE), max_body_bytes=3 * len(IMAGE))
         outcomes = await asyncio.create_task(network.web(settings, counted).fetch_all(urls))
-        await until(lambda: counted.buffered_bytes == 0)  # because the task has ended
+        await until(lambda: counted.used == 0)  # because the task has ended
     good = [outcome.result() for outcome in outcomes.values() if outcome.error is None]
     assert good
     assert good == [IMAGE] * len(good)
@@ -239,8 +239,8 @@ async def test_images_of_a_request_count_as_its_body():
 
 
 async def test_memory_of_all_requests_is_limited_until_they_end():
-    counted, done = buffered(), asyncio.Event()
-    size = len(IMAGE)
+    size, done = len(IMAGE), asyncio.Event()
+    counted = Buffer(size)
     async with open_network() as network:
         settings = Settings(image_urls="*", max_image_bytes=size, max_body_bytes=size, max_buffered_bytes=size)
         web = network.web(settings, counted)
@@ -250,13 +250,13 @@ async def test_memory_of_all_requests_is_limited_until_they_end():
             await done.wait()
 
         task = asyncio.create_task(request())
-        await until(lambda: counted.buffered_bytes == size)
+        await until(lambda: counted.used == size)
         error = (await asyncio.create_task(web.fetch_all([URL])))[URL].error
         assert isinstance(error, Unavailable)
         assert error.headers == {"Retry-After": "1"}
         done.set()
         await task
-        await until(lambda: counted.buffered_bytes == 0)
+        await until(lambda: counted.used == 0)
         assert (await asyncio.create_task(web.fetch_all([URL])))[URL].error is None
 
 

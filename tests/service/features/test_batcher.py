@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from service.errors import EngineFailed, ModelUnavailable, QueueFull, ShuttingDown
+from service.clients import ITSELF, Sender, current_sender
+from service.errors import EngineFailed, ModelUnavailable, QueueFull, ShareUsed, ShuttingDown
 from service.features import batcher as service_batcher
 from service.features import engine_faults
 from service.features.batcher import OUTPUTS_PER_PATCH, Batcher
@@ -129,6 +130,77 @@ async def test_an_image_with_many_outputs_counts_for_more_patches():
     assert sizes == [1, 4, 1]
 
 
+def submit_as(batcher: Batcher, sender: Sender, pixels: np.ndarray) -> asyncio.Future:
+    token = current_sender.set(sender)
+    try:
+        return batcher.submit(pixels)
+    finally:
+        current_sender.reset(token)
+
+
+async def test_an_image_of_another_client_is_in_the_next_batch_however_many_wait():
+    engine = FakeEngine()
+    async with batching(engine, batch_max_patches=16) as batcher:
+        first = await held(batcher, engine)
+        many = [submit_as(batcher, Sender("many", 1), image(i)) for i in range(12)]  # 3 batches
+        one = submit_as(batcher, Sender("one", 2), image(100))
+        engine.gate.set()
+        await one
+        done = sum(future.done() for future in many)
+        await asyncio.gather(first, *many)
+    assert done <= 7  # those in its batch, and at most one more batch whose results have come meanwhile
+    assert [shape[0] for shape in engine.batches] == [1, 4, 4, 4, 1]
+
+
+async def test_a_client_cannot_delay_others_with_images_of_many_shapes():
+    engine = FakeEngine()
+    async with batching(engine) as batcher:
+        first = await held(batcher, engine)
+        many = [submit_as(batcher, Sender("many", 1), image(0, 14 * side)) for side in (1, 2, 3, 4, 5)]
+        one = submit_as(batcher, Sender("one", 2), image(0, 14 * 9))
+        engine.gate.set()
+        await asyncio.gather(first, one, *many)
+    assert [shape[2] // 14 for shape in engine.batches] == [2, 1, 9, 2, 3, 4, 5]
+
+
+async def test_a_client_that_has_used_its_share_does_not_keep_others_out():
+    async with batching(FakeEngine(), queue_max_images=100, client_share=0.5) as batcher:
+        batcher.reserve(40, "many")
+        batcher.reserve(10, "many")
+        with pytest.raises(ShareUsed, match="50 images of this client are in the queue") as refused:
+            batcher.reserve(1, "many")
+        assert refused.value.headers["Retry-After"] == "1"
+        assert not batcher.full
+        batcher.reserve(40, "other")
+        batcher.release(50, "many")
+        batcher.reserve(30, "many")
+        with pytest.raises(QueueFull):
+            batcher.reserve(31, "third")
+
+
+async def test_the_queue_is_not_full_if_one_client_alone_has_filled_it():
+    async with batching(FakeEngine(), queue_max_images=5, client_share=0.5) as batcher:
+        batcher.reserve(5, "many")
+        assert not batcher.full
+        batcher.release(1, "many")
+        batcher.reserve(1, "other")
+        assert batcher.full
+
+
+async def test_patches_are_shared_out_too():
+    engine = FakeEngine()
+    async with batching(engine, queue_max_patches=40, client_share=0.5) as batcher:
+        first = await held(batcher, engine)
+        many = [submit_as(batcher, Sender("many", 1), image()) for _ in range(5)]  # 4 patches each
+        with pytest.raises(ShareUsed, match="20 patches of this client"):
+            submit_as(batcher, Sender("many", 2), image())
+        many.append(submit_as(batcher, Sender("other", 3), image()))
+        many.append(submit_as(batcher, ITSELF, image()))
+        engine.gate.set()
+        await asyncio.gather(first, *many)
+        assert batcher.patches == 0
+
+
 async def test_patches_of_mixed_shapes_are_given_back():
     engine = FakeEngine()
     async with batching(engine, queue_max_patches=64) as batcher:
@@ -141,8 +213,12 @@ async def test_patches_of_mixed_shapes_are_given_back():
             assert batcher.patches == 0
             assert not batcher.full
         await held(batcher, engine)
-        batcher.submit(image(0, 112))  # the whole limit
-        assert batcher.full
+        batcher.submit(image(0, 84))
+        submit_as(batcher, Sender("other", 1), image(0, 56))
+        submit_as(batcher, Sender("third", 2), image(0, 42))
+        assert not batcher.full
+        submit_as(batcher, Sender("fourth", 3), np.zeros((3, 14, 42), np.float32))
+        assert batcher.full  # 36 + 16 + 9 + 3 patches
 
 
 async def test_patches_are_counted_along_both_sides():
@@ -246,7 +322,7 @@ async def test_a_full_queue_refuses_with_a_retry_after_from_the_measured_rate():
         assert by_images.value.headers["Retry-After"] in ("3", "4", "5", "6")
         batcher.release(30)
         first = await held(batcher, engine)
-        waiting = [batcher.submit(image()), batcher.submit(image())]  # 8 patches
+        waiting = [batcher.submit(image()), submit_as(batcher, Sender("other", 1), image())]  # 8 patches
         assert batcher.full
         with pytest.raises(QueueFull):
             batcher.submit(image())
@@ -288,7 +364,7 @@ async def test_reserving_takes_all_or_nothing():
         with pytest.raises(QueueFull):
             batcher.reserve(3)
         assert not batcher.full
-        batcher.reserve(2)
+        batcher.reserve(2, "other")
         assert batcher.images == 5
         assert batcher.full
 

@@ -8,9 +8,11 @@ import importlib
 import json
 import re
 import threading
+import time
 import weakref
 from dataclasses import replace
 
+import httpx
 import numpy as np
 import pytest
 
@@ -22,7 +24,7 @@ from service.features.cache import MemoryCache
 from service.features.images import decode
 from service.features.pipeline import Embedded, View
 from service.outcomes import Outcome, numbered
-from tests.fakes import DIMS, N_PATCHES, SPEC, FakeEngine, fake_artifact, photo, plain_photo, running, until
+from tests.fakes import DIMS, N_PATCHES, SPEC, FakeEngine, Running, fake_artifact, photo, plain_photo, running, until
 
 
 async def test_identical_images_in_flight_compute_once(tmp_path):
@@ -280,7 +282,7 @@ async def test_limits_on_patches_reach_the_batcher(tmp_path, setting):
         await until(engine.entered.is_set)
         tasks.append(asyncio.create_task(run.embed([photo(i) for i in range(1, 4)])))
         if setting == "queue_max_patches":
-            await until(lambda: run.service.pipeline.batcher.full)
+            await until(lambda: run.service.pipeline.batcher.patches == 2 * N_PATCHES)
             late = await run.embed([photo(9)])
             assert isinstance(late[0].error, QueueFull)
         else:
@@ -430,6 +432,52 @@ class Blocked:
 PNG = {"Content-Type": "image/png"}
 
 
+async def post_as(run: Running, address: str, path: str, image: bytes) -> httpx.Response:
+    """Send an image from an address. The service must trust one proxy."""
+    return await run.client.post(path, content=image, headers=PNG | {"X-Forwarded-For": address})
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/features"])
+@pytest.mark.parametrize("single_address", ["192.0.2.1", "192.0.2.2"])
+async def test_a_form_with_many_images_does_not_delay_a_single_image(tmp_path, monkeypatch, path, single_address):
+    """The single image may be of another client, or in another request of the same client."""
+    decoded: list[tuple[int, int]] = []
+
+    def slow(image, *args, **options):
+        rgb = decode(image, *args, **options)
+        decoded.append(rgb.shape[:2])
+        time.sleep(0.02)
+        return rgb
+
+    monkeypatch.setattr("service.features.pipeline.decode", slow)
+    async with running(tmp_path, trusted_proxies=1, cache_bytes=0) as run:
+        files = [("file", ("a.png", photo(i, size=(40, 32)), "image/png")) for i in range(16)]
+        headers = {"X-Forwarded-For": "192.0.2.1"}
+        form = asyncio.create_task(run.client.post(path, files=files, headers=headers))
+        await until(lambda: len(decoded) >= 2)
+        before = len(decoded)
+        single = await post_as(run, single_address, path, photo(50, size=(50, 32)))
+        assert not form.done()
+        assert (single.status_code, (await form).status_code) == (200, 200)
+    assert decoded.index((32, 50)) <= before + 4  # what was running, and one image for each thread
+    assert len(decoded) == 17
+
+
+async def test_what_a_client_waits_for_does_not_count_as_that_of_others(tmp_path, monkeypatch):
+    async with running(tmp_path, trusted_proxies=1, queue_max_images=8, cache_bytes=0) as run:
+        with Blocked(monkeypatch, "service.features.pipeline.decode"):
+            many = [asyncio.create_task(post_as(run, "192.0.2.1", "/v1/embeddings", photo(i))) for i in range(6)]
+            await until(lambda: run.service.pipeline.batcher.images == 4)
+            single = asyncio.create_task(post_as(run, "192.0.2.2", "/v1/embeddings", photo(9)))
+            await until(lambda: run.service.pipeline.batcher.images == 5)
+            await until(lambda: sum(task.done() for task in many) == 2)
+        answers = await asyncio.gather(*many)
+        assert sorted(answer.status_code for answer in answers) == [200] * 4 + [429] * 2
+        assert (await single).status_code == 200
+        assert run.service.pipeline.batcher.images == 0
+        assert run.service.pipeline.batcher._places._held == {}
+
+
 @pytest.mark.parametrize(
     ("path", "where"),
     [
@@ -439,12 +487,13 @@ PNG = {"Content-Type": "image/png"}
     ],
 )
 async def test_what_a_thread_still_does_keeps_its_place_in_the_queue(tmp_path, monkeypatch, path, where):
-    async with running(tmp_path, queue_max_images=2, request_deadline_s=0.3, cache_bytes=0) as run:
+    limits = {"queue_max_images": 2, "request_deadline_s": 0.3, "cache_bytes": 0, "trusted_proxies": 1}
+    async with running(tmp_path, **limits) as run:
         with Blocked(monkeypatch, where) as blocked:
-            late = await asyncio.gather(*(run.client.post(path, content=photo(i), headers=PNG) for i in range(2)))
+            late = await asyncio.gather(*(post_as(run, f"192.0.2.{i}", path, photo(i)) for i in range(2)))
             assert [answer.status_code for answer in late] == [504, 504]
             assert blocked.calls == 2
-            assert (await run.client.post(path, content=photo(2), headers=PNG)).status_code == 503
+            assert (await post_as(run, "192.0.2.2", path, photo(2))).status_code == 503
             assert (await run.client.get("/readyz")).json()["reasons"] == {"queue": "full"}
         await until(lambda: run.service.pipeline.batcher.images == 0)
         assert (await run.client.get("/readyz")).status_code == 200
