@@ -200,8 +200,8 @@ def _log_change(live: Generation | None, new: Generation, former: Generation | N
         log.info("generation %d is live: %s (%s)", new.number, new.name, new.precision)
         return
     log.warning(
-        "generation %d (%s, %s) replaces %d (%s, %s); collections of the old model cannot be searched by image "
-        "until they are re-embedded: dinov2 models promote %s",
+        "generation %d (%s, %s) replaces %d (%s, %s); collections keep the vectors of the old model until they are "
+        "re-embedded: dinov2 models promote %s",
         *(new.number, new.name, new.precision, live.number, live.name, live.precision, new.name),
     )
     if former is not None and former.number != new.number:
