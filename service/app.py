@@ -171,9 +171,9 @@ async def _lifespan(app: FastAPI, *, start: "_Start") -> AsyncIterator[None]:
         service = app.state.service = await start.service(stack)
         if names := await observe_collections(service):
             log.warning(
-                "the live model %s cannot search %s by image: embed them again with dinov2 reindex",
-                service.artifact.name,
+                "the vectors of %s come from another model than the live one, %s: embed them again with dinov2 reindex",
                 ", ".join(names),
+                service.artifact.name,
             )
         if start.record is not None:
             service.generations = start.record.generations

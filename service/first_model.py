@@ -46,6 +46,14 @@ def load_first(settings: Settings, report: Callable[[str], object]) -> FirstMode
             path = choose_artifact(settings.model, settings.data_dir, report)
         else:
             path = _path_of(live, settings, report)
+        if live is not None and "model" in decisions and _was_replaced(path, live, generations):
+            del decisions["model"]
+            log.warning(
+                "model=%s is another name of a model that a setting has made live before, so it decides nothing, and "
+                "generation %d (%s) stays live. To change the live model, call dinov2 models promote %s",
+                *(settings.model, live.number, live.name, path.name),
+            )
+            path = _path_of(live, settings, report)
         report(f"loading {path.name}")
         if live is None or "engine" in decisions or read_manifest(path).fingerprint != live.fingerprint:
             opened = open_model(settings, path, settings.engine)
@@ -66,6 +74,12 @@ def _decisions(settings: Settings, generations: Generations) -> dict[str, str]:
     return {
         name: value for name, value in values.items() if value != "auto" and generations.applied(name, value) is None
     }
+
+
+def _was_replaced(path: Path, live: Generation, generations: Generations) -> bool:
+    """Return whether a setting has made the model of the artifact at `path` live, and another one is live now."""
+    fingerprint = read_manifest(path).fingerprint
+    return fingerprint != live.fingerprint and fingerprint in generations.applied_models()
 
 
 def open_generation(settings: Settings, path: Path, generation: Generation) -> Opened:
@@ -186,8 +200,8 @@ def _log_change(live: Generation | None, new: Generation, former: Generation | N
         log.info("generation %d is live: %s (%s)", new.number, new.name, new.precision)
         return
     log.warning(
-        "generation %d (%s, %s) replaces %d (%s, %s); collections of the old model cannot be searched by image "
-        "until they are re-embedded: dinov2 models promote %s",
+        "generation %d (%s, %s) replaces %d (%s, %s); collections keep the vectors of the old model until they are "
+        "re-embedded: dinov2 models promote %s",
         *(new.number, new.name, new.precision, live.number, live.name, live.precision, new.name),
     )
     if former is not None and former.number != new.number:

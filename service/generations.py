@@ -220,6 +220,12 @@ class Generations:
         with self._reading() as db:
             return _applied(db, setting, value)
 
+    def applied_models(self) -> set[str]:
+        """Return the fingerprints of the models that values of the setting `model` have made live."""
+        query = "SELECT fingerprint FROM generations JOIN applied ON generation = number WHERE setting = 'model'"
+        with self._reading() as db:
+            return {fingerprint for (fingerprint,) in db.execute(query)}
+
     def beat(self, replica: str, loaded: Sequence[int]) -> None:
         """Note that a replica is running and which generations it has loaded. Forget replicas that are lost."""
         now = self._now()

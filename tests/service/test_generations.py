@@ -239,6 +239,16 @@ def test_processes_with_different_models_do_not_take_turns(data_dir: Path, caplo
     assert "dinov2 models promote old" in told[0]
 
 
+def test_another_name_of_a_model_that_was_replaced_decides_nothing(
+    data_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert [started(data_dir, model) for model in ("old", "new")] == [("old", 1), ("new", 2)]
+    assert started(data_dir, str(data_dir / "artifacts" / "old")) == ("new", 2)
+    assert "is another name of a model that a setting has made live before" in caplog.text
+    assert started(data_dir, str(data_dir / "artifacts" / "new")) == ("new", 2)
+    assert caplog.text.count("is another name of a model") == 1
+
+
 def test_processes_with_different_engines_do_not_take_turns(data_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     engines = ("onnxruntime:fp32", "onnxruntime:int8", "onnxruntime:fp32", "auto", "onnxruntime:int8")
     assert [started(data_dir, "old", engine=engine)[1] for engine in engines] == [1, 2, 2, 2, 2]

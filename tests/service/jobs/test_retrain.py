@@ -176,14 +176,16 @@ def test_a_job_tells_that_its_images_are_too_few_to_hold_some_out(settings: Sett
     assert "too few to hold out 300 (min_queries)" in store.read_log(job_id)[0].decode()
 
 
-def test_a_dry_run_only_reports(settings: Settings, commands: Commands) -> None:
-    async def fill() -> None:
-        store = await open_embedded(settings.data_dir)
-        tag = make_tag("a" * 64, "cls", (28, 28), "fp32")
-        await store.upsert("shop", [Item("ready-made", np.eye(8, dtype=np.float32)[0])], tag=tag)
-        await store.close()
+async def store_ready_made(data_dir: Path) -> None:
+    """Create the collection `shop` with an item that has a vector of the live model and no image."""
+    store = await open_embedded(data_dir)
+    tag = make_tag("a" * 64, "cls", (28, 28), "fp32")
+    await store.upsert("shop", [Item("ready-made", np.eye(8, dtype=np.float32)[0])], tag=tag)
+    await store.close()
 
-    asyncio.run(fill())
+
+def test_a_dry_run_only_reports(settings: Settings, commands: Commands) -> None:
+    asyncio.run(store_ready_made(settings.data_dir))
     commands.answers["train"] = lambda arguments: "08:03:57  3 images to train on\n08:03:58  estimated time: 5 s\n"
     store, job_id = started(settings, "retrain", data=["shop"], dry_run=True)
     job = run(store, job_id, settings)
@@ -211,13 +213,7 @@ def test_a_missing_image_of_the_gate_ends_the_job_before_the_training(settings: 
 
 
 def test_items_without_an_image_are_told_before_the_training(settings: Settings, commands: Commands) -> None:
-    async def fill() -> None:
-        store = await open_embedded(settings.data_dir)
-        tag = make_tag("a" * 64, "cls", (28, 28), "fp32")
-        await store.upsert("shop", [Item("ready-made", np.eye(8, dtype=np.float32)[0])], tag=tag)
-        await store.close()
-
-    asyncio.run(fill())
+    asyncio.run(store_ready_made(settings.data_dir))
     store, job_id = started(settings, "retrain", data=["shop"])
     job = run(store, job_id, settings)
     assert (job.state, commands.calls) == ("failed", [])
