@@ -62,12 +62,12 @@ class Seen:
 
 
 class Service:
-    """The service in its own process."""
+    """The service in its own process. `settings` are DINOV2_* variables without the prefix, in lower case."""
 
-    def __init__(self, data: Path, model: str) -> None:
+    def __init__(self, data: Path, model: str, **settings: str) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("DINOV2_")}
-        environment |= {"DINOV2_PORT": "0", "DINOV2_DATA_DIR": str(data), "DINOV2_MODEL": model}
-        environment |= {"DINOV2_LOG_LEVEL": "error", "DINOV2_CACHE_BYTES": "0"}
+        settings = {"port": "0", "data_dir": str(data), "model": model, "log_level": "error", **settings}
+        environment |= {f"DINOV2_{name.upper()}": value for name, value in settings.items()}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "service"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
         )
@@ -304,7 +304,7 @@ def main() -> None:
         "side": given.side,
     }
     with tempfile.TemporaryDirectory() as folder:
-        service = Service(Path(folder), given.model)
+        service = Service(Path(folder), given.model, cache_bytes="0")
         try:
             fill(service.url)
             for name in given.loads.split(","):

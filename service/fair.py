@@ -37,6 +37,10 @@ class FairQueue(Generic[T]):
         requests.setdefault(sender.request, deque()).append(item)
         self._size += 1
 
+    def next(self) -> T:
+        """Return the item that `pop` would return. The queue must not be empty."""
+        return next(self.in_turn())
+
     def pop(self) -> T:
         """Remove and return the next item. The queue must not be empty."""
         client, requests = next(iter(self._clients.items()))

@@ -4,17 +4,18 @@ A small file can contain many pixels, so the size of the bodies does not limit t
 image therefore takes its bytes from `DecodeMemory` when its header has been read, before there are any pixels. It gives
 them back when its pixels are freed or have become the network's input.
 
-An image that does not fit waits, without occupying a thread. Its header is read again when it is its turn. Images that
-wait get their turn in the order in which they came, so a large image is not overtaken for ever. A quarter of the
-memory is only for small images, so they never wait for large ones.
+An image that does not fit waits, without occupying a thread. Its header is read again when it is its turn. Clients that
+wait get their turn as in a `FairQueue`. No image overtakes the one whose turn it is, so a large image does not wait
+for ever. A quarter of the memory is only for small images, so they never wait for large ones.
 """
 
 import asyncio
 import threading
-from collections import deque
 from typing import Final, NamedTuple
 
 from model.decode import DecodeError, TooLarge
+from service.clients import Sender, current_sender
+from service.fair import FairQueue
 
 SMALL_SHARE: Final = 4
 """A quarter of the memory is for small images, and an image is small if it takes at most a quarter of that."""
@@ -33,12 +34,12 @@ class _Turn(NamedTuple):
 
 
 class _Part:
-    """A part of the memory, in bytes, with a line of images that wait for it. Any thread may use it."""
+    """A part of the memory, in bytes, with a queue of images that wait for it. Any thread may use it."""
 
     def __init__(self, most: int) -> None:
         self.most = most
         self._free = most
-        self._line: deque[_Turn] = deque()
+        self._queue: FairQueue[_Turn] = FairQueue()
         self._lock = threading.Lock()
 
     @property
@@ -48,24 +49,24 @@ class _Part:
     def try_take(self, n_bytes: int) -> bool:
         """Take bytes if they are free and no image waits. Return whether they were taken."""
         with self._lock:
-            if self._line or n_bytes > self._free:
+            if self._queue or n_bytes > self._free:
                 return False
             self._free -= n_bytes
             return True
 
-    async def take(self, n_bytes: int) -> None:
+    async def take(self, n_bytes: int, sender: Sender) -> None:
         """Wait until it is this image's turn and the bytes are free, and take them."""
         loop = asyncio.get_running_loop()
         turn = _Turn(n_bytes, loop.create_future(), loop)
         with self._lock:
-            self._line.append(turn)
+            self._queue.push(sender, turn)
             self._serve()
         try:
             await turn.ready
         except asyncio.CancelledError:
             with self._lock:
-                if turn in self._line:
-                    self._line.remove(turn)
+                if turn in self._queue.in_turn():
+                    self._queue.remove(sender, turn)
                 else:  # the bytes came at the same moment
                     self._free += n_bytes
                 self._serve()
@@ -77,9 +78,9 @@ class _Part:
             self._serve()
 
     def _serve(self) -> None:
-        """Give bytes to the images at the head of the line. The caller holds the lock."""
-        while self._line and self._line[0].n_bytes <= self._free:
-            turn = self._line.popleft()
+        """Give bytes to the images whose turn it is. The caller holds the lock."""
+        while self._queue and self._queue.next().n_bytes <= self._free:
+            turn = self._queue.pop()
             self._free -= turn.n_bytes
             turn.loop.call_soon_threadsafe(_set, turn.ready)
 
@@ -145,7 +146,7 @@ class Reservation:
     async def wait(self) -> None:
         """After `take` has raised MustWait: wait until the bytes are free, and take them."""
         assert self._part is not None
-        await self._part.take(self._wanted)
+        await self._part.take(self._wanted, current_sender.get())
         self._held = self._wanted
 
     def release(self) -> None:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from model.decode import TooLarge, decode
+from service.clients import Sender, current_sender
 from service.features import pipeline
 from service.features.decode_memory import DecodeMemory, MustWait, Reservation
 from service.outcomes import numbered
@@ -33,7 +34,7 @@ async def took(memory: DecodeMemory, n_bytes: int) -> Reservation:
     return reservation
 
 
-async def test_images_wait_until_there_is_memory_and_get_it_in_their_order():
+async def test_images_of_a_client_get_memory_in_their_order():
     memory, order = DecodeMemory(MEMORY), []
 
     async def image(name: str, n_bytes: int) -> None:
@@ -50,6 +51,23 @@ async def test_images_wait_until_there_is_memory_and_get_it_in_their_order():
     await asyncio.gather(*tasks)
     assert order == ["large 700", "large 100", "large 400"]
     assert memory.held == 0
+
+
+async def test_clients_wait_for_memory_in_turn():
+    memory, order = DecodeMemory(MEMORY), []
+
+    async def image(client: str, number: int) -> None:
+        current_sender.set(Sender(client, number))
+        reservation = await took(memory, 700)
+        order.append(client)
+        reservation.release()
+
+    first = await took(memory, 700)
+    tasks = [asyncio.create_task(image(client, n)) for n, client in enumerate(["many"] * 5 + ["one", "two"])]
+    await asyncio.sleep(0.01)
+    first.release()
+    await asyncio.gather(*tasks)
+    assert order == ["many", "one", "two", "many", "many", "many", "many"]
 
 
 async def test_small_images_do_not_wait_for_large_ones():
