@@ -105,7 +105,7 @@ class LiveModels:
             try:
                 await self._step()
             except ServiceError as error:
-                log.error("the record of models: %s", error.detail)
+                log.error("%s", error.detail)
             except Exception:
                 log.exception("the record of models")
             await asyncio.sleep(POLL_S)

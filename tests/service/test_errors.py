@@ -407,7 +407,9 @@ async def test_a_fault_of_the_service_is_logged_with_its_cause_and_not_shown(tmp
     assert cause in line["exception"]
 
 
-@pytest.mark.parametrize("code", ["queue_full", "deadline_exceeded", "invalid_items", "collection_not_found"])
+@pytest.mark.parametrize(
+    "code", ["queue_full", "deadline_exceeded", "insufficient_storage", "invalid_items", "collection_not_found"]
+)
 async def test_what_is_no_fault_of_the_service_is_not_logged_as_one(tmp_path, caplog, code):
     await PROVOKED[code](tmp_path)
     assert [record for record in caplog.records if record.name == "service.middleware"] == []
