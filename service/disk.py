@@ -55,10 +55,11 @@ class InPlace:
 
     def holds(self) -> bool:
         """Return whether the path still leads to the same file or folder."""
-        now = identity_of(self.path)
-        if self._identity is None:
+        known, now = self._identity, identity_of(self.path)  # in this order: another thread may make the folder
+        if known is None:
             self._identity = now
-        return now == self._identity
+            return True
+        return now == known
 
     def check(self) -> None:
         """Raise StorageReplaced if the path no longer leads to the same file or folder. Log this once."""

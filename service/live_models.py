@@ -32,6 +32,7 @@ POLL_S: Final = 0.2
 BEAT_S: Final = 1.0
 RETRY_S: Final = 10.0
 TIDY_S: Final = 5.0
+TELL_S: Final = 60.0
 CLOSE_AFTER_S: Final = 5.0
 """The time in seconds that a retired model is kept beyond the deadline of requests, which may still use it."""
 
@@ -68,7 +69,7 @@ class LiveModels:
         self._loaded: dict[int, Service] = {record.first.number: service}
         self._live = record.first.number
         self._stamp = -1
-        self._retry_at = self._beat_at = self._tidy_at = 0.0
+        self._retry_at = self._beat_at = self._tidy_at = self._tell_at = 0.0
         self._closing: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
         self._register()
@@ -105,7 +106,9 @@ class LiveModels:
             try:
                 await self._step()
             except ServiceError as error:
-                log.error("%s", error.detail)
+                if time.monotonic() >= self._tell_at:
+                    self._tell_at = time.monotonic() + TELL_S
+                    log.error("%s", error.detail)
             except Exception:
                 log.exception("the record of models")
             await asyncio.sleep(POLL_S)

@@ -45,7 +45,8 @@ class RedisServer:
         deadline = time.monotonic() + 20
         while True:
             try:
-                self.client().ping()
+                with self.client() as client:
+                    client.ping()
             except redis.RedisError:
                 assert time.monotonic() < deadline, "redis-server does not answer"
                 time.sleep(0.02)

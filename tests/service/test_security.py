@@ -336,7 +336,7 @@ async def test_keys_that_cannot_be_read_let_nobody_in(tmp_path, monkeypatch):
             (tmp_path / f"keys.sqlite3{suffix}").unlink(missing_ok=True)
         store.stamp.bump()
         answer = await run.client.get("/v1/models", headers=bearer(keys["admin"]))
-        assert (answer.status_code, answer.json()["code"]) == (500, "storage_failed")
+        assert (answer.status_code, answer.json()["code"]) == (500, "storage_damaged")
         assert (await run.client.get("/livez")).status_code == 200
 
 

@@ -465,7 +465,7 @@ async def test_a_damaged_store_is_a_500_and_does_not_stop_the_service(tmp_path):
         ):
             call: Callable[[], Awaitable[httpx.Response]] = work
             answer = await call()
-            assert (answer.status_code, answer.json()["code"]) == (500, "storage_failed")
+            assert (answer.status_code, answer.json()["code"]) == (500, "storage_damaged")
             assert str(tmp_path) not in answer.text
         assert (await run.client.get("/metrics")).status_code == 200
         assert (await run.client.get("/readyz")).status_code == 200

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.errors import Conflict, Unavailable
+from service import live_models
+from service.errors import Conflict, InsufficientStorage, Unavailable
 from service.generations import Generation, Generations
 from service.live_models import Opened
 from service.migration.giving_up import abandon_all
 from service.migration.rollback import roll_back
 from service.search.partners import migrations_of
-from tests.fakes import photo
+from tests.fakes import photo, until
 from tests.service.migration.lives import MODELS, Life, life, make_collection, meanwhile, models_of, vector_of
 
 
@@ -193,3 +194,23 @@ async def action(one: Life, kind: str, item: str, image: bytes, vectors: dict[tu
         assert hit["score"] == pytest.approx(score, abs=1e-4), "a vector of another model"
     assert len(body["data"]) == 12
     return str(body["fingerprint"])
+
+
+async def test_a_record_that_cannot_be_written_is_logged_once_a_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    beats = 0
+
+    def fails(self: Generations, replica: str, loaded: list[int]) -> None:
+        nonlocal beats
+        beats += 1
+        raise InsufficientStorage("the record of models: the disk is full")
+
+    monkeypatch.setattr(live_models, "POLL_S", 0.01)
+    monkeypatch.setattr(live_models, "BEAT_S", 0.01)
+    async with life(tmp_path):
+        monkeypatch.setattr(Generations, "beat", fails)
+        await until(lambda: beats > 3)
+        monkeypatch.undo()
+    told = [record.message for record in caplog.records if record.name == "service.live_models"]
+    assert told == ["the record of models: the disk is full"]

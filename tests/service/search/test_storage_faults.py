@@ -119,6 +119,20 @@ async def test_a_replaced_folder_gets_no_new_files_and_is_told(store: EmbeddedSt
     assert list((tmp_path / "data").iterdir()) == []
 
 
+def test_a_folder_that_another_thread_makes_meanwhile_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = disk.InPlace(tmp_path / "new")
+
+    def look_just_before_it_is_made(path: str) -> None:
+        monkeypatch.undo()
+        (tmp_path / "new").mkdir()
+        assert place.holds()
+
+    monkeypatch.setattr(disk, "identity_of", look_just_before_it_is_made)
+    assert place.holds()
+
+
 async def test_a_connection_never_opens_another_store_at_the_same_path(store: EmbeddedStore, tmp_path: Path) -> None:
     await store.upsert("c", items(3), tag=TAG)
     unlink(tmp_path / "data")
