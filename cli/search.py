@@ -126,10 +126,12 @@ def index(
     account = Account()
 
     async def work(vectors: "VectorStore", settings: "Settings") -> "IndexReport":
+        from model.memory import return_large_blocks
         from service.ingest.index import IndexOptions, pooling_of
         from service.ingest.listed import Allowed
         from service.ingest.prune import Sources
 
+        return_large_blocks()
         info = await find_collection(vectors, collection)
         folders = folders_to_prune(sources, id_by) if prune else []
         found = Sources()

@@ -34,6 +34,7 @@ from PIL import Image
 
 from model.artifact import BUNDLED_DIR, Artifact
 from model.engines.protocol import Engine
+from model.memory import return_large_blocks
 from service.app import App, create_app
 from service.artifact_choice import Report
 from service.blas import use_one_blas_thread
@@ -120,6 +121,7 @@ def load(settings: Settings, report: Report) -> Loaded:
     """
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     opened, record = load_first(settings, report)
+    return_large_blocks()
     use_one_blas_thread()  # after the export, which may use numpy for the whole network
     report("opening the collections")
     app = create_app(settings, opened.artifact, opened.engine, tried=opened.tried, record=record)
