@@ -508,7 +508,7 @@ async def test_closing_fails_what_waits_and_refuses_more():
     async with batching(engine) as batcher:
         first = await held(batcher, engine)
         waiting = batcher.submit(image())
-        threading.Timer(0.05, engine.gate.set).start()
+        threading.Timer(0.3, engine.gate.set).start()
         batcher.close()
         await first
         async with asyncio.timeout(5):
