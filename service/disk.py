@@ -16,9 +16,12 @@ from service.errors import StorageReplaced
 
 log = logging.getLogger(__name__)
 
+RESERVE: Final = "reserve"
 RESERVE_BYTES: Final = 64 * 2**20
 """The size of the reserve. It has room for SQLite's write-ahead log, and for the deletion of a thousand items in one
 transaction."""
+_LENT_BYTES: Final = 2**21
+"""Space that databases need to be opened."""
 _SHARE: Final = 4  # the reserve of a small disk is this part of it
 _LOW: Final = 16  # the reserve is made when less than this many times its size is free
 _ASK_AGAIN_S: Final = 0.2
@@ -61,17 +64,29 @@ class InPlace:
             return True
         return now == known
 
+    @property
+    def is_missing(self) -> bool:
+        """Whether nothing has been at the path yet."""
+        return self._identity is None
+
     def check(self) -> None:
-        """Raise StorageReplaced if the path no longer leads to the same file or folder. Log this once."""
-        if self.holds():
-            return
-        if not self._told:
-            self._told = True
+        """Raise StorageReplaced if the path no longer leads to the same file or folder. Log each change once."""
+        holds = self.holds()
+        if holds and self._told:
+            log.warning("%s is back; writes continue", self.path)
+        elif not holds and not self._told:
             log.error("%s was removed or replaced while the service used it; nothing is written any more", self.path)
-        raise StorageReplaced(
-            "the data folder was removed or replaced while the service ran, so nothing was written; restart the "
-            "service when the right folder is in place"
-        )
+        self._told = not holds
+        if not holds:
+            raise replaced()
+
+
+def replaced() -> StorageReplaced:
+    """Return the error for a data folder that is not the one that was opened."""
+    return StorageReplaced(
+        "the data folder was removed or replaced while the service ran, so nothing was written; put the right folder "
+        "back, or restart the service with it"
+    )
 
 
 class Reserve:
@@ -81,7 +96,7 @@ class Reserve:
     def __init__(self, folder: Path, size: int | None = None) -> None:
         """Prepare the reserve in `folder`. `size` is its size in bytes; the default depends on the size of the disk."""
         self._folder = folder
-        self._path = folder / "reserve"
+        self._path = folder / RESERVE
         self.size = self._default_size() if size is None else size
         self._enough_until = 0.0
 
@@ -132,13 +147,25 @@ class Reserve:
 
     def _make(self) -> bool:
         handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        before = os.fstat(handle).st_size
         try:
             os.posix_fallocate(handle, 0, self.size)
         except OSError as error:
-            self._path.unlink(missing_ok=True)
+            if before:  # a part of it was lent
+                os.ftruncate(handle, before)
+            else:
+                self._path.unlink(missing_ok=True)
             if not is_full(error):
                 raise
             return False
         finally:
             os.close(handle)
         return True
+
+
+def lend_space(folder: Path) -> None:
+    """On a full disk, make the reserve smaller, so that the databases in `folder` can be opened."""
+    path = folder / RESERVE
+    disk = os.statvfs(folder)
+    if disk.f_bavail * disk.f_frsize < _LENT_BYTES and path.is_file() and not path.is_symlink():
+        os.truncate(path, max(0, path.stat().st_size - _LENT_BYTES))

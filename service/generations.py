@@ -111,6 +111,7 @@ class Generations:
     def __init__(self, data_dir: Path, now: Callable[[], float] = time.time) -> None:
         self._path = data_dir / "models.sqlite3"
         sqlite.prepare(self._path, _SCHEMA)
+        self._anchor = sqlite.anchor(self._path)  # so that the record can be read on a full disk
         self._stamp = Stamp(data_dir / "models.stamp")
         self._now = now
 

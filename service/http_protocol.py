@@ -26,6 +26,7 @@ this module changes seven things:
 import asyncio
 import fcntl
 import re
+import socket
 import struct
 import termios
 from asyncio import TimerHandle, Transport
@@ -45,6 +46,7 @@ LINGER_S: Final = 10.0
 BODY_GRACE_S: Final = 10.0
 """The time in seconds after which the rate of a body is measured, and then measured again."""
 _HOST: Final = re.compile(rb"([A-Za-z0-9._~%!$&'()*+,;=-]*|\[[0-9A-Za-z.:_~%!$&'()*+,;=-]+\])(:[0-9]*)?")
+_NO_LINGER: Final = struct.pack("ii", 1, 0)
 _UPGRADE_HEADERS: Final = frozenset({b"upgrade", b"http2-settings"})
 
 
@@ -146,6 +148,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """Drop the connection if the client reads too slowly. `before` is the number of bytes that it had not received
         when the measurement began."""
         if before - self._unacknowledged() < max(1, self.min_bytes_per_s * self.answer_stall_s):
+            with suppress(OSError):  # the operating system forgets the rest of the answer at once
+                self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
             self.transport.abort()
         else:
             self._watch_writing()

@@ -15,7 +15,7 @@ import secrets
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -26,7 +26,7 @@ from service.stamp import Stamp
 Scope = Literal["read", "write", "admin"]
 SCOPES: Final[tuple[Scope, ...]] = get_args(Scope)
 """The scopes, lowest first. Each scope includes the scopes before it."""
-FileState = tuple[tuple[int, int, int], ...]
+FileState = tuple[int, int, int]
 FILE: Final = "keys.sqlite3"
 MAX_NAME_CHARACTERS: Final = 64
 
@@ -37,6 +37,7 @@ _SECRET_CHARACTERS: Final = 43  # 62^43 > 256^32
 _CHECKSUM_CHARACTERS: Final = 6  # 62^6 > 2^32
 _KEY: Final = re.compile(rb"(dv2_([0-9A-Za-z]{10})_[0-9A-Za-z]{43})_([0-9A-Za-z]{6})")
 _NAME: Final = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_CHARACTERS - 1}}}")
+_WHAT: Final = "the file of API keys"
 _SCHEMA: Final = Schema(
     what="a file of API keys",
     application_id=0x6476326B,  # "dv2k"
@@ -82,20 +83,18 @@ class KeyStore:
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
         self.path = folder / FILE
         self._clock = clock
-        prepare(self.path, _SCHEMA)
+        prepare(self.path, _SCHEMA, mode="DELETE")  # a full disk has no space for a write-ahead log
         self.stamp = Stamp(self.path.with_suffix(".stamp"))
 
     def file_state(self) -> FileState:
         """Return values that change when the file of the keys is written or replaced."""
-        with translated(str(self.path)):
-            stats = [self.path.stat()]
-            with suppress(FileNotFoundError):
-                stats.append(Path(f"{self.path}-wal").stat())  # SQLite writes here first
-        return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
+        with translated(_WHAT):
+            stat = self.path.stat()
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
     def all_keys(self) -> list[Key]:
         """Return all keys, including expired and revoked ones, oldest first."""
-        with translated(str(self.path)), closing(connect(self.path)) as db:
+        with translated(_WHAT), closing(connect(self.path)) as db:
             rows = db.execute("SELECT * FROM keys ORDER BY rowid").fetchall()
         return [_key(row) for row in rows]
 
@@ -131,7 +130,7 @@ class KeyStore:
         if expires_in_s is None and newest.expires is not None:
             expires_in_s = newest.expires - newest.created
         text, key = self._new(name, newest.scopes, _expiry(now, expires_in_s))
-        with translated(str(self.path)), closing(connect(self.path)) as db, transaction(db):
+        with translated(_WHAT), closing(connect(self.path)) as db, transaction(db):
             db.execute("INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?, ?)", _row(key))
             db.executemany(
                 "UPDATE keys SET expires = min(coalesce(expires, ?), ?) WHERE id = ?",
@@ -159,14 +158,14 @@ class KeyStore:
     def set_last_used(self, times: Mapping[str, float]) -> None:
         """Store when keys were last used. `times` maps key ids to times. A later time that another process has stored
         is kept. The stamp stays as it is, because no process has to notice this change."""
-        with translated(str(self.path)), closing(connect(self.path)) as db, transaction(db):
+        with translated(_WHAT), closing(connect(self.path)) as db, transaction(db):
             db.executemany(
                 "UPDATE keys SET last_used = max(coalesce(last_used, 0), ?) WHERE id = ?",
                 [(used, key_id) for key_id, used in times.items()],
             )
 
     def _write(self, statement: str, rows: list[tuple[Any, ...]]) -> None:
-        with translated(str(self.path)), closing(connect(self.path)) as db, transaction(db):
+        with translated(_WHAT), closing(connect(self.path)) as db, transaction(db):
             db.executemany(statement, rows)
         self.stamp.bump()
 

@@ -225,7 +225,7 @@ class KeyRing:
         self._clock = clock
         self._stamp = store.stamp
         self._seen: int | None = None  # the stamp when the keys were read
-        self._file_state: FileState = ()  # the state of the file when the keys were read
+        self._file_state: FileState | None = None  # the state of the file when the keys were read
         self._next_look = 0.0  # when to look at the file again, in seconds of the monotonic clock
         self._keys: dict[str, Key] = {}
         self._verified: dict[bytes, tuple[Principal, Key]] = {}  # by the value of the header

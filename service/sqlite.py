@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from service.disk import InPlace, is_full
+from service.disk import InPlace, is_full, lend_space, replaced
 from service.errors import InsufficientStorage, StorageBusy, StorageDamaged, StorageFailed
 
 _BUSY_MS: Final = 30_000
+_FULL: Final = ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE")  # the second one: of the file that WAL mode shares in memory
 _DAMAGED_TEXT: Final = ("Could not decode to UTF-8 column", "malformed JSON")
 """The beginnings of messages about damaged text. Python and SQLite report it with the same class as other errors."""
 
@@ -51,6 +52,8 @@ def translated(what: str) -> Iterator[None]:
         yield
     except sqlite3.DatabaseError as error:
         raise _storage_error(what, error) from error
+    except FileNotFoundError as error:
+        raise replaced() from error
     except OSError as error:
         kind = InsufficientStorage if is_full(error) else StorageFailed
         raise kind(f"{what}: {error.strerror or error}") from error
@@ -60,8 +63,8 @@ def _storage_error(what: str, error: sqlite3.DatabaseError) -> StorageFailed:
     name, text = getattr(error, "sqlite_errorname", ""), str(error)
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) or "locked" in text:
         return StorageBusy(f"{what}: it is in use by another process")
-    if name == "SQLITE_FULL" or "disk is full" in text:
-        return InsufficientStorage(f"{what}: {text}")
+    if name in _FULL or "disk is full" in text:
+        return InsufficientStorage(f"{what}: the disk is full: delete items, collections or snapshots, or make space")
     if is_damage(error):
         return StorageDamaged(
             f"{what} is damaged or not a database ({damage_in(error)}); restore it from a backup, or move it away to "
@@ -99,6 +102,8 @@ def connect(path: Path, *, read_only: bool = False) -> Connection:
     """Open a connection to the database at `path`, for use in one thread. `prepare` must have created or checked the
     file before. A file that is gone is not created again."""
     file = InPlace(path)
+    if file.is_missing:
+        raise replaced()
     db = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode=rw",
         timeout=_BUSY_MS / 1000,
@@ -117,6 +122,14 @@ def connect(path: Path, *, read_only: bool = False) -> Connection:
     return db
 
 
+def anchor(path: Path) -> Connection:
+    """Open a connection that is only kept. While it is open, the files of the write-ahead log stay. The last connection
+    removes them, and the next one needs space for new ones, which a full disk does not have."""
+    db = connect(path)
+    db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    return db
+
+
 def prepare(path: Path, schema: Schema, *, mode: Literal["WAL", "DELETE"] = "WAL", what: str | None = None) -> None:
     """Create the file, or check that the existing file has this schema, and upgrade it to the current version.
 
@@ -127,6 +140,7 @@ def prepare(path: Path, schema: Schema, *, mode: Literal["WAL", "DELETE"] = "WAL
     what = what or f"{schema.what.partition(' ')[2]} {path}"
     with translated(what):
         path.parent.mkdir(parents=True, exist_ok=True)
+        lend_space(path.parent)
         with closing(sqlite3.connect(path, timeout=_BUSY_MS / 1000, isolation_level=None)) as db:
             if not _is_empty(db):
                 check_ours(db, schema, what)  # before changing anything in it

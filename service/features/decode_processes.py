@@ -68,6 +68,7 @@ class _Process:
             start_new_session=True,  # Ctrl+C ends the service, which then ends this process
         )
         theirs.close()
+        threading.Thread(target=self._process.wait, name="decode-process", daemon=True).start()  # or it stays a zombie
 
     @property
     def pid(self) -> int:

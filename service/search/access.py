@@ -40,7 +40,10 @@ class Access:
         self._local = threading.local()
 
     def start(self, stamp: Stamp, readers: int) -> None:
-        """Start the threads: one for writes, and up to `readers` for reads. Each commit changes the stamp."""
+        """Make the reserve if the disk is nearly full. Start the threads: one for writes, and up to `readers` for
+        reads. Each commit changes the stamp."""
+        with translated("the vector store"):
+            self.reserve.keep()
         writer = Writer(self.connect, stamp, self.place, self.reserve)
         self.writer: Workers[Change] = Workers("store-write", 1, writer.make)
         self._readers = ThreadPoolExecutor(readers, thread_name_prefix="store-read")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from service import keys
-from service.errors import StorageFailed, Unauthenticated
+from service.errors import StorageFailed, StorageReplaced, Unauthenticated
 from service.keys import FILE, KeyStore, granted, key_id_of
 from service.security import KeyRing
 
@@ -183,7 +183,7 @@ def test_replaced_files_are_noticed_within_a_second_and_never_let_everyone_in(
     for path in tmp_path.iterdir():
         path.unlink()
     seconds[0] += 1.0
-    with pytest.raises(StorageFailed, match="No such file"):
+    with pytest.raises(StorageReplaced):
         is_valid(opened, text)
     assert not (tmp_path / FILE).exists()
     new, key = KeyStore(tmp_path, clock).create("b", ["read"])

@@ -28,6 +28,8 @@ from service.errors import (
     StorageDamaged,
     StorageReplaced,
 )
+from service.generations import Generations
+from service.keys import KeyStore
 from service.originals import Originals
 from service.search import database
 from service.search.embedded import EmbeddedStore, open_embedded
@@ -194,6 +196,29 @@ async def test_deletions_work_on_a_full_disk(small_disk: Path) -> None:
         assert not (await store.health()).is_full
     finally:
         await store.close()
+
+
+@ROOT_ONLY
+async def test_everything_can_be_read_and_opened_on_a_full_disk(small_disk: Path) -> None:
+    """Needs root. Keys and models are read again while the service runs, and after it has been started again."""
+    keys, models = KeyStore(small_disk), Generations(small_disk)
+    keys.create("one", ["read"])
+    models.add("a" * 64, "model_a", Path("artifacts/a"), "fake", "fp32", reason="a test")
+    store = await open_embedded(small_disk, threads=1)
+    await store.upsert("c", items(3), tag=TAG)
+    (small_disk / "rest").write_bytes(bytes(free(small_disk)))
+    assert [key.name for key in keys.all_keys()] == ["one"]
+    assert [model.name for model in models.all()] == ["model_a"]
+    await store.close()
+    del models  # with its open connection
+    assert free(small_disk) < 2**17
+    (small_disk / "more").write_bytes(bytes(free(small_disk)))
+    store = await open_embedded(small_disk, threads=1)
+    assert [key.name for key in KeyStore(small_disk).all_keys()] == ["one"]
+    assert [model.name for model in Generations(small_disk).all()] == ["model_a"]
+    assert await store.delete("c", ["i0"]) == 1
+    await store.close()
+    assert (small_disk / "reserve").stat().st_size > 0
 
 
 async def fill(store: EmbeddedStore) -> None:
