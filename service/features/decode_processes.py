@@ -38,7 +38,12 @@ WALL_S: Final = 60.0
 _COMMAND: Final = (sys.executable, "-m", "service.features.decode_child")
 _ROOT: Final = Path(__file__).resolve().parents[2]
 _PASSED_ON: Final = ("LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME")  # no setting, so no secret
-_OWN: Final = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+_OWN: Final = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",
+    "LIBTIFF_JPEG_MAX_ALLOWED_SCAN_NUMBER": "20",  # JPEG data in a TIFF; its own limit of 100 scans takes 5 s
+}
 
 
 class _Died(Exception):
