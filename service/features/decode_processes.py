@@ -63,15 +63,19 @@ class _Process:
         self._file = _open_file()
         command = [*_COMMAND, str(theirs.fileno()), str(self._file)]
         environment = {name: value for name, value in os.environ.items() if name in _PASSED_ON}
-        self._process = subprocess.Popen(  # noqa: S603  a constant command
-            command,
-            env={**environment, **_OWN, "PYTHONPATH": str(_ROOT)},
-            pass_fds=(theirs.fileno(), self._file),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,  # libtiff writes what files make it write
-            start_new_session=True,  # Ctrl+C ends the service, which then ends this process
-        )
+        try:
+            self._process = subprocess.Popen(  # noqa: S603  a constant command
+                command,
+                env={**environment, **_OWN, "PYTHONPATH": str(_ROOT)},
+                pass_fds=(theirs.fileno(), self._file),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # libtiff writes what files make it write
+                start_new_session=True,  # Ctrl+C ends the service, which then ends this process
+            )
+        except BaseException:
+            os.close(self._file)
+            raise
         theirs.close()
 
     @property

@@ -3,6 +3,7 @@ much memory.
 """
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -238,3 +239,13 @@ def test_jpeg_data_in_a_tiff_has_few_scans(processes: DecodeProcesses) -> None:
     assert processes.decode(tiff_with(5), DecodeLimits()).shape == (160, 160, 3)
     with pytest.raises(Broken):
         processes.decode(tiff_with(50), DecodeLimits())
+
+
+def test_a_process_that_cannot_start_leaves_no_open_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_processes, "_COMMAND", ("/nonexistent",))
+    pool, before = DecodeProcesses(), len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        with pytest.raises(FileNotFoundError):
+            pool.decode(TIFF, DecodeLimits())
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before
