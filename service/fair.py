@@ -9,7 +9,7 @@
 
 import asyncio
 import threading
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -41,13 +41,17 @@ class FairQueue(Generic[T]):
         """Return the item that `pop` would return. The queue must not be empty."""
         return next(self.in_turn())
 
-    def pop(self) -> T:
-        """Remove and return the next item. The queue must not be empty."""
-        client, requests = next(iter(self._clients.items()))
-        request, line = next(iter(requests.items()))
+    def pop(self, client: str | None = None) -> T:
+        """Remove and return the next item, or that of a client. There must be one."""
+        client = next(iter(self._clients)) if client is None else client
+        request, line = next(iter(self._clients[client].items()))
         item = line[0]
         self.remove(Sender(client, request), item)
         return item
+
+    def clients(self) -> Iterable[str]:
+        """Return the clients that wait, in the order of their turns."""
+        return self._clients.keys()
 
     def in_turn(self) -> Iterator[T]:
         """Yield all items, in the order in which `pop` would return them. The queue must not change meanwhile."""
@@ -86,58 +90,113 @@ def _in_turn(lines: Iterable[Iterator[T]]) -> Iterator[T]:
             break
 
 
+class _Work(Future[T]):
+    """Work that waits for a thread. If it is cancelled, the function is forgotten at once: it may hold the body of a
+    request, which is counted nowhere any more once the request has ended."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        super().__init__()
+        self._function: Callable[[], T] | None = function
+
+    def cancel(self) -> bool:
+        is_cancelled = super().cancel()
+        if is_cancelled:
+            self._function = None
+        return is_cancelled
+
+    def run(self) -> None:
+        """Call the function unless it was cancelled."""
+        if not self.set_running_or_notify_cancel():
+            return
+        function, self._function = self._function, None
+        assert function is not None
+        try:
+            result = function()
+        except BaseException as error:  # noqa: BLE001  the caller gets it from the future
+            self.set_exception(error)
+        else:
+            self.set_result(result)
+
+
+class _Running:
+    """Counts what each client occupies of `count` places and a spare one. A client may occupy `count` of them, so the
+    others find a place even if one client has filled its places with work that takes long."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._by_client: Counter[str] = Counter()
+
+    def may_start(self, client: str) -> bool:
+        return self._by_client.total() <= self._count and self._by_client[client] < self._count
+
+    def started(self, client: str) -> None:
+        self._by_client[client] += 1
+
+    def ended(self, client: str) -> None:
+        self._by_client[client] -= 1
+        if not self._by_client[client]:
+            del self._by_client[client]
+
+
 class FairThreads:
-    """A pool of `count` threads. Work that waits for a thread gets its turn as in a `FairQueue`."""
+    """A pool of threads. Work that waits for a thread gets its turn as in a `FairQueue`. A client may use `count` of
+    them at the same time, and there is one more, so that other clients do not wait for long work of a single one."""
 
     def __init__(self, count: int, name: str) -> None:
-        self._threads = ThreadPoolExecutor(count, thread_name_prefix=name)
-        self._queue: FairQueue[tuple[Future[Any], Callable[[], Any]]] = FairQueue()
+        self._threads = ThreadPoolExecutor(count + 1, thread_name_prefix=name)
+        self._queue: FairQueue[_Work[Any]] = FairQueue()
+        self._running = _Running(count)
         self._lock = threading.Lock()
 
     def submit(self, sender: Sender, work: Callable[[], T]) -> "Future[T]":
         """Call `work` in a thread, and return a future for its result."""
-        future: Future[T] = Future()
+        waiting = _Work(work)
         with self._lock:
-            self._queue.push(sender, (future, work))
-        self._threads.submit(self._run_next)  # one call for each item; it takes the item whose turn it is
-        return future
+            self._queue.push(sender, waiting)
+        self._threads.submit(self._run)
+        return waiting
 
-    def _run_next(self) -> None:
+    def _run(self) -> None:
+        """Run work until there is none that may run now. Whoever ends the work of a client looks for more of it."""
+        while (found := self._next()) is not None:
+            client, work = found
+            try:
+                work.run()
+            finally:
+                del found, work  # the result belongs to the caller
+                with self._lock:
+                    self._running.ended(client)
+
+    def _next(self) -> "tuple[str, _Work[Any]] | None":
         with self._lock:
-            if not self._queue:  # shut down
-                return
-            future, work = self._queue.pop()
-        if not future.set_running_or_notify_cancel():
-            return
-        try:
-            result = work()
-        except BaseException as error:  # noqa: BLE001  the caller gets it from the future
-            future.set_exception(error)
-        else:
-            future.set_result(result)
+            for client in self._queue.clients():
+                if self._running.may_start(client):
+                    self._running.started(client)
+                    return client, self._queue.pop(client)
+        return None
 
-    def shutdown(self) -> None:
-        """Cancel work that has not begun, and do not wait for running work."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+    def shutdown(self, *, wait: bool = False) -> None:
+        """Cancel work that has not begun. If `wait` is true, wait for running work."""
         with self._lock:
             waiting = self._queue.clear()
-        for future, _ in waiting:
-            future.cancel()
+        for work in waiting:
+            work.cancel()
+        self._threads.shutdown(wait=wait, cancel_futures=True)
 
 
 class FairSlots:
     """Limits how many tasks of the event loop do something at the same time. Tasks that wait get their turn as in a
-    `FairQueue`."""
+    `FairQueue`. As in `FairThreads`, a client may occupy `count` slots, and there is one more."""
 
     def __init__(self, count: int) -> None:
-        self._free = count
+        self._occupied = _Running(count)
         self._waiting: FairQueue[asyncio.Future[None]] = FairQueue()
 
     @asynccontextmanager
     async def turn(self, sender: Sender) -> AsyncIterator[None]:
         """Wait for a free slot, and occupy it during the `async with` block."""
-        if self._free:
-            self._free -= 1
+        if self._occupied.may_start(sender.client):
+            self._occupied.started(sender.client)
         else:
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.push(sender, turn)
@@ -145,20 +204,20 @@ class FairSlots:
                 await turn
             except asyncio.CancelledError:
                 if not turn.cancelled():  # the slot came at the same moment
-                    self._pass_on()
+                    self._pass_on(sender.client)
                 raise
         try:
             yield
         finally:
-            self._pass_on()
+            self._pass_on(sender.client)
 
-    def _pass_on(self) -> None:
-        while self._waiting:
-            turn = self._waiting.pop()
+    def _pass_on(self, ended: str) -> None:
+        self._occupied.ended(ended)
+        while (client := next(filter(self._occupied.may_start, self._waiting.clients()), None)) is not None:
+            turn = self._waiting.pop(client)
             if not turn.done():  # its task was not cancelled
+                self._occupied.started(client)
                 turn.set_result(None)
-                return
-        self._free += 1
 
 
 class Shares:

@@ -158,6 +158,10 @@ class _Exchange:
             current_sender.set(ITSELF)
             self._metrics.requests_in_flight.set(lifecycle.in_flight)
             self._account(time.perf_counter() - started)
+            # The traceback of an error leads back to this object. In this cycle, the body and all that was made from it
+            # would stay in memory until the garbage collector runs.
+            self._error = None
+            self._scope["state"].pop("error", None)
 
     async def _answer(self, counted: bool) -> None:
         try:

@@ -38,7 +38,12 @@ WALL_S: Final = 60.0
 _COMMAND: Final = (sys.executable, "-m", "service.features.decode_child")
 _ROOT: Final = Path(__file__).resolve().parents[2]
 _PASSED_ON: Final = ("LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME")  # no setting, so no secret
-_OWN: Final = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+_OWN: Final = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",
+    "LIBTIFF_JPEG_MAX_ALLOWED_SCAN_NUMBER": "20",  # JPEG data in a TIFF; its own limit of 100 scans takes 5 s
+}
 
 
 class _Died(Exception):
@@ -58,15 +63,19 @@ class _Process:
         self._file = _open_file()
         command = [*_COMMAND, str(theirs.fileno()), str(self._file)]
         environment = {name: value for name, value in os.environ.items() if name in _PASSED_ON}
-        self._process = subprocess.Popen(  # noqa: S603  a constant command
-            command,
-            env={**environment, **_OWN, "PYTHONPATH": str(_ROOT)},
-            pass_fds=(theirs.fileno(), self._file),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,  # libtiff writes what files make it write
-            start_new_session=True,  # Ctrl+C ends the service, which then ends this process
-        )
+        try:
+            self._process = subprocess.Popen(  # noqa: S603  a constant command
+                command,
+                env={**environment, **_OWN, "PYTHONPATH": str(_ROOT)},
+                pass_fds=(theirs.fileno(), self._file),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # libtiff writes what files make it write
+                start_new_session=True,  # Ctrl+C ends the service, which then ends this process
+            )
+        except BaseException:
+            os.close(self._file)
+            raise
         theirs.close()
         threading.Thread(target=self._process.wait, name="decode-process", daemon=True).start()  # or it stays a zombie
 

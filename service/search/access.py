@@ -7,15 +7,16 @@ collection are damaged.
 import asyncio
 import sqlite3
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TypeVar
 
 from service import sqlite
+from service.clients import current_sender
 from service.disk import InPlace, Reserve
 from service.errors import CollectionNotFound, StorageDamaged, StorageFailed
+from service.fair import FairThreads
 from service.search import database
 from service.search.damage import Damage, explained
 from service.search.store import StoreHealth
@@ -25,6 +26,34 @@ from service.sqlite import snapshot, translated
 from service.stamp import Stamp
 
 T = TypeVar("T")
+
+
+class _Reading:
+    """The connection that a read uses at the moment. A filter can make one query run for hours."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._db: sqlite3.Connection | None = None
+        self._is_unwanted = False
+
+    @contextmanager
+    def uses(self, db: sqlite3.Connection) -> Iterator[None]:
+        with self._lock:
+            if self._is_unwanted:
+                raise StorageFailed("nobody waits for this read any more")
+            self._db = db
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._db = None
+
+    def interrupt(self) -> None:
+        """Let the running query fail, and no other query of the same connection."""
+        with self._lock:
+            self._is_unwanted = True
+            if self._db is not None:
+                self._db.interrupt()
 
 
 class Access:
@@ -46,7 +75,7 @@ class Access:
             self.reserve.keep()
         writer = Writer(self.connect, stamp, self.place, self.reserve)
         self.writer: Workers[Change] = Workers("store-write", 1, writer.make)
-        self._readers = ThreadPoolExecutor(readers, thread_name_prefix="store-read")
+        self._readers = FairThreads(readers, "store-read")
 
     def connect(self) -> sqlite3.Connection:
         """Open another connection to the file that the store has opened.
@@ -77,20 +106,24 @@ class Access:
     async def read(self, work: Callable[[sqlite3.Connection], T], *, of: str | None = None, as_one: bool = True) -> T:
         """Run the function `work` in a reader thread, with the database connection of that thread. Return its result.
         `of` is the collection whose items it reads. If `as_one` is true, all queries of `work` run in one
-        transaction."""
+        transaction. If the caller is cancelled, the query that runs is interrupted."""
         if not self.is_open:
             raise StorageFailed("the vector store is closed")
+        reading = _Reading()
 
         def run() -> T:
             with translated("the vector store"):
                 db = getattr(self._local, "db", None)
                 if db is None:
                     db = self._local.db = self.connect()
-                with snapshot(db) if as_one else nullcontext(), self.damage.watching(db, of):
+                with reading.uses(db), snapshot(db) if as_one else nullcontext(), self.damage.watching(db, of):
                     return work(db)
 
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._readers, run)
+            return await asyncio.wrap_future(self._readers.submit(current_sender.get(), run))
+        except asyncio.CancelledError:
+            reading.interrupt()
+            raise
         except StorageDamaged as error:
             raise (error if of is None else explained(of, error)) from error.__cause__
 
@@ -124,6 +157,6 @@ class Access:
 
     def close(self) -> None:
         """Wait for running reads, and close all connections."""
-        self._readers.shutdown()
+        self._readers.shutdown(wait=True)
         for db in self.connections:
             db.close()

@@ -134,8 +134,8 @@ async def test_an_item_that_is_larger_than_a_page_is_a_page(tmp_path):
 async def test_only_a_few_large_answers_are_made_at_the_same_time(tmp_path):
     async with filled(tmp_path, max_answer_bytes=2**25) as run, AsyncExitStack() as stack:
         slots = run.service.large_answers
-        for _ in range(LARGE_ANSWERS):
-            await stack.enter_async_context(slots.turn(Sender("other")))
+        for sender in [Sender("other")] * LARGE_ANSWERS + [Sender("third")]:
+            await stack.enter_async_context(slots.turn(sender))
         scroll = run.client.post(f"{SHOP}/items/scroll", json={"limit": FEW_RESULTS + 1})
         large = [asyncio.create_task(search(run, k=FEW_RESULTS + 1)), asyncio.create_task(scroll)]
         await until(lambda: len(slots._waiting) == 2)

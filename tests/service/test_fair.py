@@ -3,6 +3,7 @@
 import asyncio
 import random
 import threading
+import weakref
 from concurrent.futures import CancelledError
 
 import pytest
@@ -125,11 +126,12 @@ async def test_slots_are_given_to_clients_in_turn():
             await gate.wait()
 
     tasks = [asyncio.create_task(occupy(A, f"a{i}")) for i in range(4)]
-    tasks.append(asyncio.create_task(occupy(B, "b")))
-    await until(lambda: order == ["a0"])
+    tasks.append(asyncio.create_task(occupy(B, "b")))  # gets the spare slot
+    tasks.append(asyncio.create_task(occupy(Sender("c", 9), "c")))
+    await until(lambda: order == ["a0", "b"])
     gate.set()
     await asyncio.gather(*tasks)
-    assert order == ["a0", "a1", "b", "a2", "a3"]
+    assert order == ["a0", "b", "a1", "c", "a2", "a3"]
 
 
 async def test_a_slot_is_not_lost_when_a_waiting_task_is_cancelled():
@@ -281,3 +283,49 @@ async def test_a_task_inherits_the_sender():
     task = asyncio.create_task(sender())
     current_sender.set(ITSELF)
     assert await task == A
+
+
+def test_work_that_is_cancelled_before_its_turn_is_not_kept():
+    class Body:
+        pass
+
+    threads, gate, body = FairThreads(1, "test"), threading.Event(), Body()
+    threads.submit(A, lambda: gate.wait(10))
+    cancelled = threads.submit(A, lambda body=body: body)
+    last, kept = threads.submit(B, lambda: "last"), weakref.ref(body)
+    del body
+    assert cancelled.cancel()
+    assert kept() is None
+    gate.set()
+    assert last.result(10) == "last"
+    threads.shutdown()
+
+
+def test_long_work_of_one_client_leaves_a_thread_to_the_others():
+    threads, gate = FairThreads(2, "test"), threading.Event()
+    long = [threads.submit(A, lambda: gate.wait(10)) for _ in range(5)]
+    assert threads.submit(B, lambda: "b").result(5) == "b"
+    assert sum(each.running() for each in long) == 2
+    gate.set()
+    assert all(each.result(10) for each in long)
+    threads.shutdown()
+
+
+async def test_long_work_of_one_client_leaves_a_slot_to_the_others():
+    slots, gate, began = FairSlots(2), asyncio.Event(), []
+
+    async def occupy(sender: Sender, name: str) -> None:
+        async with slots.turn(sender):
+            began.append(name)
+            await gate.wait()
+
+    tasks = [asyncio.create_task(occupy(A, "a")) for _ in range(5)]
+    tasks.append(asyncio.create_task(occupy(B, "b")))
+    await until(lambda: began == ["a", "a", "b"])
+    for task in tasks[1:3]:
+        task.cancel()
+    await until(lambda: began == ["a", "a", "b", "a"])
+    gate.set()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    async with slots.turn(A), slots.turn(A), slots.turn(B):
+        pass

@@ -2,16 +2,18 @@
 
 import asyncio
 import base64
+import gc
 import json
 import logging
 import time
+import weakref
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from service.errors import ServiceError
+from service.errors import InvalidRequest, ServiceError, Unavailable
 from service.middleware import Border
 from service.telemetry import HTTP_SECONDS, MAX_LOGGED_CHARS, JsonLines, trace_id
 from tests.dict_store import DictStore
@@ -430,3 +432,30 @@ def test_a_log_line_has_the_time_in_utc_and_its_fields(monkeypatch):
         monkeypatch.undo()
         time.tzset()
     assert (line["time"], line["status"], line["level"]) == ("2023-11-14T22:13:20.250Z", 200, "info")
+
+
+@pytest.mark.parametrize("kind", [InvalidRequest, Unavailable])
+async def test_an_error_does_not_keep_what_was_made_from_the_body(tmp_path, kind):
+    class Parsed:
+        pass
+
+    kept: list[weakref.ref[Parsed]] = []
+
+    async def inner(scope, receive, send):
+        parsed = Parsed()
+        kept.append(weakref.ref(parsed))
+        try:
+            raise ValueError("inner")
+        except ValueError as error:
+            raise kind("told to fail") from error
+
+    async with running(tmp_path) as run:
+        app = border(inner, run.service)
+        gc.collect()
+        gc.disable()
+        try:
+            sent = await exchange(app, b"", asyncio.Event())
+            assert sent[0]["status"] == kind("").status
+            assert kept[0]() is None
+        finally:
+            gc.enable()

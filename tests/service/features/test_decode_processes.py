@@ -3,6 +3,7 @@ much memory.
 """
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ from service.features import decode_processes
 from service.features.decode_memory import DecodeMemory, MustWait, Reservation
 from service.features.decode_processes import ISOLATED, DecodeProcesses
 from tests.fakes import photo, running, until
-from tests.hostile_images import encoded, whole_files
+from tests.hostile_images import encoded, tiff, whole_files
 
 TIFF = whole_files()["TIFF"][1]
 
@@ -224,3 +225,27 @@ async def test_a_killed_process_costs_no_image_of_the_service(tmp_path):
         await until(lambda: bool(pool.pids), 20)
         os.kill(pool.pids[0], signal.SIGKILL)
         assert [outcome.error for outcome in await task] == [None] * 12
+
+
+def test_jpeg_data_in_a_tiff_has_few_scans(processes: DecodeProcesses) -> None:
+    def tiff_with(scans: int) -> bytes:
+        jpeg = encoded(Image.new("L", (160, 160)), "JPEG", progressive=True)
+        last = jpeg[jpeg.rindex(b"\xff\xda") : -2]
+        jpeg = jpeg[:-2] + last * scans + jpeg[-2:]
+        sizes = {256: (4, 1, 160), 257: (4, 1, 160), 278: (4, 1, 160), 258: (3, 1, 8)}
+        place = {273: (4, 1, -1), 279: (4, 1, len(jpeg)), 259: (3, 1, 7), 262: (3, 1, 1), 277: (3, 1, 1)}
+        return tiff({**sizes, **place}, jpeg)
+
+    assert processes.decode(tiff_with(5), DecodeLimits()).shape == (160, 160, 3)
+    with pytest.raises(Broken):
+        processes.decode(tiff_with(50), DecodeLimits())
+
+
+def test_a_process_that_cannot_start_leaves_no_open_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_processes, "_COMMAND", ("/nonexistent",))
+    pool, before = DecodeProcesses(), len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        with pytest.raises(FileNotFoundError):
+            pool.decode(TIFF, DecodeLimits())
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before
