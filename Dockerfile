@@ -8,7 +8,8 @@
 #
 # --build-arg EXTRAS=milvus,parquet adds optional dependencies of pyproject.toml to any target.
 #
-# pip installs only files whose sha256 is in hashes/ (docs/security.md, Packages), except for EXTRAS and TensorRT.
+# pip installs only files whose sha256 is in hashes/ (docs/security.md, Packages), except for EXTRAS and TensorRT. It
+# takes only wheels, because what builds a source package would have no hash.
 #
 # Stages named `packages...` install what the project depends on, and stages named `venv...` add the project. None of
 # the images runs as root. The service writes only to /data and /tmp, so the root file system can be read-only.
@@ -22,7 +23,7 @@ RUN python -m venv /opt/venv
 WORKDIR /src
 COPY pyproject.toml constraints.txt LICENSE ./
 COPY hashes hashes
-RUN /opt/venv/bin/pip install --require-hashes -r hashes/serve.txt
+RUN /opt/venv/bin/pip install --only-binary :all: --require-hashes -r hashes/serve.txt
 ARG EXTRAS=
 RUN mkdir cli model service training && touch README.md \
     && /opt/venv/bin/pip install --no-build-isolation -c constraints.txt ".${EXTRAS:+[$EXTRAS]}"
@@ -31,14 +32,14 @@ RUN mkdir cli model service training && touch README.md \
 # and without --no-deps pip would install it again.
 FROM packages AS packages-gpu
 RUN /opt/venv/bin/pip uninstall -y onnxruntime \
-    && /opt/venv/bin/pip install --require-hashes --no-deps -r hashes/gpu.txt
+    && /opt/venv/bin/pip install --only-binary :all: --require-hashes --no-deps -r hashes/gpu.txt
 ARG TENSORRT=0
 RUN if [ "$TENSORRT" = 1 ]; then \
       /opt/venv/bin/pip install -c constraints.txt --extra-index-url https://pypi.nvidia.com ".[tensorrt]"; \
     elif [ "$TENSORRT" != 0 ]; then echo "TENSORRT must be 0 or 1, not $TENSORRT" >&2; exit 1; fi
 
 FROM packages AS packages-train
-RUN /opt/venv/bin/pip install --require-hashes -r hashes/train.txt
+RUN /opt/venv/bin/pip install --only-binary :all: --require-hashes -r hashes/train.txt
 ARG TENSORRT=0
 RUN if [ "$TENSORRT" = 1 ]; then \
       /opt/venv/bin/pip install -c constraints.txt --extra-index-url https://pypi.nvidia.com ".[tensorrt]"; \

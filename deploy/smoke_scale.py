@@ -15,6 +15,8 @@ from smoke_tools import TRAIN_IMAGE, Api, Load, Project, computed, expect, noise
 COLLECTION = "/v1/collections/smoke"
 KNOWN = 6
 """Number of images whose vectors are known and compared with each response."""
+SENT_S = 1.0
+"""Time in seconds after which Redis knows what a request has cost. A container sends it every 0.5 seconds."""
 SETTLED_S = 2.0
 """Time in seconds after a recovery during which a failed request still counts as caused by the outage: it began
 before."""
@@ -62,6 +64,7 @@ def _check_shared(project: Project) -> None:
     """Check that a vector that one container computed is a cache hit in the other, and that both see each write."""
     image = noise()
     first, left = _request_inside(project, "service", image)
+    time.sleep(SENT_S)
     second, left_then = _request_inside(project, "replica", image)
     same = first["data"][0]["embedding"] == second["data"][0]["embedding"]
     expect(

@@ -273,7 +273,7 @@ def test_tensorrt_is_a_build_argument_that_allows_only_0_and_1() -> None:
         text = STAGES[stage]
         assert re.search(r"^ARG TENSORRT=0$", text, re.MULTILINE)
         assert "--extra-index-url https://pypi.nvidia.com" in text
-        assert text.index("pip install --require-hashes") < text.index("ARG TENSORRT")  # so that its layer is reused
+        assert text.index("--require-hashes") < text.index("ARG TENSORRT")  # so that its layer is reused
     assert "TENSORRT" not in STAGES["packages"]
 
 

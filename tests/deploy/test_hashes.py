@@ -59,6 +59,12 @@ def test_every_dependency_of_a_target_is_in_its_file(file: str, extra: str | Non
     assert missing == ({"onnxruntime"} if file == "gpu" else set())
 
 
+def test_what_has_a_hash_is_a_wheel_because_pip_checks_no_hash_of_what_builds_a_source_package() -> None:
+    with_hashes = re.findall(r"pip install ([^&\\\n]*--require-hashes[^&\\\n]*)", DOCKERFILE)
+    assert len(with_hashes) == len(FILES)
+    assert all(line.startswith("--only-binary :all: ") for line in with_hashes)
+
+
 def test_the_project_is_built_with_a_setuptools_that_has_a_hash() -> None:
     assert "setuptools" in requirements(ROOT / "hashes" / "serve.txt")
     building = re.findall(r"pip (?:install|wheel)[^&\n]*?(?:\"\.\$|\s\.$)", DOCKERFILE, re.MULTILINE)
