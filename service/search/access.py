@@ -19,6 +19,7 @@ from service.errors import CollectionNotFound, StorageDamaged, StorageFailed
 from service.fair import FairThreads
 from service.search import database
 from service.search.damage import Damage, explained
+from service.search.filter_sql import add_functions
 from service.search.store import StoreHealth
 from service.search.threads import Change, Workers
 from service.search.writing import Writer
@@ -86,6 +87,7 @@ class Access:
         self.place.check()
         db = sqlite.connect(self.path)
         self.connections.append(db)
+        add_functions(db)
         self.place.check()  # the file may have been replaced just before it was opened
         return db
 

@@ -53,7 +53,8 @@ from service.search.partners import EmbeddedMigrations
 from service.search.quotas import Quotas
 from service.search.reading import (
     ITEM,
-    delete_some,
+    choose_some,
+    delete_chosen,
     items_of,
     key_in,
     metadata_of,
@@ -65,7 +66,7 @@ from service.search.reading import (
 from service.search.restoring import restore
 from service.search.schema import SCHEMA
 from service.search.scrolling import page_in_order, position_in
-from service.search.searcher import Searcher
+from service.search.searcher import ATTEMPTS, Searcher
 from service.search.selection import passing
 from service.search.snapshot_files import path_of
 from service.search.specs import check_spec
@@ -148,7 +149,7 @@ class EmbeddedStore:
         )
         self._load()
         access.start(self.stamp, max(2, threads))
-        self._searcher = Searcher(self.views, self.stamp, self._maintenance, self._connect, threads)
+        self._searcher = Searcher(self.views, self.stamp, self._maintenance, access.connect, access.read, threads)
         self.migrations = EmbeddedMigrations(
             self._read, self._write, self.views.forget, self._maintenance.wake, damaged=access.damage
         )
@@ -341,11 +342,17 @@ class EmbeddedStore:
             return row, database.last_number(db, row)
 
         row, last = await self._read(span, of=collection)
-        gone, after = 0, 0
+        gone, after, attempts = 0, 0, 0
         while after < last:
-            some = partial(delete_some, row=row, where=where, after=after, to=last)
-            deleted, after = await self._write(some, of=collection, frees=True)
-            gone += deleted
+            choose = partial(choose_some, row=row, where=where, after=after, to=last)
+            chosen = await self._read(choose, of=collection)  # a filter may take long, and writes wait for each other
+            again = where if attempts == ATTEMPTS else None
+            delete = partial(delete_chosen, row=row, chosen=chosen, where=again)
+            deleted = await self._write(delete, of=collection, frees=True)
+            if deleted is None:
+                attempts += 1
+            else:
+                gone, after, attempts = gone + deleted, chosen.through, 0
         self._maintenance.wake()
         return gone
 

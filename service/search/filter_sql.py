@@ -14,12 +14,27 @@ uses the index on the key for both parts. For the second part, it reads the meta
 with `[`.
 """
 
+import sqlite3
 from typing import Final
 
 from service.search.filters import ITEM_ID, And, Between, Exists, Filter, In, Not, Or, Path, Scalar, Text, holds
 from service.search.text import texts_with_prefix
 
+HAS_TEXT: Final = "has_text"
+"""The name of an SQL function that says whether a string contains another one."""
+SHORT_TEXT: Final = 32
+"""Texts up to this length are looked for with SQLite's own `instr`. Its time is that of the length of the string times
+the length of the text: 4,000 characters in 65,000 take 7 ms. `HAS_TEXT` is linear, but calls Python."""
 _SQL: Final = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
+
+
+def add_functions(db: sqlite3.Connection) -> None:
+    """Define the functions that conditions use, for a connection."""
+    db.create_function(HAS_TEXT, 2, _has_text, deterministic=True)
+
+
+def _has_text(value: object, text: str) -> bool:
+    return isinstance(value, str) and text in value
 
 
 def extract(path: Path) -> str:
@@ -98,7 +113,8 @@ def _text(condition: Text, value: str, kind: str, parameters: list[Scalar]) -> s
     parts = [f"{kind} = 'text'"]
     if condition.op == "contains":
         parameters.append(condition.text)
-        parts.append(f"instr({value}, ?) > 0")
+        search = "instr({}, ?) > 0" if len(condition.text) <= SHORT_TEXT else f"{HAS_TEXT}({{}}, ?)"
+        parts.append(search.format(value))
     else:
         for op, bound in texts_with_prefix(condition.text):
             parameters.append(bound)

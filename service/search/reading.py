@@ -3,7 +3,7 @@ that pass a filter, one page at a time."""
 
 import sqlite3
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import orjson
@@ -17,7 +17,7 @@ from service.search.filters import Path as MetadataPath
 from service.search.store import Facet, Facets, Item, Page
 
 _PAGE: Final = 1000
-"""The highest number of items that `delete_some` deletes in one transaction. Other writes can run between two
+"""The highest number of items that `choose_some` chooses and `delete_chosen` deletes. Other writes can run between two
 transactions."""
 ITEM: Final = "i.number, i.id, i.metadata, i.source, i.digest"
 """The columns that `items_of` expects."""
@@ -126,17 +126,35 @@ def value_counts(db: sqlite3.Connection, row: Row, path: MetadataPath, where: Fi
     return Facets(facets, rows[0][3] if rows else 0)
 
 
-def delete_some(db: sqlite3.Connection, row: Row, where: Filter, after: int, to: int) -> tuple[int, int]:
-    """Delete one page of the items that pass a filter: those with the lowest numbers above `after` and up to `to`.
+class Chosen(NamedTuple):
+    """A page of the items that pass a filter: their numbers, the last number that was checked, and how often metadata
+    of the collection had been edited."""
 
-    Returns:
-        The number of items that were deleted, and the last item number that was checked.
-    """
+    numbers: list[int]
+    through: int
+    edits: int
+
+
+def choose_some(db: sqlite3.Connection, row: Row, where: Filter, after: int, to: int) -> Chosen:
+    """Return a page of the items that pass a filter: those with the lowest numbers above `after` and up to `to`."""
     row = database.by_key(db, row.key)
     condition, parameters = to_sql(where)
     query = f"SELECT number FROM items_{row.key} WHERE number > ? AND number <= ? AND {condition} ORDER BY 1 LIMIT ?"
     numbers = [number for (number,) in db.execute(query, (after, to, *parameters, _PAGE))]
+    return Chosen(numbers, numbers[-1] if len(numbers) == _PAGE else to, row.edits)
+
+
+def delete_chosen(db: sqlite3.Connection, row: Row, chosen: Chosen, where: Filter | None) -> int | None:
+    """Delete chosen items that still exist, and return their number. If metadata was edited since they were chosen,
+    check the filter `where` again. If it is None, delete nothing then, and return None."""
+    row, numbers = database.by_key(db, row.key), chosen.numbers
+    if row.edits != chosen.edits:
+        if where is None:
+            return None
+        condition, parameters = to_sql(where)
+        query = f"SELECT number FROM items_{row.key} WHERE number = ? AND {condition}"
+        numbers = [number for number in numbers if db.execute(query, (number, *parameters)).fetchone()]
     if row.partner is not None:
-        ids = [db.execute(f"SELECT id FROM items_{row.key} WHERE number = ?", (n,)).fetchone()[0] for n in numbers]
-        partners.remove_ids(db, row.partner, ids)
-    return database.remove(db, row.key, numbers), numbers[-1] if len(numbers) == _PAGE else to
+        found = (db.execute(f"SELECT id FROM items_{row.key} WHERE number = ?", (n,)).fetchone() for n in numbers)
+        partners.remove_ids(db, row.partner, [each[0] for each in found if each])
+    return database.remove(db, row.key, numbers)

@@ -14,7 +14,7 @@ import asyncio
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -80,12 +80,13 @@ class Searcher:
         stamp: Stamp,
         maintenance: Maintenance,
         connect: Callable[[], sqlite3.Connection],
+        read: Callable[..., Awaitable[Any]],
         threads: int,
     ) -> None:
         self._views = views
         self._stamp = stamp
         self._maintenance = maintenance
-        self._connect = connect
+        self._connect, self._read = connect, read
         self._selections = Selections()
         self._local = threading.local()
         self._searching = 0  # searches in the search threads
@@ -97,8 +98,6 @@ class Searcher:
             {},
         )  # a stamp, and the views for it by name and tag
         self._workers: Workers[_Query] = Workers("store-search", threads, self._make_worker)
-        # Separate threads, because a filter may read all metadata and other searches must not wait for that.
-        self._filtering: Workers[_Query] = Workers("store-filter", threads, self._make_worker)
 
     async def search(
         self,
@@ -119,8 +118,8 @@ class Searcher:
             check_reference(collection), queries, check_k(k), tag, where, params or _USUAL, assumed, max_bytes
         )
         answers: list[list[Hit]]
-        if where is not None:
-            answers = await self._filtering.do(query, object())
+        if where is not None:  # it may read all metadata, and other searches must not wait for that
+            answers = await self._read(partial(self._filtered, query), as_one=False)
             return answers
         if await self._is_alone() and (hits := self._at_once(query)) is not None:
             return hits
@@ -184,6 +183,10 @@ class Searcher:
 
         return work
 
+    def _filtered(self, query: _Query, db: sqlite3.Connection) -> list[list[Hit]]:
+        faiss.omp_set_num_threads(1)  # for this thread only
+        return self._answer(db, query, query.vectors)
+
     def _answer(self, db: sqlite3.Connection, query: _Query, vectors: Floats) -> list[list[Hit]]:
         """Return a list of hits for each of the vectors [q, D]. `query` contains all other arguments of the search."""
         attempts = 0
@@ -238,9 +241,8 @@ class Searcher:
         return view
 
     def close(self) -> None:
-        """Answer the queued searches, then stop the threads."""
+        """Answer the queued searches without filters, then stop their threads."""
         self._workers.close()
-        self._filtering.close()
 
 
 class _Tied(Exception):

@@ -407,7 +407,7 @@ async def test_only_searches_that_want_the_same_share_a_call(
 
     monkeypatch.setattr(inner, "_at_once", lambda query: None)
     monkeypatch.setattr(inner._workers, "do", watched)
-    monkeypatch.setattr(inner._filtering, "do", watched)
+    monkeypatch.setattr(inner, "_read", lambda work, as_one: watched(work, object()))  # with a filter
     usual: dict[str, Any] = {"collection": "c", "vectors": np.ones((1, D)), "k": 3, "tag": TAG}
     changes: list[dict[str, Any]] = [
         {},
