@@ -298,7 +298,7 @@ def greeting(artifact: Artifact, engine: Engine, url: str, *, needs_key: bool = 
         f"\ndinov2-service on {url}  (docs: {url}/docs)\n"
         f"model {artifact.name} from {artifact.path}, "
         f"engine {engine.name} ({engine.precision})\n{demo if artifact.path.parent == BUNDLED_DIR else ''}\n"
-        f"  curl -s {url}/v1/embeddings {key}-H 'Content-Type: image/jpeg' --data-binary @photo.jpg\n\n"
+        f"  curl -s {url}/v1/embeddings {key}-H 'Content-Type: image/jpeg' --data-binary @image.jpg\n\n"
         f"or, without an image file:\n\n"
         f"  curl -s {url}/v1/embeddings {key}-H 'Content-Type: application/json' -d '{{\"input\": \"{example}\"}}'\n"
     )

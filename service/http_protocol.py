@@ -74,7 +74,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     """The time in seconds after which the rate at which a client reads an answer is measured, and then measured
     again."""
     min_bytes_per_s: int
-    """The least rate at which a client must send a body and read an answer."""
+    """The minimum rate at which a client must send a body and read an answer."""
     places: Connections
     """Counts the connections of all instances."""
 
@@ -298,7 +298,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if is_slow and not (self._was_paused or self.flow.read_paused):
             self._refuse(
                 BodyTooSlow(
-                    f"only {self._body_bytes} bytes of the request body have arrived in {BODY_GRACE_S:g} s; the least "
+                    f"only {self._body_bytes} bytes of the request body have arrived in {BODY_GRACE_S:g} s; the minimum "
                     f"rate is {self.min_bytes_per_s} bytes per second"
                 )
             )

@@ -199,9 +199,10 @@ class Security:
             return
         settings = self._settings
         if settings.hosts is not None or not (settings.trusted_proxies or self.requires_keys):
+            name = re.sub(r":[0-9]*\Z", "", host[:80].decode("latin-1"))
             raise HostNotAllowed(
-                f"the service is not called {host[:80].decode('latin-1')!r}: DINOV2_HOSTS lists its names in addition "
-                "to localhost and IP addresses"
+                f"the service is not called {name!r}: add this name to DINOV2_HOSTS; localhost, IP addresses and names "
+                "without a dot are always allowed"
             )
 
     async def save_last_used(self) -> None:

@@ -264,7 +264,7 @@ class Settings(BaseSettings):
     min_bytes_per_s: int = Field(
         4096,
         ge=0,
-        description="least rate at which a client must send a body, measured every 10 seconds, and read an answer, "
+        description="minimum rate at which a client must send a body, measured every 10 seconds, and read an answer, "
         "measured every answer_stall_s seconds; 0: none",
     )
     answer_stall_s: float = Field(

@@ -111,4 +111,4 @@ class Counts:
         self._counts[part] += count
         most = self._limits[part].most
         if self._counts[part] > most:
-            raise TooLarge(f"the {self.name} has more than {most} {part}; save it again, without its metadata")
+            raise TooLarge(f"the {self.name} has more than {most} {part}; save it again, with fewer of them")

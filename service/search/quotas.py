@@ -58,7 +58,7 @@ class Quotas:
         sizes = _sizes(root)
         if self.max_snapshots is not None and len(sizes) >= self.max_snapshots:
             raise QuotaExceeded(
-                f"there are {len(sizes)} snapshots, and max_snapshots={self.max_snapshots}: delete one first"
+                f"{len(sizes)} snapshots exist, and max_snapshots={self.max_snapshots}: delete one first"
             )
         if self.max_snapshot_bytes is not None and sum(sizes) + (adding or 1) > self.max_snapshot_bytes:
             size = "another one" if adding is None else f"{adding} more bytes"

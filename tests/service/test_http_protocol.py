@@ -484,7 +484,7 @@ async def test_a_body_that_stalls_is_told_so_in_time(monkeypatch, head_start):
             writer.write(b"a")
             await asyncio.sleep(0.02)
         assert statuses(await answer) == [408]
-        assert b"the least rate is 4096 bytes per second" in await answer
+        assert b"the minimum rate is 4096 bytes per second" in await answer
         assert 0.15 < time.monotonic() - started < 2
 
 

@@ -561,7 +561,7 @@ async def test_quotas_of_snapshots_and_of_what_they_restore(tmp_path: Path) -> N
         await store.restore("again", "c", taken.name)
     await store.add_snapshot("d", upload)
     for refused in (store.snapshot("c"), store.add_snapshot("e", await store.snapshot_path("c", taken.name))):
-        with pytest.raises(QuotaExceeded, match="there are 2 snapshots, and max_snapshots=2"):
+        with pytest.raises(QuotaExceeded, match="2 snapshots exist, and max_snapshots=2"):
             await refused
     await store.drop_snapshot("c", taken.name)
     await store.snapshot("c")
