@@ -298,8 +298,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if is_slow and not (self._was_paused or self.flow.read_paused):
             self._refuse(
                 BodyTooSlow(
-                    f"only {self._body_bytes} bytes of the request body have arrived in {BODY_GRACE_S:g} s; the minimum "
-                    f"rate is {self.min_bytes_per_s} bytes per second"
+                    f"only {self._body_bytes} bytes of the request body have arrived in {BODY_GRACE_S:g} s; the "
+                    f"minimum rate is {self.min_bytes_per_s} bytes per second"
                 )
             )
         else:
