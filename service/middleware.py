@@ -119,10 +119,10 @@ class _Exchange:
             scope["path"] = scope["path"][len(prefix) :] or "/"
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
         self.request_id = request_id(self._headers)
-        scope.setdefault("state", {})["request_id"] = self.request_id
+        scope.setdefault("state", {}).update(request_id=self.request_id, hold=self._hold)
         self._status = 0
         self._error: ServiceError | None = None
-        self._body_bytes = 0  # in memory, so decoded
+        self._body_bytes = 0  # in memory, so decoded, and with what is made from them
         self._received_bytes = 0
         self._body_ended = False
         self._decoder: BodyDecoder | None = None
@@ -161,7 +161,8 @@ class _Exchange:
             # The traceback of an error leads back to this object. In this cycle, the body and all that was made from it
             # would stay in memory until the garbage collector runs.
             self._error = None
-            self._scope["state"].pop("error", None)
+            for name in ("error", "hold"):
+                self._scope["state"].pop(name, None)
 
     async def _answer(self, counted: bool) -> None:
         try:
@@ -305,6 +306,10 @@ class _Exchange:
     def _count(self, size: int) -> None:
         if self._body_bytes + size > self._settings.max_body_bytes:
             raise self._too_large()
+        self._hold(size)
+
+    def _hold(self, size: int) -> None:
+        """Count memory of the request until its end."""
         self._lifecycle.buffer.take(self._sender.client, size, self._body_bytes)
         self._body_bytes += size
 

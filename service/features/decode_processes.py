@@ -18,12 +18,11 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -61,6 +60,7 @@ class _Process:
     def __init__(self) -> None:
         self._connection, theirs = Pipe()
         self._file = _open_file()
+        self._is_late = False  # whether it was ended because an image took too long
         command = [*_COMMAND, str(theirs.fileno()), str(self._file)]
         environment = {name: value for name, value in os.environ.items() if name in _PASSED_ON}
         try:
@@ -95,17 +95,20 @@ class _Process:
         """
         hooks = {"size": on_size, "memory": on_memory}
         stopped: BaseException | None = None
-        deadline = time.monotonic() + WALL_S
+        timer = threading.Timer(WALL_S, self._end_late)
+        timer.start()
         try:
             self._connection.send_bytes(json.dumps(asdict(limits)).encode())
             self._connection.send_bytes(data)
-            while "ask" in (answer := self._answer(deadline)):
+            while "ask" in (answer := json.loads(self._connection.recv_bytes())):
                 stopped = stopped or _raised_by(hooks[answer["ask"]], answer["value"])
                 self._connection.send_bytes(b"stop" if stopped else b"go")
         except (EOFError, OSError) as error:
             status = self._process.wait(WALL_S)
-            reason = {0: "idle", -signal.SIGXCPU: "time"}.get(status, "crash")
+            reason = "time" if self._is_late else {0: "idle", -signal.SIGXCPU: "time"}.get(status, "crash")
             raise _Died(status, reason) from error
+        finally:
+            timer.cancel()
         if stopped is not None:
             raise stopped
         if "error" in answer:
@@ -115,12 +118,9 @@ class _Process:
         finally:
             os.ftruncate(self._file, 0)
 
-    def _answer(self, deadline: float) -> dict[str, Any]:
-        if not self._connection.poll(max(0.0, deadline - time.monotonic())):
-            self._process.kill()
-            raise _Died(self._process.wait(), "time")
-        answer: dict[str, Any] = json.loads(self._connection.recv_bytes())
-        return answer
+    def _end_late(self) -> None:
+        self._is_late = True
+        self._process.kill()
 
     def _pixels(self, shape: tuple[int, int, int], limits: DecodeLimits) -> Pixels:
         if not 0 < math.prod(shape) <= 3 * limits.max_pixels:

@@ -9,8 +9,10 @@ import httpx
 import numpy as np
 import pytest
 
+from service.buffer import Buffer
 from service.clients import Sender
 from service.middleware import Border
+from service.off_loop import BIG_BODY
 from service.state import FEW_RESULTS, LARGE_ANSWERS
 from tests.fakes import Running, photo, running, until
 
@@ -219,3 +221,24 @@ async def test_small_answers_and_monitoring_are_never_refused(tmp_path):
         assert (await run.client.get("/readyz")).status_code == 200
         refused = await run.client.post("/v1/embeddings", content=photo(), headers={"Content-Type": "image/png"})
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "share_used")
+
+
+@pytest.mark.parametrize(("text", "factor"), [("a", 1), ("é", 4), ("\\ud83d\\ude00", 4)])
+async def test_a_text_with_rare_characters_counts_as_what_it_takes(tmp_path, monkeypatch, text, factor):
+    """A string takes up to 4 bytes per character."""
+    taken = []
+    take = Buffer.take
+
+    def watched(buffer, client, size, own):
+        taken.append(size)
+        take(buffer, client, size, own)
+
+    monkeypatch.setattr(Buffer, "take", watched)
+    body = b'{"vector": "%s%s"}' % (b"a" * BIG_BODY, text.encode())
+    async with running(tmp_path) as run:
+        answer = await run.client.post(
+            "/v1/collections/c/search", content=body, headers={"Content-Type": "application/json"}
+        )
+        assert answer.status_code == 422
+        assert sum(taken) == factor * len(body)
+        assert run.service.lifecycle.buffer.used == 0

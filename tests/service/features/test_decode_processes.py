@@ -126,9 +126,10 @@ def test_a_decoder_that_never_ends_is_ended(monkeypatch, tmp_path) -> None:
         DecodeProcesses(reasons.append).decode(TIFF, DecodeLimits())
     monkeypatch.setattr(decode_processes, "WALL_S", 0.2)
     child(monkeypatch, tmp_path, "import time; time.sleep(60)")
-    with pytest.raises(TooLarge):
-        DecodeProcesses(reasons.append).decode(TIFF, DecodeLimits())
-    assert reasons == ["time", "time"]
+    for data in (TIFF, TIFF + bytes(2**24)):  # the second one does not fit into the socket's buffer
+        with pytest.raises(TooLarge):
+            DecodeProcesses(reasons.append).decode(data, DecodeLimits())
+    assert reasons == ["time"] * 3
 
 
 def test_the_processor_time_of_each_image_is_limited_by_the_kernel(monkeypatch, tmp_path) -> None:
