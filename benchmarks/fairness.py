@@ -33,6 +33,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -164,12 +165,18 @@ async def watch(service: Service, until: float, seen: Seen) -> None:
 # The loads. Each function works on one connection of the attacker until it is cancelled or the connection is closed.
 
 
-async def send_forms(port: int, number: int, seen: Seen) -> None:
+@cache
+def form(number: int, side: int) -> bytes:
+    """Return a form with 64 large images. Making it takes seconds."""
     parts = []
     for i in range(64):
         head = f'--b\r\nContent-Disposition: form-data; name="file"; filename="{i}"\r\nContent-Type: image/png\r\n\r\n'
-        parts.append(head.encode() + large_png(64 * number + i, seen.side) + b"\r\n")
-    body, kind = b"".join(parts) + b"--b--\r\n", b"Content-Type: multipart/form-data; boundary=b\r\n"
+        parts.append(head.encode() + large_png(64 * number + i, side) + b"\r\n")
+    return b"".join(parts) + b"--b--\r\n"
+
+
+async def send_forms(port: int, number: int, seen: Seen) -> None:
+    body, kind = form(number, seen.side), b"Content-Type: multipart/form-data; boundary=b\r\n"
     reader, writer = await connect(port, ATTACKER)
     while True:
         writer.write(request("/v1/embeddings", kind, body))
@@ -247,6 +254,9 @@ async def attack(port: int, name: str, seen: Seen) -> None:
 
 
 async def measure(service: Service, name: str, seconds: float, side: int) -> Seen:
+    if name == "forms":
+        for number in range(LOADS[name][0]):
+            form(number, side)
     seen, until = Seen(side), time.monotonic() + seconds
     attacking = asyncio.create_task(attack(service.port, name, seen))
     await asyncio.sleep(min(2.0, seconds / 4))
