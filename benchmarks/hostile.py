@@ -7,9 +7,10 @@ decoding threads. Two phases follow each other:
 
 1. One file at a time. The processor time and the additional memory of each request are measured, also of the service's
    decoding processes.
-2. All files at once from several connections, and forms with 16 images of 64 megapixels each. Meanwhile another client,
-   with another address, embeds normal images. Its latency is compared with that before. Every ten seconds, one of the
-   decoding processes is killed.
+2. Normal images from several connections, so that the service has what it needs for them. Then all files at once from
+   as many connections, and forms with 16 images of 64 megapixels each. Meanwhile another client, with another address,
+   embeds normal images. Its latency is compared with that before. Every ten seconds, one of the decoding processes is
+   killed.
 
 At the end, the memory must return to within 20 % of what it was before the second phase, within a minute.
 
@@ -19,6 +20,7 @@ or 504.
 """
 
 import argparse
+import asyncio
 import contextlib
 import datetime
 import json
@@ -37,6 +39,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+from load import run_clients  # benchmarks/load.py
 from serving import free_port, random_artifact, service_process  # benchmarks/serving.py
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -217,6 +220,7 @@ def measure_load(
         while not stop.wait(0.05):
             most[0] = max(most[0], memory_mib(pid))
 
+    asyncio.run(run_clients(int(base_url.rpartition(":")[2]), images, connections, 10))
     with ThreadPoolExecutor(2) as threads:
         quiet_ends = threading.Event()
         threading.Timer(20, quiet_ends.set).start()

@@ -14,11 +14,14 @@ import threading
 from typing import Final, NamedTuple
 
 from model.decode import DecodeError, TooLarge
+from model.memory import return_small_blocks
 from service.clients import Sender, current_sender
 from service.fair import FairQueue
 
 SMALL_SHARE: Final = 4
 """A quarter of the memory is for small images, and an image is small if it takes at most a quarter of that."""
+_MANY_BYTES: Final = 2**27
+_TRIM_AFTER_S: Final = 1.0
 
 
 class MustWait(DecodeError):
@@ -97,11 +100,23 @@ class DecodeMemory:
         self.most = most
         self._small = _Part(most // SMALL_SHARE)
         self._large = _Part(most - most // SMALL_SHARE)
+        self._peak = 0  # since all bytes were free
 
     @property
     def held(self) -> int:
         """The number of bytes that images occupy now."""
         return self._small.held + self._large.held
+
+    def note_taken(self) -> None:
+        self._peak = max(self._peak, self.held)
+
+    def note_given_back(self) -> None:
+        """If many bytes were in use, and now none are, give memory that threads have freed back to the system soon."""
+        if self._peak >= _MANY_BYTES and not self.held:
+            self._peak = 0
+            timer = threading.Timer(_TRIM_AFTER_S, return_small_blocks)
+            timer.daemon = True
+            timer.start()
 
     def part_for(self, n_bytes: int) -> _Part:
         """Return the part from which an image of this size takes its bytes.
@@ -142,15 +157,18 @@ class Reservation:
         if not part.try_take(n_bytes):
             raise MustWait(f"the image waits for {n_bytes} bytes")
         self._held = n_bytes
+        self._memory.note_taken()
 
     async def wait(self) -> None:
         """After `take` has raised MustWait: wait until the bytes are free, and take them."""
         assert self._part is not None
         await self._part.take(self._wanted, current_sender.get())
         self._held = self._wanted
+        self._memory.note_taken()
 
     def release(self) -> None:
         """Give the bytes back. A second call does nothing."""
         held, self._held = self._held, 0
         if held and self._part is not None:
             self._part.give_back(held)
+            self._memory.note_given_back()

@@ -14,7 +14,7 @@ from PIL import Image
 
 from model.decode import TooLarge, decode
 from service.clients import Sender, current_sender
-from service.features import pipeline
+from service.features import decode_memory, pipeline
 from service.features.decode_memory import DecodeMemory, MustWait, Reservation
 from service.outcomes import numbered
 from service.settings import Settings
@@ -85,6 +85,18 @@ async def test_small_images_do_not_wait_for_large_ones():
         reservation.release()
     (await waiting).release()
     assert memory.held == 0
+
+
+async def test_memory_goes_back_to_the_system_when_many_bytes_have_become_free(monkeypatch):
+    returned = threading.Event()
+    monkeypatch.setattr(decode_memory, "return_small_blocks", returned.set)
+    monkeypatch.setattr(decode_memory, "_TRIM_AFTER_S", 0.0)
+    memory = DecodeMemory(2**30)
+    for size, expected in ((2**26, False), (2**27, True)):
+        first, second = await took(memory, size), await took(memory, 2**10)
+        first.release()
+        second.release()
+        assert returned.wait(0.1 if not expected else 5) is expected
 
 
 async def test_an_image_that_can_never_fit_is_refused_at_once():
