@@ -131,14 +131,18 @@ def listed(root: Path, collection: str) -> list[SnapshotInfo]:
     infos = []
     for name in names:
         if NAME.fullmatch(name):
-            try:
-                infos.append(describe(root, collection, name))
-            except (InvalidRequest, StorageFailed) as error:
-                log.error("%s", error)
-                infos.append(_info(root, collection, name, None, None))
-            except NotFound:
-                continue  # the snapshot was just deleted
+            with suppress(NotFound):  # the snapshot was just deleted
+                infos.append(_described(root, collection, name))
     return infos
+
+
+def _described(root: Path, collection: str, name: str) -> SnapshotInfo:
+    try:
+        return describe(root, collection, name)
+    except (InvalidRequest, StorageFailed) as error:
+        info = _info(root, collection, name, None, None)
+        log.error("%s", error)
+        return info
 
 
 def describe(root: Path, collection: str, name: str) -> SnapshotInfo:
@@ -160,7 +164,11 @@ def describe(root: Path, collection: str, name: str) -> SnapshotInfo:
 
 def _info(root: Path, collection: str, name: str, count: int | None, tag: str | None) -> SnapshotInfo:
     created = f"{name[:4]}-{name[4:6]}-{name[6:11]}:{name[11:13]}:{name[13:]}"
-    return SnapshotInfo(name, collection, created, file_of(root, collection, name).lstat().st_size, count, tag)
+    try:
+        size = file_of(root, collection, name).lstat().st_size
+    except FileNotFoundError as error:
+        raise NotFound(f"collection {collection!r} has no snapshot {name!r}") from error
+    return SnapshotInfo(name, collection, created, size, count, tag)
 
 
 def read(path: Path, what: str | None = None) -> tuple[Row, Generator[tuple[list[ItemRow], list[VectorRow]]]]:

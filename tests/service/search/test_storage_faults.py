@@ -31,7 +31,7 @@ from service.errors import (
 from service.generations import Generations
 from service.keys import KeyStore
 from service.originals import Originals
-from service.search import database
+from service.search import database, snapshots
 from service.search.embedded import EmbeddedStore, open_embedded
 from service.search.filters import parse_filter
 from service.search.quotas import Quotas
@@ -572,3 +572,22 @@ async def test_quotas_of_snapshots_and_of_what_they_restore(tmp_path: Path) -> N
         await store.snapshot("c")
     assert len(list((tmp_path / "snapshots").glob("*/*"))) == 2
     await store.close()
+
+
+@pytest.mark.parametrize("when", ["before it is read", "after it was read"])
+async def test_a_snapshot_that_is_deleted_while_snapshots_are_listed_is_left_out(
+    store: EmbeddedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    await store.upsert("c", items(3), tag=TAG)
+    kept, gone = [await store.snapshot("c") for _ in range(2)]
+    name = "path_of" if when == "before it is read" else "_info"
+    inner = getattr(snapshots, name)
+
+    def deleted(root: Path, collection: str, snapshot: str, *args: object) -> object:
+        result = inner(root, collection, snapshot, *args) if name == "path_of" else None
+        if snapshot == gone.name:
+            (tmp_path / "data" / "snapshots" / "c" / f"{gone.name}.sqlite3").unlink(missing_ok=True)
+        return result or inner(root, collection, snapshot, *args)
+
+    monkeypatch.setattr(snapshots, name, deleted)
+    assert [info.name for info in await store.snapshots("c")] == [kept.name]
