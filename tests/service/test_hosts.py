@@ -77,7 +77,7 @@ async def test_a_page_that_lets_its_name_resolve_to_this_machine_reads_and_chang
         ]
         found = (await run.client.get("/v1/collections")).json()["data"]
     assert [(answer.status_code, answer.json()["code"]) for answer in answers] == [(421, "host_not_allowed")] * 4
-    assert "DINOV2_HOSTS lists its names" in answers[0].json()["detail"]
+    assert "add this name to DINOV2_HOSTS" in answers[0].json()["detail"]
     assert found == []
 
 
