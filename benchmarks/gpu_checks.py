@@ -300,7 +300,6 @@ def served(setting: Setting, emit: Emit) -> None:
         "torch:bf16",
         "onnxruntime-cuda:bf16",
         "onnxruntime-cuda:fp16",
-        "onnxruntime-tensorrt:bf16",
         "auto",
     )
     with tempfile.TemporaryDirectory() as derived:
