@@ -7,7 +7,7 @@ built for another GPU, driver or library is never loaded.
     <data folder>/derived/<artifact>/plans/
       <key>.plan            the plan
       <key>.json            the plan's record: the key's fields, the plan's sha256, build times and parity metrics
-      <key>.jit             kernels that TensorRT for RTX compiled on this GPU, written at the first start
+      <key>.jit             kernels that TensorRT for RTX compiled on this GPU, written after the build and each start
       <graph>.graph.json    the sha256 of the graph for this artifact and one precision, so that a server can
                             compute the plan's key without writing the graph again
 
