@@ -7,7 +7,7 @@ as the reference, and is discarded if its features differ too much. All attempts
 and reported at /v1/models.
 
 `auto` never selects int8, so on a CPU it always selects float32. On a GPU, it prefers bf16, or fp16 if the GPU cannot
-compute in bf16 (compute capability below 8.0, such as T4 and V100). All vectors in a collection must be computed in the
+compute in bf16 (compute capability below 8.0, such as T4). All vectors in a collection must be computed in the
 same precision, so with `auto`, a collection that was filled on a GPU must also be searched on a GPU.
 """
 

@@ -3,8 +3,8 @@
 The answers decide which engines `auto` tries, and explain in plain words why no engine can use the GPU. Importing torch
 for this would take seconds and hundreds of megabytes of memory.
 
-Sources: the documentation of CUDA's driver API (`cuDriverGetVersion`, `cuDeviceGetAttribute`), and its table of the
-oldest driver for each major version of CUDA.
+Sources: the documentation of CUDA's driver API (`cuDriverGetVersion`, `cuDeviceGetAttribute`), its table of the oldest
+driver for each major version of CUDA, and the release notes of CUDA 13, which ended the support of Volta.
 """
 
 import ctypes
@@ -18,6 +18,7 @@ _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and ..._
 _CUDA_PACKAGES: Final = ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12", "cuda-bindings")
 """Packages with the major version of CUDA for which the installed runtimes were built."""
 _OLDEST_DRIVER: Final = {12: "525", 13: "580"}  # by the major version of CUDA, on Linux
+_LOWEST_CAPABILITY: Final = {13: (7, 5)}  # by the major version of CUDA
 
 
 class NoGpuError(ValueError):
@@ -54,21 +55,23 @@ def ask_driver() -> DriverReport:
 def no_gpu() -> str | None:
     """Return the reason why this host has no usable NVIDIA GPU, or None if it has one.
 
-    A driver that is too old for the installed packages is such a reason. If packages for several versions of CUDA are
-    installed, the driver only has to be new enough for one of them.
+    Reasons are also a driver or a GPU that is too old for the installed packages. If packages for several versions of
+    CUDA are installed, only the lowest version counts.
     """
     try:
-        cuda = ask_driver().cuda
+        (major, minor), capability = ask_driver()
     except NoGpuError as error:
         return str(error)
     needed = min(_installed_cuda_majors(), default=0)
-    if cuda[0] >= needed:
-        return None
-    oldest = _OLDEST_DRIVER.get(needed)
-    return (
-        f"the NVIDIA driver is too old: it supports CUDA {cuda[0]}.{cuda[1]}, and the installed packages need CUDA "
-        f"{needed}{f', which begins with driver {oldest}' if oldest else ''}"
-    )
+    if major < needed:
+        oldest = f", which begins with driver {_OLDEST_DRIVER[needed]}" if needed in _OLDEST_DRIVER else ""
+        said = f"it supports CUDA {major}.{minor}, and the installed packages need CUDA {needed}{oldest}"
+        return f"the NVIDIA driver is too old: {said}"
+    lowest = _LOWEST_CAPABILITY.get(needed, (0, 0))
+    if capability < lowest:
+        said = "its compute capability is {}.{}, and CUDA {} needs {}.{}".format(*capability, needed, *lowest)
+        return f"the GPU is too old for the installed packages: {said}"
+    return None
 
 
 def capability_without_bf16() -> tuple[int, int] | None:

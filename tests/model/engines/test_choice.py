@@ -160,7 +160,7 @@ def test_a_gpu_engine_is_compared_at_every_batch_it_serves(
 
 
 def test_a_gpu_without_bf16_serves_in_fp16(exported: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    """T4 and V100 have fast fp16 and no bf16, so they must not leave the work to the CPU."""
+    """A T4 has fast fp16 and no bf16, so it must not leave the work to the CPU."""
     right, opened = load_engine(exported, "onnxruntime", threads=1), []
 
     class Gpu:

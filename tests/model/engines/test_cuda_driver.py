@@ -101,6 +101,19 @@ def test_a_driver_older_than_every_package_is_told(
     assert no_gpu() == (expected if refused else None)
 
 
+@pytest.mark.parametrize(
+    ("capability", "package", "refused"),
+    [((7, 0), "nvidia_cuda_runtime", True), ((7, 5), "nvidia_cuda_runtime", False), ((7, 0), "none", False)],
+)
+def test_a_gpu_older_than_its_packages_is_told(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], package: str, refused: bool
+) -> None:
+    """CUDA 13 has no code for V100."""
+    install(monkeypatch, FakeDriver(capability=capability), **{package: "13.0.96"})
+    expected = "the GPU is too old for the installed packages: its compute capability is 7.0, and CUDA 13 needs 7.5"
+    assert no_gpu() == (expected if refused else None)
+
+
 @pytest.mark.parametrize(("capability", "found"), [((7, 5), (7, 5)), ((7, 0), (7, 0)), ((8, 0), None), ((9, 0), None)])
 def test_gpus_without_bf16(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], found: tuple[int, int] | None
