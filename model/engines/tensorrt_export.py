@@ -101,15 +101,11 @@ def build_plan(
     """Build or refit a plan for `artifact` and this host, compare it with `reference`, and store it in `folder`.
 
     Args:
-        artifact: the artifact (exported model) to build the plan from.
-        toolchain: the TensorRT library, the CUDA bindings and the GPU of this host.
         reference: an engine that runs the artifact in float32 on the CPU.
         folder: the folder of plans. It is created if missing.
-        options: the options for building the plan.
         progress: a function that is called with each event of the build.
         run: the function that runs the build or refit job. If None, `run_job` is used.
-        make_engine: the function that loads the plan into an engine. If None, the plan is loaded into a
-            `TensorRTEngine`.
+        make_engine: the function that loads the plan. If None, the plan is loaded into a `TensorRTEngine`.
 
     Returns:
         The path of the plan and its record. An existing plan is reused unless `options.rebuild` is True.
@@ -122,30 +118,22 @@ def build_plan(
     run, make_engine = run or run_job, make_engine or _load
     folder.mkdir(parents=True, exist_ok=True)
     spec = graph_spec(artifact, options.precision, toolchain.library)
-    depth = artifact.manifest.config.depth
     with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as temporary:
         work = Path(temporary)
         names = write_onnx(
             artifact.weights, artifact.manifest.config, spec, work / "graph.onnx", activations=options.activations
         )
         onnx_sha256 = file_digest([work / name for name in names])
-        replaceable = options.refit or options.refit_from is not None
-        key = make_key(onnx_sha256, options.precision, toolchain, refit=replaceable)
+        key = make_key(onnx_sha256, options.precision, toolchain, refit=options.refit or bool(options.refit_from))
         if (existing := None if options.rebuild else _existing(folder, key)) is not None:
             remember_graph(folder, graph_identity(artifact, spec), onnx_sha256)
             return existing
-        size, targets = artifact.manifest.input_size, targets_of(toolchain)
-        job = make_job(
-            toolchain.library.name,
-            *(work / names[0], work / "plan", size, options),
-            targets=targets,
-            workspace_bytes=_workspace(toolchain),
-        )
+        job = _job_here(artifact, toolchain, options, work / names[0])
         done = run(job, work, time_limit_s=options.time_limit_s, progress=progress)
         plan = (work / "plan").read_bytes()
         _store_timings(work / "timings", options.timing_cache)
         if options.refit_from is None:  # a refit changes no kernels
-            check_fusion(toolchain.library.name, _fused(plan, done), depth)
+            check_fusion(toolchain.library.name, _fused(plan, done), artifact.manifest.config.depth)
         progress({"phase": "parity", "parent": None, "steps": len(BUCKETS)})
         candidate = make_engine(plan, toolchain, options.precision, work / "kernels")
         try:
@@ -159,6 +147,19 @@ def build_plan(
     remember_graph(folder, graph_identity(artifact, spec), onnx_sha256)
     _check_passed(record, path)
     return path, record
+
+
+def _job_here(artifact: Artifact, toolchain: Toolchain, options: BuildOptions, onnx: Path) -> dict[str, Any]:
+    """Return the job that builds a plan for this host from the graph file `onnx`. The plan is written beside it."""
+    return make_job(
+        toolchain.library.name,
+        onnx,
+        onnx.with_name("plan"),
+        artifact.manifest.input_size,
+        options,
+        targets=targets_of(toolchain),
+        workspace_bytes=_workspace(toolchain),
+    )
 
 
 def _check_passed(record: PlanRecord, path: Path) -> None:
