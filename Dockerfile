@@ -3,8 +3,9 @@
 #
 #   docker build -t dinov2-service .                                    the service on CPUs (target `serve`)
 #   docker build -t dinov2-service:gpu --target serve-gpu .             with CUDA, from pip's wheels;
+#                                        --build-arg TENSORRT=rtx       also with TensorRT for RTX, from PyPI
 #                                        --build-arg TENSORRT=1         also with TensorRT, from NVIDIA's index
-#   docker build -t dinov2-service:train --target train .               with torch and a C compiler; also takes TENSORRT=1
+#   docker build -t dinov2-service:train --target train .               with torch and a C compiler; also takes TENSORRT
 #
 # --build-arg EXTRAS=milvus,parquet adds optional dependencies of pyproject.toml to any target.
 #
@@ -30,20 +31,31 @@ RUN mkdir cli model service training && touch README.md \
 
 # Both builds of ONNX Runtime provide the same Python module, so remove the one for CPUs. hashes/gpu.txt does not have it,
 # and without --no-deps pip would install it again.
+#
+# The packages of TensorRT are named instead of the extras of pyproject.toml, because an extra would also install the
+# ONNX Runtime for CPUs again.
 FROM packages AS packages-gpu
 RUN /opt/venv/bin/pip uninstall -y onnxruntime \
     && /opt/venv/bin/pip install --only-binary :all: --require-hashes --no-deps -r hashes/gpu.txt
 ARG TENSORRT=0
-RUN if [ "$TENSORRT" = 1 ]; then \
-      /opt/venv/bin/pip install -c constraints.txt --extra-index-url https://pypi.nvidia.com ".[tensorrt]"; \
-    elif [ "$TENSORRT" != 0 ]; then echo "TENSORRT must be 0 or 1, not $TENSORRT" >&2; exit 1; fi
+RUN case "$TENSORRT" in \
+      0) ;; \
+      1) /opt/venv/bin/pip install -c constraints.txt --extra-index-url https://pypi.nvidia.com \
+         "tensorrt>=10.14" "cuda-bindings>=12.8" ;; \
+      rtx) /opt/venv/bin/pip install -c constraints.txt "tensorrt-rtx>=1.7" "cuda-bindings>=12.8" ;; \
+      *) echo "TENSORRT must be 0, 1 or rtx, not $TENSORRT" >&2; exit 1 ;; \
+    esac
 
 FROM packages AS packages-train
 RUN /opt/venv/bin/pip install --only-binary :all: --require-hashes -r hashes/train.txt
 ARG TENSORRT=0
-RUN if [ "$TENSORRT" = 1 ]; then \
-      /opt/venv/bin/pip install -c constraints.txt --extra-index-url https://pypi.nvidia.com ".[tensorrt]"; \
-    elif [ "$TENSORRT" != 0 ]; then echo "TENSORRT must be 0 or 1, not $TENSORRT" >&2; exit 1; fi
+RUN case "$TENSORRT" in \
+      0) ;; \
+      1) /opt/venv/bin/pip install -c constraints.txt --extra-index-url https://pypi.nvidia.com \
+         "tensorrt>=10.14" "cuda-bindings>=12.8" ;; \
+      rtx) /opt/venv/bin/pip install -c constraints.txt "tensorrt-rtx>=1.7" "cuda-bindings>=12.8" ;; \
+      *) echo "TENSORRT must be 0, 1 or rtx, not $TENSORRT" >&2; exit 1 ;; \
+    esac
 
 # Remove the build folder of the empty packages first. Its files are newer than the code, so they would be built into
 # the wheel instead of the code.
@@ -95,13 +107,16 @@ CMD ["dinov2", "serve"]
 FROM runtime AS train
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc g++ libc6-dev && rm -rf /var/lib/apt/lists/*
-ENV CC=gcc TRITON_CACHE_DIR=/data/compiled/triton TORCHINDUCTOR_CACHE_DIR=/data/compiled/inductor
+ENV CC=gcc TRITON_CACHE_DIR=/data/compiled/triton TORCHINDUCTOR_CACHE_DIR=/data/compiled/inductor \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=venv-train /opt/venv /opt/venv
 USER 10001:10001
 HEALTHCHECK NONE
 CMD ["dinov2", "worker"]
 
+# Some versions of NVIDIA's container toolkit mount only nvidia-smi by default, not the driver's CUDA library.
 FROM runtime AS serve-gpu
+ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=venv-gpu /opt/venv /opt/venv
 USER 10001:10001
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gpu_measure import (
     COMPARED,
@@ -39,7 +39,11 @@ from gpu_measure import (
 )
 from tiny_training import TINY
 
+from model.engines.cuda_driver import ask_driver, capability_without_bf16
+
 Emit = Callable[[dict[str, Any]], None]
+BESIDES_BUILD_S = 60
+"""The part of a check's time limit in seconds that is left to it beside the build of a TensorRT plan."""
 PACKAGES = ("torch", "triton", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings")
 
 
@@ -57,6 +61,8 @@ def device(setting: Setting, emit: Emit) -> None:
             continue
     row = {"device": describe_device(setting.device), "python": sys.version.split()[0], "packages": installed}
     if setting.cuda:
+        report = ask_driver()
+        row |= {"driver_cuda": "{}.{}".format(*report.cuda), "capability": "{}.{}".format(*report.capability)}
         properties = torch.cuda.get_device_properties(setting.device)
         row |= {"memory_gib": round(properties.total_memory / 2**30, 1), "cuda": torch.version.cuda}
         row |= {"multiprocessors": properties.multi_processor_count}
@@ -242,7 +248,11 @@ def _session_row(name: str, path: Path, provider: str, setting: Setting, pixels:
 
 
 def tensorrt(setting: Setting, emit: Emit) -> None:
-    """Build a TensorRT plan from our bf16 graph as `dinov2 build-engine` does, and measure it in the serving engine."""
+    """Build a TensorRT plan as `dinov2 build-engine` does, and measure it in the serving engine.
+
+    The plan is in bf16, or in fp16 if the GPU cannot compute in bf16. The rate with copies includes those between
+    ordinary and pinned memory, as in the service.
+    """
     if not setting.cuda:
         raise SkipError("TensorRT runs on a GPU only")
     if not package_there("onnx"):
@@ -250,7 +260,7 @@ def tensorrt(setting: Setting, emit: Emit) -> None:
     from model.engines.tensorrt_build import count_fused_attention
     from model.engines.tensorrt_engine import TensorRTEngine
     from model.engines.tensorrt_export import BuildOptions, make_job, run_job, targets_of
-    from model.engines.tensorrt_plans import find_toolchain
+    from model.engines.tensorrt_plans import attention_form, find_toolchain
 
     try:
         toolchain = find_toolchain()
@@ -260,16 +270,19 @@ def tensorrt(setting: Setting, emit: Emit) -> None:
     weights = {key: tensor.cpu().numpy() for key, tensor in network.state_dict().items()}
     config, size = network.config, tuple(pixels.shape[2:])
     del network
-    name, start = f"{toolchain.library.name} {toolchain.library.version} bf16", time.perf_counter()
+    precision = half_precision()
+    name, start = f"{toolchain.library.name} {toolchain.library.version} {precision}", time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        path = graph_file(folder, weights, config, setting, "bf16", "standard")
-        options, targets = BuildOptions(precision="bf16"), targets_of(toolchain)
+        attention = attention_form(precision, toolchain.library)
+        path = graph_file(folder, weights, config, setting, precision, attention)
+        options, targets = BuildOptions(precision=precision), targets_of(toolchain)
         job = make_job(toolchain.library.name, path, folder / "plan", size, options, targets=targets)
-        run_job(job, folder, time_limit_s=140, progress=lambda event: None)
+        limit_s = setting.arguments["limit_s"] - BESIDES_BUILD_S
+        done = run_job(job, folder, time_limit_s=limit_s, progress=lambda event: None)
         plan = (folder / "plan").read_bytes()
     built = time.perf_counter() - start
-    engine = TensorRTEngine(plan, toolchain, "bf16")
+    engine = TensorRTEngine(plan, toolchain, precision)
     started = time.perf_counter() - start
     host = pixels.cpu().numpy()
     found = engine.run(host[:COMPARED])
@@ -280,7 +293,13 @@ def tensorrt(setting: Setting, emit: Emit) -> None:
         engine._cuda.wait(engine._stream)
 
     row = row_of(name, setting, replay, lambda: engine.run(host[:1]), compare(reference, found[:2]), started)
-    emit(row | {"build_s": round(built, 1), "plan_mb": round(len(plan) / 1e6, 1), "fused": count_fused_attention(plan)})
+    best, _ = rates(lambda: engine.run(host), setting, len(host))
+    row |= {
+        "images_per_s_with_copies": round(best, 1),
+        "build_s": round(built, 1),
+        "plan_mb": round(len(plan) / 1e6, 1),
+    }
+    emit(row | {"fused": done.get("fused_attention", count_fused_attention(plan))})
 
 
 def served(setting: Setting, emit: Emit) -> None:
@@ -295,23 +314,20 @@ def served(setting: Setting, emit: Emit) -> None:
     bundled = next(
         path for path in sorted((Path(__file__).parents[1] / "model" / "bundled").iterdir()) if path.is_dir()
     )
-    names = (
-        "torch",
-        "torch:bf16",
-        "onnxruntime-cuda:bf16",
-        "onnxruntime-cuda:fp16",
-        "onnxruntime-tensorrt:bf16",
-        "auto",
-    )
+    plan = f"tensorrt:{half_precision()}" if setting.cuda else ""
+    names = ("torch", "torch:bf16", "onnxruntime-cuda:bf16", "onnxruntime-cuda:fp16", plan, "auto")
     with tempfile.TemporaryDirectory() as derived:
         artifact = load_artifact(bundled, derived_dir=Path(derived))
         spec = artifact.manifest.preprocess
         photos = np.stack([preprocess(photo, spec) for photo in parity.sample_photos(16)])
-        reference = load_engine(artifact, "onnxruntime").run(photos)
+        cpu = load_engine(artifact, "onnxruntime")
+        reference = cpu.run(photos)
         batch = np.concatenate([photos] * 4)
         for name in names if setting.cuda else ("torch",):
             start = time.perf_counter()
             try:
+                if name == plan:
+                    _build_plan(artifact, cpu)
                 engine = load_engine(artifact, name)
                 engine.run(batch)
                 started, found = time.perf_counter() - start, engine.run(photos)
@@ -323,6 +339,20 @@ def served(setting: Setting, emit: Emit) -> None:
             row |= {"images_per_s": round(best, 1), "images_per_s_median": round(median, 1)}
             row |= latency(lambda engine=engine: engine.run(photos[:1]), setting)
             emit(row | parity_row(compare((reference.cls, reference.patches), (found.cls, found.patches))))
+
+
+def half_precision() -> Literal["bf16", "fp16"]:
+    """Return the 16-bit number format that this GPU computes fast."""
+    return "fp16" if capability_without_bf16() else "bf16"
+
+
+def _build_plan(artifact: Any, reference: Any) -> None:
+    """Build the TensorRT plan of an artifact as `dinov2 build-engine` does."""
+    from model.engines.tensorrt_export import BuildOptions, build_plan
+    from model.engines.tensorrt_plans import find_toolchain, plans_folder
+
+    options = BuildOptions(precision=half_precision(), time_limit_s=90)
+    build_plan(artifact, find_toolchain(), reference, plans_folder(artifact.derived), options)
 
 
 @contextmanager

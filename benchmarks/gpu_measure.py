@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from model.engines.cuda_driver import no_gpu
+
 BATCH = {224: 64, 518: 16}
 """The batch size for each input side in pixels. Both batches have about the same number of tokens, and TensorRT's
 largest profile allows them.
@@ -47,7 +49,7 @@ def setting_of(arguments: dict[str, Any]) -> Setting:
     import torch
 
     if arguments["device"] == "cuda" and not torch.cuda.is_available():
-        raise SkipError(f"no GPU: torch {torch.__version__} finds none")
+        raise SkipError(f"no GPU: {no_gpu() or f'torch {torch.__version__} finds none'}")
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     return Setting(torch.device(arguments["device"]), arguments["tiny"], arguments)

@@ -238,8 +238,11 @@ class Settings(BaseSettings):
     queue_max_patches: int = Field(
         262_144, ge=1, description="highest number of patches that wait for the engine; further requests get 503"
     )
-    batch_max_patches: int = Field(
-        2048, ge=1, description="highest number of patches in one forward pass; an image of 224 x 224 has 256"
+    batch_max_patches: int | None = Field(
+        None,
+        ge=1,
+        description="highest number of patches in one forward pass; an image of 224 x 224 has 256. Default: 2048 on a "
+        "CPU, and 64 images of the model's input size on a GPU",
     )
     max_input_patches: int = Field(
         4096,

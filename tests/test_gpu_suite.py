@@ -131,6 +131,25 @@ def test_without_a_gpu_every_check_is_skipped_with_the_reason(suite, tmp_path) -
     assert all("no GPU" in found["reason"] for found in result["checks"].values())
 
 
+def test_a_plan_has_time_to_be_built_within_its_check(suite) -> None:
+    import gpu_checks
+
+    checks = [check for check in suite.all_checks("cuda", tiny=False, official=None) if check.kind == "tensorrt"]
+    assert len(checks) == 8
+    for check in checks:
+        assert check.arguments["limit_s"] == check.limit_s
+        assert check.limit_s - gpu_checks.BESIDES_BUILD_S >= 90
+
+
+def test_a_gpu_without_bf16_is_measured_in_fp16(suite, monkeypatch) -> None:
+    import gpu_checks
+
+    monkeypatch.setattr(gpu_checks, "capability_without_bf16", lambda: (7, 5))
+    assert gpu_checks.half_precision() == "fp16"
+    monkeypatch.setattr(gpu_checks, "capability_without_bf16", lambda: None)
+    assert gpu_checks.half_precision() == "bf16"
+
+
 def test_the_checks_code_runs_on_a_cpu(suite) -> None:
     arguments = {"device": "cpu", "tiny": True, "model": "dinov2_vits14", "pixels": 224}
     found = suite.run_check(suite.Check("it", "onnxruntime", 120, arguments), limit_s=120)

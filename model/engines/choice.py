@@ -6,12 +6,11 @@ already checked at export. Every other engine must pass the parity check when it
 as the reference, and is discarded if its features differ too much. All attempts and their outcomes are logged in order,
 and reported at /v1/models.
 
-`auto` never selects int8, so on a CPU it always selects float32. On a GPU, it prefers bf16. All vectors in a collection
-must be computed in the same precision, so with `auto`, a collection that was filled on a GPU must also be searched on a
-GPU.
+`auto` never selects int8, so on a CPU it always selects float32. On a GPU, it prefers bf16, or fp16 if the GPU cannot
+compute in bf16 (compute capability below 8.0, such as T4). All vectors in a collection must be computed in the
+same precision, so with `auto`, a collection that was filled on a GPU must also be searched on a GPU.
 """
 
-import ctypes
 import gc
 import logging
 import statistics
@@ -26,6 +25,7 @@ import numpy.typing as npt
 from model.artifact import ONNX, Artifact
 from model.cpus import available_cpus
 from model.engines import parity
+from model.engines.cuda_driver import capability_without_bf16, no_gpu
 from model.engines.protocol import BUCKETS, Choice, Engine, Features, FloatArray, OpenRequest, Tried
 from model.engines.runtimes import RUNTIMES, parse_engine
 
@@ -54,6 +54,12 @@ AUTO: Final = (
     Candidate("onnxruntime", "fp32"),
     Candidate("torch", "fp32", "cpu"),  # for artifacts without a graph
 )
+AUTO_WITHOUT_BF16: Final = (
+    Candidate("tensorrt", "fp16"),
+    Candidate("onnxruntime-cuda", "fp16"),
+    *(candidate for candidate in AUTO if candidate.precision == "fp32"),
+)
+"""The engines that `auto` tries on a GPU that cannot compute in bf16. torch has no fp16 engine."""
 FASTEST: Final = (Candidate("onnxruntime", "fp32"), Candidate("onnxruntime", "int8"))
 BENCHMARK_S: Final = 2.0
 INT8_MARGIN: Final = 1.1
@@ -84,8 +90,8 @@ def choose_engine(
     Args:
         artifact: the artifact (exported model) to serve.
         name: `runtime[:precision]` (see `model.engines.runtimes.RUNTIMES`), `auto` or `fastest`. `auto` selects the
-            first engine in `AUTO` that can serve. `fastest` selects the winner of a two-second benchmark of the CPU
-            engines that can serve.
+            first engine that can serve in `AUTO`, or in `AUTO_WITHOUT_BF16` on a GPU without bf16. `fastest` selects
+            the winner of a two-second benchmark of the CPU engines that can serve.
         threads: the number of CPU threads per forward pass. If None, the engine uses all CPUs that this process may
             use.
         photos: at least two images for the comparison with the reference, uint8 [H, W, 3]. If None, images are
@@ -106,7 +112,7 @@ def choose_engine(
     if name == "fastest":
         choice = _fastest(host)
     elif name == "auto":
-        choice = _first(host, AUTO)
+        choice = _first(host, AUTO_WITHOUT_BF16 if capability_without_bf16() else AUTO)
     else:
         choice = _requested(host, Candidate(runtime, precision))
     for tried in choice.tried:
@@ -251,7 +257,8 @@ class _Host:
     def _fault(self, candidate: Candidate) -> str | None:
         """Return the reason why an engine cannot serve, or None if no reason is known before the engine is loaded."""
         runtime = RUNTIMES[candidate.runtime]
-        fault = no_gpu() if runtime.needs_gpu or candidate.device == "cuda" else None
+        needs_gpu = runtime.needs_gpu or candidate.device == "cuda"
+        fault = (no_gpu() or _no_bf16(candidate)) if needs_gpu else None
         return fault or runtime.file.fault(self._request(candidate))
 
     def _open(self, candidate: Candidate, *, few_passes: bool = False) -> Engine:
@@ -280,21 +287,12 @@ class _Host:
         return parity.features(self._open(self._recorded, few_passes=True), self._pixels)
 
 
-def no_gpu() -> str | None:
-    """Return the reason why this host has no usable NVIDIA GPU, or None if it has one.
-
-    The function asks the driver. It does not use torch, because importing torch takes seconds and hundreds of megabytes
-    of memory.
-    """
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "no NVIDIA driver (libcuda.so.1) on this host"
-    count = ctypes.c_int(0)
-    status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-    if status:
-        return f"the NVIDIA driver does not start (CUDA error {status})"
-    return None if count.value else "the NVIDIA driver sees no GPU"
+def _no_bf16(candidate: Candidate) -> str | None:
+    """Return the reason why the GPU cannot compute in bf16, or None if it can, or the candidate does not need it."""
+    if candidate.precision != "bf16" or (capability := capability_without_bf16()) is None:
+        return None
+    major, minor = capability
+    return f"this GPU cannot compute in bf16: its compute capability is {major}.{minor}, and bf16 needs 8.0"
 
 
 def _line(error: Exception) -> str:

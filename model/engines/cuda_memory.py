@@ -83,6 +83,11 @@ class Cuda:
         """Allocate `size` bytes on the device and return their address."""
         return int(self.call("cudaMalloc", size, request=f"{size / 2**20:.0f} MiB on the GPU"))
 
+    def free_memory(self) -> int:
+        """Return the number of bytes of the GPU's memory that no program uses."""
+        free, _ = self.call("cudaMemGetInfo")
+        return int(free)
+
     def pinned(self, shape: tuple[int, ...]) -> FloatArray:
         """Allocate and return a zeroed float32 array in page-locked host memory. `free_pinned` releases it."""
         size = max(4, int(np.prod(shape)) * 4)

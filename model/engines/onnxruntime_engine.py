@@ -1,4 +1,4 @@
-"""The ONNX Runtime engine. It is the default on a CPU, and runs on NVIDIA GPUs through the CUDA and TensorRT providers.
+"""The ONNX Runtime engine. It is the default on a CPU, and runs on NVIDIA GPUs through the CUDA provider.
 
 By default, ONNX Runtime's threads spin while they wait, which takes cores away from decoding the next batch. This
 engine turns spinning off (measurements: docs/decisions/0002-engine-threads.md).
@@ -9,7 +9,7 @@ of the memory. With few tokens, it is slightly slower (docs/decisions/0017-atten
 graph with many tokens, it therefore replaces the attention nodes in memory. The graph's files do not change.
 
 If a requested provider cannot run a graph, the engine raises an error. By default, ONNX Runtime would only log this and
-continue on the CPU. The GPU providers have never run in this project. docs/engines.md lists the engines that have
+continue on the CPU. The CUDA provider has never run in this project. docs/engines.md lists the engines that have
 been run.
 
 Attention maps and heads need the results of inner layers (*inner outputs*, see `model/engines/protocol.py`). These
@@ -27,7 +27,7 @@ Legend: B batch, H x W pixels, T tokens, D width.
 
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -41,21 +41,19 @@ from model.artifact import ONNX, Artifact, GraphRecord, derive_graph, graph_name
 from model.engines.protocol import Features, FloatArray, OpenRequest
 from model.onnx_graph.build import INNER_TENSORS, GraphSpec
 
-Provider = Literal["cpu", "cuda", "tensorrt"]
+Provider = Literal["cpu", "cuda"]
 Inner = Literal["no", "on demand", "always"]
 
 TILED_ABOVE_TOKENS: Final = 1024
 """A CPU session uses tiled attention for images with more patch tokens than this."""
 
-LARGEST_BATCH: Final = 64  # the largest batch of the TensorRT provider's profile
-
-_PROVIDER_OF: Final[dict[str, Provider]] = {
-    "onnxruntime": "cpu",
-    "onnxruntime-cuda": "cuda",
-    "onnxruntime-tensorrt": "tensorrt",
-}
+_PROVIDER_OF: Final[dict[str, Provider]] = {"onnxruntime": "cpu", "onnxruntime-cuda": "cuda"}
 _NAMES = {provider: name for name, provider in _PROVIDER_OF.items()}
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_SETTINGS: Final[dict[Provider, dict[str, str]]] = {
+    "cpu": {},
+    "cuda": {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"},
+}
 _FLOAT_COPY = ".float"
 _HEAVY = {"Conv", "MatMul", "Attention", "MultiHeadAttention", "LayerNormalization", "Gelu"}
 _STATUS = {"failed": "failed", "not measured": "was not measured"}
@@ -88,19 +86,15 @@ def open(request: OpenRequest) -> "OnnxEngine":
 
     If the artifact has no graph of the requested precision, the graph is first built from the weights.
     """
-    provider, cache = _PROVIDER_OF[request.runtime], request.artifact.derived
+    provider = _PROVIDER_OF[request.runtime]
     need_provider(provider)  # raises an error before a graph is built
-    path = graph_file(request.artifact, request.precision, any_size=provider == "cpu")
-    if provider == "tensorrt":
-        cache.mkdir(parents=True, exist_ok=True)
     return OnnxEngine(
-        path,
+        graph_file(request.artifact, request.precision, any_size=provider == "cpu"),
         threads=request.threads,
         precision=request.precision,
         provider=provider,
-        cache_dir=cache,
         prepack=not request.few_passes,
-        inner="no" if provider == "tensorrt" or request.few_passes else "on demand",
+        inner="no" if request.few_passes else "on demand",
     )
 
 
@@ -111,10 +105,9 @@ class OnnxEngine:
         path: the graph's file. External data must be in the same folder.
         threads: the number of CPU threads per forward pass.
         precision: the precision that the graph was built with.
-        provider: the execution provider. "cuda" and "tensorrt" need the package onnxruntime-gpu and a GPU.
+        provider: the execution provider. "cuda" needs the package onnxruntime-gpu and a GPU.
         tiled: whether to replace the attention nodes with tiled attention (`MultiHeadAttention`). If None, they are
             replaced only on a CPU, in graphs with many tokens or a dynamic input size.
-        cache_dir: the folder in which TensorRT stores its engines and timings. If None, the folder of `path` is used.
         spinning: whether waiting threads spin.
         prepack: whether ONNX Runtime repacks the weights for the CPU. This makes forward passes faster, but keeps
             a second copy of the weights in memory.
@@ -134,14 +127,12 @@ class OnnxEngine:
         precision: str = "fp32",
         provider: Provider = "cpu",
         tiled: bool | None = None,
-        cache_dir: Path | None = None,
         spinning: bool = False,
         prepack: bool = True,
         inner: Inner = "no",
     ) -> None:
         need_provider(provider)
         model = _read_graph(path)
-        self._largest_batch = LARGEST_BATCH if provider == "tensorrt" else None
         self.name, self.precision, self.device = _NAMES[provider], precision, "cpu" if provider == "cpu" else "cuda"
         self._tensors = {output.name: output.name for output in model.graph.output}  # by the output's public name
         self._inner_tensors = {} if inner == "no" else _inner_tensors(model, half=precision in ("fp16", "bf16"))
@@ -153,8 +144,7 @@ class OnnxEngine:
         tokens = self._tokens()
         self.tiled = tiled if tiled is not None else provider == "cpu" and (not tokens or tokens > TILED_ABOVE_TOKENS)
         options = _options(load_runtime().SessionOptions(), threads, spinning, prepack, path)
-        settings = partial(_settings, precision=precision, shape=self._shape, cache_dir=cache_dir or path.parent)
-        self._open = partial(_open_session, path, provider, options, settings, self.tiled)
+        self._open = partial(_open_session, path, provider, options, self.tiled)
         self._session: Any = self._open(self._inner_tensors if inner == "always" else {})
         self._inner_session = self._session if inner == "always" else None
 
@@ -182,10 +172,7 @@ class OnnxEngine:
         session, all_tensors = self._session, self._tensors | self._inner_tensors
         if any(name in self._inner_tensors for name in names):
             session = self._inner_session = self._inner_session or self._open(self._inner_tensors)
-        step = self._largest_batch or len(pixels)  # a larger batch would make TensorRT rebuild, which takes minutes
-        tensors = [all_tensors[name] for name in names]
-        parts = [session.run(tensors, {"pixels": pixels[i : i + step]}) for i in range(0, len(pixels), step)]
-        outputs = parts[0] if len(parts) == 1 else [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+        outputs = session.run([all_tensors[name] for name in names], {"pixels": pixels})
         return {name: np.asarray(array, dtype=np.float32) for name, array in zip(names, outputs, strict=True)}
 
     def close(self) -> None:
@@ -251,7 +238,8 @@ def graph_file(artifact: Artifact, precision: str, *, any_size: bool = True) -> 
     Args:
         artifact: the verified artifact.
         precision: the precision of the graph.
-        any_size: whether a graph that accepts any input size may be returned. TensorRT needs one with a fixed size.
+        any_size: whether a graph that accepts any input size may be returned. A GPU gets one with a fixed size, because
+            the other one computes its position embeddings in every pass.
 
     Raises:
         ArtifactError: the new graph cannot be written.
@@ -302,33 +290,6 @@ def _options(options: Any, threads: int, spinning: bool, prepack: bool, path: Pa
     return options
 
 
-def _settings(provider: str, precision: str, shape: Sequence[int | str], cache_dir: Path) -> dict[str, str]:
-    """Return a provider's options as a dictionary.
-
-    The engines that TensorRT builds are cached in `cache_dir`, because a build takes minutes.
-
-    Raises:
-        ValueError: TensorRT is requested for a graph without a fixed size.
-    """
-    if provider == "cpu":
-        return {}
-    if provider == "cuda":
-        return {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
-    if any(isinstance(side, str) for side in shape):
-        raise ValueError("the TensorRT provider needs a graph of a fixed size, not a dynamic one")
-    settings = {
-        "trt_engine_cache_enable": "True",
-        "trt_engine_cache_path": str(cache_dir),
-        "trt_timing_cache_enable": "True",
-        "trt_timing_cache_path": str(cache_dir),
-    }
-    for name, batch in (("min", 1), ("opt", 16), ("max", LARGEST_BATCH)):
-        settings[f"trt_profile_{name}_shapes"] = f"pixels:{'x'.join(map(str, (batch, *shape)))}"
-    if precision in ("fp16", "bf16"):
-        settings[f"trt_{precision}_enable"] = "True"
-    return settings
-
-
 def _read_graph(path: Path) -> onnx.ModelProto:
     try:
         return onnx.load(path, load_external_data=False)
@@ -340,7 +301,6 @@ def _open_session(
     path: Path,
     provider: Provider,
     options: Any,
-    settings: Callable[[str], dict[str, str]],
     tiled: bool,
     inner_tensors: Mapping[str, str],
 ) -> Any:
@@ -350,7 +310,6 @@ def _open_session(
         path: the graph's file.
         provider: the execution provider.
         options: the session's options.
-        settings: a function that returns the options of a provider.
         tiled: whether to replace the attention nodes with tiled attention.
         inner_tensors: the tensors to mark as outputs, keyed by the names of the inner outputs.
 
@@ -365,13 +324,12 @@ def _open_session(
         _mark_outputs(model, inner_tensors.values())
         graph = model.SerializeToString()
         del model  # frees a copy of the weights before the session makes its own
-    chosen = [provider] if provider != "tensorrt" else [provider, "cuda"]
     try:
         session: Any = load_runtime().InferenceSession(
             graph,
             options,
-            providers=[_PROVIDERS[name] for name in chosen],
-            provider_options=[settings(name) for name in chosen],
+            providers=[_PROVIDERS[provider]],
+            provider_options=[_SETTINGS[provider]],
             enable_fallback=0,  # otherwise a GPU error would move all later passes to the CPU
         )
     except Exception as error:  # ONNX Runtime raises its own exception classes

@@ -23,7 +23,6 @@ class Runtime:
 _ROWS: Final = (
     Runtime("onnxruntime", ("fp32", "fp16", "bf16", "int8"), onnxruntime_engine),
     Runtime("onnxruntime-cuda", ("bf16", "fp16", "fp32"), onnxruntime_engine, needs_gpu=True),
-    Runtime("onnxruntime-tensorrt", ("bf16", "fp16"), onnxruntime_engine, needs_gpu=True),
     Runtime("torch", ("fp32", "bf16"), torch_engine),
     Runtime("tensorrt", ("bf16", "fp16", "fp8"), tensorrt_engine, needs_gpu=True),
 )

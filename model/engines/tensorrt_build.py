@@ -12,8 +12,8 @@ Two libraries provide the TensorRT API: `tensorrt` (10.14 or newer, the first ve
 
 Attention must become one fused kernel per block. By default TensorRT does not decompose an `Attention` operator, so a
 build without a matching kernel fails. TensorRT-RTX 1.7.1, however, decomposed a float32 `Attention` when the batch size
-was fixed to 1. TensorRT-RTX plans contain the names of their kernels, so `count_fused_attention` can count the fused
-kernels as a second check.
+was fixed to 1. The fused kernels are therefore counted as a second check: `count_fused_attention` finds their names in
+the bytes of TensorRT-RTX plans, and `count_attention_layers` in what the full library reports about a plan.
 """
 
 import importlib
@@ -31,6 +31,7 @@ LIBRARIES = ("tensorrt", "tensorrt_rtx")
 OLDEST_TENSORRT = (10, 14)
 INSTALL_HINT = "pip install -e '.[tensorrt]' (its wheels come from NVIDIA's index) or '.[tensorrt-rtx]' (from PyPI)"
 _FUSED = re.compile(rb"(?<![A-Za-z0-9_])_gemm_mha_v2(?![A-Za-z0-9_])")
+_FUSED_LAYER = re.compile(r"(?<![a-z])f?mha(?![a-z])", re.IGNORECASE)
 _STEP_INTERVAL_S = 0.2
 
 
@@ -78,6 +79,19 @@ def count_fused_attention(plan: bytes) -> int:
     known whether plans from the full TensorRT library name these kernels.
     """
     return len(_FUSED.findall(plan))
+
+
+def count_attention_layers(information: str) -> int:
+    """Return the number of layers that are fused attention kernels in the JSON text of TensorRT's engine inspector.
+
+    The names of the layers and of their tactics are searched for "mha" and "fmha", which NVIDIA's fused kernels have in
+    their names. The other fields name nodes of the graph, which stay the same if attention is not fused.
+    """
+    layers = json.loads(information).get("Layers", [])
+    names = [
+        f"{layer.get('Name')} {layer.get('TacticName')}" if isinstance(layer, dict) else str(layer) for layer in layers
+    ]
+    return sum(bool(_FUSED_LAYER.search(name)) for name in names)
 
 
 class BuildError(ValueError):
@@ -165,10 +179,11 @@ def build(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
     """Parse the graph file `job["onnx"]`, build a plan, and write it to the file `job["plan"]`.
 
     Returns:
-        A dictionary with the profiles of the plan, and the durations of parsing and building in seconds.
+        A dictionary with the profiles of the plan, and the durations of parsing and building in seconds. With the full
+        library, it also has the number of fused attention kernels.
 
     Raises:
-        BuildError: TensorRT cannot parse or build the graph.
+        BuildError: TensorRT cannot parse or build the graph, or cannot load the plan.
     """
     errors: list[str] = []
     logger = _logger(trt, errors)
@@ -191,11 +206,22 @@ def build(trt: Any, job: dict[str, Any], events: _Events) -> dict[str, Any]:
     Path(job["plan"]).write_bytes(plan)
     if new_timings := job.get("new_timings"):
         Path(new_timings).write_bytes(config.get_timing_cache().serialize())
-    return {
-        "profiles": profiles,
-        "parse_s": round(parsed - started, 3),
-        "build_s": round(built - parsed, 3),
-    }
+    done = {"profiles": profiles, "parse_s": round(parsed - started, 3), "build_s": round(built - parsed, 3)}
+    if job["library"] == "tensorrt":  # TensorRT-RTX could load the plan only on a GPU
+        done["fused_attention"] = count_attention_layers(_inspect(trt, plan, logger, errors))
+    return done
+
+
+def _inspect(trt: Any, plan: Any, logger: Any, errors: list[str]) -> str:
+    """Load a plan, and return what TensorRT reports about its layers, as JSON text.
+
+    Raises:
+        BuildError: TensorRT cannot load the plan.
+    """
+    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    if engine is None:
+        raise BuildError(f"TensorRT cannot load the plan that it has built: {plain_reason(errors)}")
+    return str(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
 
 
 def _configure(trt: Any, builder: Any, job: dict[str, Any], events: _Events) -> tuple[Any, list[Any], Any]:
@@ -209,6 +235,8 @@ def _configure(trt: Any, builder: Any, job: dict[str, Any], events: _Events) -> 
     """
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # keeps layer names for inspecting a plan
+    if workspace := job.get("workspace_bytes"):
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     profiles = []
     for shapes in job["profiles"]:
         profile = builder.create_optimization_profile()

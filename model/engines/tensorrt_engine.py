@@ -188,6 +188,7 @@ class TensorRTEngine:
     def _forget(self) -> None:
         """Release the library's objects: first the contexts, then the engine, then the runtime."""
         self._contexts: dict[int, Any] = {}
+        self._settings: Any = None
         self._jit: Any = None  # in the bindings, this object keeps the engine and its weights alive
         self._engine = None
         self._runtime = None
@@ -218,9 +219,10 @@ class TensorRTEngine:
         self._contexts = {}
         stack.callback(self._contexts.clear)
         self._jit = None
-        settings = self._runtime_settings(jit_cache)
+        self._settings = self._runtime_settings(jit_cache)  # kept, because nothing documents that contexts outlive it
         for bucket in BUCKETS:
-            context = self._engine.create_execution_context(settings)
+            self._errors.clear()
+            context = self._engine.create_execution_context(self._settings)
             if context is None:
                 raise ValueError(f"{self.name} cannot create an execution context: {self._last_errors()}")
             context.set_device_memory(self._activations, self._activation_bytes)
@@ -291,6 +293,7 @@ class TensorRTEngine:
 
     def _queue(self, bucket: int) -> None:
         """Queue the work for `bucket` images: copy the pixels to the GPU, run the plan, and copy the features back."""
+        self._errors.clear()  # otherwise an old message would explain a new failure
         self._cuda.to_device(self._addresses[INPUT], self._host_in[:bucket], self._stream)
         if not self._contexts[bucket].execute_async_v3(self._stream):
             raise CudaError(f"{self.name} failed at batch {bucket}: {self._last_errors()}")

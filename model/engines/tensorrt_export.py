@@ -83,7 +83,8 @@ class BuildOptions:
 
 
 JobRunner = Callable[..., dict[str, Any]]
-EngineMaker = Callable[[bytes, Toolchain, PlanPrecision], Engine]
+EngineMaker = Callable[[bytes, Toolchain, PlanPrecision, Path], Engine]
+"""A function that loads a plan into an engine. The path is the file in which the engine stores compiled kernels."""
 
 
 def build_plan(
@@ -100,15 +101,11 @@ def build_plan(
     """Build or refit a plan for `artifact` and this host, compare it with `reference`, and store it in `folder`.
 
     Args:
-        artifact: the artifact (exported model) to build the plan from.
-        toolchain: the TensorRT library, the CUDA bindings and the GPU of this host.
         reference: an engine that runs the artifact in float32 on the CPU.
         folder: the folder of plans. It is created if missing.
-        options: the options for building the plan.
         progress: a function that is called with each event of the build.
         run: the function that runs the build or refit job. If None, `run_job` is used.
-        make_engine: the function that loads the plan into an engine. If None, the plan is loaded into a
-            `TensorRTEngine`.
+        make_engine: the function that loads the plan. If None, the plan is loaded into a `TensorRTEngine`.
 
     Returns:
         The path of the plan and its record. An existing plan is reused unless `options.rebuild` is True.
@@ -121,36 +118,48 @@ def build_plan(
     run, make_engine = run or run_job, make_engine or _load
     folder.mkdir(parents=True, exist_ok=True)
     spec = graph_spec(artifact, options.precision, toolchain.library)
-    depth = artifact.manifest.config.depth
     with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as temporary:
         work = Path(temporary)
         names = write_onnx(
             artifact.weights, artifact.manifest.config, spec, work / "graph.onnx", activations=options.activations
         )
         onnx_sha256 = file_digest([work / name for name in names])
-        replaceable = options.refit or options.refit_from is not None
-        key = make_key(onnx_sha256, options.precision, toolchain, refit=replaceable)
+        key = make_key(onnx_sha256, options.precision, toolchain, refit=options.refit or bool(options.refit_from))
         if (existing := None if options.rebuild else _existing(folder, key)) is not None:
             remember_graph(folder, graph_identity(artifact, spec), onnx_sha256)
             return existing
-        size, targets = artifact.manifest.input_size, targets_of(toolchain)
-        job = make_job(toolchain.library.name, work / names[0], work / "plan", size, options, targets=targets)
+        job = _job_here(artifact, toolchain, options, work / names[0])
         done = run(job, work, time_limit_s=options.time_limit_s, progress=progress)
         plan = (work / "plan").read_bytes()
         _store_timings(work / "timings", options.timing_cache)
-    if options.refit_from is None:  # a refit changes no kernels
-        check_fusion(toolchain.library.name, count_fused_attention(plan), depth)
-    progress({"phase": "parity", "parent": None, "steps": len(BUCKETS)})
-    candidate = make_engine(plan, toolchain, options.precision)
-    try:
-        records = measure_batches(reference, candidate, artifact, options.photos)
-    finally:
-        candidate.close()  # the engine that will serve needs the GPU's memory
-    record = _record(artifact, key, plan, records, reference, done)
-    path = write_plan(folder, plan if record.passed else None, record)
+        if options.refit_from is None:  # a refit changes no kernels
+            check_fusion(toolchain.library.name, _fused(plan, done), artifact.manifest.config.depth)
+        progress({"phase": "parity", "parent": None, "steps": len(BUCKETS)})
+        candidate = make_engine(plan, toolchain, options.precision, work / "kernels")
+        try:
+            records = measure_batches(reference, candidate, artifact, options.photos)
+        finally:
+            candidate.close()  # the engine that will serve needs the GPU's memory
+        record = _record(artifact, key, plan, records, reference, done)
+        path = write_plan(folder, plan if record.passed else None, record)
+        if record.passed and (work / "kernels").exists():
+            (work / "kernels").replace(path.with_suffix(".jit"))  # so the first start does not compile them again
     remember_graph(folder, graph_identity(artifact, spec), onnx_sha256)
     _check_passed(record, path)
     return path, record
+
+
+def _job_here(artifact: Artifact, toolchain: Toolchain, options: BuildOptions, onnx: Path) -> dict[str, Any]:
+    """Return the job that builds a plan for this host from the graph file `onnx`. The plan is written beside it."""
+    return make_job(
+        toolchain.library.name,
+        onnx,
+        onnx.with_name("plan"),
+        artifact.manifest.input_size,
+        options,
+        targets=targets_of(toolchain),
+        workspace_bytes=_workspace(toolchain),
+    )
 
 
 def _check_passed(record: PlanRecord, path: Path) -> None:
@@ -189,6 +198,15 @@ def targets_of(toolchain: Toolchain) -> list[str]:
     return [name] if hasattr(toolchain.library.module.ComputeCapability, name) else []
 
 
+def _workspace(toolchain: Toolchain) -> int | None:
+    """Return the number of bytes that the builder may use on the GPU for the kernels that it tries.
+
+    The result is half of the free memory, because by default the full TensorRT library uses all of it, and a service on
+    the same GPU may need some at any time. The result is None for TensorRT for RTX, which builds without the GPU.
+    """
+    return None if toolchain.library.name == "tensorrt_rtx" else toolchain.cuda.free_memory() // 2
+
+
 def _store_timings(new: Path, cache: Path | None) -> None:
     """Copy the library's new kernel measurements, if it wrote any, to the file `cache` for the next build."""
     if cache is None or not new.exists():
@@ -207,18 +225,19 @@ def make_job(
     options: BuildOptions,
     *,
     targets: Sequence[str] = (),
+    workspace_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Return the job that `model/engines/tensorrt_build.py` runs, as a dictionary that can be stored as JSON.
 
     `onnx` is the path of the graph, `plan` is the path of the plan to write, and `size` is the input size (H, W) in
-    pixels.
+    pixels. `workspace_bytes` limits the GPU memory for the kernels that the builder tries.
     """
     job: dict[str, Any] = {"library": library, "onnx": str(onnx), "plan": str(plan)}
     if options.refit_from is not None:
         return job | {"action": "refit", "from": str(options.refit_from.resolve())}
     shapes = [[[batch, 3, *size] for batch in profile] for profile in PROFILES]
     job |= {"action": "build", "input": "pixels", "profiles": shapes, "refit": options.refit}
-    job |= {"targets": list(targets)}
+    job |= {"targets": list(targets), "workspace_bytes": workspace_bytes}
     if options.timing_cache is not None and library == "tensorrt":  # RTX builds without measurements
         job["timing_cache"] = str(options.timing_cache.resolve())
         job["new_timings"] = str(plan.with_name("timings"))
@@ -302,20 +321,30 @@ def _signal_name(number: int) -> str:
 
 
 def check_fusion(library: str, fused: int, depth: int) -> None:
-    """Check that a TensorRT for RTX plan has one fused attention kernel per transformer block and profile.
+    """Check that a plan has one fused attention kernel per transformer block and profile.
 
-    `fused` is the number of fused attention kernels in the plan, and `depth` is the number of blocks. Plans of the full
-    TensorRT library are not checked, because it is not known whether they name their kernels.
+    `fused` is the number of fused attention kernels in the plan, and `depth` is the number of blocks. If a plan of the
+    full TensorRT library has fewer, this is only logged as a warning. Such a plan may be slow, but its results are
+    compared in any case, and the names by which its kernels are counted have not been seen on a GPU yet.
 
     Raises:
-        BuildError: `fused` is not `depth` times the number of profiles.
+        BuildError: a TensorRT for RTX plan does not have `depth` times the number of profiles.
     """
     wanted = depth * len(PROFILES)
-    if library == "tensorrt_rtx" and fused != wanted:
-        raise BuildError(
-            f"attention was not fused: the plan has {fused} fused attention kernels, and {depth} blocks with "
-            f"{len(PROFILES)} profiles need {wanted}"
-        )
+    if fused == wanted:
+        return
+    message = (
+        f"the plan has {fused} fused attention kernels, and {depth} blocks with {len(PROFILES)} profiles need {wanted}"
+    )
+    if library == "tensorrt_rtx":
+        raise BuildError(f"attention was not fused: {message}")
+    if fused < wanted:
+        logger.warning("attention may not be fused, which makes the plan slow: %s", message)
+
+
+def _fused(plan: bytes, done: Mapping[str, Any]) -> int:
+    """Return the number of fused attention kernels, as the build counted them or as the bytes of the plan name them."""
+    return int(done.get("fused_attention", count_fused_attention(plan)))
 
 
 def measure_batches(
@@ -352,7 +381,7 @@ def _record(
         passed=all(_within_limits(record) for record in records),
         parity=records,
         reference=f"{reference.name} {reference.precision}",
-        fused_attention=count_fused_attention(plan),
+        fused_attention=_fused(plan, done),
         build=dict(done),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
@@ -366,7 +395,7 @@ def _within_limits(record: ParityRecord) -> bool:
     return True
 
 
-def _load(plan: bytes, toolchain: Toolchain, precision: PlanPrecision) -> Engine:
+def _load(plan: bytes, toolchain: Toolchain, precision: PlanPrecision, kernels: Path) -> Engine:
     from model.engines.tensorrt_engine import TensorRTEngine
 
-    return TensorRTEngine(plan, toolchain, precision)
+    return TensorRTEngine(plan, toolchain, precision, jit_cache=kernels)

@@ -7,7 +7,7 @@ built for another GPU, driver or library is never loaded.
     <data folder>/derived/<artifact>/plans/
       <key>.plan            the plan
       <key>.json            the plan's record: the key's fields, the plan's sha256, build times and parity metrics
-      <key>.jit             kernels that TensorRT for RTX compiled on this GPU, written at the first start
+      <key>.jit             kernels that TensorRT for RTX compiled on this GPU, written after the build and each start
       <graph>.graph.json    the sha256 of the graph for this artifact and one precision, so that a server can
                             compute the plan's key without writing the graph again
 
@@ -79,20 +79,28 @@ def plans_folder(derived_dir: Path) -> Path:
 def graph_spec(artifact: Artifact, precision: PlanPrecision, library: Library) -> GraphSpec:
     """Return the spec of the graph from which an artifact's plan is built.
 
-    Without casts, an fp16 graph would compute attention's softmax in fp16. It therefore casts queries, keys and values
-    to float32 if the library can fuse attention with these casts. TensorRT for RTX can, and so can the full library
-    since version 11.3, according to its release notes. A bf16 graph needs no casts, because its softmax is computed in
-    float32. If the model has no registers, the graph has no output `registers`.
+    If the model has no registers, the graph has no output `registers`.
     """
-    major, minor = (int(part) for part in library.version.split(".")[:2])
-    casts = precision == "fp16" and (library.name == "tensorrt_rtx" or (major, minor) >= (11, 3))
     registers = ("registers",) if artifact.manifest.config.num_register_tokens else ()
     return GraphSpec(
         size=artifact.manifest.input_size,
         precision=precision,
         outputs=("cls", "patches", *registers),
-        attention="upcast" if casts else "standard",
+        attention=attention_form(precision, library),
     )
+
+
+def attention_form(precision: PlanPrecision, library: Library) -> Literal["standard", "upcast"]:
+    """Return the form of attention in the graph of a plan.
+
+    Without casts ("upcast"), an fp16 graph would compute attention's softmax in fp16. It therefore casts queries, keys
+    and values to float32 if the library can fuse attention with these casts. TensorRT for RTX can, and so can the full
+    library since version 11.3, according to its release notes. A bf16 graph needs no casts, because its softmax is
+    computed in float32.
+    """
+    major, minor = (int(part) for part in library.version.split(".")[:2])
+    casts = precision == "fp16" and (library.name == "tensorrt_rtx" or (major, minor) >= (11, 3))
+    return "upcast" if casts else "standard"
 
 
 def graph_identity(artifact: Artifact, spec: GraphSpec) -> str:

@@ -223,15 +223,28 @@ class TorchEngine:
 
         If compilation fails, the graphs of the eager forward pass are captured.
         """
+        import torch
+
+        pool = torch.cuda.graph_pool_handle()
         try:
-            for batch in BUCKETS:
-                self._graphs[batch] = _Replayed(self._compiled or self._forward, batch, shape, self.device)
+            self._graphs = _capture_all(self._compiled or self._forward, shape, self.device, pool)
         except Exception as error:  # the compiler raises almost anything: no C compiler, no triton, bugs
             if self._compiled is None:
                 raise
             log.warning("torch.compile failed, so the engine runs without it: %s", _first_line(error))
             self._compiled = None
-            self._graphs = {b: _Replayed(self._forward, b, shape, self.device) for b in BUCKETS}
+            self._graphs = _capture_all(self._forward, shape, self.device, torch.cuda.graph_pool_handle())
+
+
+def _capture_all(
+    forward: "Callable[[Tensor], tuple[Tensor, ...]]", shape: tuple[int, ...], device: str, pool: Any
+) -> "dict[int, _Replayed]":
+    """Capture `forward` for every batch size in `BUCKETS`, and return the graphs, keyed by batch size.
+
+    All graphs take their memory from `pool`. They may share it, because only one graph runs at a time, and its outputs
+    are copied before the next one runs. The largest graph is first, so that the others fit into its memory.
+    """
+    return {batch: _Replayed(forward, batch, shape, device, pool) for batch in reversed(BUCKETS)}
 
 
 class _Replayed:
@@ -241,7 +254,12 @@ class _Replayed:
     """
 
     def __init__(
-        self, forward: "Callable[[Tensor], tuple[Tensor, ...]]", batch: int, shape: tuple[int, ...], device: str
+        self,
+        forward: "Callable[[Tensor], tuple[Tensor, ...]]",
+        batch: int,
+        shape: tuple[int, ...],
+        device: str,
+        pool: Any,
     ) -> None:
         import torch
 
@@ -256,7 +274,7 @@ class _Replayed:
                     forward(self._pixels)
             torch.cuda.current_stream().wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.graph(self._graph, pool=pool):
                 self._outputs = forward(self._pixels)
 
     def __call__(self, pixels: "Tensor") -> "tuple[Tensor, ...]":

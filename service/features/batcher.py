@@ -121,6 +121,8 @@ class Batcher(Generic[Row]):
         self._busy_since: float | None = None
         self._images_per_s: float | None = None
         metrics.queue_images_limit.set(queue_max_images)
+        # Reused, because a new array of this size would consist of new memory pages, which slow down each pass.
+        self._pixels = np.empty(batch_max_patches * 3 * patch_size**2, np.float32)
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._work, name="engine-worker", daemon=True)
         self._thread.start()
@@ -304,6 +306,14 @@ class Batcher(Generic[Row]):
         self._metrics.dropped.inc(len(dropped))
         return batch
 
+    def _stacked(self, batch: list[Job[Row]]) -> FloatArray:
+        """Return the pixels of a batch, float32 [B, 3, h, w]. They are valid until the next call."""
+        pixels = [job.pixels for job in batch]
+        if len(batch) == 1:
+            return np.ascontiguousarray(pixels[0])[None]  # it may have more patches than fit into the buffer
+        size = len(batch) * pixels[0].size
+        return np.stack(pixels, out=self._pixels[:size].reshape(len(batch), *pixels[0].shape))
+
     def _outcomes(self, batch: list[Job[Row]]) -> list[Outcome[Row]]:
         """Run a forward pass over the batch, and return the result or the error of each image. If the pass fails, run a
         separate pass for each image. If the batch is empty, only find out whether the engine works."""
@@ -312,7 +322,7 @@ class Batcher(Generic[Row]):
             return []
         started, patches = time.perf_counter(), sum(job.patches for job in batch)
         try:
-            rows = self._run(np.stack([job.pixels for job in batch]), batch[0].outputs)
+            rows = self._run(self._stacked(batch), batch[0].outputs)
             if len(rows) != len(batch):
                 raise ValueError(f"the engine returned {len(rows)} rows for {len(batch)} images")
         except Exception as error:

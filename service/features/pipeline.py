@@ -34,7 +34,7 @@ import numpy.typing as npt
 
 from model.artifact import Artifact
 from model.decode import DecodeLimits, OnSize
-from model.engines.protocol import Engine
+from model.engines.protocol import BUCKETS, Engine
 from model.pooling import PARTS, Pooling, pool
 from model.preprocess import PreprocessSpec, crop_box, output_size, preprocess
 from service.clients import current_sender
@@ -55,6 +55,9 @@ from service.telemetry import Metrics
 from service.tracing import RequestTrace, current_trace, record_stage
 
 FloatArray = npt.NDArray[np.float32]
+CPU_BATCH_PATCHES: Final = 2048
+"""The highest number of patches in one forward pass on a CPU if the settings do not name it: 8 images of 224 x 224."""
+
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -163,7 +166,7 @@ class PipelineLimits:
 
     decode: DecodeLimits
     decode_workers: int
-    batch_max_patches: int
+    batch_max_patches: int | None
     queue_max_images: int
     queue_max_patches: int
     hang_timeout_s: float
@@ -184,6 +187,19 @@ class PipelineLimits:
             patch_cache_bytes=settings.patch_cache_bytes,
             max_input_patches=settings.max_input_patches,
         )
+
+
+def default_batch_patches(artifact: Artifact, engine: Engine) -> int:
+    """Return the highest number of patches in one forward pass if the settings do not name it.
+
+    A CPU is not faster with large batches, but a GPU is. A GPU's engines have CUDA graphs and TensorRT profiles for up
+    to 64 images.
+    """
+    if engine.device == "cpu":
+        return CPU_BATCH_PATCHES
+    height, width = artifact.manifest.input_size
+    patch_size = artifact.manifest.config.patch_size
+    return BUCKETS[-1] * (height // patch_size) * (width // patch_size)
 
 
 class Pipeline:
@@ -231,7 +247,7 @@ class Pipeline:
         self.batcher: Batcher[Row] = Batcher(
             self._forward,
             patch_size=self._patch_size,
-            batch_max_patches=limits.batch_max_patches,
+            batch_max_patches=limits.batch_max_patches or default_batch_patches(artifact, engine),
             queue_max_images=limits.queue_max_images,
             queue_max_patches=limits.queue_max_patches,
             metrics=metrics,

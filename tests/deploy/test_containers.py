@@ -3,6 +3,7 @@ promises on running containers.
 """
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -206,7 +207,8 @@ def test_compose_builds_targets_and_arguments_that_exist() -> None:
         assert build.get("target") == target
         arguments = {argument for text in STAGES.values() for argument in re.findall(r"^ARG (\w+)", text, re.MULTILINE)}
         assert set(build["args"]) <= arguments
-    assert SERVICES["build-engine"]["build"]["args"]["TENSORRT"] == 1
+    # The plan is built by the library that the service has.
+    assert SERVICES["build-engine"]["build"]["args"]["TENSORRT"] == "${TENSORRT:-1}"
     assert "build" not in SERVICES["replica"]
     assert SERVICES["replica"]["image"] == SERVICES["service"]["image"]
 
@@ -261,18 +263,45 @@ def test_each_target_is_not_root_and_has_its_own_packages(target: str) -> None:
 
 def test_the_default_target_serves_and_tells_its_health() -> None:
     assert list(STAGES)[-1] == "serve"
-    assert re.search(r"^HEALTHCHECK .*\n.*python.*/readyz", STAGES["runtime"], re.MULTILINE)
+    # A first start downloads and exports a model, and compares each engine of a GPU with float32 on the CPU.
+    assert re.search(r"^HEALTHCHECK .*--start-period=30m .*\n.*python.*/readyz", STAGES["runtime"], re.MULTILINE)
     assert "pip" not in STAGES["runtime"]
     assert "HEALTHCHECK" not in STAGES["serve"] + STAGES["serve-gpu"]
     assert re.search(r"^HEALTHCHECK NONE$", STAGES["train"], re.MULTILINE)  # a worker has no port
     assert re.search(r"apt-get install .*\bgcc\b.*libc6-dev", STAGES["train"])
 
 
-def test_tensorrt_is_a_build_argument_that_allows_only_0_and_1() -> None:
+@pytest.mark.parametrize("stage", ["packages-gpu", "packages-train"])
+@pytest.mark.parametrize(
+    ("value", "installed"), [("0", None), ("1", "tensorrt"), ("rtx", "tensorrt-rtx"), ("2", "an error")]
+)
+def test_tensorrt_is_a_build_argument(stage: str, value: str, installed: str | None) -> None:
+    """Run the command of the Dockerfile with a pip that only prints its arguments."""
+    command = re.search(r"^ARG TENSORRT=0\nRUN ((?:.*\\\n)*.*)$", STAGES[stage], re.MULTILINE)[1]
+    shown = command.replace("/opt/venv/bin/pip", "echo")
+    done = subprocess.run(["sh", "-c", shown], env={"TENSORRT": value}, capture_output=True, text=True, check=False)
+    if installed == "an error":
+        assert done.returncode == 1
+        assert done.stderr == "TENSORRT must be 0, 1 or rtx, not 2\n"
+        return
+    assert done.returncode == 0
+    words = done.stdout.split()
+    assert ("https://pypi.nvidia.com" in words) == (value == "1")
+    assert not any(word.startswith(".") for word in words)  # the extra would install ONNX Runtime for CPUs again
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    wanted = [requirement.partition(";")[0] for requirement in extras[installed]] if installed else []
+    assert [word for word in words if ">=" in word] == wanted
+
+
+def test_gpu_images_get_the_drivers_cuda_library() -> None:
+    for target in TARGETS:
+        given = re.search(r"NVIDIA_DRIVER_CAPABILITIES=(\S+)", STAGES[target])
+        assert (given and given[1]) == (None if target == "serve" else "compute,utility")
+
+
+def test_tensorrt_comes_after_the_packages_that_every_gpu_image_has() -> None:
     for stage in ("packages-gpu", "packages-train"):
         text = STAGES[stage]
-        assert re.search(r"^ARG TENSORRT=0$", text, re.MULTILINE)
-        assert "--extra-index-url https://pypi.nvidia.com" in text
         assert text.index("--require-hashes") < text.index("ARG TENSORRT")  # so that its layer is reused
     assert "TENSORRT" not in STAGES["packages"]
 

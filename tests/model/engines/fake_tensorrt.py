@@ -113,6 +113,9 @@ class FakeCuda:
     def cudaDriverGetVersion(self) -> tuple[int, int]:
         return self._code("cudaDriverGetVersion"), 13000
 
+    def cudaMemGetInfo(self) -> tuple[int, int, int]:
+        return self._code("cudaMemGetInfo"), 6 * 2**30, 24 * 2**30
+
     def cudaSetDevice(self, device: int) -> tuple[int]:
         return (self._code("cudaSetDevice", device),)
 

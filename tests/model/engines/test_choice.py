@@ -12,7 +12,7 @@ import pytest
 
 from model.artifact import Artifact, GateRecord, GraphRecord, ParityRecord, load_artifact
 from model.engines import choice as engine_choice
-from model.engines import parity, tensorrt_engine
+from model.engines import onnxruntime_engine, parity, tensorrt_engine
 from model.engines.choice import choose_engine, images_per_s, load_engine
 from model.engines.knn_gate import NO_LABELS
 from model.engines.onnxruntime_engine import graph_file, graph_of
@@ -84,6 +84,7 @@ def test_names(name: str, expected: tuple[str, str]) -> None:
         ("", "unknown engine ''"),
         ("auto:fp32", "unknown engine 'auto:fp32'"),
         ("torch:int8", "engine 'torch:int8': torch supports fp32, bf16"),
+        ("onnxruntime-tensorrt", "unknown engine 'onnxruntime-tensorrt'"),  # docs/decisions/0048-gpu-serving.md
         ("torch:", "engine 'torch:': torch supports"),
     ],
 )
@@ -156,6 +157,56 @@ def test_a_gpu_engine_is_compared_at_every_batch_it_serves(
         return
     with pytest.raises(parity.ParityError, match="gpu bf16 differs too much"):
         load_engine(exported, "tensorrt", threads=1)
+
+
+def test_a_gpu_without_bf16_serves_in_fp16(exported: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A T4 has fast fp16 and no bf16, so it must not leave the work to the CPU."""
+    right, opened = load_engine(exported, "onnxruntime", threads=1), []
+
+    class Gpu:
+        name, precision, device = "onnxruntime-cuda", "fp16", "cuda"
+        run, close = right.run, lambda self: None
+
+    def open_gpu(request: OpenRequest) -> Gpu:
+        opened.append((request.runtime, request.precision))
+        if request.runtime == "tensorrt":
+            raise ValueError("no plan was built")
+        return Gpu()
+
+    monkeypatch.setattr(engine_choice, "no_gpu", lambda: None)
+    monkeypatch.setattr(engine_choice, "capability_without_bf16", lambda: (7, 5))
+    monkeypatch.setattr(tensorrt_engine, "open", open_gpu)
+    monkeypatch.setattr(onnxruntime_engine, "open", open_gpu)
+    monkeypatch.setattr(engine_choice._Host, "_reference", parity.features(right, pixels_of(exported)))
+    choice = choose_engine(exported, threads=1)
+    assert (choice.engine.name, choice.engine.precision) == ("onnxruntime-cuda", "fp16")
+    assert opened == [("tensorrt", "fp16"), ("onnxruntime-cuda", "fp16")]
+    for name in ("tensorrt", "onnxruntime-cuda:bf16"):
+        with pytest.raises(
+            ValueError, match=r"cannot compute in bf16: its compute capability is 7\.5, and bf16 needs 8"
+        ):
+            load_engine(exported, name, threads=1)
+    assert len(opened) == 2
+
+
+def pixels_of(artifact: Artifact) -> np.ndarray:
+    """Return the pixels on which engines are compared."""
+    manifest = artifact.manifest
+    return parity.pixels_at(
+        parity.sample_photos(engine_choice.PHOTOS_AT_LOAD), manifest.preprocess, manifest.input_size
+    )
+
+
+def test_a_gpu_without_bf16_falls_back_to_the_cpu(exported: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_choice, "no_gpu", lambda: None)
+    monkeypatch.setattr(engine_choice, "capability_without_bf16", lambda: (7, 5))
+    monkeypatch.setattr(tensorrt_engine, "open", lambda request: Wrong())
+    choice = choose_engine(exported, threads=1)
+    assert [(tried.engine, tried.outcome) for tried in choice.tried] == [
+        ("tensorrt:fp16", "passed over"),
+        ("onnxruntime-cuda:fp16", "passed over"),
+        ("onnxruntime:fp32", "serves"),
+    ]
 
 
 def test_tensorrt_that_is_not_installed(exported: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,7 +420,7 @@ def test_graphs_made_here_belong_to_the_weights_and_not_to_the_folder(exported: 
     assert renamed.derived != other.derived
 
 
-def test_tensorrt_is_given_a_graph_of_one_size(exported: Artifact, tmp_path: Path) -> None:
+def test_a_gpu_is_given_a_graph_of_one_size(exported: Artifact, tmp_path: Path) -> None:
     graph = GraphRecord(file="model-dynamic-fp16.onnx", size=None, precision="fp16", outputs=(), attention="standard")
     manifest = exported.manifest.model_copy(update={"graphs": [graph]})
     artifact = replace(exported, manifest=manifest, derived_dir=tmp_path)

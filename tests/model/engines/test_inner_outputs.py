@@ -166,13 +166,11 @@ def test_a_general_engine_that_differs_is_refused(tmp_path: Path) -> None:
         general.open_general(artifact, wrong, threads=1)
 
 
-def test_a_tensorrt_provider_gets_no_inner_outputs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """More outputs would split the graph into more TensorRT engines."""
+def test_an_engine_for_a_few_passes_has_no_inner_outputs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[object] = []
     monkeypatch.setattr(module, "OnnxEngine", lambda path, **options: asked.append(options["inner"]))
     monkeypatch.setattr(module, "need_provider", lambda provider: None)
     monkeypatch.setattr(module, "graph_file", lambda artifact, precision, **_: tmp_path)
-    artifact = SimpleNamespace(derived=tmp_path)
-    for runtime, few in (("onnxruntime", False), ("onnxruntime", True), ("onnxruntime-tensorrt", False)):
-        module.open(SimpleNamespace(artifact=artifact, runtime=runtime, precision="fp32", threads=1, few_passes=few))
-    assert asked == ["on demand", "no", "no"]
+    for runtime, few in (("onnxruntime", False), ("onnxruntime", True), ("onnxruntime-cuda", False)):
+        module.open(SimpleNamespace(artifact=None, runtime=runtime, precision="fp32", threads=1, few_passes=few))
+    assert asked == ["on demand", "no", "on demand"]

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -125,48 +124,22 @@ def test_files_that_are_no_graph_are_named(tmp_path: Path) -> None:
             OnnxEngine(tmp_path / name, threads=1)
 
 
-@pytest.mark.parametrize(("provider", "name"), [("cuda", "CUDA"), ("tensorrt", "Tensorrt")])
-def test_a_provider_that_is_not_there_is_no_cpu(
-    graphs: Path, provider: module.Provider, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(ModuleNotFoundError, match=f"no {name}ExecutionProvider: pip install onnxruntime-gpu"):
-        OnnxEngine(graphs / "fixed.onnx", threads=1, provider=provider)
-    both = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+def test_a_provider_that_is_not_there_is_no_cpu(graphs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModuleNotFoundError, match="no CUDAExecutionProvider: pip install onnxruntime-gpu"):
+        OnnxEngine(graphs / "fixed.onnx", threads=1, provider="cuda")
+    both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(ort, "get_available_providers", lambda: both)  # there, and it does not start
     with (
         pytest.warns(UserWarning, match="is not in available provider names"),
-        pytest.raises(ValueError, match=f"could not start {name}ExecutionProvider; it would use CPU"),
+        pytest.raises(ValueError, match="could not start CUDAExecutionProvider; it would use CPU"),
     ):
-        OnnxEngine(graphs / "fixed.onnx", threads=1, provider=provider)
+        OnnxEngine(graphs / "fixed.onnx", threads=1, provider="cuda")
 
 
 def test_operators_that_a_gpu_leaves_to_the_cpu_are_named(graphs: Path) -> None:
     session = OnnxEngine(graphs / "fixed.onnx", threads=1)._session
     with pytest.raises(ValueError, match=r"cannot run .*Attention.*MatMul.* of this graph"):
         module._check_assignment(session, "cuda")
-
-
-def test_tensorrt_s_options(tmp_path: Path) -> None:
-    options = module._settings("tensorrt", "bf16", (3, 70, 98), tmp_path)
-    assert options["trt_profile_min_shapes"] == "pixels:1x3x70x98"
-    assert options["trt_profile_max_shapes"] == "pixels:64x3x70x98"
-    assert options["trt_bf16_enable"] == "True"
-    assert options["trt_engine_cache_path"] == str(tmp_path)
-    with pytest.raises(ValueError, match="a fixed size, not a dynamic one"):
-        module._settings("tensorrt", "bf16", (3, "height", "width"), tmp_path)
-
-
-def test_tensorrt_runs_no_more_than_its_profile_at_once(graphs: Path) -> None:
-    engine = OnnxEngine(graphs / "fixed.onnx", threads=1)
-    batch = pixels(5, 3, 70, 98)
-    whole, sizes = engine.run(batch), []
-    session, engine._largest_batch = engine._session, 2
-    engine._session = SimpleNamespace(
-        run=lambda names, fed: sizes.append(len(fed["pixels"])) or session.run(names, fed)
-    )
-    for ours, theirs in zip(engine.run(batch), whole, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    assert sizes == [2, 2, 1]
 
 
 def test_a_session_never_goes_on_with_another_provider(graphs: Path) -> None:

@@ -31,6 +31,8 @@ class Recorder:
         self.SerializationFlag = SimpleNamespace(INCLUDE_REFIT="include refit")
         self.NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1) if typed_flag else SimpleNamespace()
         self.ComputeCapability = SimpleNamespace(SM89=89)
+        self.LayerInformationFormat = SimpleNamespace(JSON="json")
+        self.MemoryPoolType = SimpleNamespace(WORKSPACE="workspace")
         recorder = self
 
         class ILogger:
@@ -128,6 +130,9 @@ class Config:
     def set_flag(self, flag: Flag) -> None:
         self.recorder.did("flag", flag.name)
 
+    def set_memory_pool_limit(self, pool: str, size: int) -> None:
+        self.recorder.did("limit", pool, size)
+
     def set_compute_capability(self, capability: int, index: int) -> bool:
         return self.recorder.did("target", capability, index)
 
@@ -142,6 +147,16 @@ class Config:
         return SimpleNamespace(serialize=lambda: b"new timings")
 
 
+LAYERS = [
+    {"Name": "_gemm_mha_v2_myl0_3", "LayerType": "kgen", "TacticName": "_gemm_mha_v2_0x1"},
+    {"Name": "__myl_Fc_myl0_4", "TacticName": "fmha_v2_flash_attention_bf16_64_sm90_kernel"},
+    {"Name": "__mye_softmax", "TacticName": "gemm", "Metadata": "[ONNX Layer: blocks.0.attn.mha]"},
+    {"Name": "mhash"},
+    "_gemm_mha_v2_myl1_3 [profile 1]",
+]
+"""Layers as the engine inspector describes them. Three are fused attention kernels."""
+
+
 class Runtime:
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
@@ -154,6 +169,13 @@ class Engine:
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
         self.refittable = "refittable" not in recorder.wrong
+
+    def create_engine_inspector(self) -> Any:
+        def information(kind: str) -> str:
+            assert kind == "json"
+            return json.dumps({"Layers": LAYERS, "Bindings": ["pixels", "cls"]})
+
+        return SimpleNamespace(get_engine_information=information)
 
     def create_serialization_config(self) -> Any:
         return SimpleNamespace(set_flag=lambda flag: self.recorder.did("serialization flag", flag))
@@ -187,7 +209,9 @@ def build_job(folder: Path, **changes: Any) -> dict[str, Any]:
 def test_a_build_with_the_full_library(tmp_path: Path) -> None:
     recorder, told = Recorder(), events()
     result = build(recorder, build_job(tmp_path), told)
-    assert recorder.calls == [("create_network", 2), ("parse", "g.onnx"), ("profile",), ("profile",), ("build", True)]
+    built = [("create_network", 2), ("parse", "g.onnx"), ("profile",), ("profile",), ("build", True)]
+    assert recorder.calls == [*built, ("deserialize", b"the plan")]
+    assert result["fused_attention"] == 3
     assert (tmp_path / "plan").read_bytes() == b"the plan"
     assert result["profiles"] == build_job(tmp_path)["profiles"]
     assert json.loads(told.out.getvalue()) == {"phase": "Building engine", "step": 1}  # type: ignore[attr-defined]
@@ -199,10 +223,22 @@ def test_a_library_without_the_flag_is_strongly_typed_anyway(tmp_path: Path) -> 
     assert recorder.calls[0] == ("create_network", 0)
 
 
+def test_the_builder_leaves_memory_to_a_service(tmp_path: Path) -> None:
+    recorder = Recorder()
+    build(recorder, build_job(tmp_path, workspace_bytes=3 * 2**30), events())
+    assert ("limit", "workspace", 3 * 2**30) in recorder.calls
+
+
+def test_a_plan_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="TensorRT cannot load the plan that it has built"):
+        build(Recorder("deserialize"), build_job(tmp_path), events())
+
+
 def test_flags_and_targets(tmp_path: Path) -> None:
     recorder = Recorder()
     build(recorder, build_job(tmp_path, library="tensorrt_rtx", refit=True, targets=["SM89"]), events())
     assert ("flag", "REFIT") in recorder.calls
+    assert "deserialize" not in recorder.names()  # this library would need a GPU
     assert ("flag", "REQUIRE_USER_ALLOCATION") in recorder.calls
     assert ("target", 89, 0) in recorder.calls
     with pytest.raises(BuildError, match="cannot build for SM90"):

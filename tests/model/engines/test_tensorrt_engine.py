@@ -155,6 +155,25 @@ def test_a_failing_gpu_is_an_error_with_cudas_words() -> None:
         engine.run(pixels_of(1))
 
 
+def test_an_old_message_does_not_explain_a_new_failure() -> None:
+    toolchain = fake_toolchain(FakeCuda())
+    engine = TensorRTEngine(fake_plan(capturable=False), toolchain, "bf16")
+    engine._log_message("ERROR", "an old message")
+    toolchain.library.module.engines[0].plan["fails"] = [1]
+    for context in engine._contexts.values():
+        context.plan = toolchain.library.module.engines[0].plan
+    with pytest.raises(CudaError, match="tensorrt failed at batch 1: it gave no reason"):
+        engine.run(pixels_of(1))
+
+
+def test_the_settings_of_the_contexts_live_as_long_as_the_contexts() -> None:
+    toolchain = fake_toolchain(FakeCuda(), rtx=True)
+    engine = TensorRTEngine(fake_plan(), toolchain, "bf16")
+    assert engine._settings is toolchain.library.module.engines[0].config
+    engine.close()
+    assert engine._settings is None
+
+
 def test_a_pass_that_fails_at_load_is_said() -> None:
     with pytest.raises(CudaError, match="tensorrt failed at batch 8: it gave no reason"):
         TensorRTEngine(fake_plan(fails=[8]), fake_toolchain(FakeCuda()), "bf16")
@@ -230,6 +249,7 @@ def test_nvidias_bindings_take_the_arguments_that_are_given(monkeypatch: pytest.
         lambda: cuda.use(0),
         cuda.stream,
         lambda: cuda.allocate(64),
+        cuda.free_memory,
         lambda: cuda.pinned((2, 2)),
         lambda: cuda.free_pinned(array),
         lambda: cuda.to_device(64, array, 0),

@@ -22,7 +22,7 @@ from model.engines.parity import ParityError, sample_photos
 from model.engines.protocol import BUCKETS, Features, OpenRequest
 from model.engines.tensorrt_build import BuildError, count_fused_attention, find_library, plain_reason
 from model.engines.tensorrt_engine import TensorRTEngine
-from model.engines.tensorrt_export import BuildOptions, build_plan, check_fusion, make_job, run_job, targets_of
+from model.engines.tensorrt_export import BuildOptions, build_plan, make_job, run_job, targets_of
 from model.engines.tensorrt_plans import PROFILES, PlanMissing, find_plan, graph_spec, plans_folder
 from model.preprocess import PreprocessSpec
 from tests.model.engines.fake_tensorrt import DIM, GPU, SIDE, FakeCuda, fake_plan, fake_toolchain, features_of
@@ -316,8 +316,36 @@ def test_attention_that_was_not_fused_is_refused(artifact: Artifact, tmp_path: P
     build(artifact, tmp_path, fake_plan(fused=6), rtx)  # two blocks, three profiles
     with pytest.raises(BuildError, match="the plan has 5 fused attention kernels, and 2 blocks with 3 profiles need 6"):
         build(artifact, tmp_path, fake_plan(fused=5), rtx)
-    check_fusion("tensorrt", 0, 2)  # its plans are not known to name their kernels
     assert count_fused_attention(b"\0_gemm_mha_v2\0x_gemm_mha_v2\0_gemm_mha_v2_params_t\0") == 1
+
+
+def test_the_full_library_is_only_warned_about(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A plan with slow attention still gives right features, and the names of the kernels are not certain."""
+    monkeypatch.setitem(RESULT, "fused_attention", 6)
+    assert build(artifact, tmp_path)[1].fused_attention == 6
+    assert "fused" not in caplog.text
+    monkeypatch.setitem(RESULT, "fused_attention", 4)
+    assert build(artifact, tmp_path)[1].fused_attention == 4
+    assert "attention may not be fused, which makes the plan slow: the plan has 4 fused" in caplog.text
+
+
+def test_a_build_may_use_half_of_the_free_memory(artifact: Artifact, tmp_path: Path) -> None:
+    builder, options = Builder(fake_plan(fused=6)), BuildOptions(photos=PHOTOS)
+    for rtx, expected in ((False, 3 * 2**30), (True, None)):
+        toolchain = fake_toolchain(FakeCuda(), rtx=rtx)
+        build_plan(artifact, toolchain, Reference(), tmp_path, options, run=builder)
+        assert builder.jobs[-1]["workspace_bytes"] == expected
+
+
+def test_kernels_compiled_for_the_comparison_are_kept_for_the_first_start(artifact: Artifact, tmp_path: Path) -> None:
+    rtx = fake_toolchain(FakeCuda(), rtx=True)
+    path, _ = build(artifact, tmp_path, fake_plan(fused=6), rtx)
+    assert path.with_suffix(".jit").read_bytes() == b"compiled kernels"
+    with pytest.raises(ParityError):
+        build(artifact, tmp_path, fake_plan(fused=6, wrong_batches=[1]), rtx)
+    assert not path.with_suffix(".jit").exists()
 
 
 def test_parity_needs_two_photos(artifact: Artifact, tmp_path: Path) -> None:

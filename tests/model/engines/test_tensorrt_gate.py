@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs TensorRT for RTX (95 MB, builds without a GPU): pip install -e '.[tensorrt-rtx]'",
 )
 
-S, S_REG = "dinov2_vits14", "dinov2_vits14_reg"
+S, S_REG, G = "dinov2_vits14", "dinov2_vits14_reg", "dinov2_vitg14"
 ONE = (PROFILES[1],)
 
 
@@ -35,21 +35,22 @@ def build(
     folder: Path,
     model: str,
     precision: str,
-    target: str,
+    target: str | None,
     *,
     depth: int = 12,
     profiles: tuple[Profile, ...] = ONE,
     attention: str = "standard",
     ffn: FeedForward = "mlp",
+    side: int = 224,
     **job,
 ) -> tuple[dict, bytes]:
-    config = dataclasses.replace(CONFIGS[model], depth=depth, img_size=224, ffn=ffn)
+    config = dataclasses.replace(CONFIGS[model], depth=depth, img_size=side, ffn=ffn)
     registers = ("registers",) if config.num_register_tokens else ()
-    spec = GraphSpec((224, 224), precision, outputs=("cls", "patches", *registers), attention=attention)
+    spec = GraphSpec((side, side), precision, outputs=("cls", "patches", *registers), attention=attention)
     weights = random_weights(config)
     largest = {name.removesuffix(".weight"): 4.0 for name, value in weights.items() if value.ndim == 2}
     write_onnx(weights, config, spec, folder / "graph.onnx", activations=largest if precision == "fp8" else None)
-    shapes = [[[batch, 3, 224, 224] for batch in profile] for profile in profiles]
+    shapes = [[[batch, 3, side, side] for batch in profile] for profile in profiles]
     job = {
         "action": "build",
         "library": "tensorrt_rtx",
@@ -57,7 +58,7 @@ def build(
         "plan": str(folder / "plan"),
         "input": "pixels",
         "profiles": shapes,
-        "targets": [target],
+        "targets": [target] if target else [],
     } | job
     events: list = []
     result = run_job(job, folder, time_limit_s=300, progress=events.append)
@@ -87,6 +88,24 @@ def test_the_profiles_that_serving_uses(tmp_path: Path) -> None:
     result, plan = build(tmp_path, S, "bf16", "SM89", profiles=PROFILES)
     check_fusion(result["library"], count_fused_attention(plan), 12)
     assert count_fused_attention(plan) == 12 * len(PROFILES)
+
+
+@pytest.mark.parametrize(
+    ("model", "side", "precision", "attention", "target"),
+    [
+        (S, 224, "fp16", "upcast", "SM75"),  # T4
+        (S, 518, "fp16", "upcast", "SM75"),
+        (S, 518, "bf16", "standard", "SM86"),  # A10
+        (G, 224, "bf16", "standard", "SM89"),  # L4
+        (S, 224, "bf16", "standard", None),  # what a GPU without a target gets
+    ],
+)
+def test_each_gpu_and_length_fuses_in_every_profile(
+    tmp_path: Path, model: str, side: int, precision: str, attention: str, target: str | None
+) -> None:
+    """The lengths are 257 tokens at 224 pixels and 1370 tokens at 518. One block is enough, because all are alike."""
+    _, plan = build(tmp_path, model, precision, target, depth=1, profiles=PROFILES, side=side, attention=attention)
+    assert count_fused_attention(plan) == len(PROFILES)
 
 
 def test_the_largest_models_form_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,9 +160,7 @@ def test_the_bundled_artifact_becomes_a_plan(tmp_path: Path) -> None:
     toolchain = Toolchain(library, Cuda(FakeCuda()), Gpu("NVIDIA RTX 4090", (8, 9), "580.65.06 (CUDA 13.0)"))
     options = BuildOptions(photos=sample_photos(2))
     folder = plans_folder(artifact.derived)
-    path, record = build_plan(
-        artifact, toolchain, reference, folder, options, make_engine=lambda plan, toolchain, precision: reference
-    )
+    path, record = build_plan(artifact, toolchain, reference, folder, options, make_engine=lambda *_: reference)
     assert record.fused_attention == artifact.manifest.config.depth * len(PROFILES)
     assert record.build["version"] == library.version
     assert find_plan(artifact, "bf16", toolchain, folder) == (path.read_bytes(), record)

@@ -108,8 +108,8 @@ def test_no_image_is_an_error(weights: Path) -> None:
 class StandIn:
     """A fake captured graph: fixed buffers of one batch size, in which rows remain until they are overwritten."""
 
-    def __init__(self, forward, batch: int, shape: tuple[int, ...], device: str) -> None:
-        self.pixels, self.forward, self.calls = torch.full((batch, *shape), torch.nan), forward, 0
+    def __init__(self, forward, batch: int, shape: tuple[int, ...], device: str, pool: object) -> None:
+        self.pixels, self.forward, self.calls, self.pool = torch.full((batch, *shape), torch.nan), forward, 0, pool
 
     def __call__(self, x):
         self.calls += 1
@@ -117,8 +117,23 @@ class StandIn:
         return self.forward(self.pixels)
 
 
-def test_batches_are_padded_to_buckets_and_cut(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an engine on the CPU capture fake graphs."""
     monkeypatch.setattr(module, "_Replayed", StandIn)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+
+
+@pytest.mark.usefixtures("captured")
+def test_all_graphs_share_one_pool_of_memory(weights: Path) -> None:
+    engine = open_engine(weights)
+    engine._capture((3, 70, 70))
+    assert list(engine._graphs) == list(reversed(BUCKETS))  # the largest first, so that the others need nothing more
+    assert len({id(graph.pool) for graph in engine._graphs.values()}) == 1
+
+
+@pytest.mark.usefixtures("captured")
+def test_batches_are_padded_to_buckets_and_cut(weights: Path) -> None:
     engine, eager = open_engine(weights, input_size=(70, 70)), open_engine(weights)
     engine._capture((3, 70, 70))
     assert sorted(engine._graphs) == list(BUCKETS)
@@ -131,13 +146,13 @@ def test_batches_are_padded_to_buckets_and_cut(weights: Path, monkeypatch: pytes
     np.testing.assert_allclose(engine.run(other_size).cls, eager.run(other_size).cls, atol=1e-5)
 
 
+@pytest.mark.usefixtures("captured")
 def test_what_cannot_be_compiled_is_captured_eagerly(
     weights: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def no_compiler(*_arguments):
         raise RuntimeError("Failed to find C compiler\nand a page of advice")
 
-    monkeypatch.setattr(module, "_Replayed", StandIn)
     engine = open_engine(weights)
     engine._compiled = no_compiler
     monkeypatch.setattr(StandIn, "__init__", _calls_forward(StandIn.__init__))
@@ -148,8 +163,8 @@ def test_what_cannot_be_compiled_is_captured_eagerly(
 
 
 def _calls_forward(plain):
-    def init(self, forward, batch, shape, device):
-        plain(self, forward, batch, shape, device)
+    def init(self, forward, batch, shape, device, pool):
+        plain(self, forward, batch, shape, device, pool)
         forward(torch.zeros(1, *shape))
 
     return init

@@ -56,6 +56,33 @@ async def test_an_idle_engine_takes_one_image_at_once():
     assert engine.batches[0] == (1, 3, 28, 28)
 
 
+async def test_batches_share_one_buffer_and_keep_their_own_features():
+    engine = FakeEngine()
+    taken = []
+
+    def run(pixels, outputs):
+        taken.append(pixels)
+        return list(engine.run(pixels).cls)
+
+    batcher = Batcher(
+        run, patch_size=14, batch_max_patches=16, queue_max_images=100, queue_max_patches=1000, metrics=Metrics()
+    )
+    try:
+        rows = []
+        for first in (0, 3):
+            held_back = await held(batcher, engine)
+            futures = [batcher.submit(image(first + i)) for i in range(3)]
+            engine.gate.set()
+            rows += [done.row for done in await asyncio.gather(held_back, *futures)][1:]
+            engine.gate = None
+    finally:
+        batcher.close()
+    pairs = [pixels for pixels in taken if len(pixels) == 3]
+    assert np.shares_memory(pairs[0], pairs[1])
+    for i, row in enumerate(rows):
+        np.testing.assert_array_equal(row, engine.run(image(i)[None]).cls[0])
+
+
 async def test_what_waits_becomes_the_next_batch_bounded_by_patches_in_order():
     engine = FakeEngine()
     async with batching(engine, batch_max_patches=16) as batcher:
