@@ -229,9 +229,10 @@ def shard(
 
 def drop_gathered(network: nn.Module) -> None:
     """Free the weights that `network` has gathered from other ranks, so that each rank has only its own slices."""
-    for module in network.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    if isinstance(network, FSDPModule):
+        for module in network.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def replicate(network: nn.Module, world: World) -> nn.Module:

@@ -4,10 +4,12 @@
 """
 
 import functools
+import importlib.util
 import io
-import os
 import shutil
 import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,7 +104,7 @@ def test_checkpointed_blocks_are_compiled_too_and_have_the_same_gradients(drop_p
 @pytest.fixture
 def probe():
     """Return a function that asks anew whether Triton can run, and forget the answer after the test."""
-    if kernels.importlib.util.find_spec("triton") is None:
+    if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
 
     def ask():
@@ -130,9 +132,9 @@ def test_a_compiler_that_does_not_run_or_has_no_headers(probe, monkeypatch, tmp_
 @pytest.mark.skipif(not (shutil.which("gcc") or shutil.which("clang")), reason="there is no C compiler here")
 def test_a_working_compiler(probe, monkeypatch):
     monkeypatch.delenv("CC", raising=False)
-    headers = os.path.join(kernels.sysconfig.get_path("include", "posix_prefix"), "Python.h")
-    if not os.path.exists(headers):
-        pytest.skip(f"Python's header files are not installed ({headers})")
+    headers = Path(sysconfig.get_path("include", "posix_prefix"))
+    if not (headers / "Python.h").is_file():
+        pytest.skip(f"Python's header files are not installed in {headers}")
     assert probe() is None
 
 
