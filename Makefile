@@ -63,12 +63,13 @@ check: $(TEST_ENV)/$(STAMP) ## run ruff, mypy (strict) and the check of the impo
 docs: $(TEST_ENV)/$(STAMP) ## generate docs/settings.md, metrics.md and commands.md from the code
 	@$(TEST_ENV)/bin/python docs/reference.py
 
-bench: $(TEST_ENV)/$(STAMP) ## run the benchmarks that need no images: engines, search, crashes
+bench: $(TEST_ENV)/$(STAMP) ## run the benchmarks that need no images: engines, search, crashes, GPU code without a GPU
 	@$(TEST_ENV)/bin/python benchmarks/engine.py
 	@$(TEST_ENV)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[bench]'
 	@$(TEST_ENV)/bin/python benchmarks/search.py --vectors 100000 --http
 	@$(TEST_ENV)/bin/python benchmarks/soak.py --seconds 60
 	@$(TEST_ENV)/bin/python benchmarks/crash.py --kills 200
+	@$(TEST_ENV)/bin/python benchmarks/gpu_proofs.py all
 
 # The images install these files with --require-hashes. In the GPU image, ONNX Runtime for CPUs is replaced. setuptools
 # builds the project itself.

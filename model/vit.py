@@ -112,6 +112,17 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(gate) * value)
 
 
+class LayerNorm(nn.LayerNorm):
+    """A LayerNorm that computes in the precision of its input, whatever the precision of its weights.
+
+    FSDP2 casts the weights of a block to half precision, but the residual stream stays in float32. torch accepts the
+    two in one call only under autocast on a GPU.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class LayerScale(nn.Module):
     """A layer that multiplies each channel of a residual branch by a learned gain (arXiv 2103.17239)."""
 
@@ -130,9 +141,9 @@ class Block(nn.Module):
     def __init__(self, config: ViTConfig, drop_path_rate: float) -> None:
         super().__init__()
         dim = config.embed_dim
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm1 = LayerNorm(dim, eps=NORM_EPS)
         self.attn = Attention(config)
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm2 = LayerNorm(dim, eps=NORM_EPS)
         self.mlp: Mlp | SwiGLU = Mlp(config) if config.ffn == "mlp" else SwiGLU(config)
         init = config.layerscale_init
         self.ls1: nn.Module = nn.Identity() if init is None else LayerScale(dim, init)
@@ -195,7 +206,7 @@ class DinoVisionTransformer(nn.Module):
         )
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(Block(config, drop_path_rate) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm = LayerNorm(dim, eps=NORM_EPS)
         if not self.cls_token.is_meta:  # loaded weights replace the tensors of a network on the meta device
             self.init_weights()
 

@@ -93,9 +93,13 @@ class TrainConfig(BaseModel):
     seed: int = Field(0, ge=0, lt=2**32, description="seed of all random numbers of the run")
     device: str = Field("auto", description="auto (cuda if there is a GPU, else cpu), cpu, cuda, cuda:1, ...")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: bf16 if the device supports it; fp16 scales the loss"
+        "auto",
+        description="auto: bf16 if the device supports it, otherwise fp16 on a GPU and fp32 on a CPU; fp16 scales "
+        "the loss",
     )
-    compile: bool | Literal["auto"] = Field("auto", description="torch.compile each block; auto: on GPUs")
+    compile: bool | Literal["auto"] = Field(
+        "auto", description="torch.compile each block; auto: on GPUs, if there is a C compiler"
+    )
     strategy: Literal["auto", "ddp", "fsdp"] = Field(
         "auto", description="with several ranks: a whole copy on each (ddp) or slices (fsdp); auto: fsdp for ViT-g"
     )

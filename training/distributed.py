@@ -206,9 +206,11 @@ def shard(
     """Shard a network in place with FSDP2, so that each rank has a slice of its weights.
 
     Each of `blocks` is sharded separately, and the rest of the network is sharded as one unit. Gradients are averaged
-    in float32. The weights of a block are sent between ranks in `compute_dtype`. Set `trains` to True if the network
-    trains. The weights outside the blocks then stay gathered after the forward pass, because the backward pass needs
-    the heads first.
+    in float32. The weights of a block are sent between ranks in `compute_dtype`.
+
+    Set `trains` to True if the network trains. Each rank then gathers the weights once in a step and keeps them for all
+    micro-batches, in the forward and the backward pass, until `drop_gathered`. This is ZeRO's second stage, like
+    SHARD_GRAD_OP in Meta's code (docs/decisions/0049-gpu-training.md).
     """
     # FSDP2 warns that the outputs are views, but no code writes into them.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -219,9 +221,18 @@ def shard(
         cast_forward_inputs=False,
     )
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not trains)
     whole_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    fully_shard(network, mesh=mesh, mp_policy=whole_policy, reshard_after_forward=not trains)
+    sharded = fully_shard(network, mesh=mesh, mp_policy=whole_policy, reshard_after_forward=not trains)
+    sharded.set_reshard_after_backward(not trains)
+
+
+def drop_gathered(network: nn.Module) -> None:
+    """Free the weights that `network` has gathered from other ranks, so that each rank has only its own slices."""
+    if isinstance(network, FSDPModule):
+        for module in network.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def replicate(network: nn.Module, world: World) -> nn.Module:

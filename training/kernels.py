@@ -21,7 +21,13 @@ the student.
 
 import functools
 import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,7 +69,7 @@ def soft_cross_entropy(student_logits: Tensor, targets: Tensor | TeacherTargets,
     _check(student_logits, targets)
     if not len(student_logits):
         return student_logits.float().sum(dim=-1)
-    if student_logits.device.type == "cuda" and _has_triton():
+    if student_logits.device.type == "cuda" and why_no_triton() is None:
         from training.triton_cross_entropy import triton_cross_entropy
 
         return triton_cross_entropy(student_logits, targets, student_temp)
@@ -137,5 +143,28 @@ def _check(student_logits: Tensor, targets: Tensor | TeacherTargets) -> None:
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def why_no_triton() -> str | None:
+    """Return the reason why Triton's kernels cannot run in this environment, or None if they can.
+
+    When a kernel runs for the first time, Triton compiles C code that starts it (`triton/runtime/build.py`). This needs
+    a C compiler and the header files of Python, so this function compiles a file with the compiler that Triton chooses.
+    torch.compile uses Triton on a GPU, and therefore needs the same.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return "Triton needs a C compiler, and neither gcc nor clang is installed"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.c")
+        source.write_text("#include <Python.h>\n")
+        headers = sysconfig.get_path("include", "posix_prefix")
+        command = [compiler, str(source), "-shared", "-fPIC", f"-I{headers}", "-o", str(Path(folder, "probe.so"))]
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, timeout=60)  # noqa: S603 - as Triton does
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"Triton needs a C compiler, and {compiler} does not run ({error})"
+    if result.returncode:
+        errors = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
+        return f"Triton needs a C compiler, and {compiler} does not compile: {' '.join(errors[:1])}"
+    return None

@@ -5,6 +5,7 @@ import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from model.config import ViTConfig
 from model.loading import read_model
 from training.config import TrainConfig
 from training.distributed import World, replicate, shard
+from training.kernels import why_no_triton
 from training.optimizer import make_optimizer
 from training.state import FOLDER, KEPT_BEST, Parts, find_state
 from training.step import Setup
@@ -27,15 +29,16 @@ LOSS_SCALE = 2.0**16  # the initial loss scale for fp16, as in torch's GradScale
 def make_autocast(precision: str, device: torch.device) -> torch.autocast:
     """Return the autocast context for a precision: `fp32`, `bf16`, `fp16` or `auto`.
 
-    `auto` means bf16 if the device has native bf16 matrix products, and fp32 otherwise.
+    `auto` means bf16 if the device has native bf16 matrix products. Otherwise it means fp16 on a GPU, because the GPUs
+    before compute capability 8.0 have tensor cores for fp16, and fp32 on a CPU.
     """
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu._is_avx512_bf16_supported()
-    if precision == "fp16":
-        return torch.autocast(device.type, torch.float16)
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or (precision == "auto" and native))
+    if precision == "auto":
+        if device.type == "cuda":
+            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        else:
+            precision = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 def compute_dtype(autocast: torch.autocast) -> torch.dtype:
@@ -136,12 +139,12 @@ def make_setup(config: TrainConfig, world: World, frozen_teacher: nn.Module | No
     autocast = make_autocast(config.precision, world.device)
     student = make_network(config).to(world.device)
     ema = make_teacher(student)
+    if should_compile(config.compile, world.device):
+        compile_blocks(student, frozen_teacher or ema)
     if config.checkpoint_blocks:
         for block in student.backbone.blocks:
             # The backward pass recomputes everything but a block's input.
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    if config.compile if isinstance(config.compile, bool) else world.device.type == "cuda":
-        compile_blocks(student, frozen_teacher or ema)
     sharded = world.size > 1 and strategy_of(config) == "fsdp"
     if sharded:
         for network in (student, ema):
@@ -157,15 +160,33 @@ def make_setup(config: TrainConfig, world: World, frozen_teacher: nn.Module | No
     if config.centering == "softmax":
         names = ("dino", "ibot") if config.ibot_weight > 0 else ("dino",)
         buffers = {name: torch.zeros(1, config.n_prototypes, device=world.device) for name in names}
-    if config.precision == "fp16":
+    if compute_dtype(autocast) == torch.float16:
         buffers["loss_scale"] = torch.tensor(LOSS_SCALE, device=world.device)
         buffers["good_steps"] = torch.tensor(0.0, device=world.device)
     parts = Parts(student, ema, frozen_teacher or ema, optimizer, buffers)
     return Setup(parts, student if sharded else replicate(student, world), autocast, world)
 
 
+def should_compile(setting: bool | Literal["auto"], device: torch.device) -> bool:
+    """Return whether to compile the blocks, according to the setting `compile`.
+
+    `auto` means to compile them on a GPU if Triton can run there.
+
+    Raises:
+        ValueError: the setting is True, but Triton cannot run on the GPU.
+    """
+    reason = why_no_triton() if device.type == "cuda" and setting is not False else None
+    if setting is True and reason is not None:
+        raise ValueError(f"compile=true is not possible here: {reason}")
+    return device.type == "cuda" and reason is None if setting == "auto" else setting
+
+
 def compile_blocks(*networks: nn.Module) -> None:
-    """Compile each block of the networks in place with torch.compile."""
+    """Compile the forward pass of each block of the networks in place with torch.compile.
+
+    The checkpointing of blocks must be added around the compiled code. torch.compile skips torch's function for
+    checkpointing, and also everything that it calls.
+    """
     # There is a version for each crop size, for student and teacher, and for the main and the last phase. By default,
     # torch silently stops compiling after 8 versions.
     torch._dynamo.config.recompile_limit = 64
@@ -175,7 +196,7 @@ def compile_blocks(*networks: nn.Module) -> None:
     for network in networks:
         for block in network.get_submodule("backbone.blocks").children():
             # There are few input sizes. Dynamic sizes fail with drop path, which selects a share of the batch.
-            block.compile(dynamic=False)
+            block.forward = torch.compile(block.forward, dynamic=False)
 
 
 def strategy_of(config: TrainConfig) -> str:

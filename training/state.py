@@ -358,4 +358,5 @@ def load_state(saved: Saved, parts: Parts) -> None:
                 for key, value in by_name[name].items()
             }
     for name, value in parts.buffers.items():
-        value.copy_(state["buffers"][name])
+        if name in state["buffers"]:  # a run that begins in bf16 and continues in fp16 has no loss scale yet
+            value.copy_(state["buffers"][name])

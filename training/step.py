@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from training.data.crops import Crops
 from training.distributed import (
     World,
+    drop_gathered,
     gather_rows,
     gradients_stay_local,
     local,
@@ -282,6 +283,7 @@ def accumulate_gradients(
             terms["teacher_entropy"] = entropy(target.cls)
         for name, value in terms.items():
             means[name] = means.get(name, 0) + value.detach() / len(micros)
+    drop_gathered(setup.learner)
     return means, torch.cat(cls_tokens)
 
 

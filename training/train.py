@@ -40,6 +40,7 @@ from training.data.run_images import open_data
 from training.distill import PrototypeTeacher
 from training.distributed import World, agree, from_main, join
 from training.ending import STOPPED, RunStopped, Signals, note_stop, signals_noted, why_stopped
+from training.kernels import why_no_triton
 from training.plan import plan_run
 from training.release import release
 from training.run import (
@@ -93,6 +94,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
         given = config.model_dump(mode="json")
         if (reason := from_main(world, why_stopped(config.out, given) if world.is_main else None)) is not None:
             raise RunStopped(reason)
+        warn_without_triton(world, console)
         sources, _ = image_settings(config)
         listing = list_images(sources, world, console)
         saved, damaged = from_main(world, start_from(config.out) if world.is_main else (None, []))
@@ -133,12 +135,19 @@ def dry_run(config: TrainConfig, console: Console | None = None) -> None:
         join(config.device) as world,
         attention_kernel(world.device, compute_dtype(make_autocast(config.precision, world.device))),
     ):
+        warn_without_triton(world, console)
         sources, _ = image_settings(config.model_copy(update={"out": Path(folder)}))
         listing = list_images(sources, world, console)
         config = config.model_copy(update={"estimate": True, "out": place})
         planned = plan_run(config, listing, world, None, partial(tell, console))
         if world.is_main:
             tell(console, *planned.lines)
+
+
+def warn_without_triton(world: World, console: Console) -> None:
+    """Warn the user if this machine has a GPU, but Triton cannot run there."""
+    if world.is_main and world.device.type == "cuda" and (reason := why_no_triton()) is not None:
+        tell(console, f"warning: blocks are not compiled and no Triton kernel is used, so training is slower. {reason}")
 
 
 @contextmanager

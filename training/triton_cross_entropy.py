@@ -56,7 +56,9 @@ class _TritonCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         student_logits, targets = student_logits.contiguous(), targets.contiguous()
         n_rows, k = student_logits.shape
-        loss, lse, mass = torch.empty(3, n_rows, device=student_logits.device, dtype=torch.float32).unbind()
+        # Triton compiles a kernel again if an argument is no longer aligned to 16 bytes. Separate tensors are always
+        # aligned. Rows of one tensor would be aligned or not, depending on their length.
+        loss, lse, mass = (student_logits.new_empty(n_rows, dtype=torch.float32) for _ in range(3))
         ctx.sizes = {
             "n_targets": targets.shape[-2],
             "n_students": n_rows // targets.shape[-2],

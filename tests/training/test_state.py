@@ -97,6 +97,15 @@ def test_student_and_average_come_back_each_as_it_was(tmp_path):
     assert other.teacher is other.ema
 
 
+def test_a_run_that_began_in_bf16_continues_in_fp16_with_the_first_loss_scale(out):
+    """With precision=auto, the GPU decides."""
+    parts = parts_at(5)
+    parts.buffers["loss_scale"] = torch.tensor(2.0**16)
+    load_state(find_state(out)[0], parts)
+    assert float(parts.buffers["loss_scale"]) == 2.0**16
+    assert (parts.buffers["dino"] == 20).all()
+
+
 def test_an_optimizer_that_has_gone_further_forgets_what_the_state_has_not(tmp_path):
     parts = parts_at(3)
     parts.optimizer.state.clear()

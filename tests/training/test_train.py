@@ -1,5 +1,6 @@
 """The loop: it learns, resumes bit for bit, lists what it cannot read, and refuses nonsense."""
 
+import functools
 import json
 import math
 import shutil
@@ -566,10 +567,7 @@ def test_a_frozen_backbone_stays_while_the_heads_learn(photos, tmp_path):
 
 def test_compiled_blocks_train_like_plain_ones_with_drop_path_and_several_sizes(photos, tmp_path, monkeypatch):
     # Traced and differentiated as for inductor, whose C++ takes minutes to compile: that was tried by hand.
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self, **options: compile_module(self, backend="aot_eager", **options)
-    )
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     last = {"share": 0.4, "global_size": 42, "local_size": 28}
     # KoLeo's gradient is rounding where class tokens nearly coincide, as those of an untrained network do.
     one_block = {"vit": {**TINY["vit"], "depth": 1}, "last_phase": last, "drop_path": 0.3, "epochs": 1}

@@ -10,6 +10,7 @@ from training.config import TrainConfig
 from training.data import crops as crops_module
 from training.data.augment import Geometry, Jitter, View
 from training.data.crops import make_crops, make_micros
+from training.distributed import World
 from training.wiring import crop_settings
 
 BATCH = 6
@@ -200,3 +201,15 @@ def test_no_masks_where_none_are_wanted(photos):
     masks = crops_of(config(mask_probability=0.0), photos, [2, 3]).masks
     assert masks.shape == (4, 16)
     assert not masks.any()
+
+
+@pytest.mark.parametrize("changes", [{}, {"white_balance": 0.2, "vertical_flip": 0.5, "quarter_turns": 0.5}])
+def test_making_the_crops_never_waits_for_the_device(photos, changes):
+    """A tensor on the meta device has no data, so code that reads a value raises an error."""
+    images, aspect = photos
+    settings = crop_settings(config(micro_batch=3, **changes))
+    meta = World(0, 1, torch.device("meta"))
+    for step in range(5):
+        micros = make_micros(settings, meta, images, aspect, step, 10)
+        assert [micro.globals_.device.type for micro in micros] == ["meta", "meta"]
+        assert micros[0].globals_.shape == (6, 3, 56, 56)
