@@ -21,8 +21,8 @@ from workers import onnx_session
 from model.config import ViTConfig
 from model.convert import convert
 from model.engines.onnxruntime_engine import OnnxEngine
-from model.onnx_graph.build import GraphSpec, Precision, write_onnx
-from model.onnx_graph.quantize import Int8Weights
+from model.onnx_graph.build import write_onnx
+from model.onnx_graph.spec import GraphSpec, Int8Weights, Precision
 from model.vit import DinoVisionTransformer
 
 FloatArray = npt.NDArray[np.float32]

@@ -1,12 +1,16 @@
 """Measure find-region, match, and re-ranking with stored patch features.
 
-    python benchmarks/find_region.py [--items 10000] [--parts find,match,rerank,scenes,budget]
+    python benchmarks/find_region.py [--items 10000] [--parts find,match,rerank,agreement,scenes,budget]
+        [--queries 20] [--images FOLDER]
 
 find    A service in this process finds a region in a collection of `--items` images, whose patch features are stored on
         disk. The features are those of generated scenes, drawn from 240 images. Widths: 192 (the bundled model) and 384
         (a random ViT-S, whose stored features are those of the bundled model in two rotations, side by side).
 match   The time of `match` and of one forward pass at 224 pixels, in alternating runs.
-rerank  The time of `rerank: patches` at depth 20 without and with stored patch features.
+rerank  The time of `rerank: patches` at depth 20 if the patch features are computed, stored when the images were added,
+        or stored although the vectors were cached before. Widths as above, of which 384 has random weights. To measure
+        another version, name its folder in PYTHONPATH.
+agreement  How the scores and orders of stored patch features differ from those of float32, on the images of a folder.
 scenes  The mean IoU of masks and the rank of the right image, on generated scenes, with and without debias.
 budget  The share of entries that repeated scans find if not all entries fit. Random ones or the oldest are evicted.
 
@@ -35,10 +39,11 @@ from serving import random_artifact  # benchmarks/serving.py
 
 from model.artifact import Artifact, bundled_artifact, load_artifact
 from model.config import config_for
+from model.decode import decode
 from model.engines.choice import load_engine
 from model.preprocess import crop_box, preprocess
 from service.app import create_app
-from service.features.patches import Patches
+from service.features.patches import Patches, unit_rows
 from service.originals import source_of
 from service.search.store import CollectionSpec, Item
 from service.settings import Settings
@@ -46,6 +51,7 @@ from service.vision.find_region import Reference, learn_region, mask_scores, sco
 from service.vision.foreground import upsample_mask
 from service.vision.local import Vision
 from service.vision.mask import coco_rle_encode
+from service.vision.maxsim import maxsim
 from service.vision.positional_bias import positional_basis
 from service.vision.region import mask_weights
 from tests.service.vision.test_find_region import Scene, pair
@@ -109,7 +115,7 @@ async def measure_find(vision: Vision, items: int, width: int, folder: Path) -> 
             await run.store.upsert("shop", new, tag=tag)
         started = time.perf_counter()
         for i, digest in enumerate(digests):
-            await run.pipeline.patch_cache.add(digest, packed[i % len(packed)], recent=False)
+            await run.pipeline.patch_cache.add({digest: packed[i % len(packed)]}, recent=False)
         written_s = time.perf_counter() - started
         answers = []
         for number in (0, 1, 2):  # item 2 * number has the features of the first scene of a pair
@@ -142,27 +148,38 @@ def measure_match(vision: Vision) -> dict[str, Any]:
     return result
 
 
-async def measure_rerank(vision: Vision, folder: Path) -> dict[str, Any]:
-    pairs, _ = scenes(vision, 60)
+async def measure_rerank(vision: Vision, width: int, folder: Path, queries: int) -> dict[str, Any]:
+    """Return the times of queries by id, without and with stored patch features. In the last case, the vectors of the
+    images were cached before the images were added to the collection."""
+    pairs, _ = scenes(vision, 3 * queries)
     images = [png(scene.image) for both in pairs for scene in both]
+    artifact = vision.artifact
+    if width == 384:
+        spec = artifact.manifest.preprocess
+        artifact = random_artifact(config_for("dinov2_vits14"), spec, folder / "vits", name="random_vits14")
     result: dict[str, Any] = {}
-    for name, limit in (("without a store", 0), ("with a store", 2**30)):
-        place = folder / name.split()[0]
+    for name, limit, is_cached in (("computed", 0, False), ("stored", 2**30, False), ("cached first", 2**30, True)):
         kept = {"patch_store_bytes": limit, "patch_cache_bytes": 0, "request_deadline_s": 600}
-        async with service(vision.artifact, place, **kept) as (_, client):
+        async with service(artifact, folder / name, **kept) as (_, client):
             await client.put("/v1/collections/shop", json={"originals": True})
-            items = [{"id": f"p{i}", "image": base64.b64encode(image).decode()} for i, image in enumerate(images)]
+            texts = [base64.b64encode(image).decode() for image in images]
+            if is_cached:
+                for text in texts:
+                    (await client.post("/v1/embeddings", json={"input": text})).raise_for_status()
+            started = time.perf_counter()
+            items = [{"id": f"p{i}", "image": text} for i, text in enumerate(texts)]
             for start in range(0, len(items), 40):
                 body = {"items": items[start : start + 40]}
                 (await client.post("/v1/collections/shop/items", json=body)).raise_for_status()
-            walls, cpu = [], time.process_time()
-            for i in range(20):
+            added_s, walls, cpu = time.perf_counter() - started, [], time.process_time()
+            for i in range(queries):
                 started = time.perf_counter()
                 body = {"id": f"p{i}", "rerank": "patches", "rerank_depth": 20}
                 (await client.post("/v1/collections/shop/search", json=body)).raise_for_status()
                 walls.append(time.perf_counter() - started)
-            cpu_ms = 1e3 * (time.process_time() - cpu) / len(walls)
-        result[name] = {"ms": 1e3 * float(np.median(walls)), "cpu_ms": cpu_ms}
+            cpu_ms = 1e3 * (time.process_time() - cpu) / queries
+        times = {"ms": 1e3 * float(np.median(walls)), "slowest_ms": 1e3 * max(walls), "cpu_ms": cpu_ms}
+        result[name] = times | {"added_per_s": len(items) / added_s}
     return result
 
 
@@ -185,6 +202,31 @@ def measure_scenes(vision: Vision, count: int = 96) -> dict[str, Any]:
         first_share = float(np.mean(np.array(ranks) == 0))
         result[name] = {"directions": len(basis), "mean_iou": float(np.mean(overlaps)), "right_first": first_share}
     return result
+
+
+def measure_agreement(vision: Vision, folder: Path, queries: int, depth: int = 20) -> dict[str, float]:
+    """Compare scores and orders of stored patch features (int8) with those of float32, on the images of a folder. Each
+    query re-ranks the `depth` images with the nearest vectors."""
+    spec = vision.artifact.manifest.preprocess
+    files = random.Random(0).sample(sorted(folder.rglob("*.jpg")), 3 * queries)
+    features = [vision.engine.run(preprocess(decode(file.read_bytes()), spec)[None]) for file in files]
+    vectors = unit_rows(np.stack([each.cls[0] for each in features]))
+    exact = [unit_rows(each.patches[0]) for each in features]
+    side = round(len(exact[0]) ** 0.5)
+    stored = [unit_rows(Patches.of(each.patches[0], (side, side), (1, 1)).rows) for each in features]
+    errors, same_order, same_first, same_five = [], 0, 0, 0
+    for query in range(queries):
+        near = [i for i in np.argsort(-(vectors @ vectors[query])) if i != query][:depth]
+        wanted = np.array([maxsim(exact[query], exact[i]) for i in near])
+        got = np.array([maxsim(stored[query], stored[i]) for i in near])
+        errors += list(np.abs(wanted - got))
+        orders = np.argsort(-wanted, kind="stable"), np.argsort(-got, kind="stable")
+        same_order += bool((orders[0] == orders[1]).all())
+        same_first += bool(orders[0][0] == orders[1][0])
+        same_five += set(orders[0][:5]) == set(orders[1][:5])
+    shares = {"same_order": same_order, "same_first": same_first, "same_five": same_five}
+    largest, mean = float(max(errors)), float(np.mean(errors))
+    return {"largest_error": largest, "mean_error": mean} | {key: value / queries for key, value in shares.items()}
 
 
 def measure_budget(entries: int = 1000, scans: int = 5) -> dict[str, dict[str, float]]:
@@ -210,7 +252,9 @@ def measure_budget(entries: int = 1000, scans: int = 5) -> dict[str, dict[str, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--items", type=int, default=10_000)
-    parser.add_argument("--parts", default="find,match,rerank,scenes,budget")
+    parser.add_argument("--parts", default="find,match,rerank,agreement,scenes,budget")
+    parser.add_argument("--queries", type=int, default=20, help="queries that are re-ranked")
+    parser.add_argument("--images", type=Path, help="folder of at least three times as many .jpg images, for agreement")
     parser.add_argument("--out", type=Path, default=RESULTS / f"{time.strftime('%Y-%m-%d')}-find-region.json")
     arguments = parser.parse_args()
     artifact = load_artifact(bundled_artifact())
@@ -225,7 +269,12 @@ def main() -> None:
         if "match" in parts:
             result["match"] = measure_match(vision)
         if "rerank" in parts:
-            result["rerank"] = asyncio.run(measure_rerank(vision, folder))
+            result["rerank"] = {
+                str(width): asyncio.run(measure_rerank(vision, width, folder / f"rerank-{width}", arguments.queries))
+                for width in (192, 384)
+            }
+        if "agreement" in parts and arguments.images is not None:
+            result["agreement"] = measure_agreement(vision, arguments.images, arguments.queries)
         if "scenes" in parts:
             result["scenes"] = measure_scenes(vision)
         if "budget" in parts:

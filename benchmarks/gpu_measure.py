@@ -83,7 +83,8 @@ def network_of(setting: Setting) -> tuple[Any, Any, Any]:
 
 
 def graph_file(folder: Path, weights: Any, config: Any, setting: Setting, precision: str, attention: str) -> Path:
-    from model.onnx_graph.build import GraphSpec, write_onnx
+    from model.onnx_graph.build import write_onnx
+    from model.onnx_graph.spec import GraphSpec
 
     side = 56 if setting.tiny else setting.arguments["pixels"]
     spec = GraphSpec(size=(side, side), precision=precision, outputs=("cls", "patches"), attention=attention)

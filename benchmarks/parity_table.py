@@ -31,7 +31,8 @@ from model.config import ViTConfig, config_for
 from model.cpus import available_cpus
 from model.engines.parity import compare, sample_photos
 from model.engines.protocol import Features
-from model.onnx_graph.build import GraphSpec, build_onnx
+from model.onnx_graph.build import build_onnx
+from model.onnx_graph.spec import GraphSpec
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
 

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from model.config import ViTConfig, config_for
-from model.onnx_graph.build import AttentionForm, GraphSpec, Precision, write_onnx
+from model.onnx_graph.build import write_onnx
+from model.onnx_graph.spec import AttentionForm, GraphSpec, Precision
 from model.vit import DinoVisionTransformer
 
 

@@ -24,7 +24,8 @@ from model.cpus import available_cpus
 from model.engines.tensorrt_build import BuildError, count_fused_attention, find_library
 from model.engines.tensorrt_export import run_job
 from model.engines.tensorrt_plans import PROFILES
-from model.onnx_graph.build import GraphSpec, write_onnx
+from model.onnx_graph.build import write_onnx
+from model.onnx_graph.spec import GraphSpec
 
 RESULTS = Path(__file__).parent / "results"
 

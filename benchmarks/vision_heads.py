@@ -38,7 +38,8 @@ from model.cpus import available_cpus  # noqa: E402
 from model.engines.onnxruntime_engine import OnnxEngine  # noqa: E402
 from model.heads.record import HeadDescription, dpt_shapes, input_width  # noqa: E402
 from model.heads.store import add_head, choose_head, open_head  # noqa: E402
-from model.onnx_graph.build import GraphSpec, write_onnx  # noqa: E402
+from model.onnx_graph.build import write_onnx  # noqa: E402
+from model.onnx_graph.spec import GraphSpec  # noqa: E402
 from model.preprocess import REFERENCE_224, preprocess  # noqa: E402
 from service.features.pipeline import View  # noqa: E402
 from service.options import parse_options  # noqa: E402

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import wraps
 from inspect import Parameter, Signature, signature
@@ -76,14 +77,16 @@ class Migrating:
 
     def run(self, model: str, *, makes: bool, **options: Any) -> None:
         """Migrate to a model and print the report. `options` are further ones of `MigrationOptions`."""
+        from service.features.patch_store import patch_store_of
         from service.migration.run import migrate
         from service.migration.work import MigrationOptions
 
         async def work(store: "VectorStore", settings: "Settings") -> "MigrationReport":
-            places = _places(store, settings, read_sources=self.read_sources)
-            path, opened = _open(model, settings, self.engine, self.threads)
-            shared = MigrationOptions(lost=self.lost, share=self.share, end_window=self.end_window)
-            return await migrate(places, path, opened, replace(shared, **options), _Progress(self.progress))
+            with closing(patch_store_of(settings)) as patches:
+                places = replace(_places(store, settings, read_sources=self.read_sources), patches=patches)
+                path, opened = _open(model, settings, self.engine, self.threads)
+                shared = MigrationOptions(lost=self.lost, share=self.share, end_window=self.end_window)
+                return await migrate(places, path, opened, replace(shared, **options), _Progress(self.progress))
 
         _print_report(run_with(None, self.data_dir, work, makes=makes), self.as_json)
 

@@ -1,5 +1,6 @@
 """The command `dinov2 originals erase`, which erases stored images."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -46,8 +47,8 @@ def erase(
     data_dir: DataDirOption = DATA,
     store: StoreOption = None,
 ) -> None:
-    """Erase one stored image, or all images that no item needs. The service may keep running. Snapshots, backups and
-    cached features of an image are not erased."""
+    """Erase one stored image, or all images that no item needs. The service may keep running. The patch
+    features of an image are erased too, but snapshots, backups and cached vectors are not."""
     if (digest is None) != unreferenced:
         raise fail("give either the sha256 of an image or --unreferenced")
     if dry_run and not unreferenced:
@@ -58,9 +59,11 @@ def erase(
 
     async def work(vectors: "VectorStore", settings: "Settings") -> "Erased":
         from service.erasure import erase_image
+        from service.features.patch_store import patch_store_of
         from service.originals import Originals
 
-        return await erase_image(vectors, Originals(settings.originals_place), digest.lower(), items)
+        with closing(patch_store_of(settings)) as patches:
+            return await erase_image(vectors, Originals(settings.originals_place), patches, digest.lower(), items)
 
     erased = run_with(store, data_dir, work)
     for reference in erased.items:
@@ -72,9 +75,11 @@ def erase(
 def _erase_unreferenced(data_dir: Path, store: str | None, dry_run: bool) -> None:
     async def work(vectors: "VectorStore", settings: "Settings") -> "Unreferenced":
         from service.erasure import erase_unreferenced
+        from service.features.patch_store import patch_store_of
         from service.originals import Originals
 
-        return await erase_unreferenced(vectors, Originals(settings.originals_place), only_count=dry_run)
+        with closing(patch_store_of(settings)) as patches:
+            return await erase_unreferenced(vectors, Originals(settings.originals_place), patches, only_count=dry_run)
 
     found = run_with(store, data_dir, work)
     said = "would be erased" if dry_run else "erased"

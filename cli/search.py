@@ -358,9 +358,9 @@ def _patches_kept(
         yield None
         return
     from service.features.patch_cache import patches_key
-    from service.features.patch_store import PatchStore
+    from service.features.patch_store import patch_store_of
 
-    store = PatchStore(settings.patch_store_file, settings.patch_store_bytes)
+    store = patch_store_of(settings)
 
     def keep(patches: "Mapping[str, Patches]") -> None:
         model = artifact.fingerprint, engine.precision

@@ -4,7 +4,6 @@ The commands open the vector store themselves, so they need no running server. A
 embedded store at the same time. Heavy packages are imported only when a command runs, so `dinov2 --help` is fast.
 """
 
-import asyncio
 import json
 import os
 import re
@@ -190,6 +189,8 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
         typer.Exit: an expected error occurred, such as a missing collection. Its message has been printed, and the
             status is 2.
     """
+    import asyncio
+
     from service.errors import ServiceError
 
     try:

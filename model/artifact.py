@@ -30,9 +30,7 @@ from model.config import ViTConfig
 from model.convert import finite_problem
 from model.files import NAME_PATTERN, publish
 from model.messages import in_words
-from model.onnx_graph.build import AttentionForm, GraphSpec, Precision, write_onnx
-from model.onnx_graph.foreign import GRAPH_SUFFIXES, foreign_graph
-from model.onnx_graph.quantize import Int8Weights
+from model.onnx_graph.spec import GRAPH_SUFFIXES, AttentionForm, GraphSpec, Int8Weights, Precision
 from model.preprocess import PreprocessSpec, output_size
 
 MANIFEST = "manifest.json"
@@ -351,6 +349,8 @@ def check_graphs(path: Path, manifest: Manifest) -> None:
     Raises:
         ArtifactError: the manifest lists another graph, or a graph that cannot be built.
     """
+    from model.onnx_graph.foreign import foreign_graph  # imports onnx
+
     specs = {name: spec for name, spec in manifest.specs.items() if name in manifest.files}
     listed = {name: record.sha256 for name, record in manifest.files.items() if name.endswith(GRAPH_SUFFIXES)}
     try:
@@ -434,6 +434,8 @@ def derive_graph(weights: Weights, config: ViTConfig, spec: GraphSpec, target: P
     Raises:
         ArtifactError: the file or its folder cannot be written.
     """
+    from model.onnx_graph.build import write_onnx  # imports onnx
+
     directory = target.parent
     try:
         directory.mkdir(parents=True, exist_ok=True)

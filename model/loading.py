@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from model import zoo
+from model import downloads, zoo
 from model.artifact import MANIFEST, WEIGHTS, verified_manifest
 from model.config import CONFIGS, PosEmbedRule, ViTConfig
 from model.convert import META_HUB, Array, CheckpointError, FloatArray, check_tensors, convert
@@ -173,7 +173,7 @@ def _foreign(path: Path, arch: str | None) -> LoadedWeights:
 
 def _published(entry: zoo.ZooEntry, download: zoo.DownloadOptions) -> LoadedWeights:
     arrays, config = read_weights(entry.name, download=download)
-    source = zoo.downloaded_source(entry, download)
+    source = downloads.downloaded_source(entry, download)
     spec = read_spec({"patch_size": config.patch_size})
     path = download.cache_dir / source.filename
     return LoadedWeights(arrays, config, "published", path, spec, entry.name, {"url": source.url}, entry.licence)

@@ -10,8 +10,6 @@ import os
 from pathlib import Path
 from typing import Final
 
-from PIL import Image
-
 from model.cpus import CGROUPS, MEMBERSHIP, cgroup_folders
 
 LARGE_BYTES: Final = 2**25
@@ -43,6 +41,8 @@ def return_large_blocks() -> None:
     """
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
+    from PIL import Image  # only this function needs it, and commands that handle no image call the others
+
     Image.core.set_block_size(2 * LARGE_BYTES)  # type: ignore[attr-defined]  # documented as the block allocator
 
 

@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from model import zoo
+from model import downloads, zoo
 from model.config import CONFIGS, PosEmbedRule, ViTConfig, config_for
 from model.convert import META_HUB, Array, CheckpointError, Dialect, FloatArray, convert
 from model.torch_file import TorchFileError, read_torch_file
@@ -240,7 +240,7 @@ def read_weights(
     if weights is None:
         if entry is None:
             raise ValueError(f"no weights are published for {name!r}: pass a file with weights=")
-        weights = zoo.download(entry, download)
+        weights = downloads.download(entry, download)
         pos_embed_rule = pos_embed_rule or config.pos_embed_rule
     path = Path(weights)
     tensors = read_tensors(path)

@@ -18,9 +18,7 @@ from model.artifact import (
     verified_manifest,
     verify_file,
 )
-from model.decode import DecodeError, decode
 from model.files import expanded, publish, waiting_lock, working_folder
-from model.folder import walk
 from model.zoo import DownloadOptions, Hosts, resolve
 from service.generations import Generation, Generations
 
@@ -112,6 +110,8 @@ def artifact_of(generation: Generation, data_dir: Path) -> Path:
 def read_photo(path: Path, tell: Callable[[str], object] = log.warning) -> npt.NDArray[np.uint8] | None:
     """Read an image file and return its pixels, uint8 [H, W, 3]. If the file cannot be decoded, call `tell` with a
     message and return None."""
+    from model.decode import DecodeError, decode  # loads the packages of all image formats
+
     try:
         return decode(path.read_bytes())
     except DecodeError as error:
@@ -127,6 +127,8 @@ def read_photos(folder: Path, limit: int, tell: Callable[[str], object] = log.wa
     Raises:
         ValueError: fewer than two images can be decoded.
     """
+    from model.folder import walk  # imports model/decode.py too
+
     paths = [Path(listed.path) for listed in walk(folder) if listed.is_image]
     images: list[npt.NDArray[np.uint8]] = []
     first_pass = paths[:: max(1, len(paths) // limit)]

@@ -14,7 +14,7 @@ from service.features.cache import Cache, make_cache
 from service.features.decode_memory import DecodeMemory
 from service.features.decode_processes import DecodeProcesses
 from service.features.images import Decoding
-from service.features.patch_store import PatchStore
+from service.features.patch_store import patch_store_of
 from service.features.pipeline import Pipeline, PipelineLimits
 from service.features.served_model import ServedModel
 from service.originals import Originals
@@ -85,10 +85,8 @@ def make_pipeline(
     """Return a pipeline for one model. A running event loop is needed. The arguments are those of `opened_service`,
     and what all pipelines of a process share to decode images."""
     general = partial(open_general, artifact, engine, threads=settings.threads or available_cpus())
-    kept = settings.patch_store_bytes
-    patch_store = PatchStore(settings.patch_store_file, kept) if kept else None
     limits = PipelineLimits.of(settings)
-    return Pipeline(artifact, engine, cache, metrics, limits, general, patch_store, decoding)
+    return Pipeline(artifact, engine, cache, metrics, limits, general, patch_store_of(settings), decoding)
 
 
 def with_model(service: Service, artifact: Artifact, engine: Engine, tried: tuple[Tried, ...] = ()) -> Service:

@@ -5,15 +5,18 @@ of the image. To find out which images are needed, all items of all collections 
 A request stores an image shortly before it writes the item. This renews the image's time stamp, and images with a new
 time stamp are spared (docs/decisions/0040-keys.md).
 
-Snapshots and backups do not count as references, and images in backups are not erased.
+The stored patch features of an image are erased with it. Snapshots and backups do not count as references, and images
+in backups are not erased.
 """
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Container
+from collections.abc import AsyncIterator, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
 from service.errors import CollectionNotFound, Conflict, InvalidRequest, NotFound
+from service.features.patch_store import PatchStore
 from service.originals import SHA256, Originals, digest_of
 from service.search.store import CollectionInfo, Item, VectorStore
 from service.search.transfer import pages
@@ -54,18 +57,23 @@ class Unreferenced:
     bytes: int
 
 
-async def erase_image(store: VectorStore, originals: Originals, digest: str, items: Items = "refuse") -> Erased:
-    """Erase one image.
+async def erase_image(
+    store: VectorStore, originals: Originals, patches: PatchStore, digest: str, items: Items = "refuse"
+) -> Erased:
+    """Erase one image and its patch features. If an earlier call erased only the image, because of a fault, this call
+    erases the patch features and raises NotFound.
 
     Raises:
         InvalidRequest: the digest is not a sha256 in hex.
         NotFound: the image is not stored.
         Conflict: `items` is "refuse" and an item refers to the image, or may be about to.
+        StorageFailed: the image or its patch features cannot be erased.
     """
     if not SHA256.fullmatch(digest):
         raise InvalidRequest(f"{digest[:80]!r} is not the sha256 of an image: 64 hex digits, in lower case")
     started = time.time()
     if await originals.size(digest) is None:
+        await _forget(patches, [digest])
         raise NotFound(f"the image {digest} is not stored")
     found = await references(store, {digest})
     if found and items == "refuse":
@@ -79,12 +87,15 @@ async def erase_image(store: VectorStore, originals: Originals, digest: str, ite
             f"the image {digest} was stored less than {GRACE_S:g} s ago, so an item that refers to it may be about to "
             "be written; try again later, or keep such items without the image"
         )
+    await _forget(patches, [digest])
     return Erased(digest, size, found)
 
 
-async def erase_unreferenced(store: VectorStore, originals: Originals, *, only_count: bool = False) -> Unreferenced:
-    """Erase all images to which no item refers, except those that were stored within the last day. If `only_count` is
-    true, erase nothing and return what would be erased."""
+async def erase_unreferenced(
+    store: VectorStore, originals: Originals, patches: PatchStore, *, only_count: bool = False
+) -> Unreferenced:
+    """Erase all images to which no item refers and their patch features, except those that were stored within the last
+    day. If `only_count` is true, erase nothing and return what would be erased."""
     limit = time.time() - UNREFERENCED_GRACE_S
     candidates = await originals.stored_before(limit)
     seen: set[tuple[str, str | None]] = set()
@@ -93,6 +104,8 @@ async def erase_unreferenced(store: VectorStore, originals: Originals, *, only_c
             async for digest in _digests(store, info):
                 candidates.pop(digest, None)
     images = size = 0
+    if not only_count:
+        await _forget(patches, list(candidates))  # if this fails, the next call finds the same images
     for digest, stored in candidates.items():
         try:
             erased = stored if only_count else await originals.erase(digest, unless_since=limit)
@@ -100,6 +113,8 @@ async def erase_unreferenced(store: VectorStore, originals: Originals, *, only_c
             continue
         if erased is not None:
             images, size = images + 1, size + erased
+    if images and not only_count:
+        await _forget(patches, list(candidates))  # a search may have stored patch features in the meantime
     return Unreferenced(images, size)
 
 
@@ -113,6 +128,10 @@ async def references(store: VectorStore, digests: Container[str]) -> list[Refere
         except CollectionNotFound:  # deleted in the meantime
             continue
     return found
+
+
+async def _forget(patches: PatchStore, digests: Sequence[str]) -> None:
+    await asyncio.to_thread(patches.erase, digests)
 
 
 async def _unseen(store: VectorStore, seen: set[tuple[str, str | None]]) -> list[CollectionInfo]:

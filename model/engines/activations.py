@@ -13,8 +13,9 @@ from onnx import TensorProto, helper
 from model.config import ViTConfig
 from model.cpus import available_cpus
 from model.engines.onnxruntime_engine import load_runtime
-from model.onnx_graph.build import GraphSpec, write_onnx
+from model.onnx_graph.build import write_onnx
 from model.onnx_graph.nodes import FloatArray, Weights
+from model.onnx_graph.spec import GraphSpec
 
 
 def measure_activations(weights: Weights, config: ViTConfig, pixels: FloatArray, *, batch: int = 4) -> dict[str, float]:

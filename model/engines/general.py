@@ -11,7 +11,7 @@ from model.artifact import Artifact, derive_graph, graph_name
 from model.engines import parity
 from model.engines.onnxruntime_engine import OnnxEngine, Provider
 from model.engines.protocol import Engine
-from model.onnx_graph.build import GraphSpec
+from model.onnx_graph.spec import GraphSpec
 
 SAMPLES = 2
 """The number of generated images on which the engine is compared with the serving engine."""

@@ -31,15 +31,16 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper
 
 from model.artifact import ONNX, Artifact, GraphRecord, derive_graph, graph_name
 from model.engines.protocol import Features, FloatArray, OpenRequest
-from model.onnx_graph.build import INNER_TENSORS, GraphSpec
+from model.onnx_graph.spec import INNER_TENSORS, GraphSpec
+
+if TYPE_CHECKING:
+    import onnx  # imported when a graph is read, because every command that names an engine imports this module
 
 Provider = Literal["cpu", "cuda"]
 Inner = Literal["no", "on demand", "always"]
@@ -290,7 +291,9 @@ def _options(options: Any, threads: int, spinning: bool, prepack: bool, path: Pa
     return options
 
 
-def _read_graph(path: Path) -> onnx.ModelProto:
+def _read_graph(path: Path) -> "onnx.ModelProto":
+    import onnx
+
     try:
         return onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf raises its own exception class, or OSError
@@ -342,7 +345,7 @@ def _open_session(
     return session
 
 
-def _inner_tensors(model: onnx.ModelProto, *, half: bool) -> dict[str, str]:
+def _inner_tensors(model: "onnx.ModelProto", *, half: bool) -> dict[str, str]:
     """Return the names of the tensors of all inner outputs, keyed by the names of the outputs.
 
     If `half` is True, queries and keys have half precision. Their tensors are then float32 copies, which
@@ -359,11 +362,13 @@ def _inner_tensors(model: onnx.ModelProto, *, half: bool) -> dict[str, str]:
     return tensors
 
 
-def _mark_outputs(model: onnx.ModelProto, tensors: Iterable[str]) -> None:
+def _mark_outputs(model: "onnx.ModelProto", tensors: Iterable[str]) -> None:
     """Add tensors to the outputs of the graph.
 
     If a name ends in `_FLOAT_COPY`, a float32 copy of the tensor is added.
     """
+    from onnx import TensorProto, helper
+
     for tensor in tensors:
         if tensor.endswith(_FLOAT_COPY):
             source = tensor.removesuffix(_FLOAT_COPY)
@@ -372,8 +377,10 @@ def _mark_outputs(model: onnx.ModelProto, tensors: Iterable[str]) -> None:
         model.graph.output.append(helper.make_tensor_value_info(tensor, TensorProto.FLOAT, shape))
 
 
-def _use_tiled_attention(model: onnx.ModelProto) -> None:
+def _use_tiled_attention(model: "onnx.ModelProto") -> None:
     """Replace each standard `Attention` of the graph with `com.microsoft.MultiHeadAttention`."""
+    from onnx import helper
+
     for node in model.graph.node:
         if node.op_type == "Attention" and not node.domain:
             old: Mapping[str, Any] = {a.name: helper.get_attribute_value(a) for a in node.attribute}
@@ -392,7 +399,7 @@ def _use_tiled_attention(model: onnx.ModelProto) -> None:
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
 
 
-def _patch_size(model: onnx.ModelProto) -> int:
+def _patch_size(model: "onnx.ModelProto") -> int:
     for node in model.graph.node:
         if node.op_type == "Conv":
             return next(int(a.ints[0]) for a in node.attribute if a.name == "strides")

@@ -28,7 +28,7 @@ from model.engines.cuda_memory import Cuda, Gpu, describe_gpu, load_runtime
 from model.engines.tensorrt_build import Library, find_library
 from model.files import write_bytes, write_text
 from model.messages import in_words
-from model.onnx_graph.build import GraphSpec
+from model.onnx_graph.spec import GraphSpec
 
 PlanPrecision = Literal["bf16", "fp16", "fp8"]
 PRECISIONS: tuple[PlanPrecision, ...] = get_args(PlanPrecision)

@@ -28,7 +28,7 @@ import numpy as np
 from model.artifact import WEIGHTS
 from model.config import ViTConfig
 from model.engines.protocol import BUCKETS, Features, FloatArray, OpenRequest, bucket_of
-from model.onnx_graph.build import INNER_TENSORS
+from model.onnx_graph.spec import INNER_TENSORS
 
 if TYPE_CHECKING:
     import torch

@@ -41,7 +41,8 @@ from model.engines import parity
 from model.export.comparison import Comparison
 from model.export.options import Backbone, ExportOptions, WeightsDtype
 from model.files import publish, working_folder, write_text
-from model.onnx_graph.build import GraphSpec, write_onnx
+from model.onnx_graph.build import write_onnx
+from model.onnx_graph.spec import GraphSpec
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from model.engines.onnxruntime_engine import OnnxEngine
 from model.engines.parity import Image
 from model.engines.protocol import Features, FloatArray
 from model.engines.torch_engine import TorchEngine
-from model.onnx_graph.build import GraphSpec
+from model.onnx_graph.spec import GraphSpec
 from model.preprocess import PreprocessSpec
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from model.config import ViTConfig
 from model.engines.protocol import Features
 from model.export.options import GraphOptions
-from model.onnx_graph.build import GraphSpec, Precision
+from model.onnx_graph.spec import GraphSpec, Precision
 
 PRECISIONS: dict[str, Precision] = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "int8"}
 

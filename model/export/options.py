@@ -11,7 +11,7 @@ from model.config import ViTConfig
 from model.engines.knn_gate import LabelledImages
 from model.engines.parity import Image
 from model.files import name_problem
-from model.onnx_graph.quantize import Int8Weights
+from model.onnx_graph.spec import Int8Weights
 from model.preprocess import Fit, PreprocessSpec
 from model.zoo import DEFAULT_DOWNLOAD, DownloadOptions
 

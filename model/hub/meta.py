@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from model import zoo
+from model import downloads, zoo
 from model.config import PosEmbedRule, ViTConfig, config_for
 from model.heads.published import read_published
 from model.hub.shared import DescribedPatchEmbed, filled
@@ -231,4 +231,4 @@ def _download_head(name: str, layers: int) -> Path:
     file = entry.path.replace("_pretrain.pth", f"_linear{layers if layers > 1 else ''}_head.pth")
     hosts = replace(zoo.Hosts.from_environment(), hugging_face=None)  # Hugging Face has no heads in Meta's format
     head = replace(entry, name=f"{name}_lc", path=file, size_bytes=None, sha256=None)
-    return zoo.download(head, zoo.DownloadOptions(hosts=hosts))
+    return downloads.download(head, zoo.DownloadOptions(hosts=hosts))

@@ -1,6 +1,7 @@
 """Writes ONNX graphs from weights, with numpy only.
 
-build      writes the graph of a backbone (`GraphSpec`, `write_onnx`)
+spec       the options of a graph (`GraphSpec`)
+build      writes the graph of a backbone (`write_onnx`)
 nodes      adds nodes, constants and weights to a graph
 positions  computes the position embedding in a graph that accepts any size
 linear     adds linear layers in each precision

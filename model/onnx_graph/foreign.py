@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Final
 
 from model.config import ViTConfig
-from model.onnx_graph.build import GraphSpec, graph_digests
+from model.onnx_graph.build import graph_digests
 from model.onnx_graph.nodes import Weights
+from model.onnx_graph.spec import GraphSpec
 
-GRAPH_SUFFIXES: Final = (".onnx", ".onnx.data")
 MAX_GRAPH_PATCHES: Final = 65_536
 """The highest number of patches in the input of a graph. A graph contains a position for each patch, so without a limit
 a description could ask for any amount of memory."""

@@ -22,7 +22,8 @@ import numpy.typing as npt
 from onnx import TensorProto
 
 from model.onnx_graph.nodes import FloatArray, GraphBuilder
-from model.onnx_graph.quantize import FP8_LARGEST, Int8Weights, fp8_per_channel, int8_per_channel
+from model.onnx_graph.quantize import FP8_LARGEST, fp8_per_channel, int8_per_channel
+from model.onnx_graph.spec import Int8Weights
 
 
 class Half(NamedTuple):

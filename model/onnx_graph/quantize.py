@@ -12,15 +12,15 @@ fp8 is E4M3, whose largest value is 448. Weights are scaled by their largest val
 largest value that `model.engines.activations.measure_activations` observed.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from model.onnx_graph.nodes import FloatArray
+from model.onnx_graph.spec import Int8Weights
 
-Int8Weights = Literal["s7", "u8"]
 _INT8: dict[str, tuple[int, npt.DTypeLike, int]] = {"s7": (64, np.int8, 0), "u8": (127, np.uint8, 128)}
 """The largest distance from the zero point, the type, and the zero point of each form."""
 FP8_LARGEST = 448.0

@@ -1,9 +1,13 @@
 """Keeps patch features on disk, so they are computed only once.
 
-The store is one SQLite file with a row for each image. It is a cache: an entry that is missing, damaged or cannot be
-read is a miss, and a write that fails is skipped. In both cases a warning is logged, and no request fails. Several
-processes may use the same file. A commit is atomic, so a killed process leaves no partial entry, and each entry has a
-checksum. A file that is damaged or has another version is replaced with an empty one.
+The store is one SQLite file with a row for each image and model. It is a cache: an entry that is missing, damaged or
+cannot be read is a miss, and a write that fails is skipped. In both cases a warning is logged, and no request fails.
+Several processes may use the same file. A commit is atomic, so a killed process leaves no partial entry, and each entry
+has a checksum. A file that is damaged or has another version is replaced with an empty one.
+
+The entries of an image are adjacent, whatever model they belong to, so that they can be erased together. Erasing them
+changes a stamp that all processes share, because they may have copies in memory. Unlike reads and writes, erasing
+raises an error if it fails.
 
 When the file has reached its size limit, each write first deletes random entries. To delete the oldest entries would be
 worse: a search that reads more entries than fit would always delete the ones that it needs next, and would never find
@@ -19,55 +23,75 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import xxhash
+
+from service.errors import StorageFailed
+from service.settings import Settings
+from service.stamp import Stamp
 
 log = logging.getLogger(__name__)
 
 _APPLICATION_ID: Final = 0x64763270  # "dv2p", in the file header; distinguishes our files from other databases
-_VERSION: Final = 1
+_VERSION: Final = 2
 _PAGE_BYTES: Final = 16_384
 _WAL_PAGES: Final = 1024  # the write-ahead log is copied into the file when it has this many pages
 _BUSY_MS: Final = 2000
 _RETRY_S: Final = 0.005
 _KEYS_PER_READ: Final = 256
 _ENTRIES_PER_DELETE: Final = 64
+_IMAGES_PER_ERASE: Final = 256
 _WARNING_INTERVAL_S: Final = 60.0
 _CHECKSUM_BYTES: Final = 8
+_HALF_KEY_BYTES: Final = 16
 _SCHEMA: Final = "CREATE TABLE entries (id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, value BLOB NOT NULL)"
 
 
 class PatchStore:
-    """A cache on disk from text keys to bytes. Any thread may call its methods, which block while they read or write.
+    """A cache on disk from text keys to bytes. The part of a key before the first slash names the image. Any thread may
+    call the methods, which block while they read or write.
 
     `file` and its folder are created by the first write. `max_bytes` limits the size of the file. While it is written,
-    its write-ahead log temporarily takes about 16 MiB more.
+    its write-ahead log temporarily takes about 16 MiB more. If `max_bytes` is 0, the store keeps nothing, but entries
+    that an earlier process has written can still be erased.
     """
 
     def __init__(self, file: Path, max_bytes: int) -> None:
-        if max_bytes <= 0:
-            raise ValueError(f"max_bytes={max_bytes} must be above 0")
+        if max_bytes < 0:
+            raise ValueError(f"max_bytes={max_bytes} must be at least 0")
         self.file = file
         self.max_bytes = max_bytes
         self._idle: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
+        self._stamp_file = file.with_name(file.name + ".stamp")
+        self._stamp: Stamp | None = None
         self._closed = False
         self._is_foreign = False  # the file is another program's database
         self._next_warning = 0.0
 
     def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
         """Return the values in the order of the keys, with None for a key that is not stored."""
-        if not self.file.exists():
-            return [None] * len(keys)
         rows = [_row_key(key) for key in keys]
-        found: dict[bytes, bytes] = {}
+        found = dict(self._selected("key, value", rows))
+        return [_unframed(row, found[row]) if row in found else None for row in rows]
+
+    def stored(self, keys: Sequence[str]) -> set[str]:
+        """Return those of the keys that are stored. The values are not read, so damaged ones are included."""
+        rows = {_row_key(key): key for key in keys}
+        return {rows[row] for (row,) in self._selected("key", list(rows))}
+
+    def _selected(self, columns: str, rows: Sequence[bytes]) -> list[Any]:
+        """Return these columns of the entries with these row keys, as one tuple for each entry that is stored."""
+        selected: list[Any] = []
+        if not self.max_bytes or not self.file.exists():
+            return selected
         with self._guarded("cannot be read"), self._connection() as db:
             for start in range(0, len(rows), _KEYS_PER_READ):
                 wanted = rows[start : start + _KEYS_PER_READ]
                 marks = ",".join("?" * len(wanted))
-                found |= dict(db.execute(f"SELECT key, value FROM entries WHERE key IN ({marks})", wanted))  # noqa: S608  only question marks
-        return [_unframed(row, found[row]) if row in found else None for row in rows]
+                selected += db.execute(f"SELECT {columns} FROM entries WHERE key IN ({marks})", wanted)  # noqa: S608  only question marks
+        return selected
 
     def set_many(self, items: Mapping[str, bytes]) -> None:
         """Store each value under its key. A value that takes more than half of `max_bytes` is not stored."""
@@ -79,6 +103,51 @@ class PatchStore:
             with _transaction(db):
                 framed = [(row, _framed(row, value)) for row, value in rows]
                 db.executemany("INSERT OR REPLACE INTO entries (key, value) VALUES (?, ?)", framed)
+
+    def erase(self, images: Sequence[str]) -> None:
+        """Delete all entries of these images.
+
+        Raises:
+            StorageFailed: they cannot be deleted.
+        """
+        if not images:
+            return
+        try:
+            if self.file.exists():
+                self._delete([_row_range(image) for image in images])
+            self.file.parent.mkdir(exist_ok=True)
+            self._opened_stamp().bump()
+        except (sqlite3.Error, OSError) as error:
+            raise StorageFailed(f"the patch features of the image cannot be erased: {error}") from error
+
+    def _delete(self, ranges: Sequence[tuple[bytes, bytes]]) -> None:
+        try:
+            with self._connection() as db:
+                for start in range(0, len(ranges), _IMAGES_PER_ERASE):  # between two, other processes can write
+                    with _transaction(db):
+                        part = ranges[start : start + _IMAGES_PER_ERASE]
+                        db.executemany("DELETE FROM entries WHERE key BETWEEN ? AND ?", part)
+        except sqlite3.OperationalError:
+            raise
+        except sqlite3.DatabaseError:  # the file is damaged or has another version, so a write would replace it
+            self._remove()
+            if self.file.exists():
+                raise
+
+    def erasures(self) -> int:
+        """Return a number that changes with every call of `erase` in any process."""
+        if self._stamp is None and not self._stamp_file.exists():
+            return 0
+        try:
+            return self._opened_stamp().read()
+        except StorageFailed as error:
+            self._warn("cannot find out which images were erased", error)
+            return 0
+
+    def _opened_stamp(self) -> Stamp:
+        if self._stamp is None:
+            self._stamp = Stamp(self._stamp_file)
+        return self._stamp
 
     def close(self) -> None:
         """Close the file. Later reads find nothing, and later writes do nothing."""
@@ -186,10 +255,25 @@ class PatchStore:
             log.warning("the patch store %s: %s", what, error)
 
 
+def patch_store_of(settings: Settings) -> PatchStore:
+    """Return the store in the data folder. Its file is not opened yet."""
+    return PatchStore(settings.patch_store_file, settings.patch_store_bytes)
+
+
 def _row_key(key: str) -> bytes:
-    """Return the hash of a key, which identifies its row. Hashes are evenly distributed, so the entries after a random
-    value are a random choice."""
-    return hashlib.sha256(key.encode()).digest()
+    """Return the bytes that identify the row of a key: the hash of the image and the hash of the key. Hashes are evenly
+    distributed, so the entries after a random value are a random choice."""
+    return _half_key(key.partition("/")[0]) + _half_key(key)
+
+
+def _row_range(image: str) -> tuple[bytes, bytes]:
+    """Return the lowest and the highest row key that an entry of an image can have."""
+    half = _half_key(image)
+    return half + bytes(_HALF_KEY_BYTES), half + b"\xff" * _HALF_KEY_BYTES
+
+
+def _half_key(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()[:_HALF_KEY_BYTES]
 
 
 def _framed(row: bytes, value: bytes) -> bytes:

@@ -10,6 +10,7 @@ grid; N = h * w. Patches are in row-major order.
 """
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -39,6 +40,18 @@ class Patches:
         largest = np.abs(tokens).max(axis=1, keepdims=True)  # [N, 1]
         scaled = tokens * (_LARGEST / np.where(largest > 0, largest, 1))
         return Patches(np.rint(scaled).astype(np.int8), grid, size)
+
+    @staticmethod
+    def of_batch(
+        tokens: Floats, input_size: tuple[int, int], patch_size: int, sizes: Sequence[tuple[int, int]]
+    ) -> "list[Patches | None]":
+        """Convert the patch tokens [B, N, D] of a forward pass over images of `input_size` (h, w in pixels). `sizes`
+        are the sizes of the images. Tokens that are not finite give None."""
+        grid = input_size[0] // patch_size, input_size[1] // patch_size
+        return [
+            Patches.of(rows, grid, size) if np.isfinite(rows).all() else None
+            for rows, size in zip(tokens, sizes, strict=True)
+        ]
 
     def to_bytes(self) -> bytes:
         return _HEAD.pack(*self.size, *self.grid) + self.rows.tobytes()

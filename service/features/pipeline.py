@@ -25,7 +25,7 @@ import hashlib
 import struct
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -76,6 +76,7 @@ class Embedded:
     tokens: int
     cached: bool = False
     timings: dict[str, float] = field(default_factory=dict)  # stage -> seconds
+    patches: Patches | None = None  # if they were asked for, and are not on disk yet
 
     def vector(self, pooling: Pooling, normalize: bool) -> FloatArray:
         """Return the vector for this pooling, float32 [width(pooling, D)]. If `normalize` is true, the vector is scaled
@@ -157,6 +158,7 @@ class _Flight:
 
     task: "asyncio.Task[Embedded]"
     waiters: int = 0
+    with_patches: bool = False  # whether a request needs the patch features too
     trace: RequestTrace | None = field(default_factory=current_trace)
 
 
@@ -207,7 +209,7 @@ class Pipeline:
     loop's thread.
 
     `open_general` opens an engine for the images that `engine` cannot run (see `service/features/forward.py`).
-    `patch_store` keeps patch features on disk, if it is not None. Several pipelines may share `decoding`,
+    `patch_store` keeps patch features on disk. Several pipelines may share `decoding`,
     which the caller closes.
     """
 
@@ -219,7 +221,7 @@ class Pipeline:
         metrics: Metrics,
         limits: PipelineLimits,
         open_general: Callable[[], Engine] | None,
-        patch_store: PatchStore | None,
+        patch_store: PatchStore,
         decoding: Decoding,
     ) -> None:
         self.artifact = artifact
@@ -256,10 +258,11 @@ class Pipeline:
             probe=lambda: self._forward(self._zeros()[None]),
         )
 
-    async def embed(self, images: Sequence[Outcome[bytes]], *, store_patches: bool = False) -> list[Outcome[Embedded]]:
+    async def embed(self, images: Sequence[Outcome[bytes]], *, with_patches: bool = False) -> list[Outcome[Embedded]]:
         """Compute the features of one request's images, or take them from the cache. For each image, in order, return
-        its features or its error. If `store_patches` is true, the patch features of the images that were not in the
-        cache are also written to the store on disk.
+        its features or its error. If `with_patches` is true, the features include the patch features, unless the store
+        on disk has them. The caller writes them to the store. Images whose vectors are cached but whose patch features
+        are not stored are computed again.
 
         An image that already has an error keeps this error. Each returned outcome has the same index as the outcome in
         `images`.
@@ -270,9 +273,12 @@ class Pipeline:
         """
         keys = await self._keys(images)
         by_key = {key.result(): image.result() for key, image in zip(keys, images, strict=True) if key.error is None}
+        with_patches = with_patches and self.patch_cache.is_on_disk
         cached = await self._from_cache(list(by_key))
+        if with_patches and cached:
+            cached = await self._with_stored_patches(cached, by_key)
         missing = {key: image for key, image in by_key.items() if key not in cached}
-        computed = await self._compute_all(missing, store_patches and self.patch_cache.is_on_disk)
+        computed = await self._compute_all(missing, with_patches)
 
         def embedded(key: str) -> Embedded:
             return cached[key] if key in cached else computed[key].result()
@@ -423,23 +429,36 @@ class Pipeline:
         self._misses.inc(len(keys) - len(cached))
         return cached
 
-    async def _compute_all(self, wanted: dict[str, bytes], store_patches: bool) -> "dict[str, asyncio.Task[Embedded]]":
+    async def _with_stored_patches(
+        self, cached: dict[str, Embedded], images: Mapping[str, bytes]
+    ) -> dict[str, Embedded]:
+        """Return those of the cached entries whose images have stored patch features. All dicts are by cache key."""
+
+        def digests() -> dict[str, str]:
+            return {hashlib.sha256(images[key]).hexdigest(): key for key in cached}
+
+        keys = await self._in_thread(self._hasher, digests)
+        missing = {keys[digest] for digest in await self.patch_cache.missing(keys)}
+        return {key: entry for key, entry in cached.items() if key not in missing}
+
+    async def _compute_all(self, wanted: dict[str, bytes], with_patches: bool) -> "dict[str, asyncio.Task[Embedded]]":
         """Compute the features of images, and return each image's task after it has finished. `wanted` and the result
         are dicts by cache key. If an image is already being computed, wait for that task instead of starting
-        another."""
+        another. If `with_patches` is true, the features include the patch features."""
         new = [key for key in wanted if key not in self._flights]
         client = current_sender.get().client
         if new:
             self.batcher.reserve(len(new), client)  # all images of this request, or none
         self._metrics.coalesced.inc(len(wanted) - len(new))
         for key in new:
-            task = asyncio.create_task(self._fly(key, wanted[key], store_patches))
+            task = asyncio.create_task(self._fly(key, wanted[key]))
             landed = partial(self._landed, client, key)
             task.add_done_callback(landed)  # also if the task is cancelled before its first step
             self._flights[key] = _Flight(task)
         flights = {key: self._flights[key] for key in wanted}
         for flight in flights.values():
             flight.waiters += 1
+            flight.with_patches |= with_patches
         trace, began = current_trace(), time.perf_counter()
         try:
             if flights:
@@ -456,17 +475,17 @@ class Pipeline:
                     flight.task.cancel()
                     self._forget(key, flight.task)
 
-    async def _fly(self, key: str, image: bytes, store_patches: bool) -> Embedded:
+    async def _fly(self, key: str, image: bytes) -> Embedded:
         decoded = await self._decode(image, self._spec, keep_image=False)
         row, timings = await self._infer(decoded)
         embedded = Embedded(row.parts, row.tokens, timings=timings)
         await self.cache.set_many(
             {key: embedded.to_bytes()}
         )  # before the flight ends, so that a later request finds the entry or the flight
-        if store_patches:
-            digest = await self._in_thread(self._hasher, lambda: hashlib.sha256(image).hexdigest())
-            await self.patch_cache.add(digest, await self._packed(row, decoded), recent=False)
-        return embedded
+        flight = self._flights.get(key)
+        if flight is None or not flight.with_patches:
+            return embedded
+        return replace(embedded, patches=await self._packed(row, decoded))
 
     async def _analyse(self, image: bytes, answer: Callable[[Analysed], T], view: View) -> T:
         async with self._kept_images.turn(current_sender.get()):
@@ -504,7 +523,7 @@ class Pipeline:
         decoded = await self._decode(image, self._spec, keep_image=False)
         row, _ = await self._infer(decoded)
         patches = await self._packed(row, decoded)
-        await self.patch_cache.add(digest, patches)
+        await self.patch_cache.add({digest: patches})
         return patches
 
     async def _packed(self, row: Row, decoded: _Decoded) -> Patches:

@@ -419,11 +419,10 @@ class _Run:
         features = self.engine.run(np.stack([image.pixels for image in ready]))
         vectors = pooled(features, self.options.pooling, True)
         if self.hooks.keep_patches is not None:
-            side = self.artifact.manifest.config.patch_size
-            grid = ready[0].pixels.shape[1] // side, ready[0].pixels.shape[2] // side
-            tokens = {image.digest: (rows, image.size) for image, rows in zip(ready, features.patches, strict=True)}
-            finite = {digest: each for digest, each in tokens.items() if np.isfinite(each[0]).all()}
-            self.hooks.keep_patches({digest: Patches.of(rows, grid, size) for digest, (rows, size) in finite.items()})
+            _, height, width = ready[0].pixels.shape
+            side, sizes = self.artifact.manifest.config.patch_size, [image.size for image in ready]
+            packed = zip(ready, Patches.of_batch(features.patches, (height, width), side, sizes), strict=True)
+            self.hooks.keep_patches({image.digest: patches for image, patches in packed if patches is not None})
         items = []
         for image, vector in zip(ready, vectors, strict=True):
             if np.isfinite(vector).all() and vector.any():

@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import reprlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -139,7 +139,9 @@ async def _other_vectors(
     images = [Outcome(index, new.image) for index, new in good if new.image is not None]
     if other is None or pooling is None or not images:
         return None
-    embedded = {outcome.index: outcome for outcome in await other.pipeline.embed(images)}
+    keeps = collection.spec.originals
+    embedded = {outcome.index: outcome for outcome in await other.pipeline.embed(images, with_patches=keeps)}
+    await _keep_patches(other, [(new, embedded[index].value) for index, new in good if index in embedded])
     vectors = {
         index: normalised(outcome.result().vector(pooling, True))
         for index, outcome in embedded.items()
@@ -243,13 +245,27 @@ async def _ready(
         _check_images_fit(service, collection)
     fitting = [outcome.then(_fitting, service, collection) for outcome in sent]
     images = [Outcome(index, new.image) for index, new in indexed(fitting) if new.image is not None]
-    store_patches = collection.spec.originals  # searches compare the patches of stored images
-    outcomes = await service.pipeline.embed(images, store_patches=store_patches) if images else []
+    keeps = collection.spec.originals  # searches compare the patches of stored images
+    outcomes = await service.pipeline.embed(images, with_patches=keeps) if images else []
     embedded = {outcome.index: outcome for outcome in outcomes}
     ready = [outcome.then(_with_vector, collection, embedded.get(outcome.index)) for outcome in fitting]
-    if not collection.spec.originals:
+    if not keeps:
         return ready
-    return await asyncio.gather(*(outcome.then_await(_stored, service) for outcome in ready))
+    stored = await asyncio.gather(*(outcome.then_await(_stored, service) for outcome in ready))
+    await _keep_patches(service, [(new, new.embedded) for new in successes(stored)])
+    return stored
+
+
+async def _keep_patches(service: Service, images: Iterable[tuple[NewItem, Embedded | None]]) -> None:
+    """Store the patch features of images that are stored themselves, so that searches need not compute them."""
+    await service.pipeline.patch_cache.add(
+        {
+            new.item.digest: embedded.patches
+            for new, embedded in images
+            if new.item.digest is not None and embedded is not None and embedded.patches is not None
+        },
+        recent=False,
+    )
 
 
 def _check_images_fit(service: Service, collection: CollectionInfo) -> None:

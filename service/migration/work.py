@@ -7,6 +7,7 @@ from typing import Final, Literal
 
 from model.decode import DEFAULT_LIMITS, DecodeLimits
 from model.pooling import Pooling, width
+from service.features.patch_store import PatchStore
 from service.generations import Generations
 from service.live_models import Opened
 from service.originals import Originals
@@ -70,13 +71,15 @@ OnProgress = Callable[[MigrationReport], Awaitable[None] | None]
 @dataclass(frozen=True)
 class Places:
     """What a migration works on. `read_source` returns the image at the `source` of an item that has no stored
-    original. If it is None, only stored originals are read."""
+    original. If it is None, only stored originals are read. The new patch features of stored images are written to
+    `patches`, if it is not None."""
 
     store: VectorStore
     generations: Generations
     originals: Originals
     data_dir: Path
     read_source: Callable[[str], bytes] | None = None
+    patches: PatchStore | None = None
 
     @property
     def migrates(self) -> bool:

@@ -32,6 +32,7 @@ async def patches_of(service: Service, digests: Sequence[str | None]) -> list[Ou
     missing = [digest for digest in wanted if digest not in kept]
     images = await asyncio.gather(*(attempt_await(i, _read(service, digest)) for i, digest in enumerate(missing)))
     computed = dict(zip(missing, await service.pipeline.patches(images), strict=True))
+    await _forget_erased(service, [digest for digest, outcome in computed.items() if outcome.error is None])
 
     def patches(digest: str | None) -> Patches:
         if digest is None:
@@ -39,6 +40,14 @@ async def patches_of(service: Service, digests: Sequence[str | None]) -> list[Ou
         return kept[digest] if digest in kept else computed[digest].result()
 
     return [attempt(i, patches, digest) for i, digest in enumerate(digests)]
+
+
+async def _forget_erased(service: Service, digests: Sequence[str]) -> None:
+    """Erase the patch features of the images that were erased after they had been read, because they were stored
+    afterwards."""
+    sizes = await asyncio.gather(*(service.originals.size(digest) for digest in digests))
+    if gone := [digest for digest, size in zip(digests, sizes, strict=True) if size is None]:
+        await service.pipeline.patch_cache.erase(gone)
 
 
 async def _read(service: Service, digest: str) -> tuple[str, bytes]:

@@ -143,7 +143,7 @@ def test_a_bad_name_is_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, file_format: str
 ) -> None:
     """`--name ../../evil` once left files outside of `--out`, and other bad names were found after the export."""
-    monkeypatch.setattr("model.zoo.download", lambda *args: pytest.fail("downloads the model"))
+    monkeypatch.setattr("model.downloads.download", lambda *args: pytest.fail("downloads the model"))
     options = ["--images", "none"] if file_format == "artifact" else ["--format", file_format]
     command = ["export", "dinov2_vits14", "--out", str(tmp_path / "a" / "b"), "--name", name, *options]
     result = runner.invoke(cli.app, command)

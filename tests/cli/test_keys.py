@@ -1,10 +1,12 @@
 """Tests of `dinov2 keys` and `dinov2 originals`."""
 
 import asyncio
+import hashlib
 import json
 import os
 import re
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import cli
+from service.features.patch_store import PatchStore
 from service.keys import KeyStore, key_id_of
 from service.originals import Originals, source_of
 from service.search.embedded import EmbeddedStore
@@ -113,13 +116,20 @@ def images(tmp_path: Path) -> list[str]:
         return digests
 
     digests = asyncio.run(fill())
+    with closing(PatchStore(tmp_path / "patches" / "patches.sqlite3", 2**24)) as patches:
+        patches.set_many({f"{digest}/model": b"features" for digest in digests})
     for digest in digests:
         os.utime(tmp_path / "originals" / digest[:2] / digest[2:4] / digest, (time.time() - 2 * 86_400,) * 2)
     return digests
 
 
 def stored(folder: Path) -> set[str]:
-    return {path.name for path in (folder / "originals").rglob("*") if path.is_file()}
+    """Return the digests of the stored images, which must be those with stored patch features."""
+    digests = {path.name for path in (folder / "originals").rglob("*") if path.is_file()}
+    with closing(PatchStore(folder / "patches" / "patches.sqlite3", 2**24)) as patches:
+        keys = {f"{hashlib.sha256(data).hexdigest()}/model" for data in (b"first", b"other")}
+        assert patches.stored(list(keys)) == {f"{digest}/model" for digest in digests}
+    return digests
 
 
 def test_images_that_no_item_needs_are_erased(tmp_path: Path, images: list[str]) -> None:

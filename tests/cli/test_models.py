@@ -1,8 +1,10 @@
 """Tests of `dinov2 models` and `dinov2 reindex`, with a service that runs beside them."""
 
+import hashlib
 import json
 import shutil
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ import cli
 from model.artifact import Artifact, bundled_artifact
 from service import first_model
 from service.artifact_choice import readable_artifacts
+from service.features.patch_cache import patches_key
+from service.features.patch_store import patch_store_of
 from service.generations import Generations
 from service.live_models import Opened
 from service.settings import Settings
@@ -80,6 +84,9 @@ async def test_promote_and_roll_back(data_dir: Path) -> None:
     # In a thread, because the command runs an event loop of its own.
     out = await _in_thread(run, data_dir, "models", "promote", "model_b")
     assert "generation 2: 3 items embedded; switched shop" in out
+    keys = {patches_key(hashlib.sha256(photo(n)).hexdigest(), "b" * 64, "fp32") for n in range(3)}
+    with closing(patch_store_of(Settings(data_dir=data_dir))) as patches:
+        assert patches.stored(list(keys)) == keys
     assert {name: state for name, state in states(data_dir).items() if name.startswith("model_")} == {
         "model_b": "live",
         "model_a": "former",

@@ -21,7 +21,8 @@ from model.artifact import (
 from model.config import ViTConfig
 from model.convert import backbone_shapes
 from model.dinotxt.store import Sources, write_safetensors
-from model.onnx_graph.build import GraphSpec, write_onnx
+from model.onnx_graph.build import write_onnx
+from model.onnx_graph.spec import GraphSpec
 from model.preprocess import PreprocessSpec
 from tests.model.torch_files import write_torch_file
 

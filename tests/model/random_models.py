@@ -13,7 +13,8 @@ import onnxruntime as ort
 
 from model.config import ViTConfig
 from model.engines.protocol import Features
-from model.onnx_graph.build import GraphSpec, build_onnx
+from model.onnx_graph.build import build_onnx
+from model.onnx_graph.spec import GraphSpec
 
 BASE = ViTConfig(embed_dim=64, depth=3, num_heads=4, patch_size=14, img_size=98, layerscale_init=0.3)
 VARIANTS = {

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from model import zoo
+from model import downloads
 from model.config import CONFIGS
-from model.zoo import ENTRIES, MAX_ATTEMPTS, DownloadError, DownloadOptions, Hosts, ZooEntry, download, resolve
+from model.downloads import MAX_ATTEMPTS, download
+from model.zoo import ENTRIES, DownloadError, DownloadOptions, Hosts, ZooEntry, resolve
 from tests.disk_log import DiskLog
 from tests.model.torch_files import torch_file
 from tests.model.weights_server import Server, weights_server
@@ -114,7 +115,7 @@ def test_fruitless_attempts_end_and_wait_longer_each_time(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(zoo.time, "sleep", waits.append)
+    monkeypatch.setattr(downloads.time, "sleep", waits.append)
     server.sent_per_connection = [1000] + [0] * 10
     with pytest.raises(DownloadError):
         fetch(server, tmp_path)
@@ -249,10 +250,10 @@ def test_if_both_fail_both_reasons_are_given(server: Server, tmp_path: Path) -> 
 
 
 def test_progress_is_reported(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch) -> None:
-    monkeypatch.setattr(zoo, "REPORT_S", 0.0)
+    monkeypatch.setattr(downloads, "REPORT_S", 0.0)
     reports: list[tuple[int, int | None]] = []
     options = DownloadOptions(tmp_path, Hosts(server.url, None), lambda done, total: reports.append((done, total)))
-    with caplog.at_level("INFO", logger="model.zoo"):
+    with caplog.at_level("INFO", logger="model.downloads"):
         download(ENTRY, options)
     assert reports[0] == (0, len(CONTENT))
     assert reports[-1] == (len(CONTENT), len(CONTENT))
@@ -315,8 +316,8 @@ def test_a_file_put_there_by_hand(server: Server, tmp_path: Path) -> None:
 
 
 def test_too_little_space_is_seen_before(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = zoo.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(zoo.shutil, "disk_usage", lambda path: usage)
+    usage = downloads.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(DownloadError, match=f"{len(CONTENT)} bytes are needed, but only 1000 are free"):
         fetch(server, tmp_path)
     assert left_over(tmp_path) == set()
@@ -329,8 +330,8 @@ def test_only_what_is_missing_must_fit_on_the_disk(
     with pytest.raises(DownloadError):
         fetch(server, tmp_path)
     server.sent_per_connection = []
-    usage = zoo.shutil.disk_usage(tmp_path)._replace(free=len(CONTENT) - 800_000)
-    monkeypatch.setattr(zoo.shutil, "disk_usage", lambda path: usage)
+    usage = downloads.shutil.disk_usage(tmp_path)._replace(free=len(CONTENT) - 800_000)
+    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda path: usage)
     assert fetch(server, tmp_path).read_bytes() == CONTENT
 
 

@@ -20,7 +20,7 @@ from model.engines.protocol import BUCKETS, Features, OpenRequest
 from model.engines.runtimes import parse_engine
 from model.export.artifact import export_artifact
 from model.export.options import ExportOptions
-from model.onnx_graph.build import GraphSpec
+from model.onnx_graph.spec import GraphSpec
 from tests.model.tiny import backbone
 
 torch = pytest.importorskip("torch", reason="the export checks parity against torch: pip install '.[train]'")

@@ -13,7 +13,8 @@ from model.engines.parity import ParityError
 from model.engines.protocol import Features, FloatArray
 from model.export.artifact import export_artifact
 from model.export.options import ExportOptions
-from model.onnx_graph.build import GraphSpec, write_onnx
+from model.onnx_graph.build import write_onnx
+from model.onnx_graph.spec import GraphSpec
 from tests.model.tiny import CONFIG, backbone, random_weights
 
 torch = pytest.importorskip("torch", reason="the tiny weights are torch's: pip install '.[train]'")

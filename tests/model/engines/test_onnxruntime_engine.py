@@ -14,7 +14,8 @@ import pytest
 
 import model.engines.onnxruntime_engine as module
 from model.engines.onnxruntime_engine import OnnxEngine
-from model.onnx_graph.build import GraphSpec, write_onnx
+from model.onnx_graph.build import write_onnx
+from model.onnx_graph.spec import GraphSpec
 from tests.model.tiny import CONFIG, random_weights
 
 ROOT = Path(__file__).parents[3]

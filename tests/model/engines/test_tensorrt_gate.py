@@ -19,7 +19,8 @@ from model.engines.parity import sample_photos
 from model.engines.tensorrt_build import BuildError, count_fused_attention, find_library
 from model.engines.tensorrt_export import BuildOptions, build_plan, check_fusion, run_job
 from model.engines.tensorrt_plans import PROFILES, Profile, Toolchain, find_plan, plans_folder
-from model.onnx_graph.build import GraphSpec, write_onnx
+from model.onnx_graph.build import write_onnx
+from model.onnx_graph.spec import GraphSpec
 from tests.model.engines.fake_tensorrt import FakeCuda
 
 pytestmark = pytest.mark.skipif(

@@ -16,7 +16,7 @@ from model.engines.onnxruntime_engine import OnnxEngine
 from model.export.artifact import export_artifact
 from model.export.graphs import wanted_graphs
 from model.export.options import ExportOptions, GraphOptions
-from model.onnx_graph.build import GraphSpec
+from model.onnx_graph.spec import GraphSpec
 from tests.disk_log import DiskLog
 from tests.model.tiny import CONFIG, backbone
 

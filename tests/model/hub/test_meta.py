@@ -219,8 +219,8 @@ class PublishedWeights(Enum):
 @pytest.mark.parametrize("named", ["LVD142M", PublishedWeights.LVD142M])
 def test_published_weights_are_downloaded(named: object, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr("model.zoo.download", lambda entry, options: asked.append(entry.name) or weights)
-    monkeypatch.setattr("model.zoo.downloaded_source", lambda entry, options: zoo.Source("https://x/w", "w.pth"))
+    monkeypatch.setattr("model.downloads.download", lambda entry, options: asked.append(entry.name) or weights)
+    monkeypatch.setattr("model.downloads.downloaded_source", lambda entry, options: zoo.Source("https://x/w", "w.pth"))
     model = backbone_entry("dinov2_vits14")(weights=named)
     assert asked == ["dinov2_vits14"]
     torch.testing.assert_close(model(images()), network(PLAIN)(images()))
@@ -242,7 +242,7 @@ def test_linear_classifiers(
 ) -> None:
     file, asked = tmp_path / f"dinov2_vits14_{name}_head.pth", []
     torch.save(head(layers), file)
-    monkeypatch.setattr("model.zoo.download", lambda entry, options: asked.append((entry, options)) or file)
+    monkeypatch.setattr("model.downloads.download", lambda entry, options: asked.append((entry, options)) or file)
     model = classifier_entry("dinov2_vits14")(layers=layers, backbone_weights=weights).eval()
     (entry, options) = asked[0]
     assert [source.url for source in entry.sources(options.hosts)] == [
@@ -279,7 +279,7 @@ def test_the_file_of_a_head_with_registers_has_metas_name(monkeypatch: pytest.Mo
         asked.append(entry.path)
         raise zoo.DownloadError("offline")
 
-    monkeypatch.setattr("model.zoo.download", download)
+    monkeypatch.setattr("model.downloads.download", download)
     for layers in (1, 4):
         with pytest.raises(zoo.DownloadError):
             classifier_entry("dinov2_vits14_reg")(layers=layers, backbone_weights=tmp_path / "w.pth")

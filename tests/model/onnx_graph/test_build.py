@@ -12,7 +12,8 @@ import onnx
 import pytest
 
 from model.config import ViTConfig
-from model.onnx_graph.build import GraphSpec, build_onnx, write_onnx
+from model.onnx_graph.build import build_onnx, write_onnx
+from model.onnx_graph.spec import GraphSpec
 from tests.model.random_models import (
     BASE,
     VARIANTS,

@@ -11,7 +11,8 @@ from onnx import numpy_helper
 
 from model.artifact import ONNX, ArtifactError, StoredWeights, bundled_artifact, describe_file, load_artifact
 from model.onnx_graph import build
-from model.onnx_graph.build import GraphSpec, graph_digests, write_onnx
+from model.onnx_graph.build import graph_digests, write_onnx
+from model.onnx_graph.spec import GraphSpec
 
 
 @pytest.fixture

@@ -13,10 +13,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.emulate import emulate_half
 from model.engines.activations import measure_activations
-from model.onnx_graph.build import GraphSpec, build_onnx, write_onnx
+from model.onnx_graph.build import build_onnx, write_onnx
 from model.onnx_graph.linear import Linear
 from model.onnx_graph.nodes import GraphBuilder
 from model.onnx_graph.quantize import fp8_per_channel, int8_per_channel
+from model.onnx_graph.spec import GraphSpec
 from tests.model.random_models import (
     BASE,
     VARIANTS,

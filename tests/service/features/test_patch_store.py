@@ -12,11 +12,13 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from service.errors import StorageFailed
 from service.features import patch_store
 from service.features.patch_store import PatchStore
 from tests.conftest import ROOT
@@ -172,6 +174,69 @@ assert store.get_many(list(values)) == list(values.values())
     command = [sys.executable, "-c", code, str(tmp_path / "patches.sqlite3")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_entries_of_an_image_are_erased_for_all_models_and_processes(store: PatchStore) -> None:
+    values = {f"{image}/{model}": value_of(i) for i, image in enumerate("abcd") for model in "12"}
+    store.set_many(values)
+    before = store.erasures()
+    other = PatchStore(store.file, 0)  # of a process that keeps nothing
+    other.erase(["a", "unknown", "c"])
+    other.close()
+    rest = {key: value for key, value in values.items() if key[0] in "bd"}
+    assert store.get_many(list(values)) == [rest.get(key) for key in values]
+    assert store.stored(list(values)) == set(rest)
+    assert store.erasures() != before
+    store.erase(["b"])
+    assert store.stored(list(values)) == {"d/1", "d/2"}
+
+
+def test_erasing_nothing_creates_nothing(store: PatchStore) -> None:
+    store.erase([])
+    assert (store.erasures(), store.file.parent.exists()) == (0, False)
+
+
+def test_a_store_without_a_budget_keeps_nothing(tmp_path: Path) -> None:
+    store = PatchStore(tmp_path / "p", 0)
+    store.set_many({"a/1": b"x"})
+    assert (store.get_many(["a/1"]), store.stored(["a/1"]), store.file.exists()) == ([None], set(), False)
+    with pytest.raises(ValueError, match="max_bytes=-1 must be at least 0"):
+        PatchStore(tmp_path / "p", -1)
+
+
+def test_entries_that_cannot_be_erased_are_an_error(
+    store: PatchStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patch_store, "_BUSY_MS", 50)
+    store.set_many({"a/1": b"x"})
+    store.close()
+    again = PatchStore(store.file, store.max_bytes)
+    writer = sqlite3.connect(store.file, isolation_level=None)
+    writer.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StorageFailed, match="the patch features of the image cannot be erased: database is locked"):
+        again.erase(["a"])
+    writer.execute("ROLLBACK")
+    writer.close()
+    assert again.stored(["a/1"]) == {"a/1"}
+    again.close()
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(StorageFailed):
+        PatchStore(tmp_path / "file" / "p", 0).erase(["a"])
+
+
+@pytest.mark.parametrize("damage", ["PRAGMA user_version = 1", "noise"])
+def test_erasing_deletes_a_file_that_cannot_be_used(store: PatchStore, damage: str) -> None:
+    store.set_many({"a/1": b"x"})
+    store.close()
+    if damage == "noise":
+        store.file.write_bytes(value_of(9))
+    else:
+        with closing(sqlite3.connect(store.file)) as db:
+            db.execute(damage)
+    again = PatchStore(store.file, store.max_bytes)
+    again.erase(["a"])
+    assert not store.file.exists()
+    again.close()
 
 
 def test_a_file_of_another_version_is_replaced(store: PatchStore) -> None:

@@ -1,6 +1,7 @@
 """Tests of service/migration/ and service/live_models.py: a service changes its model."""
 
 import asyncio
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,14 @@ import pytest
 
 from service import live_models
 from service.errors import Conflict, StorageFailed, Unavailable
+from service.features.patch_store import patch_store_of
 from service.generations import Generation
 from service.live_models import Opened
 from service.migration import planning
 from service.migration.rollback import roll_back
 from service.migration.run import migrate
 from service.migration.work import MigrationOptions, MigrationReport
+from service.outcomes import Outcome
 from service.retiring import end_window
 from service.search.partners import migrations_of
 from service.search.store import VectorStore
@@ -50,6 +53,28 @@ async def test_a_cached_embedding_of_the_old_model_is_not_used(tmp_path: Path) -
         after = await one.embed(image)
         assert np.abs(np.subtract(before["data"][0]["embedding"], after["data"][0]["embedding"])).max() > 0.01
         np.testing.assert_allclose(after["data"][0]["embedding"], vector_of("b" * 64, image), atol=1e-5)
+
+
+async def test_the_new_patch_features_are_stored_before_the_switch(tmp_path: Path) -> None:
+    async with life(tmp_path) as one:
+        images = await make_collection(one)
+        patches = patch_store_of(one.run.service.settings)
+        one.places = replace(one.places, patches=patches)
+        await one.migrate()
+        await one.live_is("b")
+        digests = [hashlib.sha256(image).hexdigest() for image in images]
+        pipelines = [service.pipeline for service in one.run.service.loaded.services.values()]
+        kept = {each.artifact.fingerprint: await each.kept_patches(digests) for each in pipelines}
+        [new] = [each for each in pipelines if each.artifact.fingerprint == "b" * 64]
+        computed = await new.patches([Outcome(0, (digests[0], images[0]))])
+        assert set(kept["b" * 64]) == set(digests)
+        np.testing.assert_array_equal(kept["b" * 64][digests[0]].rows, computed[0].result().rows)
+        assert kept["b" * 64][digests[0]].size == computed[0].result().size
+        assert (kept["a" * 64][digests[0]].rows != kept["b" * 64][digests[0]].rows).any()
+        await one.put("c", "late", photo(50))  # while the collection has vectors of both models
+        late = hashlib.sha256(photo(50)).hexdigest()
+        assert [set(await each.kept_patches([late])) for each in pipelines] == [{late}, {late}]
+        patches.close()
 
 
 async def test_lost_images_are_listed_and_decided_about(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from service.errors import (
     StorageDamaged,
     StorageReplaced,
 )
+from service.features.patch_store import PatchStore
 from service.generations import Generations
 from service.keys import KeyStore
 from service.originals import Originals
@@ -400,7 +401,8 @@ async def test_images_of_a_damaged_collection_are_not_erased(site: Path) -> None
     digest = await originals.put(b"photo")
     for path in (site / "originals").glob("*/*/*"):
         os.utime(path, (1e9, 1e9))
-    for erase in (erase_unreferenced(store, originals), erase_image(store, originals, digest)):
+    patches = PatchStore(site / "patches.sqlite3", 0)
+    for erase in (erase_unreferenced(store, originals, patches), erase_image(store, originals, patches, digest)):
         with pytest.raises(StorageDamaged, match="'c' is damaged"):
             await erase
     assert await originals.get(digest) == b"photo"

@@ -12,6 +12,7 @@ import pytest
 
 from model.preprocess import PreprocessSpec, crop_box
 from service.errors import InvalidRequest, NotFound, StorageFailed, UnsupportedImage
+from service.features.patch_store import patch_store_of
 from service.features.patches import Patches, unit_rows
 from service.outcomes import Outcome, numbered
 from service.retrieval import rerank
@@ -119,6 +120,9 @@ class FakePhotos:
         if digest not in self.photos:
             raise NotFound(f"the image {digest} is not stored")
         return self.photos[digest]
+
+    async def size(self, digest: str) -> int | None:
+        return len(self.photos[digest]) if digest in self.photos else None
 
 
 async def fill(run, store, photos, *, pooling="cls", count=6):
@@ -433,6 +437,93 @@ async def test_patches_of_stored_images_are_computed_when_they_are_added_and_sur
         again = await ask(run, {"id": "p0", "rerank": "patches", "matches": True})
         assert run.engine.images == 0
     assert again["data"] == first["data"]
+
+
+async def add_photos(run, *numbers):
+    items = [{"id": f"p{i}", "image": text_of(photo(i))} for i in numbers]
+    added = await run.client.post("/v1/collections/shop/items", json={"items": items})
+    assert added.status_code == 200
+    return [hashlib.sha256(photo(i)).hexdigest() for i in numbers]
+
+
+async def test_patches_of_images_with_cached_vectors_are_stored_too(tmp_path):
+    async with running(tmp_path) as run:
+        await run.client.put("/v1/collections/shop", json={"originals": True})
+        await run.embed([photo(0), photo(1)])
+        digests = await add_photos(run, 0, 1, 2)
+        assert set(await run.service.pipeline.kept_patches(digests)) == set(digests)
+        assert run.engine.images == 5
+        await add_photos(run, 0, 1, 2)
+        assert run.engine.images == 5  # the vectors are cached and the patches are stored
+
+
+async def test_patches_of_an_image_that_another_request_computes_are_stored_too(tmp_path):
+    engine = FakeEngine()
+    async with running(tmp_path, engine=engine) as run:
+        await run.client.put("/v1/collections/shop", json={"originals": True})
+        engine.gate = threading.Event()
+        plain = asyncio.create_task(run.embed([photo(0)]))
+        await until(engine.entered.is_set)
+        adding = asyncio.create_task(add_photos(run, 0))
+        await until(lambda: any(flight.waiters == 2 for flight in run.service.pipeline._flights.values()))
+        engine.gate.set()
+        digests = await adding
+        await plain
+        assert set(await run.service.pipeline.kept_patches(digests)) == set(digests)
+        assert engine.images == 1
+
+
+async def test_patches_of_an_image_that_cannot_be_stored_are_not_stored(tmp_path, monkeypatch):
+    async with running(tmp_path) as run:
+        await run.client.put("/v1/collections/shop", json={"originals": True})
+        failing = hashlib.sha256(photo(1)).hexdigest()
+        put = run.service.originals.put
+
+        async def put_others(data):
+            if data == photo(1):
+                raise StorageFailed("the image cannot be stored")
+            return await put(data)
+
+        monkeypatch.setattr(run.service.originals, "put", put_others)
+        items = [{"id": f"p{i}", "image": text_of(photo(i))} for i in range(2)]
+        body = {"items": items, "on_error": "partial"}
+        assert (await run.client.post("/v1/collections/shop/items", json=body)).status_code == 200
+        digests = [hashlib.sha256(photo(0)).hexdigest(), failing]
+        assert set(await run.service.pipeline.kept_patches(digests)) == set(digests[:1])
+
+
+@pytest.mark.parametrize("stored", [0, 2**24])
+async def test_patches_of_erased_images_are_forgotten_in_all_processes(tmp_path, stored):
+    async with running(tmp_path, patch_store_bytes=stored) as run:
+        await run.client.put("/v1/collections/shop", json={"originals": True})
+        digests = await add_photos(run, 0, 1, 2)
+        await ask(run, {"id": "p0", "rerank": "patches"})
+        assert set(await run.service.pipeline.kept_patches(digests)) == set(digests)
+        erased = await run.client.delete(f"/v1/originals/{digests[1]}?items=keep")
+        assert erased.status_code == 200
+        assert digests[1] not in await run.service.pipeline.kept_patches(digests)
+        found = (await ask(run, {"id": "p0", "rerank": "patches"}))["data"]
+        assert {hit["id"]: "rerank_score" in hit for hit in found} == {"p2": True, "p1": False}
+        other = patch_store_of(run.service.settings)  # as in another process
+        other.erase(digests)
+        other.close()
+        assert await run.service.pipeline.kept_patches(digests) == {}
+
+
+async def test_patches_of_an_image_that_is_erased_while_it_is_computed_are_not_kept(tmp_path):
+    class Erasing(FakePhotos):
+        async def get(self, digest):
+            data = await super().get(digest)
+            del self.photos[digest]
+            return data
+
+    store, photos = DictStore(), Erasing()
+    async with running(tmp_path, store=store) as run:
+        await fill(run, store, photos)
+        digests = list(photos.photos)
+        await ask(run, {"image": text_of(photo(50)), "rerank": "patches"})
+        assert len(photos.read) == 6
+        assert await run.service.pipeline.kept_patches(digests) == {}
 
 
 async def test_a_store_that_cannot_be_written_fails_no_request(tmp_path):
