@@ -238,8 +238,11 @@ class Settings(BaseSettings):
     queue_max_patches: int = Field(
         262_144, ge=1, description="highest number of patches that wait for the engine; further requests get 503"
     )
-    batch_max_patches: int = Field(
-        2048, ge=1, description="highest number of patches in one forward pass; an image of 224 x 224 has 256"
+    batch_max_patches: int | None = Field(
+        None,
+        ge=1,
+        description="highest number of patches in one forward pass; an image of 224 x 224 has 256; unset: measured at "
+        "the start on a CPU, and 64 images on a GPU; see docs/engines.md",
     )
     max_input_patches: int = Field(
         4096,

@@ -41,6 +41,7 @@ from service.clients import current_sender
 from service.costs import current_cost
 from service.errors import BrokenImage, InvalidRequest, ServiceError
 from service.fair import FairSlots, FairThreads
+from service.features.batch_limit import measured_limit, unmeasured_limit
 from service.features.batcher import Batcher
 from service.features.cache import Cache, cache_key
 from service.features.decode_memory import MustWait, Reservation
@@ -163,7 +164,7 @@ class PipelineLimits:
 
     decode: DecodeLimits
     decode_workers: int
-    batch_max_patches: int
+    batch_max_patches: int | None
     queue_max_images: int
     queue_max_patches: int
     hang_timeout_s: float
@@ -215,6 +216,7 @@ class Pipeline:
         self._patch_size = artifact.manifest.config.patch_size
         self._decode_limits = limits.decode
         self._max_input_patches = limits.max_input_patches
+        self._measures_batches = limits.batch_max_patches is None
         self._forward = Forward(engine, open_general)
         self._metrics = metrics
         self._hits, self._misses = metrics.cache_hits.labels(cache.name), metrics.cache_misses.labels(cache.name)
@@ -231,7 +233,7 @@ class Pipeline:
         self.batcher: Batcher[Row] = Batcher(
             self._forward,
             patch_size=self._patch_size,
-            batch_max_patches=limits.batch_max_patches,
+            batch_max_patches=limits.batch_max_patches or unmeasured_limit(engine, artifact),
             queue_max_images=limits.queue_max_images,
             queue_max_patches=limits.queue_max_patches,
             metrics=metrics,
@@ -341,8 +343,12 @@ class Pipeline:
 
     async def warm_up(self) -> None:
         """Run one forward pass on zeros, so that the first request does not have to wait until the runtime is
-        initialised."""
+        initialised. Then measure the largest batch, unless a setting gives it. Call this method before the pipeline is
+        used."""
         await self._row(self._zeros())
+        if self._measures_batches:
+            limit = await asyncio.to_thread(measured_limit, self.engine, self.artifact, self._forward)
+            self.batcher.batch_max_patches = limit
 
     def _zeros(self) -> FloatArray:
         """Return zeros of the input size, [3, h, w]."""
