@@ -21,7 +21,6 @@ import datetime
 import json
 import os
 import queue
-import shlex
 import statistics
 import sys
 import threading
@@ -203,7 +202,10 @@ def main() -> None:
     result = {
         "benchmark": "decode_beside",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": shlex.join(["python", "benchmarks/decode_beside.py", *sys.argv[1:]]),
+        "command": f"python benchmarks/decode_beside.py {arguments.artifact.name} {arguments.images.name}",
+        "engine": arguments.engine,
+        "batch": arguments.batch,
+        "seconds": arguments.seconds,
         "cores": cores,
         "machine": describe_device(torch.device("cpu")),
         "rows": rows,

@@ -12,7 +12,6 @@ import argparse
 import datetime
 import importlib.metadata
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,7 @@ def main() -> None:
     result = {
         "benchmark": "precision_gate",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": shlex.join(["python", "benchmarks/precision_gate.py", *sys.argv[1:]]),
+        "command": f"python benchmarks/precision_gate.py {arguments.artifact.name} {arguments.images.name}",
         "model": artifact.manifest.name,
         "machine": describe_device(torch.device("cpu")),
         "versions": {name: importlib.metadata.version(name) for name in ("onnxruntime", "openvino")},
