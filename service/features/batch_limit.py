@@ -39,7 +39,7 @@ def measured_limit(engine: Engine, artifact: Artifact, run: Callable[[FloatArray
     speeds = measure_batches(run, image, CPU_PATCHES // patches)
     batch = smallest_good(speeds)
     shown = ", ".join(f"{size}: {speed:.1f}" for size, speed in speeds.items())
-    log.info("batches of up to %d images (images/s by batch: %s)", batch, shown)
+    log.info("largest batch: %d (images/s by batch: %s)", batch, shown)
     return batch * patches
 
 

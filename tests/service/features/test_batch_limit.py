@@ -45,7 +45,7 @@ async def test_the_batch_that_suits_the_engine_is_used(
     engine, artifact = TimedEngine(seconds=seconds), with_input_size(308)
     async with running(tmp_path, engine=engine, artifact=artifact, batch_max_patches=None) as run:
         assert run.service.pipeline.batcher.batch_max_patches == batch * 22 * 22
-    assert f"batches of up to {batch} images (images/s by batch: 1: " in caplog.text
+    assert f"largest batch: {batch} (images/s by batch: 1: " in caplog.text
 
 
 async def test_a_setting_replaces_the_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
