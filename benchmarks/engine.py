@@ -3,10 +3,10 @@
     python benchmarks/engine.py [--model dinov2_vits14] [--sizes 224 518] [--batches 1 8] [--rounds 12]
 
 The table has these rows: our backbone in torch, eager and compiled; our ONNX graph in ONNX Runtime in fp32 and int8,
-and in OpenVINO; the Dinov2Model of transformers, eager and compiled; and a plain `torch.onnx.export` of this model
-(opset 18) in ONNX Runtime. All rows use the weights of one random network, because the speed does not depend on the
-weights. The column `cosine` is the lowest cosine between the class tokens of the row and of torch eager. For int8, it
-is valid only for these random weights. Missing packages are listed below the table.
+and in OpenVINO in fp32 and bf16; the Dinov2Model of transformers, eager and compiled; and a plain `torch.onnx.export`
+of this model (opset 18) in ONNX Runtime. All rows use the weights of one random network, because the speed does not
+depend on the weights. The column `cosine` is the lowest cosine between the class tokens of the row and of torch eager.
+For int8 and bf16, it is valid only for these random weights. Missing packages are listed below the table.
 
 These rules make the comparison fair:
 

@@ -20,7 +20,9 @@ from workers import onnx_session
 
 from model.config import ViTConfig
 from model.convert import convert
+from model.engines import openvino_engine
 from model.engines.onnxruntime_engine import OnnxEngine
+from model.engines.protocol import OpenRequest
 from model.onnx_graph.build import write_onnx
 from model.onnx_graph.spec import GraphSpec, Int8Weights, Precision
 from model.vit import DinoVisionTransformer
@@ -130,29 +132,20 @@ def our_onnx(case: Case, precision: Precision = "fp32", weights: Int8Weights = "
     return lambda pixels: engine.run(pixels).cls
 
 
-def openvino(case: Case) -> Run:
-    """Return a function that runs our float32 graph in OpenVINO with float32 arithmetic.
+def our_openvino(case: Case, precision: str = "fp32") -> Run:
+    """Return a function that runs our float32 graph in the OpenVINO engine of the service.
 
     Raises:
-        MissingError: OpenVINO is not installed or does not accept the number of threads.
+        MissingError: OpenVINO is not installed, or the CPU has no bf16.
     """
-    ov = require("openvino")
-    settings = {
-        "INFERENCE_NUM_THREADS": case.threads,
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
-    }
-    compiled = ov.Core().compile_model(write_graph(case), "CPU", settings)
-    used = compiled.get_property("INFERENCE_NUM_THREADS")
-    if used != case.threads:
-        raise MissingError(f"OpenVINO takes {used} threads instead of {case.threads}")
-    request = compiled.create_infer_request()
-
-    def run(pixels: FloatArray) -> FloatArray:
-        request.infer({"pixels": pixels}, share_inputs=True)
-        return request.get_tensor("cls").data.copy()
-
-    return run
+    reason = openvino_engine.fault(OpenRequest(case.folder, "openvino", precision, case.threads))
+    if reason:
+        raise MissingError(reason)
+    try:
+        engine = openvino_engine.OpenVinoEngine(write_graph(case), threads=case.threads, precision=precision)
+    except ModuleNotFoundError as error:
+        raise MissingError(str(error)) from error
+    return lambda pixels: engine.run(pixels).cls
 
 
 def plain_export(case: Case, *, opset: int = 18) -> Run:
@@ -197,7 +190,8 @@ BUILDERS: dict[str, Callable[[Case], Run]] = {
     "int8 u8, fc2 and proj float": partial(our_onnx, precision="int8", weights="u8", floats="mlp.fc2,attn.proj"),
     "transformers eager": partial(their_torch, compiled=False),
     "transformers compiled": partial(their_torch, compiled=True),
-    "OpenVINO fp32": openvino,
+    "OpenVINO fp32": our_openvino,
+    "OpenVINO bf16": partial(our_openvino, precision="bf16"),
     "plain export, opset 18": plain_export,
 }
 """The function that builds each engine, by the name of its table row. The others are compared with the first."""

@@ -17,6 +17,7 @@ from model.artifact import ArtifactError, load_artifact, read_manifest
 from model.engines.choice import PHOTOS_AT_LOAD, choose_engine, known_precision
 from service.artifact_choice import artifact_of, choose_artifact, read_photos
 from service.errors import Conflict
+from service.features.batch_limit import with_useful_threads
 from service.generations import Generation, Generations, utc
 from service.live_models import Opened, Record
 from service.settings import Settings
@@ -179,7 +180,15 @@ def open_model(settings: Settings, path: Path, engine: str) -> Opened:
     artifact = load_artifact(path, derived_dir=settings.data_dir / "derived")
     photos = read_photos(settings.engine_photos, PHOTOS_AT_LOAD) if settings.engine_photos else None
     choice = choose_engine(artifact, engine, threads=settings.threads, photos=photos)
-    return Opened(artifact, choice.engine, choice.tried)
+    chosen = choice.engine
+    if settings.threads is None:
+        name = f"{chosen.name}:{chosen.precision}"
+        chosen = with_useful_threads(
+            chosen,
+            artifact,
+            lambda threads: choose_engine(artifact, name, threads=threads, photos=photos).engine,
+        )
+    return Opened(artifact, chosen, choice.tried)
 
 
 def _path_of(live: Generation, settings: Settings, report: Callable[[str], object]) -> Path:

@@ -241,8 +241,8 @@ class Settings(BaseSettings):
     batch_max_patches: int | None = Field(
         None,
         ge=1,
-        description="highest number of patches in one forward pass; an image of 224 x 224 has 256. Default: 2048 on a "
-        "CPU, and 64 images of the model's input size on a GPU",
+        description="highest number of patches in one forward pass; an image of 224 x 224 has 256; unset: measured at "
+        "the start on a CPU, and 64 images on a GPU; see docs/engines.md",
     )
     max_input_patches: int = Field(
         4096,

@@ -119,7 +119,7 @@ class Metrics:
         )
         self.batch_images = histogram("batch_images", "Images in one forward pass.", BATCH)
         self.batch_fill = histogram(
-            "batch_fill_ratio", "Patches in one forward pass, as a share of the setting batch_max_patches.", FILL
+            "batch_fill_ratio", "Patches in one forward pass, as a share of the largest batch.", FILL
         )
         self.queue_images = gauge("queue_images", "Images that are accepted and not yet answered.")
         self.queue_images_limit = gauge("queue_images_limit", "The setting queue_max_images.")

@@ -201,7 +201,7 @@ async def running(
         return store
 
     engine = engine or FakeEngine()
-    chosen = Settings(data_dir=data_dir, decode_workers=2, **settings)
+    chosen = Settings(data_dir=data_dir, **{"decode_workers": 2, "batch_max_patches": 2048} | settings)
     open_store = open_given if store else None
     app = create_app(chosen, artifact or fake_artifact(), engine, cache=cache, open_store=open_store, record=record)
     async with app.router.lifespan_context(app):

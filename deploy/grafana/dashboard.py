@@ -162,7 +162,7 @@ ROWS: dict[str, list[Panel]] = {
             "percentunit",
             mean("dinov2_batch_fill_ratio", "instance"),
             "{{instance}}",
-            "Mean share of the setting DINOV2_BATCH_MAX_PATCHES.",
+            "Mean share of the largest batch (DINOV2_BATCH_MAX_PATCHES, or as measured at the start).",
         ),
         one(
             "Queue age",

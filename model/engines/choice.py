@@ -6,9 +6,9 @@ already checked at export. Every other engine must pass the parity check when it
 as the reference, and is discarded if its features differ too much. All attempts and their outcomes are logged in order,
 and reported at /v1/models.
 
-`auto` never selects int8, so on a CPU it always selects float32. On a GPU, it prefers bf16, or fp16 if the GPU cannot
-compute in bf16 (compute capability below 8.0, such as T4). All vectors in a collection must be computed in the
-same precision, so with `auto`, a collection that was filled on a GPU must also be searched on a GPU.
+On a CPU, `auto` always selects float32, because other precisions change a vector's tag. On a GPU, it prefers bf16, or
+fp16 if the GPU cannot compute in bf16 (compute capability below 8.0, such as T4). All vectors in a collection must be
+computed in the same precision, so with `auto`, a collection that was filled on a GPU must also be searched on a GPU.
 """
 
 import gc
@@ -60,10 +60,16 @@ AUTO_WITHOUT_BF16: Final = (
     *(candidate for candidate in AUTO if candidate.precision == "fp32"),
 )
 """The engines that `auto` tries on a GPU that cannot compute in bf16. torch has no fp16 engine."""
-FASTEST: Final = (Candidate("onnxruntime", "fp32"), Candidate("onnxruntime", "int8"))
+FASTEST: Final = (
+    Candidate("onnxruntime", "fp32"),
+    Candidate("openvino", "fp32"),
+    Candidate("openvino", "bf16"),
+    Candidate("onnxruntime", "int8"),
+)
+"""The engines that `fastest` compares, the more precise ones first."""
 BENCHMARK_S: Final = 2.0
-INT8_MARGIN: Final = 1.1
-"""The speed-up over float32 that an int8 engine must exceed to be chosen by `fastest`."""
+LOSSY_MARGIN: Final = 1.1
+"""The speed-up over more precise engines that a bf16 or int8 engine must exceed to be chosen by `fastest`."""
 
 PHOTOS_AT_LOAD: Final = 5
 """The number of generated images on which an engine is compared with the reference when it is loaded.
@@ -189,7 +195,7 @@ def _fastest(host: "_Host") -> Choice:
     speeds = images_per_s([engine for _, engine in loaded], pixels)
     best = 0
     for index in range(1, len(loaded)):
-        margin = INT8_MARGIN if loaded[index][1].precision == "int8" else 1.0
+        margin = 1.0 if loaded[index][1].precision == "fp32" else LOSSY_MARGIN
         best = index if speeds[index] > margin * speeds[best] else best
     for index, (name, _) in enumerate(loaded):
         figure = f"{speeds[index]:.1f} images/s"

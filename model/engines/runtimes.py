@@ -6,7 +6,7 @@ To add a runtime, add a file `*_engine.py` to this folder and a row to this tabl
 from dataclasses import dataclass
 from typing import Final
 
-from model.engines import onnxruntime_engine, tensorrt_engine, torch_engine
+from model.engines import onnxruntime_engine, openvino_engine, tensorrt_engine, torch_engine
 from model.engines.protocol import EngineFile
 
 
@@ -23,6 +23,7 @@ class Runtime:
 _ROWS: Final = (
     Runtime("onnxruntime", ("fp32", "fp16", "bf16", "int8"), onnxruntime_engine),
     Runtime("onnxruntime-cuda", ("bf16", "fp16", "fp32"), onnxruntime_engine, needs_gpu=True),
+    Runtime("openvino", ("fp32", "bf16"), openvino_engine),
     Runtime("torch", ("fp32", "bf16"), torch_engine),
     Runtime("tensorrt", ("bf16", "fp16", "fp8"), tensorrt_engine, needs_gpu=True),
 )

@@ -90,6 +90,8 @@ class Batcher(Generic[Row]):
         probe: a function that runs a forward pass that is known to work (see `EngineFaults`). Only the worker thread
             calls it.
         patch_size: the side of a patch in pixels. It is used to count patches.
+
+    Any thread may change the attribute `batch_max_patches`. The next batch observes it.
     """
 
     def __init__(
@@ -107,7 +109,7 @@ class Batcher(Generic[Row]):
     ) -> None:
         self._run = run
         self._patch_size = patch_size
-        self._batch_max_patches = batch_max_patches
+        self.batch_max_patches = batch_max_patches
         self._places = Shares(queue_max_images, client_share)  # images without a result
         self._patches = Shares(queue_max_patches, client_share)  # of the images in the queue; changes under _wake
         self._metrics = metrics
@@ -296,7 +298,7 @@ class Batcher(Generic[Row]):
                 continue
             if batch and (job.pixels.shape, job.outputs) != (batch[0].pixels.shape, batch[0].outputs):
                 continue
-            if batch and patches + job.patches > self._batch_max_patches:
+            if batch and patches + job.patches > self.batch_max_patches:
                 break
             batch.append(job)
             patches += job.patches
@@ -338,7 +340,7 @@ class Batcher(Generic[Row]):
         span = record_batch(batch, started, ended, patches)
         seconds = ended - started
         self._metrics.batch_images.observe(len(batch))
-        self._metrics.batch_fill.observe(min(1.0, patches / self._batch_max_patches))
+        self._metrics.batch_fill.observe(min(1.0, patches / self.batch_max_patches))
         self._metrics.images.inc(len(batch))
         rate = len(batch) / max(seconds, 1e-6)
         self._images_per_s = rate if self._images_per_s is None else 0.8 * self._images_per_s + 0.2 * rate

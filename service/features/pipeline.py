@@ -34,13 +34,14 @@ import numpy.typing as npt
 
 from model.artifact import Artifact
 from model.decode import DecodeLimits, OnSize
-from model.engines.protocol import BUCKETS, Engine
+from model.engines.protocol import Engine
 from model.pooling import PARTS, Pooling, pool
 from model.preprocess import PreprocessSpec, crop_box, output_size, preprocess
 from service.clients import current_sender
 from service.costs import current_cost
 from service.errors import BrokenImage, InvalidRequest, ServiceError
 from service.fair import FairSlots, FairThreads
+from service.features.batch_limit import measured_limit, unmeasured_limit
 from service.features.batcher import Batcher
 from service.features.cache import Cache, cache_key
 from service.features.decode_memory import MustWait, Reservation
@@ -55,8 +56,6 @@ from service.telemetry import Metrics
 from service.tracing import RequestTrace, current_trace, record_stage
 
 FloatArray = npt.NDArray[np.float32]
-CPU_BATCH_PATCHES: Final = 2048
-"""The highest number of patches in one forward pass on a CPU if the settings do not name it: 8 images of 224 x 224."""
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -191,19 +190,6 @@ class PipelineLimits:
         )
 
 
-def default_batch_patches(artifact: Artifact, engine: Engine) -> int:
-    """Return the highest number of patches in one forward pass if the settings do not name it.
-
-    A CPU is not faster with large batches, but a GPU is. A GPU's engines have CUDA graphs and TensorRT profiles for up
-    to 64 images.
-    """
-    if engine.device == "cpu":
-        return CPU_BATCH_PATCHES
-    height, width = artifact.manifest.input_size
-    patch_size = artifact.manifest.config.patch_size
-    return BUCKETS[-1] * (height // patch_size) * (width // patch_size)
-
-
 class Pipeline:
     """A pipeline that computes the features of images and caches them. It must be created and closed on the event
     loop's thread.
@@ -233,6 +219,7 @@ class Pipeline:
         self._patch_size = artifact.manifest.config.patch_size
         self._decode_limits = limits.decode
         self._max_input_patches = limits.max_input_patches
+        self._measures_batches = limits.batch_max_patches is None
         self._forward = Forward(engine, open_general)
         self._metrics = metrics
         self._hits, self._misses = metrics.cache_hits.labels(cache.name), metrics.cache_misses.labels(cache.name)
@@ -249,7 +236,7 @@ class Pipeline:
         self.batcher: Batcher[Row] = Batcher(
             self._forward,
             patch_size=self._patch_size,
-            batch_max_patches=limits.batch_max_patches or default_batch_patches(artifact, engine),
+            batch_max_patches=limits.batch_max_patches or unmeasured_limit(engine, artifact),
             queue_max_images=limits.queue_max_images,
             queue_max_patches=limits.queue_max_patches,
             metrics=metrics,
@@ -363,8 +350,12 @@ class Pipeline:
 
     async def warm_up(self) -> None:
         """Run one forward pass on zeros, so that the first request does not have to wait until the runtime is
-        initialised."""
+        initialised. Then measure the largest batch, unless a setting gives it. Call this method before the pipeline is
+        used."""
         await self._row(self._zeros())
+        if self._measures_batches:
+            limit = await asyncio.to_thread(measured_limit, self.engine, self.artifact, self._forward)
+            self.batcher.batch_max_patches = limit
 
     def _zeros(self) -> FloatArray:
         """Return zeros of the input size, [3, h, w]."""

@@ -35,7 +35,8 @@ class Server:
     def __init__(self, data_dir: Path, *, code: str | None = None, **settings: str) -> None:
         command = [sys.executable, *(["-m", "service"] if code is None else ["-c", code])]
         clean = {name: value for name, value in os.environ.items() if not name.startswith("DINOV2_")}
-        given = {"DINOV2_PORT": "0", "DINOV2_DATA_DIR": str(data_dir), "DINOV2_THREADS": "1"} | settings
+        fixed = {"DINOV2_PORT": "0", "DINOV2_THREADS": "1", "DINOV2_BATCH_MAX_PATCHES": "2048"}
+        given = fixed | {"DINOV2_DATA_DIR": str(data_dir)} | settings
         self.log = data_dir.with_suffix(".log")
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, env=clean | given, stdout=subprocess.PIPE, stderr=log)

@@ -12,7 +12,7 @@ import pytest
 
 from model.artifact import Artifact, GateRecord, GraphRecord, ParityRecord, load_artifact
 from model.engines import choice as engine_choice
-from model.engines import onnxruntime_engine, parity, tensorrt_engine
+from model.engines import onnxruntime_engine, openvino_engine, parity, tensorrt_engine
 from model.engines.choice import choose_engine, images_per_s, load_engine
 from model.engines.knn_gate import NO_LABELS
 from model.engines.onnxruntime_engine import graph_file, graph_of
@@ -306,20 +306,52 @@ def test_the_fastest_that_is_right(
 ) -> None:
     monkeypatch.setattr(engine_choice, "images_per_s", lambda engines, pixels: [100.0, int8])
     monkeypatch.setattr(parity, "measure", lambda *_, **__: record())
+    monkeypatch.setitem(sys.modules, "openvino", None)
     choice = choose_engine(with_gate(exported, PASSED), "fastest", threads=1)
     assert choice.engine.precision == expected
-    assert {tried.engine: tried.reason for tried in choice.tried} == {
+    assert {tried.engine: tried.reason for tried in choice.tried if tried.reason.endswith("images/s")} == {
         "onnxruntime:fp32": "100.0 images/s",
         "onnxruntime:int8": f"{int8:.1f} images/s",
     }
     assert [tried.engine for tried in choice.tried if tried.outcome == "serves"] == [f"onnxruntime:{expected}"]
 
 
+@pytest.mark.parametrize(
+    ("fp32", "bf16", "expected"),
+    [(99.0, 109.0, "onnxruntime:fp32"), (101.0, 111.0, "openvino:fp32"), (101.0, 112.0, "openvino:bf16")],
+)
+def test_the_fastest_of_two_runtimes(
+    exported: Artifact, monkeypatch: pytest.MonkeyPatch, fp32: float, bf16: float, expected: str
+) -> None:
+    opened = []
+
+    class Other(Wrong):
+        def __init__(self, request: OpenRequest) -> None:
+            self.name, self.precision = request.runtime, request.precision
+            opened.append(self)
+
+    monkeypatch.setattr(openvino_engine, "fault", lambda request: None)
+    monkeypatch.setattr(openvino_engine, "open", Other)
+    monkeypatch.setattr(engine_choice, "images_per_s", lambda engines, pixels: [100.0, fp32, bf16])
+    monkeypatch.setattr(parity, "measure", lambda *_, **__: record())
+    choice = choose_engine(exported, "fastest", threads=1)
+    assert f"{choice.engine.name}:{choice.engine.precision}" == expected
+    assert [(each.name, each.precision) for each in opened] == [("openvino", "fp32"), ("openvino", "bf16")]
+
+
 def test_fastest_without_a_gate_measures_nothing(exported: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_choice, "images_per_s", lambda *_: pytest.fail("nothing to choose from"))
+    monkeypatch.setattr(openvino_engine, "fault", lambda request: None)
+    monkeypatch.setitem(sys.modules, "openvino", None)
     choice = choose_engine(exported, "fastest", threads=1)
     assert choice.engine.precision == "fp32"
-    assert [tried.outcome for tried in choice.tried] == ["passed over", "serves"]
+    assert [(tried.engine, tried.outcome) for tried in choice.tried] == [
+        ("openvino:fp32", "passed over"),
+        ("openvino:bf16", "passed over"),
+        ("onnxruntime:int8", "passed over"),
+        ("onnxruntime:fp32", "serves"),
+    ]
+    assert "OpenVINO is not installed" in choice.tried[0].reason
 
 
 def test_the_benchmark_takes_turns_and_ends() -> None:

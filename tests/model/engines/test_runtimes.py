@@ -28,7 +28,7 @@ def test_every_engine_s_file_is_in_the_table() -> None:
 
 def test_the_table_loads_no_runtime() -> None:
     """A service without torch reads the table, and `dinov2 serve --engine torch` must not load ONNX Runtime."""
-    names = "{'torch', 'onnxruntime', 'tensorrt', 'tensorrt_rtx', 'cuda'}"
+    names = "{'torch', 'onnxruntime', 'openvino', 'tensorrt', 'tensorrt_rtx', 'cuda'}"
     code = f"import sys, model.engines.choice; sys.exit(str({names} & set(sys.modules) or ''))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stderr.strip() == ""

@@ -292,19 +292,11 @@ async def test_limits_on_patches_reach_the_batcher(tmp_path, setting):
     assert [shape[0] for shape in engine.batches] == [1, 2, 1][: len(engine.batches)]
 
 
-@pytest.mark.parametrize(
-    ("device", "setting", "expected"), [("cpu", None, 2048), ("cuda", None, 64 * N_PATCHES), ("cuda", 512, 512)]
-)
+@pytest.mark.parametrize(("device", "setting", "expected"), [("cuda", None, 64 * N_PATCHES), ("cuda", 512, 512)])
 async def test_the_largest_batch_suits_the_device(tmp_path, device, setting, expected):
-    """A GPU runs 64 images of the model's input size at once. A CPU is not faster with more than a few."""
+    """A GPU runs 64 images of the model's input size at once."""
     async with running(tmp_path, engine=FakeEngine(device=device), batch_max_patches=setting) as run:
         assert run.service.pipeline.batcher._batch_max_patches == expected
-
-
-def test_the_largest_batch_of_a_gpu_depends_on_the_input_size():
-    artifact = fake_artifact()
-    wide = replace(artifact, manifest=artifact.manifest.model_copy(update={"input_size": (518, 224)}))
-    assert pipeline.default_batch_patches(wide, FakeEngine(device="cuda")) == 64 * 37 * 16
 
 
 async def test_a_failure_is_not_cached(tmp_path):
