@@ -19,7 +19,7 @@ from typing import Any, Final
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from model.artifact import Artifact
 from model.engines.protocol import Engine, Tried
@@ -196,6 +196,14 @@ class App(FastAPI):
             about["server"] = self.state.root_path or "/"
             self.openapi_schema = openapi.document(self.routes, **about)
         return self.openapi_schema
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request to the layers. FastAPI's own method would first look for OpenTelemetry's settings in the
+        environment on each request; `service/tracing.py` records traces."""
+        if self.middleware_stack is None:
+            self.middleware_stack = self.build_middleware_stack()
+        scope["app"] = self
+        await self.middleware_stack(scope, receive, send)
 
     def build_middleware_stack(self) -> ASGIApp:
         handled = ExceptionMiddleware(self.router, handlers=dict(self.exception_handlers))
