@@ -371,27 +371,32 @@ def _hits(view: View, ranking: _Ranking, k: int, room: _Room | None) -> Hits:
     """Return the hits for the k best items of a ranking. Hits with equal scores are sorted by id. If there is a `room`,
     their metadata must fit into it."""
     scores, positions = ranking
-    rows: list[list[Any]] = []
-    for begin in range(0, len(positions), AT_A_TIME):
-        payloads = view.payloads(positions[begin : begin + AT_A_TIME])
-        if room is not None:
-            room.add(payloads)
-        rows += _parsed(payloads)
+    columns = _columns(view.payloads(positions[:AT_A_TIME]), room)
+    for begin in range(AT_A_TIME, len(positions), AT_A_TIME):
+        more = _columns(view.payloads(positions[begin : begin + AT_A_TIME]), room)
+        columns = tuple(column + rest for column, rest in zip(columns, more, strict=True))
     if len(set(scores)) < len(scores):
-        order = sorted(range(len(rows)), key=lambda at: (-scores[at], rows[at][0]))[:k]
-        scores, rows = [scores[at] for at in order], [rows[at] for at in order]
-    ids, metadata, sources = zip(*rows, strict=True) if rows else ((), (), ())
+        ids = columns[0]
+        order = sorted(range(len(ids)), key=lambda at: (-scores[at], ids[at]))[:k]
+        scores, columns = [scores[at] for at in order], tuple([column[at] for at in order] for column in columns)
+    ids, metadata, sources = columns
     return Hits(ids, scores, metadata, sources)
 
 
-def _parsed(payloads: Sequence[bytes]) -> list[list[Any]]:
-    """Return the id, the metadata and the source of each item, from its payload.
+def _columns(payloads: Sequence[bytes], room: _Room | None) -> tuple[Any, ...]:
+    """Return the ids, the metadata and the sources of items, from their payloads. They must fit into the `room`.
 
     Raises:
+        AnswerTooLarge: they do not fit.
         StorageDamaged: a payload is not a JSON array of three values.
     """
+    if room is not None:
+        room.add(payloads)
+    if not payloads:
+        return (), (), ()
     with suppress(ValueError, TypeError):
-        rows: list[list[Any]] = orjson.loads(b"[%b]" % b",".join(payloads))  # one call instead of one for each hit
-        if [*map(len, rows)] == [3] * len(payloads):
-            return rows
+        rows = orjson.loads(b"[%b]" % b",".join(payloads))  # one call instead of one for each hit
+        ids, metadata, sources = zip(*rows, strict=True)
+        if len(ids) == len(payloads):
+            return ids, metadata, sources
     raise StorageDamaged("the vector store is damaged: the metadata of an item is broken")

@@ -492,9 +492,10 @@ async def test_a_vector_of_length_1_is_searched_as_it_is(store: EmbeddedStore) -
 
 @pytest.mark.parametrize("payloads", [[b'["a", {}]'], [b'["a", {}, null', b'"b", {}, null]'], [b"{"], [b"7"]])
 def test_a_broken_payload_is_damage(payloads: list[bytes]) -> None:
-    assert searcher._parsed([b'["a",{"n":1},null]', b'["b",{},"s"]']) == [["a", {"n": 1}, None], ["b", {}, "s"]]
+    good = searcher._columns([b'["a",{"n":1},null]', b'["b",{},"s"]'], None)
+    assert good == (("a", "b"), ({"n": 1}, {}), (None, "s"))
     with pytest.raises(StorageDamaged, match="metadata of an item is broken"):
-        searcher._parsed(payloads)
+        searcher._columns(payloads, None)
 
 
 def test_hits_are_a_sequence_of_hits() -> None:
