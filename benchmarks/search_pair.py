@@ -24,6 +24,7 @@ import json
 import multiprocessing
 import os
 import random
+import socket
 import statistics
 import subprocess
 import sys
@@ -159,6 +160,12 @@ def serve(tree: Path, data_dir: Path, port: int, workers: int, stack: ExitStack)
     wait_until_ready(port)
 
 
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
 def wait_until_ready(port: int, limit_s: float = 180) -> None:
     from urllib.error import URLError
     from urllib.request import urlopen
@@ -179,8 +186,6 @@ def has_workers(tree: Path) -> bool:
 
 def http_targets(old: Path, new: Path, folder: Path, stack: ExitStack) -> dict[str, list[int]]:
     """Start the services of both versions, and return their ports."""
-    from serving import free_port
-
     ports: dict[str, list[int]] = {}
     for name, tree in (("old", old), ("new", new)):
         ports[f"{name}, 1 process"] = [free_port()]

@@ -490,7 +490,10 @@ async def test_a_vector_of_length_1_is_searched_as_it_is(store: EmbeddedStore) -
         await store.search("c", np.zeros((1, D), np.float32), 3, tag=TAG)
 
 
-@pytest.mark.parametrize("payloads", [[b'["a", {}]'], [b'["a", {}, null', b'"b", {}, null]'], [b"{"], [b"7"]])
+@pytest.mark.parametrize(
+    "payloads",
+    [[b'["a", {}]'], [b'["a", {}, null', b'"b", {}, null]'], [b'["a", {}, null], ["b", {}, null]'], [b"{"], [b"7"]],
+)
 def test_a_broken_payload_is_damage(payloads: list[bytes]) -> None:
     good = searcher._columns([b'["a",{"n":1},null]', b'["b",{},"s"]'], None)
     assert good == (("a", "b"), ({"n": 1}, {}), (None, "s"))
