@@ -34,12 +34,16 @@ def serve(
     threads: Annotated[
         int | None, typer.Option(help="Number of CPU threads per forward pass. [DINOV2_THREADS]")
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Number of processes that answer requests. [DINOV2_WORKERS]")
+    ] = None,
 ) -> None:
     """Start the REST service. It reads its settings from DINOV2_* environment variables. Command-line options
     override these variables."""
     from service.__main__ import main as run_service
 
-    options = {"model": model, "host": host, "port": port, "data_dir": data_dir, "engine": engine, "threads": threads}
+    options = {"model": model, "host": host, "port": port, "data_dir": data_dir, "engine": engine}
+    options |= {"threads": threads, "workers": workers}
     raise typer.Exit(run_service({name: value for name, value in options.items() if value is not None}))
 
 

@@ -27,7 +27,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import uvicorn
 from PIL import Image
@@ -46,9 +46,11 @@ from service.http_protocol import BoundedHttpProtocol
 from service.jobs.local import start_local_worker, stop_local_worker
 from service.security import check_reachable
 from service.settings import Settings, load_settings
+from service.siblings import Place, Siblings
 from service.starting import Starting
 from service.state import Lifecycle
 from service.telemetry import Metrics, configure_logging
+from service.workers import bound_sockets, settings_of_worker, supervise
 
 log = logging.getLogger("service")
 
@@ -56,6 +58,9 @@ START_FAILED: Final = 2
 CLOSE_LIMIT_S: Final = 10.0
 """The time limit in seconds for closing the cache and the vector store after the grace period. With the default
 settings, Docker Compose kills the container 15 s after the grace period."""
+SAME_STOP_S: Final = 1.0
+"""A worker ignores a second signal within this time in seconds after the first one: systemd sends SIGTERM to all
+processes of a service, and the parent of the workers passes its own on."""
 
 
 def main(overrides: Mapping[str, Any] | None = None) -> int:
@@ -65,8 +70,13 @@ def main(overrides: Mapping[str, Any] | None = None) -> int:
     The function returns only if the service cannot start. It then returns the exit status 2.
     """
     status = serve(overrides)
-    if status == START_FAILED:
-        return status
+    if status != START_FAILED:
+        _end(status)
+    return status
+
+
+def _end(status: int) -> NoReturn:
+    """End the process without waiting for its threads."""
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # the stream is closed, or its reader is gone
@@ -74,17 +84,33 @@ def main(overrides: Mapping[str, Any] | None = None) -> int:
     os._exit(status)
 
 
-def serve(overrides: Mapping[str, Any] | None = None) -> int:
+def run_worker(place: Place, overrides: Mapping[str, Any] | None = None) -> None:
+    """Run one of several workers of a service until it stops, then end the process."""
+    _end(serve(overrides, place))
+
+
+def serve(overrides: Mapping[str, Any] | None = None, place: Place | None = None) -> int:
     """Run the service until it receives a signal, and return the exit status. `overrides` has settings from the command
-    line, which take precedence over the environment. If the service cannot start, print the error and return 2."""
+    line, which take precedence over the environment. If the service cannot start, print the error and return 2.
+
+    If the settings ask for several workers, they answer the requests, and this process starts them. `place` says which
+    of these workers this process is.
+    """
     try:
         settings = load_settings(overrides)
         configure_logging(settings.log_level, settings.audit_log)
         check_reachable(settings)
         check_descriptors(settings.max_connections)
+        if place is not None:
+            sockets = bound_sockets(settings.host, place.port)
+            make_server(settings_of_worker(settings, place), place=place).run(sockets)
+            return 0
         worker = start_local_worker(settings)
+        on_exit = worker.ask_to_stop if worker else None
         try:
-            make_server(settings, on_exit=worker.ask_to_stop if worker else None).run()
+            if settings.workers > 1:
+                return supervise(settings, partial(run_worker, overrides=overrides), on_exit)
+            make_server(settings, on_exit=on_exit).run()
         finally:
             stop_local_worker(worker)
     except KeyboardInterrupt:  # the second Ctrl+C
@@ -110,10 +136,10 @@ class Loaded:
     engine: Engine
 
 
-def load(settings: Settings, report: Report) -> Loaded:
+def load(settings: Settings, report: Report, *, siblings: Siblings | None = None) -> Loaded:
     """Load the model and build the application. A published model is first downloaded and exported if needed.
 
-    `report` is called with the current step.
+    `report` is called with the current step. `siblings` are the other workers of the service, if there are any.
 
     Raises:
         ValueError, OSError: the model cannot be found, verified or loaded. The message names the file and the reason.
@@ -124,13 +150,15 @@ def load(settings: Settings, report: Report) -> Loaded:
     return_large_blocks()
     use_one_blas_thread()  # after the export, which may use numpy for the whole network
     report("opening the collections")
-    app = create_app(settings, opened.artifact, opened.engine, tried=opened.tried, record=record)
+    app = create_app(settings, opened.artifact, opened.engine, tried=opened.tried, record=record, siblings=siblings)
     return Loaded(app, opened.artifact, opened.engine)
 
 
-def make_server(settings: Settings, on_exit: Callable[[], None] | None = None) -> "DrainingServer":
+def make_server(
+    settings: Settings, on_exit: Callable[[], None] | None = None, place: Place | None = None
+) -> "DrainingServer":
     """Return a server that listens, loads the model, and then answers requests with it. `on_exit` is called when it
-    begins to shut down."""
+    begins to shut down. `place` says which of several workers of a service the server is."""
 
     connections = Connections(
         settings.max_connections, settings.client_share, are_of_proxies=settings.trusted_proxies > 0
@@ -142,7 +170,7 @@ def make_server(settings: Settings, on_exit: Callable[[], None] | None = None) -
         min_bytes_per_s = settings.min_bytes_per_s
         places = connections
 
-    starting = Starting(settings)
+    starting, siblings = Starting(settings), None if place is None else Siblings(place)
     config = uvicorn.Config(
         starting,
         http=HttpProtocol,
@@ -160,11 +188,12 @@ def make_server(settings: Settings, on_exit: Callable[[], None] | None = None) -
     return DrainingServer(
         config,
         starting,
-        partial(load, settings),
+        partial(load, settings, siblings=siblings),
         connections,
         grace_s=settings.shutdown_grace_s,
         root_path=settings.root_path,
         on_exit=on_exit,
+        siblings=siblings,
     )
 
 
@@ -192,6 +221,7 @@ class DrainingServer(uvicorn.Server):
         grace_s: float,
         root_path: str = "",
         on_exit: Callable[[], None] | None = None,
+        siblings: Siblings | None = None,
     ) -> None:
         super().__init__(config)
         self._root_path = root_path
@@ -200,26 +230,23 @@ class DrainingServer(uvicorn.Server):
         self._connections = connections
         self._grace_s = grace_s
         self._on_exit = on_exit
+        self._siblings = siblings
         self._lifecycle: Lifecycle | None = None  # None until the application is ready
         self._running = AsyncExitStack()
         self._drain_until: float | None = None
 
     async def startup(self, sockets: Any = None) -> None:
         """Open the port, load the model in a thread, start the application, and print the startup message. A signal
-        ends the startup.
+        ends the startup. A worker that replaces another one opens the port last, so that it gets no request before.
 
         Raises:
             ServiceError, ValueError, OSError, ModuleNotFoundError: the service cannot start.
         """
         loop = asyncio.get_running_loop()
         loop.set_default_executor(_Unjoined(thread_name_prefix="io"))
-        try:
-            await super().startup(sockets)
-        except SystemExit as stop:  # uvicorn cannot listen; the cause is in the context
-            where = f"{self.config.host}:{self.config.port}"
-            raise OSError(
-                f"cannot listen on {where}: {stop.__context__}. Another port is set with DINOV2_PORT or --port"
-            ) from stop
+        listens_late = self._siblings is not None and self._siblings.place.is_restart
+        if not listens_late:
+            await self._listen(sockets)
         try:
             loading = loop.run_in_executor(None, self._load, self._starting.report)
             while not (loading.done() or self.should_exit):
@@ -229,7 +256,7 @@ class DrainingServer(uvicorn.Server):
             loaded = loading.result()
             await self._running.enter_async_context(loaded.app.router.lifespan_context(loaded.app))
         except BaseException:
-            for server in self.servers:
+            for server in getattr(self, "servers", ()):  # uvicorn has not set it if nothing listens
                 server.close()
             raise
         self._lifecycle = loaded.app.state.lifecycle
@@ -239,9 +266,28 @@ class DrainingServer(uvicorn.Server):
         self._starting.app = loaded.app
         gc.collect()
         gc.freeze()  # otherwise garbage collections would scan the objects made at startup and delay requests
+        if listens_late:
+            await self._listen(sockets)
         needs_key = loaded.app.state.security.requires_keys
-        url = self._url() + self._root_path
-        print(greeting(loaded.artifact, loaded.engine, url, needs_key=needs_key), flush=True)
+        text = greeting(loaded.artifact, loaded.engine, self._url() + self._root_path, needs_key=needs_key)
+        if self._siblings is None:
+            print(text, flush=True)
+        else:
+            self._siblings.mark_ready(text)
+
+    async def _listen(self, sockets: Any) -> None:
+        """Open the port, or listen on sockets that are bound to it.
+
+        Raises:
+            OSError: the port cannot be used.
+        """
+        try:
+            await super().startup(sockets)
+        except SystemExit as stop:  # uvicorn cannot listen; the cause is in the context
+            where = f"{self.config.host}:{self.config.port}"
+            raise OSError(
+                f"cannot listen on {where}: {stop.__context__}. Another port is set with DINOV2_PORT or --port"
+            ) from stop
 
     async def shutdown(self, sockets: Any = None) -> None:
         """Stop listening, cancel the requests that are still running, and close the application. After a second signal,
@@ -267,6 +313,9 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = True
             return
         if self._drain_until is not None:
+            is_same_stop = time.monotonic() < self._drain_until - self._grace_s + SAME_STOP_S
+            if self._siblings is not None and is_same_stop:
+                return
             self.force_exit = True
             super().handle_exit(sig, frame)
             return
@@ -305,4 +354,6 @@ def greeting(artifact: Artifact, engine: Engine, url: str, *, needs_key: bool = 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from service.__main__ import main as main_by_name  # the workers import `run_worker` by the name of its module
+
+    sys.exit(main_by_name())

@@ -17,9 +17,10 @@ from functools import partial
 from typing import Any, Final
 
 from fastapi import FastAPI, Request, Response
+from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from model.artifact import Artifact
 from model.engines.protocol import Engine, Tried
@@ -64,6 +65,7 @@ from service.search import opening
 from service.search.store import VectorStore
 from service.security import Security
 from service.settings import Settings
+from service.siblings import Siblings
 from service.state import Lifecycle, Service
 from service.telemetry import Metrics
 from service.tracing import Tracing, open_tracing
@@ -105,6 +107,7 @@ def create_app(
     cache: Cache | None = None,
     open_store: Callable[[], Awaitable[VectorStore]] | None = None,
     record: Record | None = None,
+    siblings: Siblings | None = None,
 ) -> "App":
     """Build and return the application.
 
@@ -117,6 +120,7 @@ def create_app(
         open_store: a function that opens the vector store. If None, the store that the settings specify is opened.
         record: the record of generations, which can change the model while the application runs. If None, the model
             stays the same.
+        siblings: the other workers of the service. If None, there are none.
     """
     metrics = Metrics()
     tracing = open_tracing(
@@ -143,6 +147,7 @@ def create_app(
     app.state.lifecycle = lifecycle
     app.state.jobs = OpenedJobs(settings)
     app.state.streams = job_events.OpenStreams()
+    app.state.siblings = siblings
     app.state.cache_status = "ok"  # the status that /readyz logged last
     app.state.root_path = settings.root_path
     _add_routes(app)
@@ -180,8 +185,14 @@ async def _lifespan(app: FastAPI, *, start: "_Start") -> AsyncIterator[None]:
             models = LiveModels(service, start.record, partial(_go_live, app))
             stack.push_async_callback(models.close)
             await models.start()
+        if (siblings := app.state.siblings) is not None:
+            await stack.enter_async_context(siblings.answering(partial(_registry, app)))
         yield
         start.lifecycle.draining = True
+
+
+async def _registry(app: FastAPI) -> CollectorRegistry:
+    return (await health.observed(app.state)).registry
 
 
 class App(FastAPI):
@@ -196,6 +207,14 @@ class App(FastAPI):
             about["server"] = self.state.root_path or "/"
             self.openapi_schema = openapi.document(self.routes, **about)
         return self.openapi_schema
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request to the layers. FastAPI's own method would first look for OpenTelemetry's settings in the
+        environment on each request; `service/tracing.py` records traces."""
+        if self.middleware_stack is None:
+            self.middleware_stack = self.build_middleware_stack()
+        scope["app"] = self
+        await self.middleware_stack(scope, receive, send)
 
     def build_middleware_stack(self) -> ASGIApp:
         handled = ExceptionMiddleware(self.router, handlers=dict(self.exception_handlers))

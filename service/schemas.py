@@ -328,7 +328,15 @@ class EraseImagesIn(Body):
 MAX_PARTS = 16
 MAX_RUNS = 1_000_000
 QueryVector = Annotated[
-    Any, WithJsonSchema({"type": "array", "items": {"type": "number"}, "minItems": 1, "maxItems": MAX_DIMENSION})
+    Any,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "array", "items": {"type": "number"}, "minItems": 1, "maxItems": MAX_DIMENSION},
+                {"type": "string", "contentEncoding": "base64", "minLength": 8},
+            ]
+        }
+    ),
 ]
 """A vector in a search request. `read_vector` checks it. pydantic does not, because pydantic would first create a list
 of floats."""

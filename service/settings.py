@@ -84,6 +84,13 @@ class Settings(BaseSettings):
         "without a dot: comma-separated names such as images.example.com or *.example.com, or * for all; unset: only "
         "those, as long as requests need no API key and trusted_proxies is 0; see docs/security.md",
     )
+    workers: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="number of processes that answer requests on this port; each loads the model, and they divide the "
+        "CPUs; see docs/deployment.md",
+    )
     data_dir: Path = Field(Path("data"), description="folder for collections, artifacts and derived files")
     model: str = Field(
         "auto", description="model to serve: auto, an artifact folder or its URL, or the name of a published model"

@@ -25,6 +25,7 @@ from prometheus_client import (
     disable_created_metrics,
 )
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 
 STAGES: Final = ("decode", "preprocess", "queue", "infer", "post")
 SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -306,11 +307,12 @@ class Metrics:
         """Return the metrics in the text format of Prometheus, as bytes."""
         return self.render_for("")[0]
 
-    def render_for(self, accept: str) -> tuple[bytes, str]:
+    def render_for(self, accept: str, page: Collector | None = None) -> tuple[bytes, str]:
         """Return the metrics in the format that an Accept header asks for, and their content type. The format is
-        OpenMetrics, which has exemplars, or the text format of Prometheus, which has none."""
+        OpenMetrics, which has exemplars, or the text format of Prometheus, which has none. `page` has the metrics of
+        all workers, if there are several."""
         encode, content_type = choose_encoder(accept)
-        return encode(self.registry), content_type
+        return encode(page or self.registry), content_type
 
 
 class JsonLines(logging.Formatter):

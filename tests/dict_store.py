@@ -31,6 +31,7 @@ from service.search.store import (
     CollectionSpec,
     Facets,
     Hit,
+    Hits,
     Item,
     Metadata,
     Order,
@@ -210,7 +211,7 @@ class DictStore:
         params: SearchParams | None = None,
         assumed: bool = False,
         max_bytes: int | None = None,
-    ) -> list[list[Hit]]:
+    ) -> list[Hits]:
         check_k(k)
         queries = normalised_rows(vectors)
         name, stored = self._resolve(collection)
@@ -222,7 +223,7 @@ class DictStore:
                 Hit(item.id, round(float(np.clip(item.vector @ query, -1, 1)), 6), item.metadata, item.source)
                 for item in items
             ]
-            answers.append(sorted(hits, key=lambda hit: (-hit.score, hit.id))[:k])
+            answers.append(Hits.of(sorted(hits, key=lambda hit: (-hit.score, hit.id))[:k]))
         return answers
 
     async def close(self) -> None:

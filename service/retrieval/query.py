@@ -9,12 +9,14 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
 from service.outcomes import OnError, Outcome
 from service.schemas import Ranking
 from service.search.filters import Filter
 from service.search.store import SearchParams
 
+Vector = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 FORMS: Final = ("image", "vector", "id", "combine", "region")
 DEFAULT_RERANK_DEPTH: Final = 20
 
@@ -24,7 +26,7 @@ class Part:
     """One part of a query: an image, a vector or the id of an item."""
 
     image: Outcome[bytes] | None = None  # its index is the position of the part in the query
-    vector: npt.NDArray[np.float64] | None = None  # [D], of any length except 0
+    vector: Vector | None = None  # [D], of any length except 0
     id: str | None = None
     fingerprint: str | None = None  # fingerprint of the model that made the vector; None if the client sent none
     weight: float = 1.0
@@ -42,7 +44,12 @@ class Query:
     where: Filter | None = None
     path: tuple[str, ...] | None = None  # path of the grouping key
     params: SearchParams | None = None
-    batch_key: bytes = b""  # queries with the same key can share one call to the store
+
+    @property
+    def batch_key(self) -> bytes:
+        """Queries with the same key can share one call to the store."""
+        ranking = self.ranking
+        return orjson.dumps([self.depth, ranking.filter, ranking.params and ranking.params.model_dump()])
 
     @property
     def needs_model(self) -> bool:

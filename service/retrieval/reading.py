@@ -6,6 +6,8 @@ the rest of the request, because this is faster and most requests consist mainly
 An invalid query in a list does not prevent the other queries from being parsed.
 """
 
+import binascii
+import math
 import reprlib
 import struct
 from dataclasses import dataclass, field, replace
@@ -20,7 +22,7 @@ from service.data_urls import decode_texts
 from service.errors import InvalidRequest
 from service.options import Model, check_fields, parse_options
 from service.outcomes import Outcome, attempt, numbered, successes
-from service.retrieval.query import FORMS, Part, Query, SearchRequest
+from service.retrieval.query import FORMS, Part, Query, SearchRequest, Vector
 from service.schemas import MAX_PARTS, ParamsIn, PartIn, QueryIn, Ranking, SearchIn, SearchOptions
 from service.search.checks import check_id
 from service.search.filters import MAX_VALUES, And, Filter, In, Not, Or, parse_filter, parse_path
@@ -30,6 +32,8 @@ from service.settings import Settings
 from service.web_images import WebImages
 
 MAX_RESULTS_OF_BATCH: Final = MAX_DEPTH
+_FLOAT_BYTES: Final = 4
+_MAX_TEXT: Final = 4 * (MAX_DIMENSION * _FLOAT_BYTES // 3 + 2)  # characters of base64, and more than a vector can have
 _FLOATS: Final = TypeAdapter(Annotated[list[Annotated[float, Field(strict=True)]], FailFast()])
 
 
@@ -66,6 +70,8 @@ class _Reader:
                     param="region",
                 )
             parts = (Part(image=_undecoded(body.region.image)),)
+        elif form == "vector":
+            parts = (Part(vector=read_vector(body.vector, "vector"), fingerprint=body.fingerprint),)
         else:
             parts = (self._part(body, 1.0, ""),)
         return self.ranked(form, parts, body, region)
@@ -88,9 +94,6 @@ class _Reader:
             where=None if ranking.filter is None else self._filter(ranking.filter),
             path=None if ranking.group_by is None else parse_path(ranking.group_by, "group_by"),
             params=search_params(ranking.params),
-            batch_key=orjson.dumps(
-                [ranking.k + ranking.offset, ranking.filter, ranking.params and ranking.params.model_dump()]
-            ),
         )
 
     def _part(self, part: PartIn | QueryIn, weight: float, where: str, index: int = 0) -> Part:
@@ -224,14 +227,49 @@ def _check_images(queries: list[Query], settings: Settings) -> None:
         raise InvalidRequest(f"{images} images to search for: a request can have at most {settings.items_per_request}")
 
 
-def read_vector(value: Any, where: str) -> npt.NDArray[np.float64]:
-    """Parse a JSON value as a vector and return it as float64 [D]. `where` is the name of the field, for error
-    messages.
+def read_vector(value: Any, where: str) -> Vector:
+    """Parse a JSON value as a vector [D]: a list of numbers becomes float64, and base64 text float32. `where` is the
+    name of the field, for error messages.
 
     Raises:
-        InvalidRequest: the value is not a list of 1 to `MAX_DIMENSION` numbers, or all numbers are 0. The message names
-            the first element that is not a number.
+        InvalidRequest: the value is neither a list of 1 to `MAX_DIMENSION` numbers nor the base64 text of as many
+            finite numbers in little-endian float32, or all numbers are 0. The message names the first element that is
+            not a number.
     """
+    return _from_base64(value, where) if isinstance(value, str) else _from_list(value, where)
+
+
+def _from_base64(text: str, where: str) -> npt.NDArray[np.float32]:
+    try:
+        data = binascii.a2b_base64(text[:_MAX_TEXT], strict_mode=True)
+    except ValueError as error:  # not base64, or not ASCII
+        raise InvalidRequest(
+            f"{where}: a vector must be a list of numbers or the base64 text of float32 numbers, not "
+            f"{reprlib.repr(text)}: {error}",
+            param=where[:80],
+        ) from error
+    if len(data) % _FLOAT_BYTES or not 1 <= len(data) // _FLOAT_BYTES <= MAX_DIMENSION:
+        raise InvalidRequest(
+            f"{where}: the base64 text of a vector must have {_FLOAT_BYTES} bytes (little-endian float32) for each of "
+            f"1 to {MAX_DIMENSION:,} numbers, not {len(text) // 4 * 3:,} bytes",
+            param=where[:80],
+        )
+    vector = np.frombuffer(data, "<f4")
+    wide = vector.astype(np.float64)
+    square = float(wide.dot(wide))  # is finite if all numbers are, and 0 if all numbers are 0
+    if not math.isfinite(square):
+        index = int(np.isfinite(vector).argmin())
+        raise InvalidRequest(f"{where}.{index}: must be a finite number, not {vector[index]}", param=where[:80])
+    if not square:
+        raise _no_direction(len(vector), where)
+    return vector
+
+
+def _no_direction(count: int, where: str) -> InvalidRequest:
+    return InvalidRequest(f"{where}: a vector of {count} zeros has no direction", param=where[:80])
+
+
+def _from_list(value: Any, where: str) -> npt.NDArray[np.float64]:
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_DIMENSION:
         size = f" of {len(value):,}" if isinstance(value, list) else ""
         raise InvalidRequest(
@@ -247,7 +285,7 @@ def read_vector(value: Any, where: str) -> npt.NDArray[np.float64]:
             f"{where}.{index}: must be a number, not {reprlib.repr(value[index])}", param=where[:80]
         ) from error
     if not any(numbers):
-        raise InvalidRequest(f"{where}: a vector of {len(numbers)} zeros has no direction", param=where[:80])
+        raise _no_direction(len(numbers), where)
     return np.frombuffer(struct.pack(f"{len(numbers)}d", *numbers))  # takes a third of the time of np.array
 
 

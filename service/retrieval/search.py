@@ -207,7 +207,7 @@ async def _groups(
 ) -> QueryResults:
     """Return the results of a query that requests groups."""
 
-    async def best(depth: int) -> list[Hit]:
+    async def best(depth: int) -> Sequence[Hit]:
         info, vectors = target.info, origin.vector[None]
         [hits] = await service.store.search(
             info.ref, vectors, depth, tag=info.tag, where=query.where, params=query.params, max_bytes=max(room, 0)

@@ -2,7 +2,8 @@
 
 `/livez` fails if the worker thread that runs the network has died or hangs, or if the engine is broken. The service
 must then be restarted. `/readyz` fails if requests cannot be served at the moment: the service is not warmed up or is
-shutting down, the worker thread has failed, the queue is full, or the data folder was removed or replaced. If Redis
+shutting down, the worker thread has failed, the queue is full, the data folder was removed or replaced, or another
+worker of the service has not started yet. If Redis
 fails, requests are still answered but nothing is cached, so /readyz answers 200 with the status `degraded`. It does the
 same if the disk is full or a collection is damaged: a service that is not ready gets no requests, but searches and the
 deletions that make space still work. Anyone may call these routes, so the answers name only the kind of fault. The log
@@ -25,6 +26,9 @@ from service.routes.describe import Operation, describe
 from service.routes.direct import DirectRoute, service_of
 from service.scrape import batchers, observe, storage_health
 from service.search.store import StoreHealth, UsageStore, VectorStore
+from service.siblings import Siblings
+from service.state import Service
+from service.telemetry import Metrics
 
 log = logging.getLogger(__name__)
 USAGE_LIMIT_S: Final = 2.0
@@ -57,6 +61,7 @@ async def readyz(request: Request) -> JsonAnswer[ReadyzAnswer]:
         "queue": "full" if batcher.full else None,
         "generation": "loading the live model" if service.loaded.is_behind else None,
         "storage": "the data folder was removed or replaced" if health.is_replaced else None,
+        "workers": _starting(request.app.state.siblings),
     }
     reasons = {name: fault for name, fault in checks.items() if fault is not None}
     cache = service.pipeline.cache
@@ -78,6 +83,12 @@ async def readyz(request: Request) -> JsonAnswer[ReadyzAnswer]:
     return _answer(body, not reasons)
 
 
+def _starting(siblings: Siblings | None) -> str | None:
+    """Return that other workers are starting, or None if there are no others or all have started."""
+    starting = 0 if siblings is None else siblings.starting
+    return f"{starting} have not started yet" if starting else None
+
+
 def _refused(health: StoreHealth) -> dict[str, str]:
     """Return the reasons for which a service that is ready refuses some requests."""
     reasons = {}
@@ -91,20 +102,30 @@ def _refused(health: StoreHealth) -> dict[str, str]:
 @router.get("/metrics", summary="Get Prometheus metrics")
 @describe(Operation(media_types=("text/plain", "application/openmetrics-text")))
 async def metrics(request: Request) -> Response:
-    """Return the metrics of this process in the text format of Prometheus, or in the format of OpenMetrics if the
-    Accept header asks for it. Only OpenMetrics has the ids of traces."""
-    service = service_of(request)
+    """Return the metrics of the service in the text format of Prometheus, or in the format of OpenMetrics if the Accept
+    header asks for it. Only OpenMetrics has the ids of traces. If the service has several workers, counters and
+    histograms are added up, and each gauge has the label `worker`."""
+    recorded = await observed(request.app.state)
+    siblings: Siblings | None = request.app.state.siblings
+    page = None if siblings is None else await siblings.page(recorded.registry)
+    accept = request.headers.get("accept", "")
+    content, content_type = await asyncio.to_thread(recorded.render_for, accept, page)  # takes up to 10 ms
+    return Response(content, headers={"Content-Type": content_type})
+
+
+async def observed(state: Any) -> Metrics:
+    """Return the metrics of this process, after those of the state at the moment were set. `state` is the state of the
+    application."""
+    service: Service = state.service
     recorded = service.metrics
-    await observe(service, request.app.state.jobs)
+    await observe(service, state.jobs)
     try:
         async with asyncio.timeout(USAGE_LIMIT_S):
             recorded.set_usage(*await _usage(service.store))
     except (ServiceError, TimeoutError) as error:  # the other metrics matter most when the store is in trouble
         log.warning("metrics of the collections: %s", error or "the vector store does not answer")
         recorded.set_usage([], {})  # old values would look like current ones
-    accept = request.headers.get("accept", "")
-    content, content_type = await asyncio.to_thread(recorded.render_for, accept)  # takes up to 10 ms
-    return Response(content, headers={"Content-Type": content_type})
+    return recorded
 
 
 async def _usage(store: VectorStore) -> tuple[list[tuple[str, int, int | None]], Mapping[str, int]]:

@@ -21,7 +21,7 @@ from service.routes.describe import COLLECTION, IMAGES, Operation, Upload, descr
 from service.routes.direct import DirectRoute, service_of
 from service.schemas import SearchIn, SearchOptions
 from service.search.checks import check_name
-from service.search.store import Hit
+from service.search.store import Hit, Hits
 from service.state import FEW_RESULTS, Service
 from service.timings import ms_since
 
@@ -105,7 +105,14 @@ def _answer(results: QueryResults) -> QueryAnswer:
 
 
 def _rows(hits: Sequence[Hit], results: QueryResults) -> list[HitFields]:
-    rows = [_row(hit) for hit in hits]
+    hits = hits if isinstance(hits, Hits) else Hits.of(hits)
+    rows: list[HitFields] = [
+        {"id": item_id, "score": score, "metadata": metadata}
+        for item_id, score, metadata in zip(hits.ids, hits.scores, hits.metadata, strict=True)
+    ]
+    for row, source in zip(rows, hits.sources, strict=True):
+        if source is not None:
+            row["source"] = source
     if not results.comparisons and not results.vectors:
         return rows
     for row in rows:
@@ -117,10 +124,3 @@ def _rows(hits: Sequence[Hit], results: QueryResults) -> list[HitFields]:
         if row["id"] in results.vectors:
             row["vector"] = results.vectors[row["id"]]
     return rows
-
-
-def _row(hit: Hit) -> HitFields:
-    row: HitFields = {"id": hit.id, "score": hit.score, "metadata": hit.metadata}
-    if hit.source is not None:
-        row["source"] = hit.source
-    return row

@@ -200,22 +200,28 @@ def _large_integer(value: Any, levels: int, where: str = "") -> str | None:
     return next((text for text in texts if text is not None), None)
 
 
+def rows_of(vectors: npt.ArrayLike) -> npt.NDArray[Any]:
+    """Return vectors as an array [n, D] of float32 or float64.
+
+    Raises:
+        InvalidRequest: the array is empty or not two-dimensional.
+    """
+    is_float = isinstance(vectors, np.ndarray) and vectors.dtype.char in "fd"
+    rows: npt.NDArray[Any] = vectors if is_float else np.asarray(vectors, np.float64)  # type: ignore[assignment]
+    if rows.ndim != 2 or not rows.size:
+        raise InvalidRequest(f"vectors must be a non-empty list of vectors, not of shape {list(rows.shape)}")
+    return rows
+
+
 def normalised_rows(vectors: npt.ArrayLike) -> Floats:
     """Return vectors [n, D] with each row scaled to length 1, as float32.
 
     Raises:
         InvalidRequest: the array is empty or not two-dimensional, or `normalised` would reject one of its rows.
     """
-    values = np.asarray(vectors, np.float64)
-    if values.ndim != 2 or not values.size:
-        raise InvalidRequest(f"vectors must be a non-empty list of vectors, not of shape {list(values.shape)}")
-    if len(values) == 1:  # the usual case; each numpy call adds measurable latency to a search
-        with np.errstate(over="ignore"):
-            square = float(values[0].dot(values[0]))
-        if 1e-200 < square < 1e200:
-            return (values / math.sqrt(square)).astype(np.float32)
+    values = rows_of(vectors).astype(np.float64, copy=False)
     squares = np.einsum("nd,nd->n", values, values)
-    if not (squares.min() > 1e-200 and squares.max() < 1e200):  # rare: not finite, zero, or near the limits of float64
+    if not all(1e-200 < square < 1e200 for square in squares.tolist()):  # not finite, zero, or near float64's limits
         return np.stack([normalised(row) for row in values])
     units: Floats = (values / np.sqrt(squares)[:, None]).astype(np.float32)
     return units

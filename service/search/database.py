@@ -81,7 +81,7 @@ class Row:
     role: Role = "live"
     earlier: str = "[]"
 
-    @property
+    @functools.cached_property  # each search reads it
     def info(self) -> CollectionInfo:
         version = f"{self.key}.{self.version}"
         return CollectionInfo(self.name, self.spec, self.count, version, self.key, earlier_of(self.earlier))

@@ -74,7 +74,7 @@ from service.search.store import (
     CollectionInfo,
     CollectionSpec,
     Facets,
-    Hit,
+    Hits,
     Item,
     Metadata,
     Order,
@@ -97,8 +97,7 @@ async def open_embedded(
     """Open the embedded store in the folder `data_dir` and return it. If the folder contains no store, create one.
 
     Args:
-        threads: the number of search threads. The default is half the number of CPUs, because each thread holds
-            Python's global interpreter lock for part of its time.
+        threads: the number of search threads. The default is the number of CPUs.
         quotas: how much the store accepts. The default is any amount.
         maintenance: optional keyword arguments for `Maintenance`.
 
@@ -106,7 +105,7 @@ async def open_embedded(
         StorageFailed: the folder cannot be used, or its database is damaged or not a vector store. The message contains
             the path. If only the tables of some collections are damaged, the store opens without these collections.
     """
-    threads = threads or max(1, available_cpus() // 2)
+    threads = threads or available_cpus()
     return await asyncio.to_thread(EmbeddedStore, data_dir, threads=threads, quotas=quotas, **maintenance)
 
 
@@ -532,7 +531,7 @@ class EmbeddedStore:
         params: SearchParams | None = None,
         assumed: bool = False,
         max_bytes: int | None = None,
-    ) -> list[list[Hit]]:
+    ) -> list[Hits]:
         if self._access.damage:
             await self._read(lambda db: None, of=collection)  # refuses a damaged collection
         try:

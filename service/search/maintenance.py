@@ -206,12 +206,10 @@ class Maintenance:
         recalled = self._recalls.get(row.key)
         return {"recall": recalled.mean if recalled else None, "boost": self.boost(row)}
 
-    def observe(
-        self, view: View, vectors: Floats, answers: list[list[tuple[float, int]]], params: SearchParams
-    ) -> None:
+    def observe(self, view: View, vectors: Floats, answers: Sequence[Sequence[int]], params: SearchParams) -> None:
         """Sample a live query to measure recall. At most once per RECALL_EVERY_S seconds, one of the queries `vectors`
         [q, D] is chosen at random and stored with its answer. The maintenance thread later compares this answer with
-        the exact one. `answers` contains the (score, position) pairs for each query."""
+        the exact one. `answers` contains the positions of the items that were found for each query, best first."""
         now = time.monotonic()
         if now - self._sampled_at < RECALL_EVERY_S or params != SearchParams():
             return
@@ -219,7 +217,7 @@ class Maintenance:
             return
         self._sampled_at = now
         which = random.randrange(len(vectors))  # noqa: S311 - a sample, not a secret
-        positions = np.array([position for _, position in answers[which][:10]], np.int64)
+        positions = np.array(answers[which][:10], np.int64)
         self._samples.append((view, vectors[which : which + 1], positions))
         self._wake.set()
 

@@ -69,6 +69,7 @@ from service.search.store import (
     Facets,
     Floats,
     Hit,
+    Hits,
     Item,
     Metadata,
     Order,
@@ -314,7 +315,7 @@ class MilvusStore:
         params: SearchParams | None = None,
         assumed: bool = False,
         max_bytes: int | None = None,
-    ) -> list[list[Hit]]:
+    ) -> list[Hits]:
         """Return the k nearest items for each query vector, using Milvus' HNSW index. This index does not support exact
         search. If `params.exact` is true, the search uses a high value of the search parameter `ef` instead.
         `max_bytes` has no effect."""
@@ -324,7 +325,7 @@ class MilvusStore:
         check_match(CollectionInfo(name, spec, 0), tag=tag, dimension=queries.shape[1])
         expression = Expression(True, True) if where is None else translate(where)
         if expression.text is False:
-            return [[] for _ in queries]
+            return [Hits.of([]) for _ in queries]
         answers: list[list[Hit] | None] = [None] * len(queries)
         depth = k + 1
         while (open_queries := [query for query, answer in enumerate(answers) if answer is None]) and depth:
@@ -337,7 +338,7 @@ class MilvusStore:
             scanned = await self._scan(name, queries[open_queries], k, where)
             for query, hits in zip(open_queries, scanned, strict=True):
                 answers[query] = hits
-        return [answer for answer in answers if answer is not None]
+        return [Hits.of(answer) for answer in answers if answer is not None]
 
     async def _nearest(
         self, name: str, queries: Floats, depth: int, expression: Expression, params: SearchParams

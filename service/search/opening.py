@@ -7,6 +7,7 @@ dependency.
 from dataclasses import fields
 from typing import Any
 
+from model.cpus import available_cpus
 from service.search.quotas import Quotas
 from service.search.store import VectorStore
 from service.settings import Settings
@@ -28,7 +29,9 @@ async def open_store(settings: Settings, **embedded_options: Any) -> VectorStore
     if settings.vector_store == "embedded":
         from service.search.embedded import open_embedded
 
-        return await open_embedded(settings.data_dir, quotas=quotas_of(settings), **embedded_options)
+        threads = max(1, available_cpus() // settings.workers)
+        options: dict[str, Any] = {"threads": threads, "quotas": quotas_of(settings), **embedded_options}
+        return await open_embedded(settings.data_dir, **options)
     try:
         from service.search.milvus import open_milvus
     except ModuleNotFoundError as error:

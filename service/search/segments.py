@@ -110,6 +110,13 @@ class Payloads(Sequence[bytes]):
     def __len__(self) -> int:
         return len(self._starts) - 1
 
+    def at(self, positions: Sequence[int]) -> list[bytes]:
+        """Return the payloads at these positions, which must be in the segment."""
+        data, starts = self._data, self._starts
+        if isinstance(data, io.FileIO):
+            return [self[position] for position in positions]
+        return [data[starts[position] : starts[position + 1]] for position in positions]
+
     def __getitem__(self, position: Any) -> Any:
         if not 0 <= position < len(self):
             raise IndexError(position)

@@ -8,10 +8,10 @@ names both tags.
 Scores are cosine similarities from -1 to 1, because stored vectors and queries are scaled to length 1.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,44 @@ class Hit(NamedTuple):
     score: float
     metadata: Metadata
     source: str | None = None
+
+
+class Hits(Sequence[Hit]):
+    """The results of one query, best first, as columns: entry n of each column belongs to result n. A `Hit` is made
+    only when a caller asks for one, because an answer in JSON is written from the columns."""
+
+    __slots__ = ("ids", "metadata", "scores", "sources")
+
+    def __init__(
+        self, ids: Sequence[str], scores: Sequence[float], metadata: Sequence[Metadata], sources: Sequence[str | None]
+    ) -> None:
+        self.ids, self.scores, self.metadata, self.sources = ids, scores, metadata, sources
+
+    @staticmethod
+    def of(hits: Iterable[Hit]) -> "Hits":
+        ids, scores, metadata, sources = zip(*hits, strict=True) if (hits := list(hits)) else ((), (), (), ())
+        return Hits(ids, scores, metadata, sources)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, at: int) -> Hit: ...
+    @overload
+    def __getitem__(self, at: slice) -> "Hits": ...
+    def __getitem__(self, at: int | slice) -> "Hit | Hits":
+        if isinstance(at, slice):
+            return Hits(self.ids[at], self.scores[at], self.metadata[at], self.sources[at])
+        return Hit(self.ids[at], self.scores[at], self.metadata[at], self.sources[at])
+
+    def __iter__(self) -> Iterator[Hit]:
+        return map(Hit, self.ids, self.scores, self.metadata, self.sources)
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
+
+    def __repr__(self) -> str:
+        return f"Hits.of({list(self)!r})"
 
 
 @dataclass(frozen=True)
@@ -353,9 +391,9 @@ class VectorStore(Protocol):
         params: SearchParams | None = None,
         assumed: bool = False,
         max_bytes: int | None = None,
-    ) -> list[list[Hit]]:
-        """Return the k nearest items for each of the query vectors [n, D], best first. The result has one list of hits
-        for each vector. Hits with equal scores are sorted by id. k is at most MAX_DEPTH.
+    ) -> list[Hits]:
+        """Return the k nearest items for each of the query vectors [n, D], best first. The result has the hits of each
+        vector. Hits with equal scores are sorted by id. k is at most MAX_DEPTH.
 
         The query vectors may have any norm except 0. If fewer than k items match the filter, fewer hits are returned.
 

@@ -13,7 +13,6 @@ import sqlite3
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from service.errors import ServiceError, StorageFailed
@@ -27,9 +26,8 @@ Q = TypeVar("Q")
 MAX_TOGETHER: Final = 64
 
 
-@dataclass(frozen=True)
-class _Job(Generic[Q]):
-    what: Q
+class _Job(NamedTuple):  # a frozen dataclass takes several times as long to create
+    what: Any
     key: Hashable
     loop: asyncio.AbstractEventLoop
     future: "asyncio.Future[Any]"
@@ -41,7 +39,7 @@ class Workers(Generic[Q]):
     def __init__(self, name: str, count: int, make: Callable[[], Callable[[Sequence[Q]], Sequence[Any]]]) -> None:
         """Start `count` threads. Each thread calls `make` once to get a function, and then passes jobs from the queue
         to this function. The function runs the jobs and returns a result or an error for each of them."""
-        self._waiting: deque[_Job[Q]] = deque()
+        self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._open = True
         self._count = count
@@ -71,7 +69,7 @@ class Workers(Generic[Q]):
         for thread in self._threads:
             thread.join(timeout_s)
 
-    def _take(self) -> list[_Job[Q]]:
+    def _take(self) -> list[_Job]:
         """Wait until the queue contains a job. Remove this job and the jobs directly behind it that have the same key,
         but at most this thread's share of the queue. Return the removed jobs.
 

@@ -13,7 +13,7 @@ import bisect
 import logging
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -140,15 +140,20 @@ class View:
             answers.append(_moved(self.tail.search(queries, k), self.starts[-1]))
         return merged(answers or [nothing(len(queries))], k)
 
-    def payloads(self, positions: Sequence[int]) -> Iterator[bytes]:
-        """Yield, for each position, the JSON text [id, metadata, source] of its item. A search makes a hit from this
+    def payloads(self, positions: Sequence[int]) -> list[bytes]:
+        """Return, for each position, the JSON text [id, metadata, source] of its item. A search makes a hit from this
         text."""
-        for position in positions:
-            part = bisect.bisect_right(self.starts, position) - 1
-            row = position - self.starts[part]
-            holder: LiveTail | Segment = self.tail if part == len(self.parts) else self.parts[part].segment
-            changed = self.edited.get(int(holder.numbers[row])) if self.edited else None
-            yield holder.payloads[row] if changed is None else changed
+        if len(self.parts) == 1 and not self.edited and max(positions, default=0) < self.starts[-1]:
+            return self.parts[0].segment.payloads.at(positions)
+        return [self._payload(position) for position in positions]
+
+    def _payload(self, position: int) -> bytes:
+        part = bisect.bisect_right(self.starts, position) - 1
+        row = position - self.starts[part]
+        holder: LiveTail | Segment = self.tail if part == len(self.parts) else self.parts[part].segment
+        changed = self.edited.get(int(holder.numbers[row])) if self.edited else None
+        payload: bytes = holder.payloads[row] if changed is None else changed
+        return payload
 
     def stats(self) -> dict[str, Any]:
         """Return statistics for operators: the properties of each segment, and the number of items that are in no
@@ -187,7 +192,7 @@ def _search_part(part: LivePart, queries: Floats, k: int, effort: Effort) -> Nei
     """
     nearest = search(part.segment, queries, k, part.alive, effort)
     reachable = min(k, len(part.segment.numbers) - len(part.dead))
-    if reachable and min(nearest.positions[:, reachable - 1].tolist()) < 0:
+    if reachable and nearest.positions[:, reachable - 1].min() < 0:
         return part.segment.scan(queries, k, part.alive)
     return nearest
 

@@ -305,6 +305,47 @@ async def test_a_region_needs_vectors_of_pooling_mean(tmp_path):
     assert broken["code"] == "invalid_request"
 
 
+async def test_a_vector_may_be_base64(tmp_path):
+    vector = np.random.default_rng(1).normal(size=DIMS).astype("<f4")
+    text = text_of(vector.tobytes())
+    store = DictStore()
+    async with running(tmp_path, store=store) as run:
+        await fill(run, store)
+        for key in ("vector", "combine", "queries"):
+            bodies = ({"vector": vector.tolist()}, {"vector": text})
+            listed, encoded = [await ask(run, body if key == "vector" else {key: [body]}) for body in bodies]
+            for answer in (listed, encoded):
+                del answer["timings"]
+            assert encoded == listed
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "the base64 text of a vector must have 4 bytes (little-endian float32) for each of 1 to 8,192 numbers"),
+        (b"12345", "1 to 8,192 numbers, not 6 bytes"),
+        (bytes(4 * 8193), "1 to 8,192 numbers, not 32,772 bytes"),
+        (bytes(3_000_000), "1 to 8,192 numbers, not 3,000,000 bytes"),
+        (bytes(4 * DIMS), f"a vector of {DIMS} zeros has no direction"),
+        (np.array([1, np.inf, 2], "<f4").tobytes(), "vector.1: must be a finite number, not inf"),
+        (np.array([1, 2, np.nan], "<f4").tobytes(), "vector.2: must be a finite number, not nan"),
+        ("AAAA\u00e9", "a vector must be a list of numbers or the base64 text of float32 numbers, not 'AAAA\u00e9'"),
+        ("AAAA=AAA", "must be a list of numbers or the base64 text of float32 numbers, not 'AAAA=AAA'"),
+        ("data:;base64,AAAA", "must be a list of numbers or the base64 text of float32 numbers, not 'data:;"),
+    ],
+)
+async def test_base64_that_is_no_vector(tmp_path, data, words):
+    store = DictStore()
+    async with running(tmp_path, store=store) as run:
+        await fill(run, store, count=2)
+        answer = await ask(run, {"vector": data if isinstance(data, str) else text_of(data)}, 422)
+        part = await ask(run, {"combine": [{"vector": data if isinstance(data, str) else text_of(data)}]}, 422)
+    assert words in answer["detail"]
+    assert answer["param"] == "vector"
+    assert part["param"] == "combine.0.vector"
+    assert len(answer["detail"]) < 400
+
+
 async def test_a_part_of_weight_0_counts_nothing(tmp_path):
     store = DictStore()
     async with running(tmp_path, store=store) as run:

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 
 from service import sqlite
+from service.errors import InvalidRequest, StorageDamaged
 from service.search import building, database, indexes, reading, searcher, view
 from service.search.embedded import EmbeddedStore
 from service.search.filters import parse_filter
 from service.search.segments import OnDisk, Segment
 from service.search.selection import Selections
-from service.search.store import CollectionSpec, IndexSpec, Item, SearchParams
+from service.search.store import CollectionSpec, Hit, Hits, IndexSpec, Item, SearchParams
 from service.search.view import Views
 from service.stamp import Stamp
 from tests.service.search.embedded_store import TAG, D, clustered, items, maintained_by_the_test
@@ -458,3 +459,56 @@ async def test_the_usual_time_of_a_search_is_that_of_one_vector(
     assert store._searcher._seconds == {"c": 0.25}
     await store.search("c", clustered(1), 5, tag=TAG)
     assert store._searcher._seconds == {"c": pytest.approx(0.8 * 0.25 + 0.2 * 1)}
+
+
+async def test_a_search_that_cannot_run_does_not_fail_those_that_share_its_call(
+    store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await store.upsert("c", items(30), tag=TAG)
+    monkeypatch.setattr(store._searcher, "_at_once", lambda query: None)
+    vectors = [clustered(1), np.zeros((1, D)), -clustered(2)]
+    work = store._searcher._make_worker()
+    queries = [searcher._Query("c", each, 5, TAG, None, SearchParams(), False, None) for each in vectors]
+    good, refused, two = work(queries)
+    assert good == await store.search("c", vectors[0], 5, tag=TAG)
+    assert isinstance(refused, InvalidRequest)
+    assert two == await store.search("c", vectors[2], 5, tag=TAG)
+    assert len(two) == 2
+
+
+async def test_a_vector_of_length_1_is_searched_as_it_is(store: EmbeddedStore) -> None:
+    """Other vectors are scaled, and the answers are the same."""
+    await store.upsert("c", items(300), tag=TAG)
+    [vector] = clustered(1, seed=3).astype(np.float64)
+    unit = (vector / np.linalg.norm(vector)).astype(np.float32)[None]
+    assert searcher._units(unit) is unit
+    for scale, kind in ((1, np.float32), (1 + 1e-5, np.float32), (1e-30, np.float32), (7, np.float64), (3, ">f4")):
+        scaled = (unit.astype(np.float64) * scale).astype(kind)
+        np.testing.assert_allclose(searcher._units(scaled), unit, atol=1e-7)
+        assert await ids(store, scaled, 9) == await ids(store, unit, 9)
+    with pytest.raises(InvalidRequest, match="zero"):
+        await store.search("c", np.zeros((1, D), np.float32), 3, tag=TAG)
+
+
+@pytest.mark.parametrize(
+    "payloads",
+    [[b'["a", {}]'], [b'["a", {}, null', b'"b", {}, null]'], [b'["a", {}, null], ["b", {}, null]'], [b"{"], [b"7"]],
+)
+def test_a_broken_payload_is_damage(payloads: list[bytes]) -> None:
+    good = searcher._columns([b'["a",{"n":1},null]', b'["b",{},"s"]'], None)
+    assert good == (("a", "b"), ({"n": 1}, {}), (None, "s"))
+    with pytest.raises(StorageDamaged, match="metadata of an item is broken"):
+        searcher._columns(payloads, None)
+
+
+def test_hits_are_a_sequence_of_hits() -> None:
+    plain = [Hit("a", 0.9, {"n": 1}, "s"), Hit("b", 0.8, {})]
+    hits = Hits.of(plain)
+    assert (hits.ids, hits.scores, hits.sources) == (("a", "b"), (0.9, 0.8), ("s", None))
+    assert hits == plain
+    assert [*hits] == plain
+    assert (hits[0], hits[-1]) == (plain[0], plain[1])
+    assert hits[1:] == plain[1:]
+    assert hits != plain[:1]
+    assert not Hits.of([])
+    assert eval(repr(hits)) == hits
