@@ -296,7 +296,7 @@ async def test_limits_on_patches_reach_the_batcher(tmp_path, setting):
 async def test_the_largest_batch_suits_the_device(tmp_path, device, setting, expected):
     """A GPU runs 64 images of the model's input size at once."""
     async with running(tmp_path, engine=FakeEngine(device=device), batch_max_patches=setting) as run:
-        assert run.service.pipeline.batcher._batch_max_patches == expected
+        assert run.service.pipeline.batcher.batch_max_patches == expected
 
 
 async def test_a_failure_is_not_cached(tmp_path):
