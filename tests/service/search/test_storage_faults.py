@@ -82,8 +82,8 @@ def replace_log(folder: Path) -> None:
 
 
 def files(folder: Path) -> set[str]:
-    """Return the names of the files in a folder, except the lock that maintenance makes at its first round, and the log,
-    which a thread that connects late makes again, empty."""
+    """Return the names of the files in a folder, except the lock that maintenance makes at its first round, and the
+    log, which a thread that connects late makes again, empty."""
     return {path.name for path in folder.glob("**/*")} - {"maintenance.lock", "search.sqlite3-wal"}
 
 
