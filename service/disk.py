@@ -109,10 +109,14 @@ class Reserve:
 
     def keep(self) -> bool:
         """Make the reserve if the disk is nearly full. Return False if there is not enough space for it."""
-        if self._free() >= _LOW * self.size:
+        free = self._free()
+        if free >= _LOW * self.size:
             self._enough_until = time.monotonic() + _ASK_AGAIN_S
             return True
-        return self._is_there() or self._make()
+        if self._is_there():
+            return True
+        # With less space, the attempt would fill the disk for a moment, or take back what a deletion is about to use.
+        return free >= self.size + self.size // 4 and self._make()
 
     def has_enough(self) -> bool:
         """Return whether `keep` has just found a disk with enough space. This needs no system call."""
