@@ -131,8 +131,7 @@ class Reserve:
         return free < self.size // 4 or (free < _LOW * self.size and not self._is_there())
 
     def _free(self) -> int:
-        disk = os.statvfs(self._folder)
-        return disk.f_bavail * disk.f_frsize
+        return _free_bytes(self._folder)
 
     def spend(self) -> bool:
         """Remove the file, so that a deletion can use its space. Return whether there was a file."""
@@ -170,6 +169,10 @@ class Reserve:
 def lend_space(folder: Path) -> None:
     """On a full disk, make the reserve smaller, so that the databases in `folder` can be opened."""
     path = folder / RESERVE
-    disk = os.statvfs(folder)
-    if disk.f_bavail * disk.f_frsize < _LENT_BYTES and path.is_file() and not path.is_symlink():
+    if _free_bytes(folder) < _LENT_BYTES and path.is_file() and not path.is_symlink():
         os.truncate(path, max(0, path.stat().st_size - _LENT_BYTES))
+
+
+def _free_bytes(folder: Path) -> int:
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize
