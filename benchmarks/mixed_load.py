@@ -16,7 +16,8 @@ The data folder is on a tmpfs of `--disk-mib` that the script mounts, so it need
 - An embedding is the vector that the model computes without the service, and so is the score of each hit.
 - At the end, each item is there, or not, as its last acknowledged write says.
 - While the disk is full, a write that needs space gets 507, and deletions work. No other request gets a 5xx.
-- The process is still the same, and its memory is at most 20 % above that of the first tenth of the run.
+- The process is still the same, and its memory is at most 20 % above that of the first tenth of the run, by the medians
+  of tenths. The highest value counts a child between vfork and exec twice.
 
 The script prints the result as JSON. The exit status is 1 if a check failed.
 """

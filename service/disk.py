@@ -109,10 +109,14 @@ class Reserve:
 
     def keep(self) -> bool:
         """Make the reserve if the disk is nearly full. Return False if there is not enough space for it."""
-        if self._free() >= _LOW * self.size:
+        free = self._free()
+        if free >= _LOW * self.size:
             self._enough_until = time.monotonic() + _ASK_AGAIN_S
             return True
-        return self._is_there() or self._make()
+        if self._is_there():
+            return True
+        # With less space, the attempt would fill the disk for a moment, or take back what a deletion is about to use.
+        return free >= self.size + self.size // 4 and self._make()
 
     def has_enough(self) -> bool:
         """Return whether `keep` has just found a disk with enough space. This needs no system call."""
@@ -127,8 +131,7 @@ class Reserve:
         return free < self.size // 4 or (free < _LOW * self.size and not self._is_there())
 
     def _free(self) -> int:
-        disk = os.statvfs(self._folder)
-        return disk.f_bavail * disk.f_frsize
+        return _free_bytes(self._folder)
 
     def spend(self) -> bool:
         """Remove the file, so that a deletion can use its space. Return whether there was a file."""
@@ -166,6 +169,10 @@ class Reserve:
 def lend_space(folder: Path) -> None:
     """On a full disk, make the reserve smaller, so that the databases in `folder` can be opened."""
     path = folder / RESERVE
-    disk = os.statvfs(folder)
-    if disk.f_bavail * disk.f_frsize < _LENT_BYTES and path.is_file() and not path.is_symlink():
+    if _free_bytes(folder) < _LENT_BYTES and path.is_file() and not path.is_symlink():
         os.truncate(path, max(0, path.stat().st_size - _LENT_BYTES))
+
+
+def _free_bytes(folder: Path) -> int:
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize

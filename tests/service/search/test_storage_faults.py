@@ -41,7 +41,7 @@ from service.search.store import CollectionSpec, Item
 from service.search.threads import Change
 from service.search.writing import Writer
 from service.stamp import Stamp
-from tests.service.search.embedded_store import TAG, D, items, opened
+from tests.service.search.embedded_store import TAG, D, items, maintained_by_the_test, opened
 
 ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small tmpfs")
 
@@ -83,8 +83,9 @@ def replace_log(folder: Path) -> None:
 
 
 def files(folder: Path) -> set[str]:
-    """Return the names of the files in a folder, except the lock that maintenance makes at its first round."""
-    return {path.name for path in folder.glob("**/*")} - {"maintenance.lock"}
+    """Return the names of the files in a folder, except the lock that maintenance makes at its first round, and the
+    log, which a thread that connects late makes again, empty."""
+    return {path.name for path in folder.glob("**/*")} - {"maintenance.lock", "search.sqlite3-wal"}
 
 
 @pytest.mark.parametrize("change", [unlink, replace_with_empty, replace_file, replace_log])
@@ -161,7 +162,9 @@ async def test_a_folder_that_comes_back_is_used_again(store: EmbeddedStore, tmp_
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "small"
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], check=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this container may not mount a tmpfs (CAP_SYS_ADMIN)")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
@@ -175,9 +178,7 @@ def free(folder: Path) -> int:
 async def test_deletions_work_on_a_full_disk(small_disk: Path) -> None:
     """Needs root. The disk is filled by writes, and then emptied by deletions of several kinds."""
     (small_disk / "other").write_bytes(bytes(24 * 2**20))
-    store = await open_embedded(small_disk, threads=1)
-    assert isinstance(store, EmbeddedStore)
-    try:
+    async with maintained_by_the_test(small_disk) as store:
         with pytest.raises(InsufficientStorage, match="full"):
             await fill(store)
         assert (small_disk / "reserve").stat().st_size == store._access.reserve.size
@@ -195,8 +196,6 @@ async def test_deletions_work_on_a_full_disk(small_disk: Path) -> None:
         await store.upsert("d", big("again"), tag=TAG)
         assert (small_disk / "reserve").stat().st_size == store._access.reserve.size  # made again
         assert not (await store.health()).is_full
-    finally:
-        await store.close()
 
 
 @ROOT_ONLY
@@ -274,6 +273,9 @@ def test_the_reserve_is_for_deletions_and_comes_back(tmp_path: Path) -> None:
     db.execute("CREATE TABLE deleted AS SELECT zeroblob(100000) x")
     db.execute("DROP TABLE deleted")
     assert write([Change(other)]) == ["written"]  # deleted rows have left space within the database
+    assert not (tmp_path / "reserve").exists()
+    reserve.free_bytes = 124
+    assert not reserve.keep()  # a deletion may be about to use this space
     assert not (tmp_path / "reserve").exists()
     reserve.free_bytes = 200
     assert write([Change(other)]) == ["written"]
