@@ -97,7 +97,7 @@ def measure(pixels: Pixels, mode: str) -> dict[str, float]:
 def _brightness_counts(pixels: Pixels) -> npt.NDArray[np.int64]:
     """Count the pixels of an image by the square of their brightness, in bins of equal width."""
     flat = pixels.reshape(-1, 3)
-    bins = np.empty(len(flat), np.uint16)
+    counts = np.zeros(_N_BINS, np.int64)
     total, channel = np.empty((2, min(len(flat), _BLOCK_PIXELS)), np.uint32)
     for top in range(0, len(flat), _BLOCK_PIXELS):
         block = flat[top : top + _BLOCK_PIXELS]
@@ -109,8 +109,8 @@ def _brightness_counts(pixels: Pixels) -> npt.NDArray[np.int64]:
             squares *= weight
             sums += squares
         sums >>= _BIN_BITS
-        bins[top : top + len(block)] = sums
-    return np.bincount(bins, minlength=_N_BINS).astype(np.int64, copy=False)
+        counts += np.bincount(sums, minlength=_N_BINS)
+    return counts
 
 
 def _percentiles(counts: npt.NDArray[np.int64], percentiles: tuple[int, ...]) -> list[float]:
