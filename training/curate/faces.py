@@ -53,7 +53,7 @@ class FaceSettings:
     shrunk for the detector. `grow` is the factor by which a box is enlarged before its content is hidden.
     """
 
-    threshold: float = 0.2
+    threshold: float = 0.5
     max_side: int = 1280
     grow: float = 1.3
 
