@@ -108,6 +108,13 @@ class FolderSource:
         except OSError as error:
             return type(error).__name__
 
+    def version(self, index: int) -> str:
+        try:
+            status = (self._folder / self._paths[index]).stat()
+        except OSError as error:
+            return type(error).__name__
+        return f"{status.st_size} {status.st_mtime_ns}"
+
 
 # Choosing the source
 
