@@ -194,6 +194,10 @@ class ListSource:
         """Return the sha256 of the image, which its list contains."""
         return self._rows[index].sha256.hex()
 
+    def version(self, index: int) -> str:
+        """Return the sha256 of the image, which its list contains."""
+        return self._rows[index].sha256.hex()
+
 
 class _Row(NamedTuple):
     key: str
