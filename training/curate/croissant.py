@@ -17,8 +17,8 @@ SUFFIXES: Final = ("jpg", "png", "webp", "gif", "bmp", "tif", "avif", "heic")
 """The suffixes that images have in shards."""
 
 _TERMS: Final = """
-citeAs column extract field fileProperty fileObject fileSet format includes isLiveDataset jsonPath key md5 parentField
-path recordSet references regex repeated replace separator source subField transform
+citeAs column equivalentProperty extract field fileProperty fileObject fileSet format includes isLiveDataset jsonPath
+key md5 parentField path recordSet references regex repeated replace samplingRate separator source subField transform
 """
 CONTEXT: Final[dict[str, Any]] = {
     "@language": "en",
@@ -131,7 +131,7 @@ def _records(manifest: str, in_shards: bool) -> dict[str, Any]:
     fields = [field(name, description, column(name)) for name, description in COLUMNS.items()]
     fields[list(COLUMNS).index("part")]["references"] = {"field": {"@id": "splits/name"}}
     if in_shards:
-        names = {"extract": {"fileProperty": "filename"}, "transform": {"regex": r"^([0-9a-f]+)\.\w+$"}}
+        names = {"extract": {"fileProperty": "filename"}, "transform": {"regex": r"^([0-9a-f]+)(?:\.\w+)?$"}}
         sample = field("sample", "The image's name in its shard.", {"fileSet": {"@id": "image-files"}, **names})
         sample["references"] = column("sample")
         content = {"fileSet": {"@id": "image-files"}, "extract": {"fileProperty": "content"}}

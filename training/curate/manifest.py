@@ -5,7 +5,7 @@ the user has brought back. It is the only file of a dataset that is also an inpu
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +15,7 @@ import numpy as np
 from model.files import write_text
 from training.curate.outcome import Outcome
 from training.curate.table import Images, Indices
+from training.curate.tars import Shard, sample_name
 from training.data.curated import PARTS
 
 MANIFEST: Final = "manifest.jsonl"
@@ -48,17 +49,19 @@ class Entry:
         return json.dumps({k: v for k, v in vars(self).items() if v is not None}, ensure_ascii=False) + "\n"
 
 
-def entries(outcome: Outcome, places: Mapping[int, tuple[str, str]]) -> Iterator[Entry]:
+def entries(outcome: Outcome, shards: Sequence[Shard]) -> Iterator[Entry]:
     """Yield the entries of all images, in the order of their keys.
 
     Args:
         outcome: what became of each image.
-        places: for each kept image the names of its shard and of its sample there. It is empty if there are no shards.
+        shards: the shards with the kept images. It is empty if the dataset consists of lists.
     """
     images = outcome.images
-    part_of = np.full(len(images), -1)
+    part_of, shard_of = np.full(len(images), -1), np.full(len(images), -1)
     for number, indices in enumerate((outcome.train, outcome.held_out)):
         part_of[indices] = number
+    for number, shard in enumerate(shards):
+        shard_of[shard.indices] = number
     unreadable = sorted(outcome.unreadable)
     position = 0
     for index, key in enumerate(images.key):
@@ -66,14 +69,14 @@ def entries(outcome: Outcome, places: Mapping[int, tuple[str, str]]) -> Iterator
             yield Entry(unreadable[position][0], stage=SCAN, reason=unreadable[position][1])
             position += 1
         drop = outcome.drop_of.get(index)
-        shard, sample = places.get(index, (None, None))
+        in_shard = shard_of[index] >= 0
         yield Entry(
             str(key),
             images.sha256[index].tobytes().hex(),
             images.label[index],
             PARTS[part_of[index]] if part_of[index] >= 0 else None,
-            shard,
-            sample,
+            shards[shard_of[index]].name if in_shard else None,
+            sample_name(key) if in_shard else None,
             None if drop is None else drop.stage,
             None if drop is None else drop.reason,
             None if drop is None or drop.because is None else str(images.key[drop.because]),
@@ -82,10 +85,10 @@ def entries(outcome: Outcome, places: Mapping[int, tuple[str, str]]) -> Iterator
         yield Entry(key, stage=SCAN, reason=reason)
 
 
-def write_manifest(path: Path, outcome: Outcome, places: Mapping[int, tuple[str, str]]) -> None:
+def write_manifest(path: Path, outcome: Outcome, shards: Sequence[Shard]) -> None:
     """Write the manifest of an outcome to a file. See `entries`."""
     with path.open("w", encoding="utf-8") as file:
-        for entry in entries(outcome, places):
+        for entry in entries(outcome, shards):
             file.write(entry.line())
 
 

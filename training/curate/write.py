@@ -21,7 +21,7 @@ from training.curate.croissant import CROISSANT, describe
 from training.curate.manifest import MANIFEST, write_manifest
 from training.curate.outcome import Outcome, check_apart, data_digest
 from training.curate.table import Images, Indices
-from training.curate.tars import ReadBytes, Shard, WriteSettings, plan_shards, sample_name, write_shard
+from training.curate.tars import ReadBytes, Shard, WriteSettings, plan_shards, write_shard
 from training.data.curated import (
     CURATION,
     FORMAT,
@@ -100,15 +100,14 @@ def _stage(
     parts = dict(zip(PARTS, (outcome.train, outcome.held_out), strict=True))
     digests = {"all": data_digest(images, outcome.kept), **{part: data_digest(images, parts[part]) for part in PARTS}}
     counts = {part: len(indices) for part, indices in parts.items()}
-    places: dict[int, tuple[str, str]] = {}
+    shards: list[Shard] = []
     if settings.form == "shards":
         shards = [shard for part in PARTS for shard in plan_shards(images, parts[part], part, settings)]
         files = _stage_shards(shards, images, read_bytes, out, done)
-        for shard in shards:
-            places |= {i: (shard.name, sample_name(images.key[i])) for i in shard.indices.tolist()}
     else:
         files = [_stage_list(staging, part, images, parts[part]) for part in PARTS if counts[part]]
-    write_manifest(staging / MANIFEST, outcome, places)
+        done(len(outcome.kept))
+    write_manifest(staging / MANIFEST, outcome, shards)
     about = {"name": settings.name, "description": settings.description, "license": settings.license}
     described = describe(files, _facts_of(staging / MANIFEST), digests["all"], counts, about)
     write_bytes(staging / CROISSANT, _json(described))

@@ -145,22 +145,22 @@ class ListSource:
         self._sources = [open_source(address) for address in curation.sources]
         self._places = self._located(folder)
 
-    def _located(self, folder: Path) -> list[tuple[int, int]]:
-        """Return for each image the number of its source, counted from 0, and its number in this source."""
+    def _located(self, folder: Path) -> Indices:
+        """Return for each image the number of its source, counted from 0, and its number in this source, [n, 2]."""
         wanted = {row.key: index for index, row in enumerate(self._rows)}
-        places: list[tuple[int, int] | None] = [None] * len(self._rows)
+        places = np.full((len(self._rows), 2), -1, np.int64)
         for number, source in enumerate(self._sources):
-            for index in range(len(source)):
-                place = wanted.get(f"{number + 1}/{source.name(index)}")
-                if place is not None:
-                    places[place] = (number, index)
-        missing = [row.key for row, place in zip(self._rows, places, strict=True) if place is None]
-        if missing:
+            for own in range(len(source)):
+                index = wanted.get(f"{number + 1}/{source.name(own)}")
+                if index is not None:
+                    places[index] = number, own
+        missing = np.flatnonzero(places[:, 0] < 0)
+        if len(missing):
             raise ValueError(
                 f"{len(missing):,} of {len(places):,} images of the list in {folder} are no longer in their sources: "
-                f"{missing[0]}; run `dinov2 curate` again"
+                f"{self._rows[missing[0]].key}; run `dinov2 curate` again"
             )
-        return [place for place in places if place is not None]
+        return places
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -184,7 +184,7 @@ class ListSource:
             ValueError: the image cannot be read, or it has changed since it was curated.
             OSError: the server or the disk failed.
         """
-        number, own = self._places[index]
+        number, own = self._places[index].tolist()
         data = self._sources[number].encoded(own)
         if hashlib.sha256(data).hexdigest() != self._rows[index].sha256.hex():
             raise ValueError("the file has changed since it was curated")

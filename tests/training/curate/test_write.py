@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.training.curate.curated import Pool, cats_and_dogs, encoded, picture
+from training.config import TrainConfig
 from training.curate import write as writing
 from training.curate.outcome import data_digest
 from training.curate.tars import WriteSettings, plan_shards, sample_name
@@ -21,6 +22,7 @@ from training.curate.write import write
 from training.data.curated import CURATION, STAGING, open_curation
 from training.data.dataset import split_indices
 from training.data.sources import open_source
+from training.provenance import provenance
 
 SMALL = WriteSettings(shard_images=5)
 HELD_OUT = ("1/cats/03.jpg", "1/dogs/07.png")
@@ -154,7 +156,7 @@ def killed_at(call, out):
             return original(*args, **kwargs)
         return dies
     os.fsync, os.replace = counted(os.fsync), counted(os.replace)  # Path.replace calls os.replace
-    write_pool(cats_and_dogs(), out)
+    write_pool(cats_and_dogs(8), out)
 
 call, status = 0, -1
 while status:
@@ -164,19 +166,19 @@ while status:
         os._exit(0)
     status = os.waitpid(child, 0)[1]
     assert status in (0, signal.SIGKILL), status
-    call += 3
+    call += 5
 """
 
 
 def test_a_killed_run_is_completed_byte_for_byte(tmp_path: Path) -> None:
-    """Runs are killed before their 1st, 4th, 7th, ... call that syncs or renames a file, until one is not killed."""
+    """Runs are killed before their 1st, 6th, 11th, ... call that syncs or renames a file, until one is not killed."""
     root = Path(__file__).parents[3]
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, check=True)
-    write_pool(cats_and_dogs(), tmp_path / "whole")
+    write_pool(cats_and_dogs(8), tmp_path / "whole")
     whole = contents(tmp_path / "whole")
     n_killed, n_visible, n_read = 0, 0, []
-    while (out := tmp_path / str(3 * n_killed)).exists():
+    while (out := tmp_path / str(5 * n_killed)).exists():
         n_killed += 1
         if (out / STAGING / CURATION).exists():  # killed while it renamed complete files
             n_visible += 1
@@ -184,14 +186,14 @@ def test_a_killed_run_is_completed_byte_for_byte(tmp_path: Path) -> None:
                 open_source(out, tmp_path / "index")
         elif not (out / CURATION).exists():
             assert [path.name for path in out.iterdir()] == [STAGING]
-        pool = cats_and_dogs()
+        pool = cats_and_dogs(8)
         write_pool(pool, out)
         n_read.append(pool.n_read)
         assert contents(out) == whole, out
-    assert n_killed > 20
-    assert n_visible > 3
+    assert n_killed > 9
+    assert n_visible > 1
     assert n_read == sorted(n_read, reverse=True), "complete shards are not written again"
-    assert (n_read[0], n_read[-1]) == (25, 0)
+    assert (n_read[0], n_read[-1]) == (17, 0)
 
 
 def test_a_full_disk_changes_nothing_and_the_next_run_continues(
@@ -267,6 +269,36 @@ def test_settings_out_of_range_are_refused() -> None:
         WriteSettings(form="zip")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="shard_images=0 must be at least 1"):
         replace(SMALL, shard_images=0)
+
+
+def test_the_provenance_of_a_run_has_the_digests(tmp_path: Path) -> None:
+    pool = cats_and_dogs()
+    digest = write_pool(pool, tmp_path / "set")
+    (tmp_path / "plain").mkdir()
+    data = [
+        str(tmp_path / "plain"),
+        f"file://{tmp_path}/set",
+        "s3://bucket/set",
+        str(tmp_path / "set/train-000000.tar"),
+    ]
+    config = TrainConfig(
+        data=data, out=tmp_path / "run", recipe="smoke", vit={"embed_dim": 16, "depth": 1, "num_heads": 2}
+    )
+    [facts] = provenance(config, "d" * 64, 23, "a CPU")["curation"]
+    held_out = [pool.number[key] for key in HELD_OUT]
+    train = np.setdiff1d(np.arange(25), held_out)
+    assert facts == {
+        "source": 2,
+        "sha256": {
+            "all": digest,
+            "train": data_digest(pool.images, train),
+            "val": data_digest(pool.images, np.array(held_out)),
+        },
+        "images": {"train": 23, "val": 2},
+    }
+    (tmp_path / "set/val-000000.tar").unlink()
+    with pytest.raises(ValueError, match="is missing"):
+        provenance(config, "d" * 64, 23, "a CPU")
 
 
 # Lists
