@@ -39,8 +39,12 @@ def curate(
     stages: Annotated[
         str | None, typer.Option(help="Stages to run, separated by commas. Default: all whose settings are given.")
     ] = None,
+    precision: Annotated[
+        float | None,
+        typer.Option(help="Precision with which copies are found. The threshold is calibrated on your images."),
+    ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Number of processes. Default: one per CPU.")
+        int | None, typer.Option(min=1, max=1024, help="Number of processes on this machine. Default: one per CPU.")
     ] = None,
     engine: Annotated[
         Literal["local", "ray"],
@@ -52,12 +56,12 @@ def curate(
     overrides = list(set_ or [])
     if stages is not None:
         overrides.append(f"stages={[name.strip() for name in stages.split(',')]}")
+    if precision is not None:
+        overrides.append(f"copies.precision={precision}")
     try:
         check_output(out, "--out", folder=True)
         if config is not None and not config.is_file():
             raise ValueError(f"--config {config} is not a file")
-        if workers is not None and engine == "ray":
-            raise ValueError("--workers is for --engine local; Ray uses the CPUs of its cluster")
         from training.curate.settings import load_settings
 
         settings = load_settings(config, overrides)
@@ -71,8 +75,9 @@ def curate(
         from training.curate.workers import RunAll, Workers
 
         curation = Curation(tuple(sources), out, settings)
-        run_all: RunAll = RayWorkers() if engine == "ray" else Workers(workers or available_cpus())
-        run_curation(curation, Tools(run_all, _track(), typer.echo))
+        local = Workers(workers or available_cpus())
+        run_all: RunAll = RayWorkers() if engine == "ray" else local
+        run_curation(curation, Tools(run_all, local, _track(), typer.echo))
     except (ValueError, OSError, ImportError) as error:
         raise fail(error) from error
     except KeyboardInterrupt as interrupt:
@@ -116,3 +121,37 @@ def restore(
     for entry in entries:
         typer.echo(f"{entry.key}: was dropped by {entry.stage} ({entry.reason})")
     tell_next(f"dinov2 curate with the same sources and settings, and --out {shlex.quote(str(dataset))}")
+
+
+@app.command("verify")
+def verify(
+    dataset: Annotated[Path, typer.Argument(help="Folder of the dataset.")],
+    certificate: Annotated[
+        Path | None, typer.Option(help="Leak certificate. Default: leak-certificate.json in the dataset.")
+    ] = None,
+    evaluation: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Source of evaluation images, in the order of `leaks.evaluation`. Default: their digests in the "
+            "certificate are believed."
+        ),
+    ] = None,
+) -> None:
+    """Verify a leak certificate: all images of the dataset, and the evaluation images if they are given, are read and
+    compared with it."""
+    need_torch("curation verify")
+    from training.curate.certificate import verify_certificate
+    from training.curate.digests import digests_of
+    from training.curate.write_stage import CERTIFICATE
+
+    track = _track()
+    try:
+        images = digests_of([str(dataset)], track, "the dataset")
+        compared = None if not evaluation else digests_of(evaluation, track, "the evaluation images")
+        content = verify_certificate(certificate or dataset / CERTIFICATE, images, evaluation=compared)
+    except (ValueError, OSError) as error:
+        raise fail(error) from error
+    typer.echo(
+        f"no leaks: {content['dataset']['images']:,} images were compared with {content['evaluation']['images']:,} "
+        f"evaluation images (model {content['model'][:8]}, threshold {content['threshold']:g})"
+    )

@@ -1,8 +1,8 @@
 """Generate the reference pages from the code: `python docs/reference.py` (or `make docs`).
 
 The pages are settings.md, metrics.md, commands.md, training-settings.md and curation-settings.md. They describe the
-settings and metrics of the service, the command line, and the settings of training and curation. A test compares the stored pages with the output of this
-script, so that the pages match the code.
+settings and metrics of the service, the command line, and the settings of training and curation. A test compares the
+stored pages with the output of this script, so that the pages match the code.
 """
 
 import inspect

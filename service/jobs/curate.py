@@ -28,7 +28,12 @@ log = logging.getLogger(__name__)
 DATASET: Final = "dataset"
 MODELS: Final = frozenset({"scan.model"})
 """Settings of a curation that name a model."""
-DATA: Final = frozenset[str]()
+DATA: Final = frozenset(
+    {
+        *("examples.good", "examples.bad", "leaks.evaluation", "retrieve.seeds"),
+        *("sensitive.examples", "sensitive.harmless"),
+    }
+)
 """Settings of a curation that name images."""
 PROGRESS: Final = re.compile(r"^(\w[\w ]*): ([\d,]+) of ([\d,]+)(?:, (\S+) left)?$", re.MULTILINE)
 """A line that tells how far a stage is (training/curate/progress.py)."""

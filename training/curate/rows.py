@@ -225,6 +225,7 @@ def remaining(images: Images, indices: npt.NDArray[np.int64], file: Path) -> Ima
     """
     if len(indices) == len(images):
         return images
+    file.unlink(missing_ok=True)  # an earlier mapping of it stays valid
     with file.open("wb") as opened:
         opened.write(_npy_header(len(indices), images.embedding.shape[1]))
         for start in range(0, len(indices), 2**14):

@@ -16,24 +16,28 @@ from typing import Final
 
 import numpy as np
 
-from model.artifact import bundled_artifact
+from model.artifact import bundled_artifact, read_manifest
 from model.files import lock_file
 from training.curate import write_stage
-from training.curate.drops import Drop
+from training.curate.copy_stages import COPIES, LEAKS
+from training.curate.embedding_stages import BALANCE, EXAMPLES, RETRIEVE, SENSITIVE_CONTENT
 from training.curate.progress import Track
 from training.curate.quality_stage import QUALITY
+from training.curate.report import reason_kind
 from training.curate.rows import read_problems, remaining
 from training.curate.scan import Scanned, ScanSettings, scan
 from training.curate.settings import CurateSettings
 from training.curate.stages import POOL, Stage, Stored, Task, run_stage, without
-from training.curate.table import Indices
-from training.curate.workers import RunAll
+from training.curate.table import Images
+from training.curate.workers import RunAll, Workers
+from training.curate.write_stage import WriteTask, write_dataset
 from training.data.listing import check_apart, check_different
 from training.data.progress import Tell
 
 WORK: Final = ".curate"
 LOG, STORED = "log.jsonl", "stages"
-STAGES: Final = {stage.name: stage for stage in (QUALITY,)}
+ALL: Final = (QUALITY, EXAMPLES, COPIES, LEAKS, SENSITIVE_CONTENT, RETRIEVE, BALANCE)
+STAGES: Final = {stage.name: stage for stage in ALL}
 """The stages between the scan and the writing of the dataset. `training.curate.settings.STAGES` has their order."""
 FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
@@ -60,9 +64,11 @@ class Curation:
 
 @dataclass(frozen=True)
 class Tools:
-    """What a curation works with: the workers, and functions that show the progress and lines to the user."""
+    """What a curation works with: what scans the images, the local workers of the other stages, and functions that show
+    the progress and lines to the user."""
 
     run_all: RunAll
+    workers: Workers
     track: Track
     tell: Tell
 
@@ -101,30 +107,31 @@ def _clear_errors(out: Path) -> Iterator[None]:
 def _run(curation: Curation, tools: Tools, work: Path) -> None:
     names = curation.settings.chosen_stages
     stages = [STAGES[name] for name in names if name != write_stage.NAME]
-    scanned = _scan_all(curation, tools, work, stages)
+    section = curation.settings.scan
+    artifact = bundled_artifact() if section.model is None else Path(section.model)
+    scanned = _scan_all(curation, tools, work, stages, artifact)
     images, indices = scanned[POOL].images, np.arange(len(scanned[POOL].images))
-    drops = list[Drop]()
+    results = dict[str, Stored]()
     for stage in stages:
         rest = remaining(images, indices, work / "remaining.npy")
-        task = Task(rest, indices, scanned, curation.settings, work / STORED, tools.run_all, tools.track, tools.tell)
+        task = Task(rest, indices, scanned, curation.settings, work / STORED, tools.workers, tools.track, tools.tell)
         begin = time.monotonic()
-        stored = run_stage(stage, task)
-        _tell_stage(tools.tell, work, stored, time.monotonic() - begin)
-        drops += stored.drops
+        results[stage.name] = stored = run_stage(stage, task)
+        _tell_stage(tools.tell, work, images, stored, time.monotonic() - begin)
         indices = without(indices, stored.drops)
         if not len(indices):
             raise ValueError(f"the stage {stage.name} drops all {len(rest):,} remaining images: change its settings")
-
     if write_stage.NAME in names:
-        _write(curation, tools, work, scanned[POOL], indices, drops)
+        model = read_manifest(artifact).fingerprint
+        to_write = WriteTask(
+            scanned, indices, results, curation.sources, curation.settings, curation.out, work / STORED, model
+        )
+        _write(to_write, tools, work)
 
 
-def _write(
-    curation: Curation, tools: Tools, work: Path, scanned: Scanned, kept: Indices, drops: Sequence[Drop]
-) -> None:
+def _write(task: WriteTask, tools: Tools, work: Path) -> None:
     begin = time.monotonic()
-    settings, out, folder = curation.settings, curation.out, work / STORED
-    written = write_stage.write_dataset(scanned, kept, drops, curation.sources, settings, out, folder, tools.track)
+    written = write_dataset(task, tools.track)
     seconds = time.monotonic() - begin
     _log(work, write_stage.NAME, written.marker.stem, written.is_new, seconds)
     restored = f", {written.n_restored:,} of them restored" if written.n_restored else ""
@@ -132,13 +139,16 @@ def _write(
         f"write: {written.counts['train']:,} training images and {written.counts['val']:,} held-out images{restored}; "
         + (f"{seconds:.0f} s" if written.is_new else "done before")
     )
-    tools.tell(f"dataset: {out}, digest {written.digest}")
+    if LEAKS.name in task.results and not written.certified:
+        tools.tell("write: no leak certificate, because restored images were not compared, or are leaks")
+    tools.tell(f"dataset: {task.out}, digest {written.digest}")
 
 
-def _scan_all(curation: Curation, tools: Tools, work: Path, stages: Sequence[Stage]) -> dict[str, Scanned]:
+def _scan_all(
+    curation: Curation, tools: Tools, work: Path, stages: Sequence[Stage], artifact: Path
+) -> dict[str, Scanned]:
     """Scan the images to curate and those that the stages compare with, and return the scans by role."""
     section = curation.settings.scan
-    artifact = bundled_artifact() if section.model is None else Path(section.model)
     addresses = {POOL: curation.sources}
     for stage in stages:
         roles = {role: curation.settings.value(name) for role, name in stage.roles.items()}
@@ -158,10 +168,12 @@ def _scan_all(curation: Curation, tools: Tools, work: Path, stages: Sequence[Sta
     return scanned
 
 
-def _tell_stage(tell: Tell, work: Path, stored: Stored, seconds: float) -> None:
+def _tell_stage(tell: Tell, work: Path, images: Images, stored: Stored, seconds: float) -> None:
     name, n = stored.report["stage"], len(stored.drops)
-    reasons = Counter(drop.reason.partition(":")[0] for drop in stored.drops).most_common(4)
-    why = f" ({', '.join(f'{count:,} {reason}' for reason, count in reasons)})" if reasons else ""
+    kinds = Counter(
+        reason_kind(drop.reason, None if drop.because is None else images.key[drop.because]) for drop in stored.drops
+    )
+    why = f" ({', '.join(f'{kind}: {count:,}' for kind, count in kinds.most_common(4))})" if kinds else ""
     end = f"{seconds:.0f} s" if stored.is_new else "done before"
     tell(f"{name}: {n:,} of {stored.report['images']:,} images dropped{why}; {end}")
     _log(work, name, stored.folder.name, stored.is_new, seconds)

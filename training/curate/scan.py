@@ -218,6 +218,10 @@ class Scanned:
     is_new: bool
     n_read: int
 
+    def location(self, index: int) -> Location:
+        """Return where an image is."""
+        return self.listing.location(bisect_left(self.listing.key, self.images.key[index]))
+
     def encoded(self, index: int) -> bytes:
         """Return the bytes of the file of an image.
 
@@ -226,7 +230,7 @@ class Scanned:
         """
         key = self.images.key[index]
         try:
-            data = self.reader.encoded(self.listing.location(bisect_left(self.listing.key, key)))
+            data = self.reader.encoded(self.location(index))
         except ValueError as error:
             raise OSError(f"{key} cannot be read any more: {error}") from error
         if hashlib.sha256(data).digest() != self.images.sha256[index].tobytes():

@@ -12,15 +12,24 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from model.messages import in_words
 from model.pooling import DEFAULT_POOLING, POOLING_DESCRIPTION, Pooling
+from training.curate.copies.verify import DEFAULT_THRESHOLD
 from training.curate.quality import DEFAULT_LIMITS
 
 Address = Annotated[str, Field(min_length=1)]
 Addresses = Annotated[tuple[Address, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 Limit = Annotated[float, Field(ge=0, le=1)]
+Wished = Annotated[float, Field(gt=0, le=1)]
+HeldOut = Annotated[float, Field(gt=0, le=0.5)]
 
 
 STAGES: Final[Mapping[str, tuple[str, ...]]] = {
     "quality": (),
+    "examples": ("examples.good", "examples.bad"),
+    "copies": (),
+    "leaks": ("leaks.evaluation",),
+    "sensitive": ("sensitive.examples", "sensitive.harmless"),
+    "retrieve": ("retrieve.seeds",),
+    "balance": ("balance.size",),
     "write": (),
 }
 """All stages after the scan, in their order, with the settings without which a stage cannot run."""
@@ -64,6 +73,85 @@ class QualitySection(Section):
     )
 
 
+class ExamplesSection(Section):
+    """Quality by example. Images that score like the bad examples are dropped."""
+
+    good: Addresses = Field((), description="sources of example images of good quality, at least 10 images")
+    bad: Addresses = Field((), description="sources of example images of bad quality, at least 10 images")
+    recall: Wished = Field(0.95, description="share of the good images to keep")
+    test_share: HeldOut = Field(0.3, description="share of the examples that measures what the score reaches")
+
+
+class CopiesSection(Section):
+    """Which images are copies of others. Of each group of copies, the image with the most detail is kept."""
+
+    precision: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="calibrate the threshold on edited copies of the images, so that at least this share of the pairs "
+        "that it finds are copies; unset: use `threshold`",
+    )
+    threshold: float = Field(DEFAULT_THRESHOLD, gt=0, le=1, description="similarity from which two images are copies")
+    hash_radius: int = Field(
+        10, ge=0, le=16, description="bits in which the perceptual hashes of images that are compared may differ"
+    )
+    neighbours: int = Field(
+        16, ge=0, le=1024, description="images with the nearest embeddings with which each image is compared"
+    )
+
+
+class LeaksSection(Section):
+    """Which images are copies of evaluation images. The precision and the threshold are those of `copies`."""
+
+    evaluation: Addresses = Field((), description="sources of the evaluation images")
+    similarity: float = Field(
+        0.5,
+        ge=-1,
+        le=1,
+        description="cosine of the embeddings from which two images are compared",
+    )
+    candidates: int = Field(
+        16, ge=1, le=1024, description="largest number of evaluation images with which each image is compared"
+    )
+    hash_bits: int = Field(
+        6, ge=0, le=16, description="bits in which the perceptual hashes of images that are compared may differ"
+    )
+
+
+class SensitiveSection(Section):
+    """Sensitive content by example. Images that score like the sensitive examples are dropped."""
+
+    examples: Addresses = Field((), description="sources of sensitive example images, at least 10 images")
+    harmless: Addresses = Field((), description="sources of harmless example images, at least 10 images")
+    recall: Wished = Field(0.95, description="share of the sensitive images to find")
+    test_share: HeldOut = Field(0.3, description="share of the examples that measures what the score reaches")
+
+
+class RetrieveSection(Section):
+    """Which images resemble curated seed images. All others are dropped."""
+
+    seeds: Addresses = Field((), description="sources of the seed images")
+    method: Literal["sample", "cluster"] = Field(
+        "sample", description="nearest images of each seed, or images of the clusters that contain seeds"
+    )
+    k: int = Field(4, ge=1, le=1024, description="number of images for each seed (`sample`)")
+    clusters: int = Field(100_000, ge=1, le=10**7, description="number of clusters (`cluster`)")
+    min_seeds: int = Field(4, ge=1, le=10**6, description="number of seeds that a cluster must contain (`cluster`)")
+    per_cluster: int = Field(10_000, ge=1, le=10**9, description="largest number of images of a cluster (`cluster`)")
+    most: int | None = Field(None, ge=1, le=10**10, description="largest number of images; unset: no limit")
+
+
+class BalanceSection(Section):
+    """How many images are kept, so that frequent motifs do not outweigh rare ones."""
+
+    size: int | None = Field(None, ge=1, le=10**10, description="number of images to keep")
+    levels: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None, description="numbers of clusters of the hierarchy, descending; unset: they follow from the images"
+    )
+    iterations: int = Field(20, ge=1, le=1000, description="largest number of k-means iterations")
+
+
 class WriteSection(Section):
     """How the dataset is written."""
 
@@ -89,6 +177,12 @@ class CurateSettings(Section):
     )
     scan: ScanSection = ScanSection.model_validate({})
     quality: QualitySection = QualitySection.model_validate({})
+    examples: ExamplesSection = ExamplesSection.model_validate({})
+    copies: CopiesSection = CopiesSection.model_validate({})
+    leaks: LeaksSection = LeaksSection.model_validate({})
+    sensitive: SensitiveSection = SensitiveSection.model_validate({})
+    retrieve: RetrieveSection = RetrieveSection.model_validate({})
+    balance: BalanceSection = BalanceSection.model_validate({})
     write: WriteSection = WriteSection.model_validate({})
 
     @model_validator(mode="after")

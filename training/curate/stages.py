@@ -24,7 +24,7 @@ from training.curate.progress import Track
 from training.curate.scan import Scanned
 from training.curate.settings import CurateSettings
 from training.curate.table import Images, Indices, Pixels
-from training.curate.workers import RunAll
+from training.curate.workers import Workers
 from training.data.progress import Tell
 
 POOL: Final = "images"
@@ -44,7 +44,7 @@ class Task:
     scanned: Mapping[str, Scanned]
     settings: CurateSettings
     folder: Path
-    run_all: RunAll
+    workers: Workers
     track: Track
     tell: Tell
 
@@ -75,12 +75,14 @@ class Stage:
     version: changes whenever the stage decides differently about the same images.
     run: the function that does the work.
     roles: the settings with the addresses of images that the stage compares with, by role.
+    sections: the sections of the settings on which the result depends; none: the section of the stage's name.
     """
 
     name: str
     version: str
     run: Callable[[Task], Result]
     roles: Mapping[str, str] = field(default_factory=dict)
+    sections: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def stage_digest(stage: Stage, task: Task) -> str:
     return digest_of(
         stage.name,
         stage.version,
-        json.dumps([settings["seed"], settings.get(stage.name)], sort_keys=True),
+        json.dumps([settings["seed"], *(settings[name] for name in stage.sections or (stage.name,))], sort_keys=True),
         *(task.scanned[role].digest for role in roles),
         hashlib.sha256(task.indices.astype("<i8").tobytes()).hexdigest(),
     )

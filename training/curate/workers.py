@@ -6,6 +6,7 @@ computations of a process use one thread each. If this process is killed, its wo
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -83,6 +84,7 @@ class Workers:
 def _start(make: Callable[[], Work[Any, Any]]) -> None:
     """Prepare a worker process."""
     global _work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the parent ends the workers
     for name in THREADS:
         os.environ[name] = "1"
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()

@@ -26,7 +26,7 @@ SETTINGS = ("scan.min_side=8", "write.held_out_share=0.25", "quality.drop=['dark
 def run(source: Path, out: Path, *settings: str) -> list[str]:
     """Curate, and return what the user is told."""
     told: list[str] = []
-    tools = Tools(Workers(1), in_lines(lambda line: None), told.append)
+    tools = Tools(Workers(1), Workers(1), in_lines(lambda line: None), told.append)
     curate(Curation((str(source),), out, load_settings(None, [*SETTINGS, *settings])), tools)
     return told
 
@@ -83,7 +83,7 @@ def test_every_image_is_accounted_for_and_the_dataset_can_be_opened(tmp_path: Pa
     dataset = open_source(tmp_path / "out", tmp_path / "index")
     assert len(dataset) == 10
     assert len(dataset.parts["val"]) == sum(entry.part == "val" for entry in entries.values()) > 0
-    assert any(line.startswith("quality: 1 of 11 images dropped (1 dark)") for line in told)
+    assert any(line.startswith("quality: 1 of 11 images dropped (dark: 1)") for line in told)
     assert done_stages(tmp_path / "out") == ["scan images", "quality", "write"]
 
 
