@@ -55,9 +55,9 @@ def neighbours_above(
 ) -> Pairs:
     """Find, for each query, the k most similar vectors whose similarity is at least `threshold`.
 
-    The pairs are sorted by query, then by descending score, then by vector.
-    A query with k pairs may have more neighbours. If scores differ by less than 1e-5, any of these vectors can be among
-    the k. The result takes 20 bytes per pair, and twice as much while it is put together. The work takes about 0.5 GB.
+    The pairs are sorted by query, then by descending score, then by vector. A query with k pairs may have more
+    neighbours. If scores differ by less than 1e-5, any of these vectors can be among the k. The result takes 20 bytes
+    per pair, and twice as much while it is put together. The work takes about 0.5 GB.
 
     Args:
         queries: vectors of length 1, [m, D].
