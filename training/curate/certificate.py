@@ -1,15 +1,15 @@
-"""Write and verify leak certificates.
+"""Make and verify leak certificates.
 
 A leak certificate is a JSON file. It states that no image of a dataset is a copy of an evaluation image. It names each
 evaluation image that was compared, the model, the settings, and the images that were removed. Digests bind it to the
-bytes of both sets, so verification notices an image that was changed or added later. The certificate is not signed. It
-protects against mistakes, not against forgery, but anyone can repeat the comparison.
+bytes of both sets, so verification notices an image that was changed or added later. A part of the dataset, such as a
+split, is covered by the same certificate. The certificate is not signed. It protects against mistakes, not against
+forgery, but anyone can repeat the comparison.
 
 The keys and their meaning are documented in docs/curation.md.
 """
 
 import base64
-import binascii
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +25,8 @@ from training.curate.leaks import Leaks
 
 FORMAT: Final = "dinov2-leak-certificate"
 VERSION: Final = 1
-SHORT = 8  # bytes of each digest that the certificate lists, to name images that were changed or added
-NAMED = 3  # images that an error message names
+SHORT: Final = 8  # bytes of the digest of each image of the dataset that the certificate lists
+NAMED: Final = 3  # images that an error message names
 
 
 class Hashed(Protocol):
@@ -39,7 +39,7 @@ class Hashed(Protocol):
 
 
 class CertificateError(ValueError):
-    """The certificate is damaged, or does not apply to the given images."""
+    """The certificate is damaged, or does not cover the given images."""
 
 
 def set_digest(images: Hashed) -> str:
@@ -60,7 +60,7 @@ def make_certificate(
     """Return a certificate for the images of a dataset, after its leaks have been removed.
 
     Args:
-        dataset: the images of the dataset, with the bytes that are written.
+        dataset: the images that remain, with the bytes that the dataset will have.
         evaluation: the evaluation images.
         leaks: the result of `find_leaks` for these evaluation images.
         removed: the images that were removed, in the order of `leaks.drops`.
@@ -124,23 +124,23 @@ def verify_certificate(
     model: str | None = None,
     find: Callable[[], Sequence[Drop]] | None = None,
 ) -> dict[str, Any]:
-    """Check that a certificate is intact and applies to these images. Return its content.
+    """Check that a certificate is intact and covers these images. Return its content.
 
     Args:
         path: the certificate.
-        dataset: the images of the dataset as they are now.
+        dataset: the images of the dataset, or of a part of it, as they are now.
         evaluation: the evaluation images as they are now, or None to believe their digests.
         model: fingerprint that the certificate must name, or None for any.
         find: repeats the comparison, and returns the leaks that it finds; None to believe the result.
 
     Raises:
-        CertificateError: the file is no intact certificate; an image was changed, added or removed; the model is
-            another one; or an image of the dataset is a leak.
+        CertificateError: the file is not an intact certificate; an image of the dataset was changed or added; the
+            evaluation images or the model are not those of the certificate; or an image of the dataset is a leak.
         OSError: the file cannot be read.
     """
     certificate = _read(path)
-    _check_dataset(certificate["dataset"], dataset)
     _check_no_identical(certificate, dataset)
+    _check_dataset(certificate["dataset"], dataset)
     if evaluation is not None:
         _check_evaluation(certificate["evaluation"]["compared"], evaluation)
     if model is not None and model != certificate["model"]:
@@ -153,7 +153,7 @@ def verify_certificate(
 
 
 def _json_digest(content: Mapping[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -178,21 +178,17 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_dataset(recorded: Mapping[str, Any], dataset: Hashed) -> None:
-    if set_digest(dataset) == recorded["digest"]:
-        return
-    try:
-        listed = base64.b64decode(recorded["short_digests"])
-    except binascii.Error as error:
-        raise CertificateError("the list of the dataset's digests is damaged") from error
-    known = {listed[start : start + SHORT] for start in range(0, len(listed), SHORT)}
-    unknown = [
-        key for key, digest in zip(dataset.key, dataset.sha256, strict=True) if digest[:SHORT].tobytes() not in known
+    """Check that every image of the dataset was compared."""
+    listed = base64.b64decode(recorded["short_digests"])
+    compared = {listed[start : start + SHORT] for start in range(0, len(listed), SHORT)}
+    others = [
+        key for key, digest in zip(dataset.key, dataset.sha256, strict=True) if digest[:SHORT].tobytes() not in compared
     ]
-    n, before = len(dataset.key), recorded["images"]
-    message = f"the dataset has {n} images, and {before} were compared" if n != before else "the dataset was changed"
-    if unknown:
-        message += f"; changed or added: {_names(unknown)}"
-    raise CertificateError(f"{message}. Compare it again to get a new certificate")
+    if others:
+        raise CertificateError(
+            f"{len(others)} of {len(dataset.key)} images were changed or added after the comparison: {_names(others)}. "
+            "Compare the dataset again to get a new certificate"
+        )
 
 
 def _check_no_identical(certificate: Mapping[str, Any], dataset: Hashed) -> None:

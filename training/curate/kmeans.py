@@ -122,7 +122,9 @@ def cluster(
         return _resampled(vectors, k, entropy, iterations, resampling_steps, threads)
     n_cells = round(k**0.5)
     sample = np.random.default_rng([*entropy, 0]).choice(len(vectors), min(len(vectors), PER_CELL * n_cells), False)
-    centroids = kmeans(vectors[np.sort(sample)], n_cells, seed=[*entropy, 1], iterations=iterations).centroids
+    centroids = kmeans(
+        vectors[np.sort(sample)], n_cells, seed=[*entropy, 1], iterations=iterations, threads=threads
+    ).centroids
     cells, _ = assign(vectors, centroids, threads=threads)
     members = [positions for positions in groups(cells, len(centroids)) if len(positions)]
     if len(members) == 1:

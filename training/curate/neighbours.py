@@ -55,9 +55,9 @@ def neighbours_above(
 ) -> Pairs:
     """Find, for each query, the k most similar vectors whose similarity is at least `threshold`.
 
-    The pairs are sorted by query, then by descending score, then by vector.
-    A query with k pairs may have more neighbours. If scores differ by less than 1e-5, any of these vectors can be among
-    the k. The result takes 20 bytes per pair, and twice as much while it is put together. The work takes about 0.5 GB.
+    The pairs are sorted by query, then by descending score, then by vector. A query with k pairs may have more
+    neighbours. If scores differ by less than 1e-5, any of these vectors can be among the k. The result takes 20 bytes
+    per pair, and twice as much while it is put together. The work takes about 0.5 GB.
 
     Args:
         queries: vectors of length 1, [m, D].
@@ -80,7 +80,7 @@ def neighbours_above(
     with one_blas_thread():
         for top in range(0, len(queries), QUERIES):
             block = queries[top : top + QUERIES]
-            tiles = _all_tiles(len(block), len(vectors)) if lists is None else lists.tiles(block, threads)
+            tiles = lists.tiles(block, threads) if lists else _all_tiles(np.arange(len(block)), np.arange(len(vectors)))
             first = top if leave_one_out else None
             best = _best_pairs(block, vectors, tiles, threshold - MARGIN, k, first, threads)
             scored = _scored(block, vectors, best, threshold, threads)
@@ -100,7 +100,7 @@ def similarities(
     return np.concatenate([np.empty(0), *in_order(compute, range(0, len(query), SCORED), threads)])
 
 
-Tile = tuple[Indices | slice, Indices | slice]  # rows of the queries, rows of the vectors
+Tile = tuple[Indices, Indices]  # rows of the queries, rows of the vectors
 
 
 def _check(queries: Floats, vectors: Floats, threshold: float, k: int, leave_one_out: bool) -> None:
@@ -117,11 +117,11 @@ def _check(queries: Floats, vectors: Floats, threshold: float, k: int, leave_one
         raise ValueError(f"k is {k}; it must be at least 1")
 
 
-def _all_tiles(m: int, n: int) -> Iterator[Tile]:
-    """Yield tiles that cover all pairs. The pairs of one group of queries follow one another."""
-    for top in range(0, m, ROWS):
-        for left in range(0, n, COLUMNS):
-            yield slice(top, min(top + ROWS, m)), slice(left, min(left + COLUMNS, n))
+def _all_tiles(rows: Indices, columns: Indices) -> Iterator[Tile]:
+    """Yield tiles that cover all pairs of these queries and vectors."""
+    for left in range(0, len(columns), COLUMNS):
+        for top in range(0, len(rows), ROWS):
+            yield rows[top : top + ROWS], columns[left : left + COLUMNS]
 
 
 class _Lists:
@@ -141,8 +141,7 @@ class _Lists:
         nearest = np.concatenate(list(in_order(lambda top: self._nearest(queries[top : top + ROWS]), tops, threads)))
         probes = nearest.shape[1]
         for asking, members in zip(groups(nearest.ravel(), len(self.members)), self.members, strict=True):
-            for rows, columns in _all_tiles(len(asking), len(members)):
-                yield asking[rows] // probes, members[columns]
+            yield from _all_tiles(asking // probes, members)
 
     def _nearest(self, queries: Floats) -> npt.NDArray[np.int32]:
         """Return the nearest lists of each query [rows, probes]."""
@@ -165,39 +164,50 @@ def _best_pairs(
 
     If `first` is not None, query i is the vector `first` + i, and their pair is left out.
     """
+    floors = np.full(len(queries), least, np.float32)  # a query needs no pair with a smaller product
 
     def compare(tile: Tile) -> Pairs:
         rows, columns = tile
         products = queries[rows] @ vectors[columns].T
-        asking, members = _numbers(rows), _numbers(columns)
         if first is not None:
-            own = np.searchsorted(members, asking + first)
-            has = np.flatnonzero(members[np.minimum(own, len(members) - 1)] == asking + first)
-            products[has, own[has]] = -np.inf
-        i, j = _above(products, least, k)
-        return Pairs(asking[i], members[j], products[i, j])
+            own = np.minimum(np.searchsorted(columns, rows + first), len(columns) - 1)
+            same = np.flatnonzero(columns[own] == rows + first)
+            products[same, own[same]] = -np.inf
+        i, j = _above(products, floors[rows], k)
+        return Pairs(rows[i], columns[j], products[i, j])
 
-    kept: list[Pairs] = []
-    n_pairs = 0
-    for pairs in in_order(compare, tiles, threads):
-        kept.append(pairs)
-        n_pairs += len(pairs.query)
-        if n_pairs > 2 * k * QUERIES:
-            kept = [_first_k(_joined(kept), k)]
-            n_pairs = len(kept[0].query)
-    return _first_k(_joined(kept), k)
-
-
-def _numbers(rows: Indices | slice) -> Indices:
-    return np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+    kept = _joined([])
+    parts: list[Pairs] = []
+    for chunk in _chunks(tiles):
+        parts += in_order(compare, chunk, threads)
+        if sum(len(part.query) for part in parts) > k * len(queries):
+            kept = _first_k(_joined([kept, *parts]), k)
+            parts = []
+            counts = np.bincount(kept.query, minlength=len(queries))
+            full = counts == k
+            floors[full] = kept.score[np.cumsum(counts)[full] - 1]
+    return _first_k(_joined([kept, *parts]), k)
 
 
-def _above(products: Floats, least: float, k: int) -> tuple[Indices, Indices]:
-    """Return the rows and columns of products of at least `least`, among them the k largest of each row.
+def _chunks(tiles: Iterator[Tile]) -> Iterator[list[Tile]]:
+    """Divide the tiles into lists with about `QUERIES` rows. The floors change only between these."""
+    chunk: list[Tile] = []
+    n_rows = 0
+    for tile in tiles:
+        chunk.append(tile)
+        n_rows += len(tile[0])
+        if n_rows >= QUERIES:
+            yield chunk
+            chunk, n_rows = [], 0
+    yield chunk
+
+
+def _above(products: Floats, floors: Floats, k: int) -> tuple[Indices, Indices]:
+    """Return the rows and columns of products of at least the floor of their row, among them the k largest of each row.
 
     At most k per row are returned on average.
     """
-    hits = products >= least
+    hits = products >= floors[:, None]
     if np.count_nonzero(hits) <= k * len(products):
         i, j = np.nonzero(hits)
         return i, j
@@ -208,8 +218,8 @@ def _above(products: Floats, least: float, k: int) -> tuple[Indices, Indices]:
 
 
 def _first_k(pairs: Pairs, k: int) -> Pairs:
-    """Sort the pairs, and return the first k of each query."""
-    order = np.lexsort((pairs.vector, -pairs.score, pairs.query))
+    """Sort the pairs by query and descending score, and return the first k of each query."""
+    order = np.lexsort((-pairs.score, pairs.query))
     query = pairs.query[order]
     ranks = np.arange(len(order)) - np.searchsorted(query, query)  # within the query
     return pairs.take(order[ranks < k])
@@ -225,6 +235,6 @@ def _scored(queries: Floats, vectors: Floats, pairs: Pairs, threshold: float, th
 
 
 def _joined(parts: list[Pairs]) -> Pairs:
-    if not parts:
+    if not parts:  # np.concatenate needs an array
         return Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
     return Pairs(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))

@@ -66,6 +66,8 @@ def test_many_clusters_are_almost_as_good_as_lloyds(monkeypatch: pytest.MonkeyPa
     divided = cluster(vectors, 200)
     assert 180 <= len(divided.centroids) <= 200
     assert np.bincount(divided.labels).min() >= 1
+    squares = ((vectors - divided.centroids[divided.labels]) ** 2).sum(axis=1)
+    np.testing.assert_allclose(divided.distances, squares, atol=1e-5)
     assert lloyd.distances.sum() <= divided.distances.sum() <= 1.1 * lloyd.distances.sum()
 
 
@@ -90,6 +92,14 @@ def test_an_empty_cluster_gets_a_far_vector(monkeypatch: pytest.MonkeyPatch) -> 
     start = np.array([[1, 0], [0.9, 0], [5, 5]], np.float32)  # no vector is nearest to the last
     monkeypatch.setattr(module, "initial_centroids", lambda *_: start)
     assert np.bincount(kmeans(vectors, 3).labels).tolist() == [2, 1, 1]
+
+
+def test_a_centroid_without_vectors_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = np.array([[5, 5], [1, 0], [0, 1]], np.float32)
+    monkeypatch.setattr(module, "initial_centroids", lambda *_: start)
+    clusters = kmeans(np.eye(2, dtype=np.float32), 3, iterations=0)
+    assert clusters.centroids.tolist() == start[1:].tolist()
+    assert clusters.labels.tolist() == [0, 1]
 
 
 def test_members_nearest_to_the_centroids() -> None:
