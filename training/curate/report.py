@@ -32,6 +32,8 @@ REASONS: Final = 8  # of each stage with examples
 KEPT_SHOWN: Final = 48
 UNREADABLE_SHOWN: Final = 20
 POINTS: Final = 8000  # of a map
+HIDDEN: Final = frozenset({"sensitive"})
+"""The stages whose dropped images are not shown, because many people may read the report."""
 
 CSS: Final = """
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(224px, 1fr)); gap: 10px; }
@@ -268,7 +270,7 @@ def _classes(outcome: Outcome) -> str:
 def _thumbnail(pixels: Pixels | None, title: str) -> str:
     """Return an `<img>` that contains a reduced copy of an image, or a box with text if there is no image."""
     if pixels is None:
-        return '<div class="missing">not readable</div>'
+        return _box("not readable")
     image = Image.fromarray(pixels)
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -279,6 +281,10 @@ def _thumbnail(pixels: Pixels | None, title: str) -> str:
         f'<img alt="{alt}" title="{alt}" width="{image.width}" height="{image.height}" '
         f'src="data:image/jpeg;base64,{data}">'
     )
+
+
+def _box(text: str) -> str:
+    return f'<span class="missing">{escape(text)}</span>'
 
 
 def _pixels(read: Read, index: int) -> Pixels | None:
@@ -320,7 +326,8 @@ def _dropped(outcome: Outcome, read: Read, beside: Beside | None) -> str:
 def _card(drop: Drop, images: Images, read: Read, beside: Beside | None) -> str:
     """Return a dropped image as HTML, with its key and the reason, and the image to compare it with if there is one."""
     key = str(images.key[drop.index])
-    cells = f"<span>dropped{_thumbnail(_pixels(read, drop.index), key)}</span>"
+    hidden = drop.stage in HIDDEN
+    cells = f"<span>dropped{_box('not shown') if hidden else _thumbnail(_pixels(read, drop.index), key)}</span>"
     if drop.because is not None:
         cells += f"<span>kept{_thumbnail(_pixels(read, drop.because), str(images.key[drop.because]))}</span>"
     elif beside is not None and (other := beside(drop)) is not None:
@@ -339,6 +346,6 @@ def _unreadable(outcome: Outcome) -> str:
 def _next_steps() -> str:
     steps = (
         "dinov2 train --data DATASET --recipe continue --out runs/mine init=dinov2_vits14_reg\n"
-        "dinov2 curate restore DATASET 1/cats/7.jpg   # brings a dropped image back; all are in manifest.jsonl"
+        "dinov2 curation restore DATASET 1/cats/7.jpg   # brings a dropped image back; all are in manifest.jsonl"
     )
     return f'<p class="muted">DATASET is the folder that contains this page.</p><pre>{escape(steps)}</pre>'

@@ -213,9 +213,8 @@ def _link(existing: Path, target: Path) -> None:
 
 def _check_space(out: Path, images: Images, shards: Sequence[Shard]) -> None:
     """Raise OSError if the disk has no space for the shards that are still to be written."""
-    needed = sum(
-        int(images.n_bytes[shard.indices].sum()) + 4 * tarfile.BLOCKSIZE * len(shard.indices) for shard in shards
-    )
+    overhead = 6 * tarfile.BLOCKSIZE  # of an image, its label and its JSON, at most
+    needed = sum(int(images.n_bytes[shard.indices].sum()) + overhead * len(shard.indices) for shard in shards)
     free = shutil.disk_usage(out).free
     if needed > free:
         raise OSError(

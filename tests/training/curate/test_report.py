@@ -127,6 +127,16 @@ def test_an_image_that_cannot_be_read_has_a_box(tmp_path: Path) -> None:
     assert "not readable" in report(pool.outcome(drops), pool, tmp_path / "r.html")
 
 
+def test_sensitive_images_are_not_shown(tmp_path: Path) -> None:
+    pool = cats_and_dogs(6)
+    drops = pool.drops(("1/cats/01.jpg", "sensitive", "like the marked images", None))
+    outcome = pool.outcome(drops)
+    pool.n_read = 0
+    page = report(outcome, pool, tmp_path / "r.html")
+    assert "not shown" in page
+    assert pool.n_read == page.count("data:image") == len(outcome.kept)
+
+
 def test_many_reasons_and_many_images_stay_one_page(tmp_path: Path) -> None:
     n = 400
     files = {f"1/{i:03d}.jpg": encoded(picture(i % 5)) for i in range(n)}

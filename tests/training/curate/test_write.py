@@ -4,9 +4,9 @@ import errno
 import hashlib
 import json
 import os
-import subprocess
-import sys
+import signal
 import tarfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,41 +140,41 @@ def test_an_image_that_has_changed_since_the_scan_is_not_written(tmp_path: Path)
 
 # Interruptions
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from tests.training.curate.curated import cats_and_dogs
-from tests.training.curate.test_write import SMALL, write_pool
 
-def killed_at(call, out):
-    def counted(original):
-        def dies(*args, **kwargs):
-            nonlocal call
-            if call == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            call -= 1
-            return original(*args, **kwargs)
-        return dies
-    os.fsync, os.replace = counted(os.fsync), counted(os.replace)  # Path.replace calls os.replace
-    write_pool(cats_and_dogs(8), out)
+def killed_write(call: int, out: Path) -> bool:
+    """Write a dataset in another process, and kill it before its call number `call` that syncs or renames a file.
 
-call, status = 0, -1
-while status:
+    Return whether it was killed. Otherwise it has finished.
+    """
     child = os.fork()
     if not child:
-        killed_at(call, Path(sys.argv[1]) / str(call))
-        os._exit(0)
+        try:
+            calls = iter(range(call))
+
+            def counted(original: Callable[..., object]) -> Callable[..., object]:
+                def counting(*args: object, **options: object) -> object:
+                    if next(calls, None) is None:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return original(*args, **options)
+
+                return counting
+
+            os.fsync, os.replace = counted(os.fsync), counted(os.replace)  # type: ignore[assignment]
+            write_pool(cats_and_dogs(8), out)
+            os._exit(0)
+        finally:
+            os._exit(1)
     status = os.waitpid(child, 0)[1]
     assert status in (0, signal.SIGKILL), status
-    call += 5
-"""
+    return status != 0
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_killed_run_is_completed_byte_for_byte(tmp_path: Path) -> None:
     """Runs are killed before their 1st, 6th, 11th, ... call that syncs or renames a file, until one is not killed."""
-    root = Path(__file__).parents[3]
-    command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, check=True)
+    call = 0
+    while killed_write(call, tmp_path / str(call)):
+        call += 5
     write_pool(cats_and_dogs(8), tmp_path / "whole")
     whole = contents(tmp_path / "whole")
     n_killed, n_visible, n_read = 0, 0, []
