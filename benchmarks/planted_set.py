@@ -87,7 +87,7 @@ def turned(image: Image.Image, rng: random.Random) -> Made:
 
 
 def tilted(image: Image.Image, rng: random.Random) -> Made:
-    """Rotate by 3 to 20 degrees. The corners are black, white, or cut off with the rest outside the largest rectangle."""
+    """Rotate by 3 to 20 degrees. The corners are black or white, or the image is cut to a rectangle without them."""
     degrees = rng.choice((-1, 1)) * rng.uniform(3, 20)
     corners = rng.choice(("black", "white", "cut"))
     fill = "black" if corners == "cut" else corners

@@ -13,6 +13,7 @@ from cli import (
     backup,
     classify,
     collection,
+    curate,
     engines,
     evaluate,
     export,
@@ -65,6 +66,7 @@ for command in (
     find_region.find_region,
     backup.backup,
     backup.restore,
+    curate.curate,
     training.train,
     training.compare,
     training.average,
@@ -78,6 +80,7 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(collection.app, name="collections")
+app.add_typer(curate.app, name="curation")
 app.add_typer(heads.app, name="heads")
 app.add_typer(keys.app, name="keys")
 app.add_typer(models.app, name="models")

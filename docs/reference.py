@@ -1,14 +1,15 @@
 """Generate the reference pages from the code: `python docs/reference.py` (or `make docs`).
 
-The pages are settings.md, metrics.md, commands.md and training-settings.md. They describe the settings and metrics of
-the service, the command line, and the settings of training. A test compares the stored pages with the output of this
-script, so that the pages match the code.
+The pages are settings.md, metrics.md, commands.md, training-settings.md and curation-settings.md. They describe the
+settings and metrics of the service, the command line, and the settings of training and curation. A test compares the
+stored pages with the output of this script, so that the pages match the code.
 """
 
 import inspect
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -22,6 +23,7 @@ from cli import app  # noqa: E402
 from service.settings import PREFIX, Settings  # noqa: E402
 from service.telemetry import Metrics  # noqa: E402
 from training.config import LastPhase, TrainConfig  # noqa: E402
+from training.curate.settings import CurateSettings, Section  # noqa: E402
 
 RULES = (("ge", "at least"), ("gt", "more than"), ("le", "at most"), ("lt", "less than"))
 NOTE = "<!-- Made by docs/reference.py: change the code and run `make docs`. -->\n\n"
@@ -68,25 +70,44 @@ def _allowed(field: Any) -> str:
     return ", ".join(bounds) or _kind(field.annotation)
 
 
+def _table(fields: Iterable[tuple[str, Any]]) -> str:
+    """Return the Markdown table of the fields of a pydantic model."""
+    rows = [
+        f"| `{name}` | {_training_default(field)} | {cell(_values(field.annotation, field.metadata))} | "
+        f"{cell(field.description or '')} |"
+        for name, field in fields
+    ]
+    return "| setting | default | allowed | meaning |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def curation_settings_page() -> str:
+    """Return the Markdown page with the default, allowed values and meaning of every setting of a curation."""
+    fields = CurateSettings.model_fields
+    sections = {
+        name: field.annotation
+        for name, field in fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    }
+    parts = [
+        f"{NOTE}# Settings of a curation\n\n"
+        "A TOML file (`dinov2 curate --config`) or `--set section.key=value` sets them. [curation.md](curation.md)\n"
+        "explains the stages.\n\n" + _table((name, field) for name, field in fields.items() if name not in sections)
+    ]
+    for name, section in sections.items():
+        described = inspect.cleandoc(section.__doc__ or "")
+        parts.append(f"## `[{name}]`\n\n{described}\n\n" + _table(section.model_fields.items()))
+    return "\n".join(parts)
+
+
 def training_settings_page() -> str:
     """Return the Markdown page with the default, allowed values and meaning of every setting of training."""
-    head = "| setting | default | allowed | meaning |\n|---|---|---|---|\n"
-
-    def table(model: Any) -> str:
-        rows = [
-            f"| `{name}` | {_training_default(field)} | {cell(_values(field.annotation, field.metadata))} | "
-            f"{cell(field.description or '')} |"
-            for name, field in model.model_fields.items()
-        ]
-        return head + "\n".join(rows) + "\n"
-
     return (
         f"{NOTE}# Settings of training\n\n"
         "A recipe or a `key=value` argument of `dinov2 train` sets them. Values are written as in TOML: `0.1`,\n"
         "`true`, `[0.4, 1.0]`, `{depth = 6}`. A *share* is a number from 0 to 1. [training.md](training.md) explains\n"
-        "how to train.\n\n" + table(TrainConfig) + "\n## `last_phase`\n\n"
+        "how to train.\n\n" + _table(TrainConfig.model_fields.items()) + "\n## `last_phase`\n\n"
         "The settings of the end of a run, for example\n"
-        "`'last_phase={share = 0.1, global_size = 518, local_size = 98}'`.\n\n" + table(LastPhase)
+        "`'last_phase={share = 0.1, global_size = 518, local_size = 98}'`.\n\n" + _table(LastPhase.model_fields.items())
     )
 
 
@@ -95,7 +116,7 @@ def _training_default(field: Any) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
-    if value is None:
+    if value in (None, ""):
         return "unset"
     return f"`{json.dumps(value)}`".replace('"', "")
 
@@ -112,6 +133,8 @@ def _values(annotation: Any, metadata: Any = ()) -> str:
         return ", ".join(f"`{value}`" for value in parts)
     if origin in (Union, UnionType):
         return " or ".join(_values(part, metadata) for part in parts if part is not type(None))
+    if origin is tuple and parts[1:] == (...,):
+        return f"a list, each: {_values(parts[0])}"
     if origin is tuple:
         return f"{len(parts)} values, each: {_values(parts[0])}"
     words = {str: "text", int: "an integer", float: "a number", bool: "`true`, `false`", Path: "a path"}
@@ -220,6 +243,7 @@ PAGES = {
     "metrics.md": metrics_page,
     "commands.md": commands_page,
     "training-settings.md": training_settings_page,
+    "curation-settings.md": curation_settings_page,
 }
 
 if __name__ == "__main__":

@@ -144,6 +144,7 @@ class Stored(NamedTuple):
     orientation: int  # the EXIF orientation, 1 to 8
     size: tuple[int, int]  # (width, height) of the whole stored image
     box: tuple[float, float, float, float] | None  # the part of `rgb` that the image fills, if `rgb` is reduced
+    mode: str  # Pillow's mode of the image in the file
 
     @property
     def aspect(self) -> float:
@@ -236,7 +237,8 @@ def decode_stored(
         _check_header(image, limits)  # a frame may be larger than the header states
         if drawn is None and image.size != size:
             _announce(name, image, on_size, on_memory)
-        return Stored(_to_rgb(image), _orientation(image), size if drawn else image.size, drawn[1] if drawn else None)
+        whole, box = (size, drawn[1]) if drawn else (image.size, None)
+        return Stored(_to_rgb(image), _orientation(image), whole, box, image.mode)
 
 
 def _announce(name: str, image: Image.Image, on_size: OnSize | None, on_memory: OnMemory | None) -> None:

@@ -10,6 +10,7 @@ import torch
 from model.artifact import WEIGHTS
 from model.loading import run_checkpoint
 from training.config import TrainConfig
+from training.data.curated import curation_facts
 
 
 def code_revision() -> str:
@@ -52,6 +53,9 @@ def provenance(config: TrainConfig, data_sha256: str, n_photos: int, hardware: s
         data_sha256: the digest that `training.data.sources.source_digest` computes from the images.
         n_photos: the number of training images.
         hardware: a description of the hardware.
+
+    Raises:
+        ValueError: a dataset of the run that `dinov2 curate` has written is no longer complete.
     """
     private = {"data", "out", "init", "teacher", "wandb", "mlflow"}
     return {
@@ -63,6 +67,7 @@ def provenance(config: TrainConfig, data_sha256: str, n_photos: int, hardware: s
         "teacher": None if config.teacher is None else Path(config.teacher).name,
         "photos": n_photos,
         "data_sha256": data_sha256,
+        "curation": curation_facts(config.data),
         "revision": code_revision(),
         "torch": torch.__version__,
         "hardware": hardware,

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from model.messages import in_words
 from service.errors import InvalidRequest
 from service.jobs.build_engine import BuildEngineParams, build_engine
+from service.jobs.curate import CurateParams, check_curation, curate
 from service.jobs.evaluate import EvaluateParams, evaluate
 from service.jobs.export import ExportParams, export
 from service.jobs.kind import JobParams, Kind
@@ -19,6 +20,13 @@ from service.settings import Settings
 
 KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
     {
+        "curate": Kind(
+            "make a clean and diverse training set out of raw images",
+            CurateParams,
+            curate,
+            ("torch", "pyarrow"),
+            check_curation,
+        ),
         "train": Kind("train a model on your own images", TrainParams, train, ("torch",), check_training),
         "export": Kind("turn a checkpoint or a run into an artifact", ExportParams, export),
         "build-engine": Kind("build a TensorRT plan on a GPU", BuildEngineParams, build_engine, needs=("cuda",)),

@@ -1,9 +1,9 @@
 """Which data and models a job may read.
 
 A job reads the files that its parameters name, so a client could have any file of the machine read. Data must be below
-one of the roots (setting `job_roots`, by default the folder `datasets` in the data folder). Models must be published
-models, or in the data folder, or below a root. Links are resolved first. A link *inside* a folder of images is
-followed, so whoever may write to a root decides what jobs can read.
+one of the roots (setting `job_roots`, by default the folder `datasets` in the data folder), or be the dataset of a
+curation job. Models must be published models, or in the data folder, or below a root. Links are resolved first. A link
+*inside* a folder of images is followed, so whoever may write to a root decides what jobs can read.
 """
 
 import re
@@ -17,7 +17,8 @@ from service.settings import Settings
 
 _PATTERN: Final = re.compile(r"[*?\[\]{}]")
 _RANGE: Final = re.compile(r"\{\d+\.\.\d+\}")
-_RUN: Final = "run"
+_NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+_RUN, _DATASET = "run", "dataset"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def data_source(text: str, settings: Settings) -> str:
     """Return the absolute path or the URL of training data, after all links are resolved.
 
     Args:
-        text: a folder, a tar file, a pattern of tar files, or a URL. A relative path is searched below each root.
+        text: the id of a curation job (its dataset), a folder, a tar file, a pattern of tar files, or a URL. A relative
+            path is searched below each root.
         settings: the settings with the roots.
 
     Raises:
@@ -58,6 +60,10 @@ def data_source(text: str, settings: Settings) -> str:
         _check_url(text, roots)
         return text
     _check_length(text)
+    jobs = settings.data_dir.absolute() / "jobs"
+    dataset = (jobs / text / _DATASET).resolve()
+    if re.fullmatch(_NAME, text) and dataset.is_dir() and Roots((jobs.resolve(),), ()).contain(dataset):
+        return str(dataset)
     paths = [_resolved(start) for start in _candidates(text, roots.folders)]
     allowed = [path for path in paths if roots.contain(path)]
     if allowed:
@@ -93,7 +99,7 @@ def model_source(text: str, settings: Settings) -> str:
     data_dir = settings.data_dir.absolute()
     folders = [data_dir / "artifacts", data_dir / "jobs"]
     allowed = Roots((*(folder.resolve() for folder in folders), *roots_of(settings).folders), ())
-    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text):
+    if re.fullmatch(_NAME, text):
         for path in (folders[0] / text, folders[1] / text / _RUN):
             if path.exists() and allowed.contain(path.resolve()):
                 return str(path.resolve())

@@ -363,6 +363,12 @@ TORN_EXIF = {
 }
 
 
+def test_the_mode_of_the_image_in_the_file_is_told() -> None:
+    for mode in ("L", "RGBA", "RGB"):
+        stored = decode_stored(encode(RGB.convert(mode), "PNG"))
+        assert (stored.mode, stored.rgb.mode) == (mode, "RGB")
+
+
 @pytest.mark.filterwarnings("ignore")  # Pillow warns
 @pytest.mark.parametrize("name", TORN_EXIF)
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])

@@ -61,8 +61,11 @@ class Images:
     def __len__(self) -> int:
         return len(self.key)
 
-    def take(self, indices: Indices) -> "Images":
-        """Return the images with the numbers `indices` [m], which must be in ascending order, as a new table."""
+    def take(self, indices: Indices, embedding: npt.NDArray[np.float32] | None = None) -> "Images":
+        """Return the images with the numbers `indices` [m], which must be in ascending order, as a new table.
+
+        If `embedding` [m, D] is given, it contains their embeddings, so that these need not be copied.
+        """
         return Images(
             key=[self.key[i] for i in indices],
             sha256=self.sha256[indices],
@@ -73,5 +76,5 @@ class Images:
             n_bytes=self.n_bytes[indices],
             label=[self.label[i] for i in indices],
             measures={name: values[indices] for name, values in self.measures.items()},
-            embedding=self.embedding[indices],
+            embedding=self.embedding[indices] if embedding is None else embedding,
         )

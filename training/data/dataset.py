@@ -110,6 +110,12 @@ class Source(Protocol):
     def fingerprint(self, index: int) -> str:
         """Return a string that changes if the image's size in bytes changes. The content of the image is not read."""
 
+    def version(self, index: int) -> str:
+        """Return a string that changes if the file with the image is written again, as far as its storage can tell.
+
+        It may also change if the file is copied. The content of the image is not read.
+        """
+
 
 @dataclass(frozen=True)
 class Photo:
@@ -171,6 +177,9 @@ class Subset:
 
     def fingerprint(self, index: int) -> str:
         return self._source.fingerprint(int(self._indices[index]))
+
+    def version(self, index: int) -> str:
+        return self._source.version(int(self._indices[index]))
 
 
 def photos_of(source: Source) -> list[Photo]:

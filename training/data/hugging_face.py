@@ -121,3 +121,8 @@ class HuggingFaceSource:
             stored = rows.flatten_indices() if rows._indices is not None else rows
             self._sizes[number] = pc.binary_length(pc.struct_field(stored.data.column(column), "bytes")).to_numpy()
         return str(self._sizes[number][row])
+
+    def version(self, index: int) -> str:
+        """Return the size of the image in bytes and the fingerprint that `datasets` gives to the rows."""
+        number, _ = self._find(index)
+        return f"{self.fingerprint(index)} {self._rows[number][1]._fingerprint}"

@@ -62,3 +62,7 @@ class JoinedSource:
     def fingerprint(self, index: int) -> str:
         number, own = self._find(index)
         return self._sources[number].fingerprint(own)
+
+    def version(self, index: int) -> str:
+        number, own = self._find(index)
+        return self._sources[number].version(own)

@@ -422,3 +422,7 @@ class TarSource:
     def fingerprint(self, index: int) -> str:
         _, _, table, i = self._find(index)
         return str(table.sizes[i])
+
+    def version(self, index: int) -> str:
+        _, blob, table, i = self._find(index)
+        return f"{table.sizes[i]} {blob.size} {blob.version}"

@@ -1,4 +1,4 @@
-"""Sources of images: a folder of images, tar shards (local or at a URL), or a Hugging Face dataset on disk.
+"""Sources of images: a folder of images, tar shards (local or at a URL), a Hugging Face dataset, a list of images.
 
 `open_source` detects the kind of source from a path or URL, and returns a `training.data.dataset.Source`: numbered
 images that any thread can read in any order. A run can therefore shuffle millions of images, and it can be resumed
@@ -19,6 +19,7 @@ import numpy as np
 
 from model.folder import HIDDEN, HIDDEN_FOLDERS, LOOPS, printable, split_folders
 from training.data.blobs import HTTP_TIMEOUT_S, Blob, file_system, open_blob
+from training.data.curated import ListSource, open_curation
 from training.data.dataset import Classes, Indices, Skipped, Source, read_file, walk_folder
 from training.data.hugging_face import HuggingFaceSource
 from training.data.progress import Tally, Tell, progress
@@ -107,6 +108,13 @@ class FolderSource:
             return str((self._folder / self._paths[index]).stat().st_size)
         except OSError as error:
             return type(error).__name__
+
+    def version(self, index: int) -> str:
+        try:
+            status = (self._folder / self._paths[index]).stat()
+        except OSError as error:
+            return type(error).__name__
+        return f"{status.st_size} {status.st_mtime_ns}"
 
 
 # Choosing the source
@@ -232,8 +240,9 @@ def open_source(spec: str | Path, index_dir: Path, tally: Tally | None = None) -
 
     Args:
         spec: a folder of images; a tar, a folder of tars or a pattern of tars (`name-{000..123}.tar`, `name-*.tar`),
-            local or as a URL (s3://, gs://, http://, ...); or a folder written by `save_to_disk` of the library
-            `datasets`. If a folder has both images and tars, only the images are used.
+            local or as a URL (s3://, gs://, http://, ...); a folder written by `save_to_disk` of the library
+            `datasets`; or a folder written by `dinov2 curate`. If a folder has both images and tars, only the images
+            are used.
         index_dir: folder in which the indices of tars are stored, so that a resumed run does not have to read all tar
             headers again.
         tally: counter of the images that have been found so far.
@@ -251,6 +260,9 @@ def open_source(spec: str | Path, index_dir: Path, tally: Tally | None = None) -
             raise ValueError(f"no tar shards at {text}: their names must end in .tar")
         return _open_shards(urls, index_dir, text, tally)
     path = Path(text)
+    curation = open_curation(path)
+    if curation is not None and curation.form == "list":
+        return ListSource(path, curation, lambda address: open_source(address, index_dir, tally))
     if (path / "dataset_dict.json").is_file() or all((path / f).is_file() for f in ("dataset_info.json", "state.json")):
         return HuggingFaceSource(path)
     if path.is_dir() and any(listed.is_image for listed in walk_folder(path)):

@@ -1,11 +1,11 @@
-"""Draw line charts as SVG for the pages about training runs. No plotting library is needed.
+"""Draw line charts, histograms and maps of points as SVG for the pages about training. No plotting library is needed.
 
 Colours and fonts come from a style sheet (`CSS`) with a light and a dark scheme, so a chart follows the reader's colour
 scheme. Each point has a `<title>`, which browsers show when the pointer is over it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -13,6 +13,7 @@ WIDTH, HEIGHT = 440, 240
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 38
 MAX_POINTS = 400  # more points than pixels only enlarge the page
 MAX_DOTS = 100  # approximate number of points per line that show their value under the pointer
+FEW_POINTS = 2000  # of a map; with more points, the dots are smaller
 COLOURS = 6
 
 CSS = """
@@ -21,6 +22,8 @@ CSS = """
 .chart .axis { stroke: var(--line); stroke-width: 1; fill: none; }
 .chart .mark { stroke: var(--muted); stroke-width: 1; stroke-dasharray: 3 3; }
 .chart path, .chart circle { stroke-width: 1.7; fill: none; stroke-linejoin: round; }
+.chart .dots { stroke-linecap: round; stroke-opacity: .6; fill: none; }
+.chart .bar { stroke: none; }
 .chart .hover { stroke: none; fill: transparent; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 12px; color: var(--muted); padding-left: 12px; }
 .legend i { display: inline-block; width: 14px; height: 3px; border-radius: 2px; margin-right: 5px;
@@ -136,15 +139,20 @@ def line_chart(
         parts.append(f'<text x="{WIDTH - RIGHT}" y="{py(mark[0]) - 4:.1f}" text-anchor="end">{escape(mark[1])}</text>')
     for index, line in enumerate(series):
         parts.append(_line(line, index, px, py))
+    names = [(i, line.name) for i, line in enumerate(series) if _finite([line])]
+    return _figure(title, parts, HEIGHT, names)
+
+
+def _figure(title: str, parts: Sequence[str], height: int, legend: Sequence[tuple[int, str]]) -> str:
+    """Return a chart as HTML. `parts` are its SVG elements. `legend` contains the number of each colour, and its
+    name."""
     name = escape(title)
-    legend = "".join(
-        f'<span><i style="background:var(--c{i % COLOURS})"></i>{escape(line.name)}</span>'
-        for i, line in enumerate(series)
-        if _finite([line])
+    colours = "".join(
+        f'<span><i style="background:var(--c{i % COLOURS})"></i>{escape(text)}</span>' for i, text in legend
     )
     return (
-        f'<figure><figcaption>{name}</figcaption><svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{name}">{"".join(parts)}</svg><div class="legend">{legend}</div></figure>'
+        f'<figure><figcaption>{name}</figcaption><svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" '
+        f'aria-label="{name}">{"".join(parts)}</svg><div class="legend">{colours}</div></figure>'
     )
 
 
@@ -169,3 +177,64 @@ def _line(line: Series, index: int, px: Callable[[float], float], py: Callable[[
             text = escape(f"{line.name}: {y:.5g} at {tick_label(x)}")
             dots.append(f'<circle class="hover" {at} r="5"><title>{text}</title></circle>')
     return f'<path {colour} d="{"".join(path)}"/>' + "".join(dots)
+
+
+def histogram(edges: Sequence[float], counts: Mapping[str, Sequence[int]], *, title: str, x_label: str = "") -> str:
+    """Return a histogram with stacked bars as HTML.
+
+    Args:
+        edges: the edges of the bins, in ascending order.
+        counts: for each group its name, and its number of values in each bin. The first group is at the bottom.
+        title: the heading, which is also the label for screen readers.
+        x_label: label of the x axis, with the unit.
+    """
+    totals = [sum(column) for column in zip(*counts.values(), strict=True)]
+    y_high, x_low, x_high = max([*totals, 1]) * 1.05, edges[0], edges[-1]
+
+    def px(x: float) -> float:
+        return LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+
+    def py(y: float) -> float:
+        return HEIGHT - BOTTOM - y / y_high * (HEIGHT - TOP - BOTTOM)
+
+    parts = []
+    for y in ticks(0, y_high, 4):
+        parts.append(f'<path class="axis" d="M{LEFT} {py(y):.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text x="{LEFT - 7}" y="{py(y) + 4:.1f}" text-anchor="end">{tick_label(y)}</text>')
+    below = HEIGHT - BOTTOM + 16
+    parts += [
+        f'<text x="{px(x):.1f}" y="{below}" text-anchor="middle">{tick_label(x)}</text>' for x in ticks(x_low, x_high)
+    ]
+    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_label)}</text>')
+    for i, total in enumerate(totals):
+        base, left, width = 0, px(edges[i]) + 0.5, px(edges[i + 1]) - px(edges[i]) - 1
+        words = ", ".join(f"{column[i]:,} {name}" for name, column in counts.items())
+        bars = ""
+        for number, column in enumerate(counts.values()):
+            top, bottom, base = py(base + column[i]), py(base), base + column[i]
+            if column[i]:
+                bars += (
+                    f'<rect class="bar" style="fill:var(--c{number % COLOURS})" x="{left:.1f}" y="{top:.1f}" '
+                    f'width="{width:.1f}" height="{bottom - top:.1f}"/>'
+                )
+        if total:
+            text = escape(f"{tick_label(edges[i])} to {tick_label(edges[i + 1])}: {words}")
+            parts.append(f"<g><title>{text}</title>{bars}</g>")
+    return _figure(title, parts, HEIGHT, list(enumerate(counts)))
+
+
+def point_map(groups: Mapping[str, tuple[int, Sequence[tuple[float, float]]]], *, title: str) -> str:
+    """Return a map of points as HTML.
+
+    Args:
+        groups: for each group its name, the number of its colour, and the positions (x, y) of its points, from 0 to 1,
+            with y upwards. Later groups are drawn over earlier ones.
+        title: the heading, which is also the label for screen readers.
+    """
+    side, parts = WIDTH - 2 * RIGHT, []
+    width = 5 if sum(len(points) for _, points in groups.values()) <= FEW_POINTS else 3
+    for colour, points in groups.values():
+        pixels = dict.fromkeys((round(RIGHT + x * side, 1), round(RIGHT + (1 - y) * side, 1)) for x, y in points)
+        path = "".join(f"M{x:g} {y:g}h0" for x, y in pixels)
+        parts.append(f'<path class="dots" style="stroke:var(--c{colour % COLOURS});stroke-width:{width}" d="{path}"/>')
+    return _figure(title, parts, WIDTH, [(colour, name) for name, (colour, _) in groups.items()])

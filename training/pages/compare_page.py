@@ -1,8 +1,7 @@
 """Show the comparison of DINO and DINOv2 (`training/compare.py`) as a table in the terminal and as an HTML page.
 
-The numbers come from compare.json and from the log files of the two runs. The page uses the style and the HTML helpers
-of a run's report (`training/pages/report.py`). The page is self-contained: it has no script and no external files, and
-all text is escaped.
+The numbers come from compare.json and from the log files of the two runs. The page is made with
+`training/pages/page.py`, so it is self-contained: it has no script and no external files. All text is escaped.
 """
 
 import json
@@ -15,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from training.pages.charts import Series, line_chart
-from training.pages.report import CSS, html_section, html_table, names_of, points_of
+from training.pages.page import html_page, html_section, html_table
+from training.pages.report import names_of, points_of
 from training.watch.monitor import EVALUATIONS, METRICS, read_lines
 
 RUNS = {"dino": "DINO", "dinov2": "DINOv2"}
@@ -133,11 +133,7 @@ def page(results: Mapping[str, Any], out: Path) -> str:
         html_section("Settings that differ", html_table(changes, ["setting", *RUNS.values()])),
         html_section("Origin", html_table(origin)),
     ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>DINO and DINOv2</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head>'
-        f"<body>{''.join(body)}</body></html>\n"
-    )
+    return html_page("DINO and DINOv2", body)
 
 
 def charts(out: Path) -> str:

@@ -7,10 +7,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+import service.jobs.curate as curate_job
 from service.errors import InvalidRequest
 from service.jobs.context import ChildFailed, Context, Hold, JobFailed
 from service.jobs.evaluate import PATHS, EvaluateParams
@@ -357,6 +358,59 @@ def test_build_engine(tmp_path: Path, context_of: Callable[..., Commands]) -> No
             *("--", f"{data}/artifacts/mine-12345678"),
         ]
     ]
+
+
+def test_curate(tmp_path: Path, context_of: Callable[..., Commands]) -> None:
+    context = context_of("curate", data="shop", settings=["quality.dark=0.1"], workers=2)
+    data, out = tmp_path / "data", context.folder / "dataset"
+    context.answer = lambda: f"scan of images: 10 of 40, 0:00:03 left\ndataset: {out}, digest {'ab' * 32}\n"
+    KINDS["curate"].run(context)
+    assert context.commands == [
+        ["curate", f"--out={out}", "--set=quality.dark=0.1", "--workers=2", "--", f"{data}/datasets/shop"]
+    ]
+    result = {"dataset": f"jobs/{context.job.id}/dataset", "digest": "ab" * 32}
+    assert context._store.renew(context.job.lease, 8).results == {"curate": result}
+
+
+def test_the_progress_of_a_curation_is_that_of_its_last_stage() -> None:
+    output = "scan: 10 of 40\nscan: 1,024 of 2,048, 0:00:03 left\nquality: 3 of 9 images dropped; 1 s\n"
+    assert curate_job.progress_of(output) == (0.5, "scan: 1,024 of 2,048, 0:00:03 left")
+    assert curate_job.progress_of("done\n") == (0.0, "")
+
+
+def test_every_setting_of_a_curation_that_names_a_file_is_checked(tmp_path: Path, settings: Settings) -> None:
+    pytest.importorskip("torch", reason="the settings of curations import torch")
+    from training.curate.settings import Address, CurateSettings
+
+    paths = {
+        f"{section}.{name}"
+        for section, outer in CurateSettings.model_fields.items()
+        for name, field in getattr(outer.annotation, "model_fields", {}).items()
+        if Address in get_args(field.annotation)
+    }
+    assert paths == curate_job.MODELS | curate_job.DATA
+    folder = tmp_path / "data" / "artifacts" / "mine-12345678"
+    params = checked_params("curate", {"data": "shop", "settings": ["scan.model=mine-12345678"]}, settings)
+    assert isinstance(params, curate_job.CurateParams)
+    assert params.settings == [f'scan.model="{folder}"']
+    for override in ("scan.model=/etc", "scan.model=7", "scan={model='/etc'}"):
+        with pytest.raises(InvalidRequest):
+            checked_params("curate", {"data": "shop", "settings": [override]}, settings)
+
+
+def test_a_curation_with_a_setting_that_does_not_exist_is_refused(tmp_path: Path, settings: Settings) -> None:
+    pytest.importorskip("torch", reason="curations need torch")
+    with pytest.raises(InvalidRequest, match=r"quality.dark=2: must be at most 1"):
+        accepted_params("curate", {"data": "shop", "settings": ["quality.dark=2"]}, settings)
+
+
+def test_the_dataset_of_a_curation_job_is_data_for_other_jobs(tmp_path: Path, settings: Settings) -> None:
+    dataset = tmp_path / "data" / "jobs" / "curate-1" / "dataset"
+    dataset.mkdir(parents=True)
+    assert data_source("curate-1", settings) == str(dataset)
+    dataset.rmdir()
+    dataset.symlink_to("/etc")
+    assert data_source("curate-1", settings) == str(tmp_path / "data" / "datasets" / "curate-1")
 
 
 def test_evaluate(tmp_path: Path, context_of: Callable[..., Commands]) -> None:

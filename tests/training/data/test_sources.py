@@ -24,7 +24,8 @@ import training.data.blobs
 import training.data.shards
 from training.data.batches import Reading, shuffled
 from training.data.blobs import Changed, LocalBlob, open_blob
-from training.data.dataset import Photo, find_images, split_source
+from training.data.dataset import Photo, Subset, find_images, split_source
+from training.data.joined import JoinedSource
 from training.data.loader import open_loader
 from training.data.shards import index_shard
 from training.data.sources import FolderSource, HuggingFaceSource, TarSource, expand_braces, open_source, source_digest
@@ -92,6 +93,10 @@ def test_a_folder_of_images(tmp_path, index_dir):
     assert labels(source) == ["deep", "cats", "dogs", tmp_path.name]
     assert [Photo(source, i).read().shape for i in range(4)] == [(4, 6, 3)] * 4
     assert source.fingerprint(0) == str(len(png(15)))
+    before, neighbour = source.version(0), source.version(1)
+    os.utime(tmp_path / "cats/deep/1.png", ns=(0, 1))
+    assert source.version(0) != before
+    assert Subset(source, np.array([1])).version(0) == source.version(1) == neighbour
 
 
 def test_a_name_that_is_no_text_can_be_logged(tmp_path, index_dir):
@@ -193,6 +198,9 @@ def test_members_of_a_tar_with_labels_by_the_rules_of_webdataset(tmp_path, index
     assert labels(source) == ["7", "tabby", "tabby", "cats", None, "ü ñ"]
     assert [(s.name, "link" in s.reason) for s in source.skipped] == [("one.tar/link.png", True)]
     assert source.fingerprint(0) == str(len(png(1)))
+    os.utime(tar, ns=(0, 1))
+    assert open_source(tar, index_dir).version(0) != source.version(0)
+    assert JoinedSource([source, source]).version(6) == source.version(0)
 
 
 def test_dots_in_the_names_of_members_do_not_mix_labels_and_the_suffix_may_have_any_case(tmp_path, index_dir):
@@ -569,6 +577,8 @@ def test_a_dataset_dict_with_its_parts(hugging_face, index_dir):
     assert names(val) == ["test/0", "test/1", "test/2"]
     assert labels(train) == ["cat", "dog", "cat", "dog", "cat"]
     assert [train.fingerprint(i) for i in range(5)] == [str(len(png(i))) for i in range(5)]
+    again, single = open_source(hugging_face / "both", index_dir), open_source(hugging_face / "one", index_dir)
+    assert again.version(0) == source.version(0) != single.version(0)
     with ThreadPoolExecutor(8) as pool:
         order = np.random.default_rng(0).integers(0, 5, 200).tolist()
         assert list(pool.map(train.encoded, order)) == [png(i) for i in order]

@@ -5,7 +5,6 @@ import io
 import json
 import re
 import shutil
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
@@ -14,6 +13,7 @@ from PIL import Image
 
 from model.checkpoint import save_checkpoint
 from model.vit import DinoVisionTransformer
+from tests.training.pages.checker import Checker
 from training.config import TrainConfig
 from training.pages import charts
 from training.pages.charts import Series, line_chart, tick_label, ticks
@@ -24,31 +24,6 @@ EVALUATED = [
     {"step": 20, "knn_cls_10": 0.4, "view_certainty": 0.29, "held_out_rankme_share": 0.5, "held_out_loss": 0.8},
 ]
 NASTY = "<script>alert('x')</script>&\""
-
-
-class Checker(HTMLParser):
-    """Every tag is closed in order; collects tags and text."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.open, self.tags, self.text = [], [], ""
-        self.feed(page)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in {"meta", "img"}:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
 
 
 @pytest.fixture(scope="module")

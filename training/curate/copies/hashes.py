@@ -1,4 +1,4 @@
-"""Perceptual hashes of 64 bits, and the hashes of the mirrored and rotated image, which need no second look at the pixels.
+"""Perceptual hashes of 64 bits, and the hashes of mirrored and rotated images, which follow from them.
 
 The hash has one bit for each of the 8 x 8 lowest frequencies of the image's discrete cosine transform: whether the
 coefficient exceeds the median of the 64. The ImageHash package (`phash`), and therefore CleanVision, define it the same
@@ -56,11 +56,8 @@ def symmetric_hashes(hashes: Hashes) -> Hashes:
     """
     odd = (np.arange(SIDE) % 2).astype(np.uint8)
     bits = _bits(hashes)
-    variants = []
-    for turned in (bits, bits.transpose(0, 2, 1)):
-        for rows in (0, 1):
-            for columns in (0, 1):
-                variants.append(_hashes(turned ^ (rows * odd[:, None]) ^ (columns * odd)))
+    flips = [(rows * odd[:, None]) ^ (columns * odd) for rows in (0, 1) for columns in (0, 1)]
+    variants = [_hashes(turned ^ flip) for turned in (bits, bits.transpose(0, 2, 1)) for flip in flips]
     return np.stack(variants, axis=1)
 
 

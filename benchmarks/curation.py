@@ -1,0 +1,359 @@
+"""Measure how well copies, leaks and faulty images of a planted set are found, beside imagededup and CleanVision.
+
+    python benchmarks/planted_set.py IMAGES SET --evaluation FOLDER
+    python benchmarks/curation.py SET [--model ARTIFACT] [--pooling cls+mean] [--neighbours 16] [--out FILE]
+
+SET is a set that `planted_set.py` made. Tools that are not installed are left out (`pip install imagededup
+cleanvision`). imagededup's network is not measured, because it downloads its weights; its four hashes are. All run in
+one process with one thread, and get only the files that can be decoded.
+
+Recall: the share of the copies of a kind that a tool reports together with another image of the same origin.
+Precision: the share of the pairs that a tool reports with a copy of that kind in which both have the same origin.
+"""
+
+import argparse
+import datetime
+import hashlib
+import json
+import sys
+import tempfile
+import time
+import types
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from planted_set import COPIES, FAULTS  # benchmarks/planted_set.py
+
+from model.artifact import bundled_artifact
+from model.decode import DecodeError, Pixels, decode, decode_stored, upright
+from model.pooling import POOLINGS, Pooling
+from training.curate.copies.find import CopySettings, find_copies
+from training.curate.copies.hashes import perceptual_hash
+from training.curate.copies.verify import PairComparison
+from training.curate.embedding import Embedder
+from training.curate.leaks import find_leaks
+from training.curate.neighbours import Pairs
+from training.curate.quality import find_issues, measure
+from training.curate.scan import pixels_digest
+from training.curate.table import Images
+
+RESULTS = Path(__file__).parent / "results"
+KINDS = ("exact", "repeated", *COPIES)
+Pair = tuple[str, str]
+
+
+class PlantedSet:
+    """A planted set on disk, and its ground truth."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[str, dict[str, Any]] = json.loads((folder / "truth.json").read_text())["files"]
+
+    def names(self, part: str) -> list[str]:
+        return [name for name in self.files if name.startswith(part + "/")]
+
+    def kind(self, name: str) -> str:
+        kind: str = self.files[name]["kind"]
+        return kind
+
+    def origin(self, name: str) -> str:
+        """Return the image that this image was made from, or the image itself."""
+        return self.files[name]["of"] or name
+
+    def read(self, name: str) -> Pixels:
+        return decode((self.folder / name).read_bytes())
+
+
+@dataclass
+class Result:
+    """What a tool reports, and the CPU time and the time on the clock that it takes, in seconds."""
+
+    pairs: set[Pair]
+    cpu_s: float
+    wall_s: float
+
+
+def timed(work: Callable[[], set[Pair]]) -> Result:
+    cpu, wall = time.process_time(), time.perf_counter()
+    pairs = work()
+    return Result(pairs, time.process_time() - cpu, time.perf_counter() - wall)
+
+
+# Ours
+
+
+class Scan:
+    """The table of the readable images of a part of the set. `broken` has the names of the others."""
+
+    def __init__(self, planted: PlantedSet, part: str, embed: Embedder) -> None:
+        self.names: list[str] = []
+        self.broken: list[str] = []
+        rows: list[tuple[Any, ...]] = []
+        measures: list[dict[str, float]] = []
+        for name in sorted(planted.names(part)):
+            data = (planted.folder / name).read_bytes()
+            try:
+                stored = decode_stored(data)
+            except DecodeError:
+                self.broken.append(name)
+                continue
+            pixels = np.ascontiguousarray(upright(stored.rgb, stored.orientation))
+            size = pixels.shape[1], pixels.shape[0], len(data)
+            digests = hashlib.sha256(data).digest(), pixels_digest(pixels)
+            rows.append((*digests, perceptual_hash(pixels), *size, embed(pixels)))
+            measures.append(measure(pixels, stored.mode))
+            self.names.append(name)
+        sha, pixels_sha, hashes, width, height, n_bytes, vectors = zip(*rows, strict=True)
+        self.images = Images(
+            key=self.names,
+            sha256=np.frombuffer(b"".join(sha), np.uint8).reshape(-1, 32),
+            pixels_sha256=np.frombuffer(b"".join(pixels_sha), np.uint8).reshape(-1, 32),
+            phash=np.array(hashes, np.uint64),
+            width=np.array(width, np.int32),
+            height=np.array(height, np.int32),
+            n_bytes=np.array(n_bytes, np.int64),
+            label=[None] * len(rows),
+            measures={key: np.array([row[key] for row in measures], np.float32) for key in measures[0]},
+            embedding=np.stack(vectors).astype(np.float32),
+        )
+
+
+class Counted:
+    """A comparison that counts its pairs."""
+
+    def __init__(self, compare: PairComparison) -> None:
+        self._compare, self.pairs = compare, 0
+
+    def __call__(self, first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        self.pairs += len(first)
+        return self._compare(first, second)
+
+
+def our_copies(planted: PlantedSet, scan: Scan, settings: CopySettings) -> tuple[Result, int]:
+    """Return the dropped images with the images that are kept for them, and the number of pairs compared."""
+
+    def read(index: int) -> Pixels:
+        return planted.read(scan.names[index])
+
+    compare = Counted(PairComparison(read))
+
+    def work() -> set[Pair]:
+        drops = find_copies(scan.images, read, settings, compare=compare)
+        return {(scan.names[drop.index], scan.names[drop.because]) for drop in drops if drop.because is not None}
+
+    return timed(work), compare.pairs
+
+
+def our_leaks(planted: PlantedSet, scan: Scan, evaluation: Scan, settings: CopySettings) -> tuple[Result, list[Pair]]:
+    """Return the pairs of an image and an evaluation image that were verified as copies, and the dropped images.
+
+    The pairs do not contain identical images, which need no verification.
+    """
+    compare = PairComparison(
+        lambda index: planted.read(scan.names[index]), lambda index: planted.read(evaluation.names[index])
+    )
+    dropped: list[Pair] = []
+    pairs: set[Pair] = set()
+
+    def verify(candidates: Pairs) -> npt.NDArray[np.bool_]:
+        copies = compare(candidates.query, candidates.vector) >= settings.threshold
+        for image, number in zip(candidates.query[copies].tolist(), candidates.vector[copies].tolist(), strict=True):
+            pairs.add((scan.names[image], evaluation.names[number]))
+        return copies
+
+    def work() -> set[Pair]:
+        near = {"threshold": -1.0, "k": settings.neighbours, "hash_bits": settings.hash_radius}
+        found = find_leaks(scan.images, evaluation.images, verify, **near)  # type: ignore[arg-type]
+        dropped.extend((scan.names[drop.index], drop.reason) for drop in found.drops)
+        return pairs
+
+    return timed(work), dropped
+
+
+# Others
+
+
+def imagededup_copies(planted: PlantedSet, names: list[str]) -> dict[str, Result]:
+    """Return the pairs that each of imagededup's hashes reports at its default threshold."""
+    stub = types.ModuleType("imagededup.methods.cnn")
+    stub.CNN = None  # type: ignore[attr-defined]
+    sys.modules.setdefault(stub.__name__, stub)  # it needs torchvision and weights from the internet
+    try:
+        from imagededup.methods import AHash, DHash, PHash, WHash
+    except ImportError as error:
+        print(f"imagededup is left out: {error}")
+        return {}
+
+    def pairs(method: Any) -> set[Pair]:
+        encodings = {name: method.encode_image(image_file=planted.folder / name) for name in names}
+        found = method.find_duplicates(
+            encoding_map={name: code for name, code in encodings.items() if code}, num_dist_workers=0
+        )
+        return {(name, other) for name, others in found.items() for other in others}
+
+    methods = [method(verbose=False) for method in (PHash, DHash, WHash, AHash)]
+    return {f"imagededup {type(method).__name__}": timed(lambda m=method: pairs(m)) for method in methods}
+
+
+def cleanvision_issues(planted: PlantedSet, names: list[str]) -> tuple[Result, dict[str, set[str]]] | None:
+    """Return the pairs of duplicates that CleanVision reports, and the images with each other issue."""
+    try:
+        from cleanvision import Imagelab
+    except ImportError as error:
+        print(f"CleanVision is left out: {error}")
+        return None
+    lab = Imagelab(filepaths=[str(planted.folder / name) for name in names])
+
+    def work() -> set[Pair]:
+        lab.find_issues(n_jobs=1, verbose=False)
+        groups = [group for kind in ("exact_duplicates", "near_duplicates") for group in lab.info[kind]["sets"]]
+        relative = [[Path(path).relative_to(planted.folder).as_posix() for path in group] for group in groups]
+        return {(a, b) for group in relative for a in group for b in group if a != b}
+
+    result = timed(work)
+    issues: dict[str, set[str]] = {}
+    for column in (column for column in lab.issues.columns if column.endswith("_issue")):
+        flagged = lab.issues.index[lab.issues[column]]
+        issues[column.removeprefix("is_").removesuffix("_issue")] = {
+            Path(path).relative_to(planted.folder).as_posix() for path in flagged
+        }
+    return result, issues
+
+
+# Scores
+
+
+def copy_scores(planted: PlantedSet, result: Result, names: list[str]) -> dict[str, Any]:
+    """Return recall and precision per kind of copy, and over all pairs."""
+    partners: dict[str, set[str]] = defaultdict(set)
+    for first, second in result.pairs:
+        partners[first].add(second)
+        partners[second].add(first)
+    scores: dict[str, Any] = {}
+    for kind in KINDS:
+        copies = [name for name in names if planted.kind(name) == kind]
+        pairs = [(name, other) for name in copies for other in partners[name]]
+        right = [pair for pair in pairs if planted.origin(pair[0]) == planted.origin(pair[1])]
+        scores[kind] = {
+            "copies": len(copies),
+            "recall": len({name for name, _ in right}) / len(copies) if copies else None,
+            "precision": len(right) / len(pairs) if pairs else None,
+        }
+    unordered = {tuple(sorted(pair)) for pair in result.pairs}
+    wrong = [pair for pair in unordered if planted.origin(pair[0]) != planted.origin(pair[1])]
+    scores["all"] = {
+        "pairs": len(unordered),
+        "precision": 1 - len(wrong) / len(unordered) if unordered else None,
+        "wrong": [list(pair) for pair in sorted(wrong)[:20]],
+        "cpu_s": round(result.cpu_s, 2),
+        "wall_s": round(result.wall_s, 2),
+    }
+    return scores
+
+
+def leak_scores(planted: PlantedSet, result: Result, dropped: list[Pair], names: list[str]) -> dict[str, Any]:
+    """Return how many leaks of each kind were not found, and the images that were taken for leaks.
+
+    A dropped image is right if it is a leak.
+    """
+    found = {name for name, _ in dropped}
+    leaks = [name for name in names if planted.kind(name).startswith("leak_")]
+    kinds = sorted({planted.kind(name) for name in leaks})
+    wrong_pairs = sorted(pair for pair in result.pairs if planted.origin(pair[0]) != pair[1])
+    return {
+        "leaks": len(leaks),
+        "left": {kind: sum(planted.kind(name) == kind and name not in found for name in leaks) for kind in kinds},
+        "wrong": [list(pair) for pair in dropped if pair[0] not in set(leaks)],
+        "wrong_pairs": [list(pair) for pair in wrong_pairs],
+        "cpu_s": round(result.cpu_s, 2),
+        "wall_s": round(result.wall_s, 2),
+    }
+
+
+def fault_scores(planted: PlantedSet, issues: dict[str, set[str]], names: list[str]) -> dict[str, Any]:
+    """Return how many blurred and dark images were found, and how many originals have the issue, too."""
+    issue_of = dict(zip(FAULTS, ("blurry", "dark"), strict=True))
+    return {
+        kind: {
+            "images": sum(planted.kind(name) == kind for name in names),
+            "found": sum(planted.kind(name) == kind for name in issues.get(issue, ())),
+            "originals": sum(planted.kind(name) == "original" for name in issues.get(issue, ())),
+        }
+        for kind, issue in issue_of.items()
+    }
+
+
+def report(planted: PlantedSet, model: Path, pooling: Pooling, settings: CopySettings) -> dict[str, Any]:
+    """Run all tools, and return their figures."""
+    with tempfile.TemporaryDirectory() as folder:
+        embed = Embedder(model, pooling, Path(folder))
+        start = time.process_time()
+        scan = Scan(planted, "images", embed)
+        scan_s = time.process_time() - start
+        evaluation = Scan(planted, "evaluation", embed) if planted.names("evaluation") else None
+    truncated = [name for name in planted.names("images") if planted.kind(name) == "truncated"]
+    copies, compared = our_copies(planted, scan, settings)
+    flags = find_issues(scan.images)
+    issues = {issue: {scan.names[image] for image in np.flatnonzero(of).tolist()} for issue, of in flags.items()}
+    figures: dict[str, Any] = {
+        "images": len(planted.names("images")),
+        "scan_cpu_s": round(scan_s, 2),
+        "pairs_compared": compared,
+        "truncated": {"images": len(truncated), "found": len(set(truncated) & set(scan.broken))},
+        "other_broken": sorted(set(scan.broken) - set(truncated)),
+        "copies": {"ours": copy_scores(planted, copies, scan.names)},
+        "faults": {"ours": fault_scores(planted, issues, scan.names)},
+    }
+    if evaluation is not None:
+        figures["leaks"] = leak_scores(planted, *our_leaks(planted, scan, evaluation, settings), scan.names)
+    for name, result in imagededup_copies(planted, scan.names).items():
+        figures["copies"][name] = copy_scores(planted, result, scan.names)
+    if (peer := cleanvision_issues(planted, scan.names)) is not None:
+        figures["copies"]["CleanVision"] = copy_scores(planted, peer[0], scan.names)
+        figures["faults"]["CleanVision"] = fault_scores(planted, peer[1], scan.names)
+    return figures
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Print the table of recall and precision per kind and tool."""
+    for tool, scores in figures["copies"].items():
+        cells = [
+            f"{kind} {_number(scores[kind]['recall'])}/{_number(scores[kind]['precision'])}"
+            for kind in KINDS
+            if scores[kind]["copies"]
+        ]
+        whole = scores["all"]
+        print(
+            f"{tool} (recall/precision): {', '.join(cells)}; all pairs {_number(whole['precision'])}; "
+            f"{whole['cpu_s']} s CPU"
+        )
+    for part in ("leaks", "truncated", "faults"):
+        if part in figures:
+            print(part, json.dumps(figures[part]))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("set", type=Path, help="folder of a planted set")
+    parser.add_argument("--model", type=Path, default=bundled_artifact(), help="folder of an artifact")
+    parser.add_argument("--pooling", default="cls+mean", choices=POOLINGS)
+    parser.add_argument("--neighbours", type=int, default=CopySettings().neighbours)
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{datetime.date.today()}-curation.json")
+    given = parser.parse_args()
+    settings = CopySettings(neighbours=given.neighbours)
+    figures = report(PlantedSet(given.set), given.model, given.pooling, settings)
+    show(figures)
+    given.out.write_text(json.dumps({"pooling": given.pooling, **vars(settings), **figures}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The command `dinov2 curate`, and the commands `dinov2 curation`, which work on a curated dataset.
+
+Heavy packages are imported only when a command runs.
+"""
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from cli.shared import check_output, fail, need_torch, tell_next
+
+if TYPE_CHECKING:
+    from training.curate.progress import Advance, Track
+
+app = typer.Typer(help="Work on a dataset that `dinov2 curate` has written.", no_args_is_help=True)
+
+
+def curate(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders of images, paths or URLs of tar shards, or folders of Hugging Face datasets.",
+            metavar="SOURCE...",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the dataset. A curation in this folder is continued.")],
+    config: Annotated[Path | None, typer.Option(help="TOML file with settings (docs/curation.md).")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Setting that overrides that of the file, e.g. balance.size=50000; may be repeated."
+        ),
+    ] = None,
+    stages: Annotated[
+        str | None, typer.Option(help="Stages to run, separated by commas. Default: all whose settings are given.")
+    ] = None,
+    precision: Annotated[
+        float | None,
+        typer.Option(help="Precision with which copies are found. The threshold is calibrated on your images."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Number of processes on this machine. Default: one per CPU.")
+    ] = None,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(help="What scans the images: processes of this machine, or actors of a Ray cluster."),
+    ] = "local",
+    check: Annotated[bool, typer.Option("--check", help="Check the settings, and do nothing else.")] = False,
+) -> None:
+    """Make a clean and diverse training set out of raw images (needs the extras `train` and `curate`)."""
+    overrides = list(set_ or [])
+    if stages is not None:
+        overrides.append(f"stages={[name.strip() for name in stages.split(',')]}")
+    if precision is not None:
+        overrides.append(f"copies.precision={precision}")
+    try:
+        check_output(out, "--out", folder=True)
+        if config is not None and not config.is_file():
+            raise ValueError(f"--config {config} is not a file")
+        from training.curate.settings import load_settings
+
+        settings = load_settings(config, overrides)
+        if check:
+            return
+        need_torch("curate")
+        from model.cpus import available_cpus
+        from training.curate.ray_engine import RayWorkers
+        from training.curate.run import Curation, Tools
+        from training.curate.run import curate as run_curation
+        from training.curate.workers import RunAll, Workers
+
+        curation = Curation(tuple(sources), out, settings)
+        local = Workers(workers or available_cpus())
+        run_all: RunAll = RayWorkers() if engine == "ray" else local
+        run_curation(curation, Tools(run_all, local, _track(), typer.echo))
+    except (ValueError, OSError, ImportError) as error:
+        raise fail(error) from error
+    except KeyboardInterrupt as interrupt:
+        typer.echo("stopped; the same command continues", err=True)
+        raise typer.Exit(code=130) from interrupt
+    tell_next(f"dinov2 train --data {shlex.quote(str(out))} --recipe continue --out RUN")
+
+
+def _track() -> "Track":
+    """Return a function that shows the progress: as bars on a terminal, otherwise in lines."""
+    from training.curate.progress import in_lines
+
+    if not sys.stderr.isatty():
+        return in_lines(typer.echo)
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    @contextmanager
+    def bars(what: str, total: int) -> "Iterator[Advance]":
+        columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            bar = progress.add_task(what, total=total)
+            yield lambda count: progress.advance(bar, count)
+
+    return bars
+
+
+@app.command("restore")
+def restore(
+    dataset: Annotated[Path, typer.Argument(help="Folder of the dataset.")],
+    keys: Annotated[list[str], typer.Argument(help="Keys of dropped images, as in manifest.jsonl.", metavar="KEY...")],
+) -> None:
+    """Bring dropped images back. The next `dinov2 curate` into the folder adds them to the dataset."""
+    need_torch("curation restore")
+    from training.curate.manifest import restore as record
+
+    try:
+        entries = record(dataset, keys)
+    except (ValueError, OSError) as error:
+        raise fail(error) from error
+    for entry in entries:
+        typer.echo(f"{entry.key}: was dropped by {entry.stage} ({entry.reason})")
+    tell_next(f"dinov2 curate with the same sources and settings, and --out {shlex.quote(str(dataset))}")
+
+
+@app.command("verify")
+def verify(
+    dataset: Annotated[Path, typer.Argument(help="Folder of the dataset.")],
+    certificate: Annotated[
+        Path | None, typer.Option(help="Leak certificate. Default: leak-certificate.json in the dataset.")
+    ] = None,
+    evaluation: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Source of evaluation images, in the order of `leaks.evaluation`. Default: their digests in the "
+            "certificate are believed."
+        ),
+    ] = None,
+) -> None:
+    """Verify a leak certificate: all images of the dataset, and the evaluation images if they are given, are read and
+    compared with it."""
+    need_torch("curation verify")
+    from training.curate.certificate import verify_certificate
+    from training.curate.digests import digests_of
+    from training.curate.write_stage import CERTIFICATE
+
+    track = _track()
+    try:
+        images = digests_of([str(dataset)], track, "the dataset")
+        compared = None if not evaluation else digests_of(evaluation, track, "the evaluation images")
+        content = verify_certificate(certificate or dataset / CERTIFICATE, images, evaluation=compared)
+    except (ValueError, OSError) as error:
+        raise fail(error) from error
+    typer.echo(
+        f"no leaks: {content['dataset']['images']:,} images were compared with {content['evaluation']['images']:,} "
+        f"evaluation images (model {content['model'][:8]}, threshold {content['threshold']:g})"
+    )

@@ -1,0 +1,225 @@
+"""Tests of whole curations: what is written, what a second run does, and what a killed run leaves behind."""
+
+import errno
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.training.curate.small_images import fill_folder
+from training.curate import stages
+from training.curate.manifest import read_manifest, restore
+from training.curate.progress import in_lines
+from training.curate.run import LOG, WORK, Curation, Tools, curate
+from training.curate.settings import load_settings
+from training.curate.workers import Workers
+from training.data.sources import open_source
+
+SETTINGS = ("scan.min_side=8", "write.held_out_share=0.25", "quality.drop=['dark', 'blurry']")
+
+
+def run(source: Path, out: Path, *settings: str) -> list[str]:
+    """Curate, and return what the user is told."""
+    told: list[str] = []
+    tools = Tools(Workers(1), Workers(1), in_lines(lambda line: None), told.append)
+    curate(Curation((str(source),), out, load_settings(None, [*SETTINGS, *settings])), tools)
+    return told
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """Return the files of a dataset, without those in the working folder."""
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+
+def done_stages(out: Path) -> list[str]:
+    """Return the names of the stages that have been done, from the log."""
+    return [json.loads(line)["stage"] for line in (out / WORK / LOG).read_text().splitlines()]
+
+
+@pytest.fixture
+def source(tmp_path: Path, embedder) -> Path:
+    folder = fill_folder(tmp_path / "in", 10)
+    Image.fromarray(np.full((40, 48, 3), 9, np.uint8)).save(folder / "a" / "dark.png")
+    (folder / "a" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    return folder
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Do work in a child process, and return the signal that ended it."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def killing(function: Callable[..., object], call: int) -> Callable[..., object]:
+    """Return a function that does the same, but kills this process in the given call, counted from 1."""
+    calls = 0
+
+    def wrapped(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def test_every_image_is_accounted_for_and_the_dataset_can_be_opened(tmp_path: Path, source: Path) -> None:
+    told = run(source, tmp_path / "out")
+    entries = {entry.key: entry for entry in read_manifest(tmp_path / "out")}
+    assert len(entries) == 12
+    assert (entries["1/a/dark.png"].stage, entries["1/a/dark.png"].reason) == ("quality", "dark")
+    assert entries["1/a/broken.png"].stage == "scan"
+    dataset = open_source(tmp_path / "out", tmp_path / "index")
+    assert len(dataset) == 10
+    assert len(dataset.parts["val"]) == sum(entry.part == "val" for entry in entries.values()) > 0
+    assert any(line.startswith("quality: 1 of 11 images dropped (dark: 1)") for line in told)
+    assert done_stages(tmp_path / "out") == ["scan images", "quality", "write"]
+
+
+def test_a_second_run_does_nothing_and_other_settings_do_only_what_depends_on_them(tmp_path: Path, source) -> None:
+    run(source, tmp_path / "out")
+    before = files(tmp_path / "out")
+    assert all("done before" in line or line.startswith("dataset") for line in run(source, tmp_path / "out"))
+    run(source, tmp_path / "out", "write.held_out_share=0.5")
+    assert done_stages(tmp_path / "out") == ["scan images", "quality", "write", "write"]
+    assert files(tmp_path / "out") != before
+    run(source, tmp_path / "out", "quality.dark=0.001", "quality.drop=['dark']")
+    assert done_stages(tmp_path / "out")[4:] == ["quality", "write"]
+    run(source, tmp_path / "out")
+    assert files(tmp_path / "out") == before
+
+
+def test_added_images_give_the_same_as_a_run_from_scratch(tmp_path: Path, source: Path) -> None:
+    run(source, tmp_path / "out")
+    fill_folder(source, 3, first=50)
+    told = run(source, tmp_path / "out")
+    assert "4 files read" in told[0]  # and the broken one
+    run(source, tmp_path / "scratch")
+    assert files(tmp_path / "out") == files(tmp_path / "scratch")
+
+
+@pytest.mark.parametrize(
+    ("where", "call"),
+    [
+        ("training.curate.scan.write_bytes", 2),
+        ("training.curate.rows.publish", 1),
+        ("training.curate.scan._clear", 1),
+        ("training.curate.stages.publish", 1),
+        ("training.curate.stages._read_drops", 1),
+        ("training.curate.write.write_shard", 2),
+        ("training.curate.write._finish", 2),
+        ("training.curate.write_stage.write_text", 1),
+    ],
+)
+def test_a_killed_run_continues_and_gives_the_same_bytes(
+    tmp_path: Path, source: Path, monkeypatch, where: str, call: int
+) -> None:
+    run(source, tmp_path / "whole")
+    module, _, name = where.rpartition(".")
+    with monkeypatch.context() as patch:
+        patch.setattr(where, killing(getattr(__import__(module, fromlist=[name]), name), call))
+        assert in_child(lambda: run(source, tmp_path / "out")) == -signal.SIGKILL
+    before = done_stages(tmp_path / "out") if (tmp_path / "out" / WORK / LOG).exists() else []
+    run(source, tmp_path / "out")
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    after = done_stages(tmp_path / "out")
+    assert after[: len(before)] == before
+    assert len(after) == len(set(after))
+
+
+def test_restored_images_are_in_the_dataset_of_the_next_run(tmp_path: Path, source: Path) -> None:
+    run(source, tmp_path / "out")
+    restore(tmp_path / "out", ["1/a/dark.png"])
+    told = run(source, tmp_path / "out")
+    entry = next(entry for entry in read_manifest(tmp_path / "out") if entry.key == "1/a/dark.png")
+    assert entry.part is not None
+    assert entry.stage == "quality"
+    assert any("1 of them restored" in line for line in told)
+    assert done_stages(tmp_path / "out")[3:] == ["write"]
+
+
+def test_named_stages_are_the_only_ones(tmp_path: Path, source: Path) -> None:
+    run(source, tmp_path / "out", "stages=['quality']")
+    assert done_stages(tmp_path / "out") == ["scan images", "quality"]
+    assert not files(tmp_path / "out")
+
+
+def test_a_full_disk_is_told_and_the_next_run_continues(tmp_path: Path, source: Path, monkeypatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "publish", full)
+        with pytest.raises(OSError, match=r"the disk of .*out is full: make space and start the same command again"):
+            run(source, tmp_path / "out")
+    run(source, tmp_path / "out")
+    assert done_stages(tmp_path / "out") == ["scan images", "quality", "write"]
+
+
+def test_two_curations_into_one_folder_are_refused(tmp_path: Path, source: Path) -> None:
+    run(source, tmp_path / "out", "stages=[]")
+    from model.files import lock_file
+
+    lock = lock_file(tmp_path / "out" / WORK / "lock")
+    assert lock is not None
+    with lock, pytest.raises(ValueError, match="another process curates into"):
+        run(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["stages=['quallity']"], "unknown stage 'quallity': the stages are quality"),
+        (["quality.dark=2"], "quality.dark=2: must be at most 1"),
+        (["quality.drop=['drak']"], "quality.drop"),
+        (["scan.min_side=0"], "scan.min_side=0: must be at least 1"),
+        (["scan.pooling=max"], "scan.pooling"),
+        (["write.form=zip"], "write.form"),
+        (["write.held_out_share=1"], "write.held_out_share=1: must be less than 1"),
+        (["no_such_section.a=1"], "no_such_section"),
+        (["quality.drop"], "'quality.drop' must have the form section.key=value"),
+        (["seed.x=1"], "seed"),
+    ],
+)
+def test_settings_that_are_not_allowed_are_refused_before_any_work(
+    tmp_path: Path, source: Path, settings: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message.replace("[", r"\[")):
+        run(source, tmp_path / "out", *settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_sources_that_cannot_be_used_are_refused(tmp_path: Path, source: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        run(tmp_path / "nothing", tmp_path / "out")
+    with pytest.raises(ValueError, match="is inside"):
+        run(source, source / "out")
+    with pytest.raises(ValueError, match="given twice"):
+        Curation((str(source), str(source)), tmp_path / "out", load_settings(None))
+    with pytest.raises(ValueError, match="no sources"):
+        Curation((), tmp_path / "out", load_settings(None))
+
+
+def test_a_stage_that_drops_everything_is_an_error(tmp_path: Path, source: Path) -> None:
+    with pytest.raises(ValueError, match="the stage quality drops all 11 remaining images"):
+        run(source, tmp_path / "out", "quality.light=1", "quality.drop=['light']")
+
+
+def test_a_settings_file_that_is_not_toml_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "curate.toml").write_text("[quality\n")
+    with pytest.raises(ValueError, match=r"curate.toml is not TOML"):
+        load_settings(tmp_path / "curate.toml")
+    (tmp_path / "curate.toml").write_text("seed = 3\n[quality]\ndark = 0.5\n")
+    settings = load_settings(tmp_path / "curate.toml", ["quality.dark=0.25"])
+    assert (settings.seed, settings.quality.dark) == (3, 0.25)

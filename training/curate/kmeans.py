@@ -1,0 +1,245 @@
+"""Cluster vectors with k-means (Lloyd 1982; initial centres by k-means++, Arthur and Vassilvitskii 2007).
+
+The result depends only on the vectors, their order and the seed. Vectors are assigned in fixed blocks (`blocks.py`),
+and their sums are computed in float64, block after block. `cluster` adds what a large number of clusters needs: it
+first divides the vectors into cells, so that a vector is compared with the centroids of its cell only. It can also
+resample (arXiv 2405.15613), which spreads the clusters over the space instead of over the density.
+
+Legend: n vectors, k clusters, D dimensions.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from training.curate.blocks import in_order, one_blas_thread
+from training.curate.table import Indices
+
+Floats = npt.NDArray[np.float32]
+
+ROWS = 4096  # vectors of one block; their sums are added in this unit
+TILE_ROWS, TILE_COLUMNS = 512, 1024  # a tile of products takes 2 MB and stays in the cache of a core
+SAMPLE = 8  # vectors per cluster among which k-means++ chooses
+LARGEST = 1024  # clusters that `cluster` computes without cells
+PER_CELL = 256  # vectors per cell from which `cluster` computes the cells
+SAME = 1e-6  # vectors are the same if their squared distance is below this share of the largest squared length
+
+
+class Clusters(NamedTuple):
+    """A division of n vectors into clusters. No cluster is empty.
+
+    `centroids` are the centres of the clusters [k, D], `labels` the cluster of each vector [n], and `distances` the
+    squared distances of the vectors from the centroids of their clusters [n].
+    """
+
+    centroids: Floats
+    labels: npt.NDArray[np.int32]
+    distances: Floats
+
+
+def assign(vectors: Floats, centroids: Floats, *, threads: int | None = None) -> tuple[npt.NDArray[np.int32], Floats]:
+    """Return the nearest centroid [k, D] of each vector [n, D], and the squared distances. Both arrays are [n].
+
+    If two centroids are equally near, the first is taken.
+    """
+    with one_blas_thread():
+        halves = _half_squares(centroids)
+        blocks = list(
+            in_order(lambda top: _nearest(vectors[top : top + ROWS], centroids, halves), _tops(vectors), threads)
+        )
+    return np.concatenate([labels for labels, _ in blocks]), np.concatenate([distances for _, distances in blocks])
+
+
+def kmeans(
+    vectors: Floats, k: int, *, seed: int | list[int] = 0, iterations: int = 20, threads: int | None = None
+) -> Clusters:
+    """Divide the vectors [n, D] into at most k clusters. There are fewer if the vectors have fewer different values.
+
+    Iterations stop when no vector changes its cluster.
+
+    Raises:
+        ValueError: k is less than 1, or there are no vectors.
+    """
+    if k < 1:
+        raise ValueError(f"the number of clusters is {k}; it must be at least 1")
+    if not len(vectors):
+        raise ValueError("there are no vectors to cluster")
+    with one_blas_thread():
+        centroids = initial_centroids(vectors, min(k, len(vectors)), np.random.default_rng(seed))
+        labels = np.full(len(vectors), -1, np.int32)
+        for _ in range(iterations):
+            before = labels
+            labels, distances, sums = _assign_and_sum(vectors, centroids, threads)
+            if np.array_equal(labels, before):
+                break
+            centroids = _means(vectors, labels, distances, sums)
+    return _clusters(vectors, centroids, threads)
+
+
+def initial_centroids(vectors: Floats, k: int, rng: np.random.Generator) -> Floats:
+    """Choose at most k different vectors [k, D] by k-means++, among `SAMPLE` * k vectors that are chosen by lot.
+
+    After the first, each is chosen with a probability proportional to the squared distance from the nearest one.
+    """
+    points = vectors[np.sort(rng.choice(len(vectors), min(len(vectors), SAMPLE * k), replace=False))]
+    squares = 2 * _half_squares(points)
+    chosen = [int(rng.integers(len(points)))]
+    distances = np.full(len(points), np.inf, np.float32)
+    while len(chosen) < k:
+        last = chosen[-1]
+        distances = np.minimum(distances, squares + squares[last] - 2 * (points @ points[last]))
+        distances[distances < SAME * squares.max()] = 0
+        cumulated = np.cumsum(distances, dtype=np.float64)
+        if cumulated[-1] == 0:  # each point has been chosen, or is the same as a chosen one
+            break
+        chosen.append(int(np.searchsorted(cumulated, rng.random() * cumulated[-1], side="right")))
+    return points[chosen]
+
+
+def cluster(
+    vectors: Floats,
+    k: int,
+    *,
+    seed: int | list[int] = 0,
+    iterations: int = 20,
+    resampling_steps: int = 0,
+    threads: int | None = None,
+) -> Clusters:
+    """Divide the vectors [n, D] into about k clusters, also if k is large.
+
+    More than `LARGEST` clusters are computed within cells, which k-means finds on a sample. Each cell gets a share of
+    the clusters in proportion to its vectors. Cells are clustered at the same time, each with one thread.
+
+    A resampling step takes from each cluster the vectors that are nearest to its centroid, half as many as the mean
+    size of a cluster. It clusters these, and then assigns all vectors to the new centroids.
+
+    Raises:
+        ValueError: see `kmeans`.
+    """
+    entropy = [seed] if isinstance(seed, int) else seed
+    if k <= LARGEST:
+        return _resampled(vectors, k, entropy, iterations, resampling_steps, threads)
+    n_cells = round(k**0.5)
+    sample = np.random.default_rng([*entropy, 0]).choice(len(vectors), min(len(vectors), PER_CELL * n_cells), False)
+    centroids = kmeans(
+        vectors[np.sort(sample)], n_cells, seed=[*entropy, 1], iterations=iterations, threads=threads
+    ).centroids
+    cells, _ = assign(vectors, centroids, threads=threads)
+    members = [positions for positions in groups(cells, len(centroids)) if len(positions)]
+    if len(members) == 1:
+        return _resampled(vectors, k, entropy, iterations, resampling_steps, threads)
+
+    def divide(cell: int) -> Clusters:
+        return cluster(
+            vectors[members[cell]],
+            max(1, len(members[cell]) * k // len(vectors)),
+            seed=[*entropy, 2, cell],
+            iterations=iterations,
+            resampling_steps=resampling_steps,
+            threads=1,
+        )
+
+    labels, distances = np.empty(len(vectors), np.int32), np.empty(len(vectors), np.float32)
+    parts: list[Floats] = []
+    n_clusters = 0
+    with one_blas_thread():
+        for cell, part in enumerate(in_order(divide, range(len(members)), threads)):
+            labels[members[cell]], distances[members[cell]] = part.labels + n_clusters, part.distances
+            parts.append(part.centroids)
+            n_clusters += len(part.centroids)
+    return Clusters(np.concatenate(parts), labels, distances)
+
+
+def groups(labels: npt.NDArray[np.int32], count: int) -> list[Indices]:
+    """Return the positions of each label from 0 to `count` - 1, in ascending order."""
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(labels, minlength=count))[:-1])
+
+
+def nearest_members(clusters: Clusters, counts: Indices) -> Indices:
+    """Return, in ascending order, the positions of the `counts[c]` vectors of each cluster c nearest to its centroid.
+
+    The first of two equally near vectors is taken.
+    """
+    order = np.lexsort((clusters.distances, clusters.labels))
+    sizes = np.bincount(clusters.labels, minlength=len(counts))
+    ranks = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # within the cluster
+    return np.sort(order[ranks < np.repeat(counts, sizes)])
+
+
+def _resampled(vectors: Floats, k: int, seed: list[int], iterations: int, steps: int, threads: int | None) -> Clusters:
+    """Cluster the vectors without cells, and resample `steps` times."""
+    clusters = kmeans(vectors, k, seed=seed, iterations=iterations, threads=threads)
+    for step in range(steps):
+        each = max(1, len(vectors) // (2 * k))
+        near = nearest_members(clusters, np.full(len(clusters.centroids), each))
+        again = kmeans(vectors[near], k, seed=[*seed, 3, step], iterations=iterations, threads=threads)
+        clusters = _clusters(vectors, again.centroids, threads)
+    return clusters
+
+
+def _clusters(vectors: Floats, centroids: Floats, threads: int | None) -> Clusters:
+    """Return the clusters of the vectors around the centroids. Centroids without a vector are left out."""
+    labels, distances = assign(vectors, centroids, threads=threads)
+    used, numbers = np.unique(labels, return_inverse=True)
+    return Clusters(centroids[used], numbers.astype(np.int32), distances)
+
+
+def _half_squares(vectors: Floats) -> Floats:
+    return np.asarray(0.5 * np.einsum("ij,ij->i", vectors, vectors), np.float32)
+
+
+def _tops(vectors: Floats) -> range:
+    return range(0, len(vectors), ROWS)
+
+
+def _nearest(vectors: Floats, centroids: Floats, halves: Floats) -> tuple[npt.NDArray[np.int32], Floats]:
+    """Return the nearest centroid of each vector of a block, and the squared distance.
+
+    The nearest centroid c of x has the largest x.c - |c|^2 / 2. `halves` are the |c|^2 / 2.
+    """
+    labels, best = np.zeros(len(vectors), np.int32), np.full(len(vectors), -np.inf, np.float32)
+    for top in range(0, len(vectors), TILE_ROWS):
+        rows = slice(top, min(top + TILE_ROWS, len(vectors)))
+        for left in range(0, len(centroids), TILE_COLUMNS):
+            columns = slice(left, left + TILE_COLUMNS)
+            tile = vectors[rows] @ centroids[columns].T  # [TILE_ROWS, TILE_COLUMNS]
+            tile -= halves[columns]
+            winners = tile.argmax(axis=1)
+            values = np.take_along_axis(tile, winners[:, None], axis=1)[:, 0]
+            better = values > best[rows]
+            best[rows][better], labels[rows][better] = values[better], winners[better] + left
+    return labels, np.maximum(0, 2 * (_half_squares(vectors) - best))
+
+
+def _assign_and_sum(
+    vectors: Floats, centroids: Floats, threads: int | None
+) -> tuple[npt.NDArray[np.int32], Floats, npt.NDArray[np.float64]]:
+    """Return the nearest centroid of each vector, its squared distance, and the sum of the vectors of each centroid."""
+    halves = _half_squares(centroids)
+
+    def block(top: int) -> tuple[npt.NDArray[np.int32], Floats, npt.NDArray[np.int32], npt.NDArray[np.float64]]:
+        rows = vectors[top : top + ROWS]
+        labels, distances = _nearest(rows, centroids, halves)
+        order = np.argsort(labels, kind="stable")
+        used, starts = np.unique(labels[order], return_index=True)
+        return labels, distances, used, np.add.reduceat(rows[order].astype(np.float64), starts, axis=0)
+
+    all_labels, all_distances = [], []
+    sums = np.zeros(centroids.shape)
+    for labels, distances, used, part in in_order(block, _tops(vectors), threads):
+        all_labels.append(labels)
+        all_distances.append(distances)
+        sums[used] += part
+    return np.concatenate(all_labels), np.concatenate(all_distances), sums
+
+
+def _means(vectors: Floats, labels: npt.NDArray[np.int32], distances: Floats, sums: npt.NDArray[np.float64]) -> Floats:
+    """Return the mean of each cluster. An empty cluster gets one of the vectors farthest from their centroids."""
+    counts = np.bincount(labels, minlength=len(sums))
+    centroids = (sums / np.maximum(counts, 1)[:, None]).astype(np.float32)
+    empty = np.flatnonzero(counts == 0)
+    if len(empty):
+        centroids[empty] = vectors[np.argsort(-distances, kind="stable")[: len(empty)]]
+    return centroids

@@ -1,0 +1,168 @@
+"""Compare pairs of images in worker processes, and keep the results, so that no pair is compared twice.
+
+The similarity of a pair is a function of the pixels of its two images. It is stored under a digest of both, in a file
+to which records of fixed size are appended. A record that was cut off by a kill is removed when the file is opened
+again. Later runs, also with more images, compare only new pairs.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from training.curate.copies.verify import PairComparison, Similarities
+from training.curate.listing import Location, Reader
+from training.curate.progress import Track
+from training.curate.scan import Scanned
+from training.curate.table import Indices, Pixels
+from training.curate.workers import Workers
+from training.data.dataset import decode
+
+VERSION: Final = "1"
+"""Changes whenever the comparison of a pair gives another result. Results of other versions are not used."""
+CHUNK: Final = 64
+FEW: Final = 512
+"""The number of pairs up to which this process compares them itself, because starting others takes seconds."""
+RECORD: Final = np.dtype([("pair", "V16"), ("similarity", "<f4")])
+
+
+class PairStore:
+    """A file with the similarities of pairs."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / f"pairs-{VERSION}.bin"
+        self._known: dict[bytes, float] = {}
+        if self._path.exists():
+            n = self._path.stat().st_size // RECORD.itemsize
+            with self._path.open("r+b") as file:
+                file.truncate(n * RECORD.itemsize)
+                records = np.frombuffer(file.read(), RECORD)
+            pairs = [pair.tobytes() for pair in records["pair"]]
+            self._known = dict(zip(pairs, records["similarity"].tolist(), strict=True))
+
+    def get(self, pair: bytes) -> float | None:
+        """Return the similarity of a pair, or None if the pair has not been compared."""
+        return self._known.get(pair)
+
+    def add(self, pairs: Sequence[bytes], similarities: Similarities) -> None:
+        """Store the similarities of pairs.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        records = np.empty(len(pairs), RECORD)
+        records["pair"] = np.frombuffer(b"".join(pairs), "V16")
+        records["similarity"] = similarities
+        with self._path.open("ab") as file:
+            file.write(records.tobytes())
+        self._known |= dict(zip(pairs, records["similarity"].tolist(), strict=True))
+
+
+class Chunk(NamedTuple):
+    """Pairs that one worker compares. They name images by numbers, and the locations of these images are given."""
+
+    start: int  # the position of the first pair
+    first: Indices
+    second: Indices
+    of_first: dict[int, Location]
+    of_second: dict[int, Location]
+
+
+class PairWorker:
+    """Compares the pairs of chunks. It reads the images itself."""
+
+    def __init__(self, first: Reader, second: Reader | None) -> None:
+        self._of_first: dict[int, Location] = {}
+        self._of_second: dict[int, Location] = {}
+        read_first = partial(_read, first, self._of_first)
+        read_second = None if second is None else partial(_read, second, self._of_second)
+        self._compare = PairComparison(read_first, read_second)
+
+    def __call__(self, chunk: Chunk) -> tuple[int, Similarities]:
+        """Return the position of the first pair of a chunk, and the similarities of its pairs.
+
+        Raises:
+            OSError: an image cannot be read.
+        """
+        self._of_first |= chunk.of_first
+        self._of_second |= chunk.of_second
+        return chunk.start, self._compare(chunk.first, chunk.second)
+
+
+def _read(reader: Reader, locations: dict[int, Location], index: int) -> Pixels:
+    try:
+        return decode(reader.encoded(locations[index]))
+    except ValueError as error:
+        raise OSError(f"{locations[index].key} cannot be read any more: {error}") from error
+
+
+class StoredComparison:
+    """Compares pairs of images of one scan, or of an image of one scan and one of another, and stores the results.
+
+    It is a `training.curate.copies.verify.Compare`. `first_rows` [n] and `second_rows` [m] are the rows in the scans of
+    the images that the pairs number.
+    """
+
+    def __init__(
+        self,
+        store: PairStore,
+        workers: Workers,
+        track: Track,
+        first: tuple[Scanned, Indices],
+        second: tuple[Scanned, Indices] | None = None,
+    ) -> None:
+        self._store, self._workers, self._track = store, workers, track
+        self._first, self._second = first, second
+        self._make = partial(PairWorker, first[0].reader, None if second is None else second[0].reader)
+        self._own: PairWorker | None = None
+
+    def __call__(self, first: Indices, second: Indices) -> Similarities:
+        """Return the similarities [p] of the pairs of the images `first` [p] and `second` [p].
+
+        Raises:
+            OSError: an image cannot be read, or a worker was killed. Results so far are stored.
+        """
+        scanned, rows = self._first
+        other, other_rows = self._second or self._first
+        ones, others = rows[first], other_rows[second]
+        looks, other_looks = scanned.images.pixels_sha256, other.images.pixels_sha256
+        pairs = [
+            hashlib.sha256(looks[a].tobytes() + other_looks[b].tobytes()).digest()[:16]
+            for a, b in zip(ones.tolist(), others.tolist(), strict=True)
+        ]
+        new = [position for position, pair in enumerate(pairs) if self._store.get(pair) is None]
+        if new:
+            unknown = np.array(new, np.int64)
+            order = unknown[np.lexsort((others[unknown], ones[unknown]))]
+            self._compare_new(order, ones[order], others[order], pairs)
+        found = [self._store.get(pair) for pair in pairs]
+        assert None not in found
+        return np.array(found, np.float32)
+
+    def _compare_new(self, order: Indices, ones: Indices, others: Indices, pairs: Sequence[bytes]) -> None:
+        """Compare new pairs. `order` [p] has their positions in `pairs`, and `ones` and `others` their rows."""
+        chunks = list(self._chunks(ones, others))
+        with self._track("comparing pairs of images", len(order)) as advance:
+            if len(order) <= FEW:
+                self._own = self._own or self._make()
+                results: Iterator[tuple[int, Similarities]] = map(self._own, chunks)
+            else:
+                results = self._workers(self._make, chunks)
+            for start, similarities in results:
+                positions = order[start : start + len(similarities)].tolist()
+                self._store.add([pairs[position] for position in positions], similarities)
+                advance(len(positions))
+
+    def _chunks(self, ones: Indices, others: Indices) -> Iterator[Chunk]:
+        scanned, other = self._first[0], (self._second or self._first)[0]
+        for start in range(0, len(ones), CHUNK):
+            a, b = ones[start : start + CHUNK], others[start : start + CHUNK]
+            of_first = {row: scanned.location(row) for row in set(a.tolist())}
+            of_second = {row: other.location(row) for row in set(b.tolist())}
+            if self._second is None:
+                of_first |= of_second
+            yield Chunk(start, a, b, of_first, of_second)
