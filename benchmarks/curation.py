@@ -12,8 +12,10 @@ Precision: the share of the pairs that a tool reports with a copy of that kind i
 """
 
 import argparse
+import contextlib
 import datetime
 import hashlib
+import io
 import json
 import sys
 import tempfile
@@ -180,9 +182,10 @@ def our_leaks(planted: PlantedSet, scan: Scan, evaluation: Scan, settings: CopyS
 
 def imagededup_copies(planted: PlantedSet, names: list[str]) -> dict[str, Result]:
     """Return the pairs that each of imagededup's hashes reports at its default threshold."""
-    stub = types.ModuleType("imagededup.methods.cnn")
-    stub.CNN = None  # type: ignore[attr-defined]
-    sys.modules.setdefault(stub.__name__, stub)  # it needs torchvision and weights from the internet
+    for module, name in (("imagededup.methods.cnn", "CNN"), ("imagededup.utils.models", "CustomModel")):
+        stub = types.ModuleType(module)  # they need torchvision and weights from the internet
+        setattr(stub, name, None)
+        sys.modules.setdefault(module, stub)
     try:
         from imagededup.methods import AHash, DHash, PHash, WHash
     except ImportError as error:
@@ -210,7 +213,8 @@ def cleanvision_issues(planted: PlantedSet, names: list[str]) -> tuple[Result, d
     lab = Imagelab(filepaths=[str(planted.folder / name) for name in names])
 
     def work() -> set[Pair]:
-        lab.find_issues(n_jobs=1, verbose=False)
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+            lab.find_issues(n_jobs=1, verbose=False)
         groups = [group for kind in ("exact_duplicates", "near_duplicates") for group in lab.info[kind]["sets"]]
         relative = [[Path(path).relative_to(planted.folder).as_posix() for path in group] for group in groups]
         return {(a, b) for group in relative for a in group for b in group if a != b}

@@ -24,8 +24,8 @@ STEP, FINE_STEP, COARSE_STEP = 2, 4, 6  # spacing of the grids on which pixels a
 FEWEST_POINTS: Final = 100
 COARSE_SIGMA, FINE_SIGMA, PIXEL_SIGMA = 4.0, 1.5, 1.0  # Gaussians: to find the map, to refine it, to compare pixels
 MOST_STEPS: Final = 6
-LEAST_COARSE: Final = 0.8
-"""The smallest correlation of the coarse images at which the map is refined."""
+LEAST_COARSE: Final = 0.7
+"""The smallest correlation of the coarse gray images at which the map is refined."""
 LEAST_THUMBNAIL: Final = 0.9
 """The smallest correlation of two thumbnails at which the whole images are compared without keypoints."""
 BLOCK: Final = 12
@@ -56,12 +56,13 @@ NOT_ALIGNED: Final = Alignment(0.0, 0.0, 0)
 
 def align(first: Keypoints, second: Keypoints) -> Alignment:
     """Align two images, and return how well they fit."""
-    guesses = [guess for mirrored in (False, True) if (guess := _estimated_map(first, second, mirrored)) is not None]
-    if not guesses and (whole := _whole_map(first, second)) is not None:
-        guesses = [(whole, 0)]
+    estimates = [_estimated_map(first, second, mirrored) for mirrored in (False, True)]
+    maps = [estimate for estimate in estimates if estimate is not None]
+    if not maps and (whole := _whole_map(first, second)) is not None:
+        maps = [(whole, 0)]
     best = NOT_ALIGNED
-    for guess, inliers in guesses:
-        refined = _refined(luma(first.rgb), luma(second.rgb), guess)
+    for guess, inliers in maps:
+        refined = _refined(luma(first.rgb), second.rgb, guess)
         if refined is not None:
             similarity, overlap = _compare(first.rgb, second.rgb, refined)
             best = max(best, Alignment(similarity, overlap, inliers))
@@ -168,12 +169,33 @@ def _sample(image: FloatArray, points: Float64) -> FloatArray:
     return map_coordinates(image, points[::-1], order=1, mode="nearest", output=np.float32)
 
 
-def _refined(first: FloatArray, second: FloatArray, guess: Float64) -> Float64 | None:
-    """Return the affine map near `guess` that makes the gray levels of two images agree best.
+def _mixture(gray: npt.NDArray[np.floating], channels: npt.NDArray[np.floating]) -> Float64:
+    """Return the weights [4] of the three channels [3, pixels] and of 1 that come closest to gray levels [pixels]."""
+    columns = np.concatenate([channels, np.ones((1, channels.shape[1]))]).astype(np.float64)
+    normal = columns @ columns.T
+    normal[np.arange(3), np.arange(3)] += 1e-3 * np.trace(normal[:3, :3])
+    return np.linalg.solve(normal, columns @ gray).astype(np.float64)
 
-    The method is that of Lucas and Kanade, with a gain and an offset between the gray levels. Return None if the coarse
-    images do not agree.
+
+def _refined(first: FloatArray, other: npt.NDArray[np.uint8], guess: Float64) -> Float64 | None:
+    """Return the affine map near `guess` that makes a gray image and an RGB image agree best.
+
+    The channels of the RGB image are mixed to the gray image that is most like the first at `guess`. The method is that
+    of Lucas and Kanade, with a gain and an offset between the gray levels. Return None if the coarse images do not
+    agree.
     """
+    points = np.tensordot(guess, _grid_of(first, COARSE_STEP), 1)
+    valid = _inside(points, other)
+    if valid.sum() < FEWEST_POINTS:
+        return None
+    channels = [_sample(channel, points[:, valid]) for channel in _smooth_channels(other, COARSE_SIGMA)]
+    gray = _on_grid(gaussian_filter(first, COARSE_SIGMA, truncate=3.0), COARSE_STEP)
+    second = (other @ _mixture(gray[valid], np.stack(channels))[:3]).astype(np.float32)
+    return _aligned(first, second, guess)
+
+
+def _aligned(first: FloatArray, second: FloatArray, guess: Float64) -> Float64 | None:
+    """Refine a map between two gray images (see `_refined`)."""
     found, reach = guess, np.array([first.shape[1] / 2, first.shape[0] / 2, 1.0])
     for sigma, spacing in ((COARSE_SIGMA, COARSE_STEP), (FINE_SIGMA, FINE_STEP)):
         grid = _grid_of(first, spacing)
@@ -229,14 +251,14 @@ def _compare(first: npt.NDArray[np.uint8], second: npt.NDArray[np.uint8], found:
     overlap = min(1.0, float(valid.sum()) * STEP**2 / min(pixels))
     if overlap < LEAST_OVERLAP:
         return 0.0, overlap
-    a = np.stack([_on_grid(channel, STEP) for channel in _smooth_channels(first)])
-    b = np.stack([_sample(channel, points) for channel in _smooth_channels(second)])
+    a = np.stack([_on_grid(channel, STEP) for channel in _smooth_channels(first, PIXEL_SIGMA)])
+    b = np.stack([_sample(channel, points) for channel in _smooth_channels(second, PIXEL_SIGMA)])
     agreement = max(_agreement(a, b, valid), _agreement(b, a, valid))
     return agreement * max(0.0, 1 - SHEAR_COST * _shear(found)), overlap
 
 
-def _smooth_channels(rgb: npt.NDArray[np.uint8]) -> list[FloatArray]:
-    return [gaussian_filter(rgb[..., c].astype(np.float32), PIXEL_SIGMA, truncate=3.0) for c in range(3)]
+def _smooth_channels(rgb: npt.NDArray[np.uint8], sigma: float) -> list[FloatArray]:
+    return [gaussian_filter(rgb[..., c].astype(np.float32), sigma, truncate=3.0) for c in range(3)]
 
 
 def _shear(found: Float64) -> float:
@@ -244,10 +266,12 @@ def _shear(found: Float64) -> float:
 
     The result is the cosine of the angle between the images of the two axes, or between the axes that they come from.
     """
-    linear = found[:, :2] / np.linalg.norm(found[:, :2])
-    columns = abs(linear[:, 0] @ linear[:, 1]) / max(np.linalg.norm(linear[:, 0]) * np.linalg.norm(linear[:, 1]), 1e-9)
-    rows = abs(linear[0] @ linear[1]) / max(np.linalg.norm(linear[0]) * np.linalg.norm(linear[1]), 1e-9)
-    return float(min(columns, rows))
+    linear = found[:, :2]
+
+    def cosine(a: Float64, b: Float64) -> float:
+        return abs(float(a @ b)) / max(float(np.linalg.norm(a)) * float(np.linalg.norm(b)), 1e-9)
+
+    return min(cosine(linear[:, 0], linear[:, 1]), cosine(linear[0], linear[1]))
 
 
 def _agreement(a: FloatArray, b: FloatArray, valid: npt.NDArray[np.bool_]) -> float:
@@ -257,11 +281,7 @@ def _agreement(a: FloatArray, b: FloatArray, valid: npt.NDArray[np.bool_]) -> fl
     brightness, the contrast, the saturation and the hue are such mixtures, except where they clip levels.
     """
     gray = np.tensordot(LUMA, a, 1)
-    channels = b[:, valid].astype(np.float64)
-    columns = np.concatenate([channels, np.ones((1, channels.shape[1]))])
-    normal = columns @ columns.T
-    normal[np.arange(3), np.arange(3)] += 1e-3 * np.trace(normal[:3, :3])
-    weights = np.linalg.solve(normal, columns @ gray[valid])
+    weights = _mixture(gray[valid], b[:, valid])
     mixed = np.tensordot(weights[:3], b, 1) + weights[3]
     correlation, weight = _block_agreement(gray, mixed, valid)
     if len(correlation):

@@ -148,7 +148,8 @@ def _orientations(
     length = length * np.exp(-(offset_x**2 + offset_y**2) / (2 * 1.5**2))
     count, bins = len(xy), ORIENTATION_BINS
     index = np.rint(direction * (bins / (2 * np.pi))).astype(np.int64) % bins + bins * np.arange(count)[:, None]
-    histogram = np.bincount(index.ravel(), length.ravel(), count * bins).reshape(count, bins)
+    counted = np.bincount(index.ravel(), length.ravel(), count * bins)
+    histogram: npt.NDArray[np.float64] = counted.astype(np.float64).reshape(count, bins)
     for _ in range(2):
         histogram = (np.roll(histogram, 1, 1) + histogram + np.roll(histogram, -1, 1)) / 3
     before, after = np.roll(histogram, 1, 1), np.roll(histogram, -1, 1)
