@@ -30,7 +30,9 @@ def reference() -> ModuleType:
     return script("reference")
 
 
-@pytest.mark.parametrize("name", ["settings.md", "metrics.md", "commands.md", "training-settings.md", "curation-settings.md"])
+@pytest.mark.parametrize(
+    "name", ["settings.md", "metrics.md", "commands.md", "training-settings.md", "curation-settings.md"]
+)
 def test_reference_pages_are_made_from_the_code(reference: ModuleType, name: str) -> None:
     """`make docs` must reproduce the committed reference pages."""
     assert (ROOT / "docs" / name).read_text() == reference.PAGES[name]()

@@ -36,7 +36,7 @@ def images(tmp_path: Path) -> Path:
         (["--set", "leaks.evaluation=/nowhere"], "/nowhere"),
         (["--set", "balance.size=0"], "balance.size=0: must be at least 1"),
         (["--engine", "dask"], "dask"),
-        (["--workers", "0"], "0"),
+        (["--workers", "0"], "--workers"),
     ],
 )
 def test_what_is_not_allowed_is_refused_in_one_line(

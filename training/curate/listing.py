@@ -1,7 +1,7 @@
 """List the images of several sources, sorted by key, before any image is read."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -50,9 +50,12 @@ class Listing:
 class Reader:
     """Reads the files of images. It can be sent to another process, where it opens the sources again."""
 
-    def __init__(self, addresses: Sequence[str], index_dir: Path) -> None:
-        """Remember the paths and URLs of the sources, and the folder for the indices of tar shards."""
-        self._addresses, self._index_dir = tuple(addresses), index_dir
+    def __init__(
+        self, addresses: Sequence[str], index_dir: Path, change: Callable[[bytes], bytes] | None = None
+    ) -> None:
+        """Remember the paths and URLs of the sources, the folder for the indices of tar shards, and a function that
+        changes the bytes of each image that is read, if there is one."""
+        self._addresses, self._index_dir, self._change = tuple(addresses), index_dir, change
         self._sources: list[Source] | None = None
 
     def __getstate__(self) -> dict[str, object]:
@@ -82,9 +85,10 @@ class Reader:
         if position >= len(source) or f"{number + 1}/{source.name(position)}" != key:
             raise OSError(f"the images in {self._addresses[number]} have changed since they were listed")
         try:
-            return source.encoded(position)
+            data = source.encoded(position)
         except OSError as error:
             raise OSError(f"{key} cannot be read: {error}") from error
+        return data if self._change is None else self._change(data)
 
 
 def open_sources(addresses: Sequence[str], index_dir: Path, tally: Tally | None = None) -> list[Source]:

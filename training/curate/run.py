@@ -21,6 +21,7 @@ from model.files import lock_file
 from training.curate import write_stage
 from training.curate.copy_stages import COPIES, LEAKS
 from training.curate.embedding_stages import BALANCE, EXAMPLES, RETRIEVE, SENSITIVE_CONTENT
+from training.curate.faces import FaceSettings
 from training.curate.progress import Track
 from training.curate.quality_stage import QUALITY
 from training.curate.report import reason_kind
@@ -155,7 +156,9 @@ def _scan_all(
         addresses |= {role: named for role, named in roles.items() if named}
     scanned = {}
     for role, named in addresses.items():
-        settings = ScanSettings(named, work / "scan" / role, artifact, section.pooling, section.min_side)
+        faces = curation.settings.faces
+        hidden = FaceSettings(faces.threshold, faces.max_side, faces.grow) if faces.hide and role == POOL else None
+        settings = ScanSettings(named, work / "scan" / role, artifact, section.pooling, section.min_side, hidden)
         begin = time.monotonic()
         scanned[role] = result = scan(settings, tools.run_all, tools.track, f"scan of {role}")
         problems = read_problems(result.folder)

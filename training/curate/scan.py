@@ -26,6 +26,8 @@ from model.files import write_bytes
 from model.pooling import Pooling
 from training.curate.copies.hashes import perceptual_hash
 from training.curate.embedding import Embedder
+from training.curate.faces import FaceSettings
+from training.curate.hidden_faces import HiddenFaces
 from training.curate.listing import Listing, Location, Reader, digest_of, list_sources
 from training.curate.progress import Track
 from training.curate.quality import MEASURES, measure
@@ -47,7 +49,7 @@ from training.data.dataset import LIMITS, decode
 VERSION: Final = "1"
 """Changes whenever a scan finds out something else about the same image. Results of other versions are not used."""
 PART_IMAGES: Final = 128
-INDEX, PARTS, TABLE = "index", "parts", "table-"
+INDEX, FACES, PARTS, TABLE = "index", "faces", "parts", "table-"
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class ScanSettings:
     """What a scan needs to know to scan an image. All of it is the same for every worker.
 
     `addresses` are the sources. `folder` is the scan's own folder, `artifact` that of the model. Images whose shorter
-    side is less than `min_side` pixels are problems.
+    side is less than `min_side` pixels are problems. If `faces` is set, faces are hidden when an image is read.
     """
 
     addresses: tuple[str, ...]
@@ -63,6 +65,18 @@ class ScanSettings:
     artifact: Path
     pooling: Pooling
     min_side: int
+    faces: FaceSettings | None = None
+
+    def reader(self) -> Reader:
+        """Return a reader of the sources.
+
+        Raises:
+            ValueError: faces are to be hidden, and the detector is not installed.
+        """
+        if self.faces is None:
+            return Reader(self.addresses, self.folder / INDEX)
+        folder = self.folder / FACES / digest_of(repr(self.faces))[:16]
+        return Reader(self.addresses, self.folder / INDEX, HiddenFaces(folder, self.faces))
 
     def signature(self) -> str:
         """Return a sha256 of all that decides what is found out about an image.
@@ -71,7 +85,8 @@ class ScanSettings:
             ValueError: the artifact cannot be used.
         """
         fingerprint = read_manifest(self.artifact).fingerprint
-        return digest_of(VERSION, fingerprint, self.pooling, str(self.min_side), *MEASURES)
+        faces = None if self.faces is None else repr(self.faces)
+        return digest_of(VERSION, fingerprint, self.pooling, str(self.min_side), faces, *MEASURES)
 
 
 @dataclass(frozen=True)
@@ -100,7 +115,7 @@ class Scanner:
 
     def __init__(self, settings: ScanSettings) -> None:
         self._settings = settings
-        self._reader = Reader(settings.addresses, settings.folder / INDEX)
+        self._reader = settings.reader()
         self._embedder: Embedder | None = None
         self._last: tuple[Path, _Known] | None = None
 
@@ -262,7 +277,7 @@ def scan(settings: ScanSettings, run_all: RunAll, track: Track, what: str) -> Sc
     (settings.folder / PARTS).mkdir(parents=True, exist_ok=True)
     for unfinished in settings.folder.glob(f".{TABLE}*"):
         shutil.rmtree(unfinished)
-    reader = Reader(settings.addresses, settings.folder / INDEX)
+    reader = settings.reader()
     listing = list_sources(reader.sources)
     signature = settings.signature()
     inputs = digest_of(signature, *listing.key, *listing.label, *listing.version, *chain(*listing.unlisted))

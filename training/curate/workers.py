@@ -85,8 +85,7 @@ def _start(make: Callable[[], Work[Any, Any]]) -> None:
     """Prepare a worker process."""
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the parent ends the workers
-    for name in THREADS:
-        os.environ[name] = "1"
+    os.environ.update(dict.fromkeys(THREADS, "1"))
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     _work = make()
 

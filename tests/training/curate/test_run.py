@@ -20,7 +20,12 @@ from training.curate.settings import load_settings
 from training.curate.workers import Workers
 from training.data.sources import open_source
 
-SETTINGS = ("scan.min_side=8", "write.held_out_share=0.25", "quality.drop=['dark', 'blurry']")
+SETTINGS = (
+    "stages=['quality', 'write']",
+    "scan.min_side=8",
+    "write.held_out_share=0.25",
+    "quality.drop=['dark', 'blurry']",
+)
 
 
 def run(source: Path, out: Path, *settings: str) -> list[str]:
