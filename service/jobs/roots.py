@@ -60,10 +60,11 @@ def data_source(text: str, settings: Settings) -> str:
         _check_url(text, roots)
         return text
     _check_length(text)
-    jobs = settings.data_dir.absolute() / "jobs"
-    dataset = (jobs / text / _DATASET).resolve()
-    if re.fullmatch(_NAME, text) and dataset.is_dir() and Roots((jobs.resolve(),), ()).contain(dataset):
-        return str(dataset)
+    if re.fullmatch(_NAME, text):
+        jobs = settings.data_dir.absolute() / "jobs"
+        dataset = (jobs / text / _DATASET).resolve()
+        if dataset.is_dir() and Roots((jobs.resolve(),), ()).contain(dataset):
+            return str(dataset)
     paths = [_resolved(start) for start in _candidates(text, roots.folders)]
     allowed = [path for path in paths if roots.contain(path)]
     if allowed:
