@@ -173,7 +173,8 @@ def hide(pixels: Pixels, boxes: Boxes, grow: float) -> Pixels:
         bottom = min(math.ceil(y + height + margin_y), pixels.shape[0])
         if left < right and top < bottom:
             colours = Image.fromarray(_mean_colours(hidden[top:bottom, left:right]))
-            hidden[top:bottom, left:right] = colours.resize((right - left, bottom - top), Image.Resampling.BILINEAR)
+            smooth = colours.resize((right - left, bottom - top), Image.Resampling.BILINEAR)
+            hidden[top:bottom, left:right] = np.asarray(smooth)
     return hidden
 
 
