@@ -17,7 +17,6 @@ An image agrees if all nine verdicts are equal. The result lists up to 20 images
 import argparse
 import contextlib
 import datetime
-import hashlib
 import io
 import json
 import statistics
@@ -35,10 +34,11 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from model.decode import decode
+from model.decode import decode, decode_stored, upright
 from model.folder import walk
 from training.curate import quality
 from training.curate.copies.hashes import perceptual_hash
+from training.curate.scan import pixels_digest
 from training.curate.table import Images
 from training.watch.flops import describe_device
 
@@ -127,14 +127,13 @@ def our_verdicts(paths: list[Path]) -> Verdicts:
     measures: dict[str, list[float]] = {name: [] for name in quality.MEASURES}
     for path in paths:
         data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as stored:  # reads the header only
-            mode = stored.mode
-        pixels = decode(data)
+        stored = decode_stored(data)
+        image = upright(stored.rgb, stored.orientation)
+        pixels = np.ascontiguousarray(image)
         height, width = pixels.shape[:2]
-        digest = hashlib.sha256(f"{height} {width} ".encode())
-        digest.update(pixels)
-        rows.append((width, height, digest.digest(), perceptual_hash(pixels), len(data)))
-        for name, value in quality.measure(pixels, mode).items():
+        phash = perceptual_hash(np.asarray(image.convert("L")))
+        rows.append((width, height, pixels_digest(pixels), phash, len(data)))
+        for name, value in quality.measure(pixels, stored.mode, image).items():
             measures[name].append(value)
     digests = np.frombuffer(b"".join(row[2] for row in rows), np.uint8).reshape(-1, 32)
     table = Images(

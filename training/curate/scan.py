@@ -158,7 +158,8 @@ class Scanner:
             ValueError: the image cannot be used.
         """
         stored = decode_stored(data, LIMITS)
-        pixels = np.ascontiguousarray(upright(stored.rgb, stored.orientation))
+        image = upright(stored.rgb, stored.orientation)
+        pixels = np.ascontiguousarray(image)
         height, width = pixels.shape[:2]
         if min(height, width) < self._settings.min_side:
             raise ValueError(
@@ -167,11 +168,11 @@ class Scanner:
         return Found(
             sha256=sha256,
             pixels_sha256=pixels_digest(pixels),
-            phash=perceptual_hash(pixels),
+            phash=perceptual_hash(np.asarray(image.convert("L"))),
             width=width,
             height=height,
             n_bytes=len(data),
-            measures=measure(pixels, stored.mode),
+            measures=measure(pixels, stored.mode, image),
             embedding=self._model()(pixels),
         )
 
