@@ -246,6 +246,18 @@ def test_copies_beyond_the_nearest_images_are_found() -> None:
     assert 5 not in {drop.index for drop in drops}
 
 
+def test_a_copy_is_found_by_its_nearest_image_although_that_is_dropped() -> None:
+    """Image 1 is dropped for image 0, whose embedding is far from that of the crop of image 1."""
+    source = scene(3)
+    almost = source.copy()
+    almost[0, 0] ^= 1
+    images = [almost, source, edited(source, "cropped", np.random.default_rng(0)), scene(4), scene(5)]
+    angles = np.array([2, 0, 0.1, 0.15, 2.1])
+    embedding = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    drops = find_copies(table(images, embedding), lambda index: images[index], CopySettings(neighbours=1))
+    assert [(drop.index, drop.because) for drop in drops] == [(1, 0), (2, 0)]
+
+
 def test_an_exact_copy_follows_the_image_that_it_equals() -> None:
     """Images 1 and 2 are equal. The first is dropped for image 0, so the second is, too."""
     small = np.asarray(Image.fromarray(scene(6)).resize((150, 120)))

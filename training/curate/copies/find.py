@@ -55,6 +55,7 @@ def find_copies(
     """
     comparison: Compare = compare or PairComparison(read)
     same = identical(images)
+    keeper = same
     known, quality = KnownPairs(len(images)), np.zeros(len(images))
     rated = np.zeros(len(images), bool)
 
@@ -66,12 +67,15 @@ def find_copies(
         return choose_keepers(known, quality, settings.threshold, comparison)
 
     unique = np.flatnonzero(same == np.arange(len(images)))
-    keeper = keepers(_numbered(near_hashes(images.phash[unique], settings.hash_radius), unique))
-    searched: Indices = np.empty(0, np.int64)
-    while not np.array_equal(left := unique[keeper[unique] == unique], searched):
-        # A search without the copies found so far, because they may have hidden others.
+    near = _numbered(near_hashes(images.phash[unique], settings.hash_radius), unique)
+    connect_copies(near, len(images), known, settings.threshold, comparison)
+    # The first search by embedding includes the copies found so far, because one of them may be the only neighbour of
+    # another copy. The next searches are without copies, because they may have hidden others.
+    left, searched = unique, np.empty(0, np.int64)
+    while not np.array_equal(left, searched):
         searched = left
         keeper = keepers(_numbered(near_embeddings(images.embedding[left], settings.neighbours, neighbours), left))
+        left = unique[keeper[unique] == unique]
     return _drops(images, same, keeper, known)
 
 
