@@ -109,7 +109,7 @@ def _candidates(
     own, theirs = _signs(images.phash), _signs(evaluation.phash)
     hashes = neighbours_above(own, theirs, 1 - hash_bits / 32, k, exact=True, threads=threads)
     image, number = np.concatenate((near.query, hashes.query)), np.concatenate((near.vector, hashes.vector))
-    image, number = np.divmod(np.unique(image * len(evaluation) + number), max(1, len(evaluation)))
+    image, number = np.divmod(np.unique(image * len(evaluation) + number), len(evaluation))
     score = similarities(images.embedding, evaluation.embedding, image, number, threads=threads)
     return Pairs(image, number, score.astype(np.float32))
 

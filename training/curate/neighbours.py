@@ -72,8 +72,6 @@ def neighbours_above(
         ValueError: an argument is out of range, or the shapes do not fit.
     """
     _check(queries, vectors, threshold, k, leave_one_out)
-    if not len(queries) or not len(vectors):
-        return _joined([])
     exact = len(queries) * len(vectors) <= EXACT_PAIRS if exact is None else exact
     lists = None if exact else _Lists(vectors, threads)
     found = []
