@@ -24,12 +24,8 @@ def positions(embedding: npt.NDArray[np.float32]) -> tuple[Positions, float]:
     Args:
         embedding: [n, D], entries from -1 to 1. It may be mapped from a file.
     """
-    n, width = embedding.shape
-    total, products = np.zeros(width), np.zeros((width, width))  # integers below 2**53, so all sums are exact
-    for start in range(0, n, BLOCK):
-        block = _rounded(embedding[start : start + BLOCK])
-        total += block.sum(axis=0)
-        products += block.T @ block
+    n = len(embedding)
+    total, products = moments(embedding)
     mean = total / max(n, 1)
     covariance = products / max(n, 1) - np.outer(mean, mean)
     variances, directions = np.linalg.eigh(covariance)  # ascending
@@ -43,6 +39,20 @@ def positions(embedding: npt.NDArray[np.float32]) -> tuple[Positions, float]:
         result[start : start + BLOCK, : steps.shape[1]] = block @ steps
     shown = variances[::-1][:2].sum() / max(variances.sum(), 1e-12)
     return _scaled(result), float(np.clip(shown, 0, 1))
+
+
+def moments(embedding: npt.NDArray[np.float32]) -> tuple[Positions, Positions]:
+    """Return the sums of the entries [D] and of their products [D, D], in units of 1 / `STEPS` and its square.
+
+    They are integers below 2**53, so they are exact in whichever order they are added.
+    """
+    n, width = embedding.shape
+    total, products = np.zeros(width), np.zeros((width, width))
+    for start in range(0, n, BLOCK):
+        block = _rounded(embedding[start : start + BLOCK])
+        total += block.sum(axis=0)
+        products += block.T @ block
+    return total, products
 
 
 def _rounded(block: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

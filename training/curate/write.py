@@ -142,7 +142,7 @@ def _facts_of(path: Path) -> dict[str, Any]:
 def _full(error: OSError, out: Path) -> OSError:
     return OSError(
         error.errno,
-        f"{error.strerror}. The dataset in {out} is not changed. Make space and run the same command again; it "
+        f"{error.strerror}. An older dataset in {out} is not changed. Make space and run the same command again; it "
         "continues with the shards that are complete",
     )
 
@@ -218,7 +218,8 @@ def _check_space(out: Path, images: Images, shards: Sequence[Shard]) -> None:
     free = shutil.disk_usage(out).free
     if needed > free:
         raise OSError(
-            errno.ENOSPC, f"the dataset needs {needed / 1e9:.2f} GB more, but the disk of {out} has {free / 1e9:.2f} GB"
+            errno.ENOSPC,
+            f"the dataset needs {needed / 1e6:,.1f} MB, but the disk of {out} has {free / 1e6:,.1f} MB free",
         )
 
 

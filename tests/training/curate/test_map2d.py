@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from training.curate import map2d
-from training.curate.map2d import positions
+from training.curate.map2d import moments, positions
 
 
 def unit(values: np.ndarray) -> np.ndarray:
@@ -34,7 +34,11 @@ def test_the_map_shows_the_principal_components() -> None:
 def test_the_map_does_not_depend_on_blocks_or_on_the_order_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
     embedding = unit(np.random.default_rng(1).normal(size=(300, 16)))
     xy, _ = positions(embedding)
+    total, products = moments(embedding)
     monkeypatch.setattr(map2d, "BLOCK", 7)
+    for sums in (moments(embedding), moments(embedding[::-1])):
+        assert (sums[0] == total).all()
+        assert (sums[1] == products).all()
     assert (positions(embedding)[0] == xy).all()
     assert (positions(embedding[::-1])[0][::-1] == xy).all()
 
