@@ -89,6 +89,14 @@ def test_a_hidden_face_depends_only_on_the_mean_colours_of_16_cells() -> None:
     assert np.array_equal(hidden_again, pixels)  # nothing else has changed
 
 
+def test_the_transitions_between_cells_are_smooth() -> None:
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[:, 32:] = 255
+    row = hide(pixels, np.array([[0, 0, 64, 64]], np.float32), grow=1)[10, :, 0].astype(int)
+    assert (row[0], row[-1]) == (0, 255)
+    assert 0 <= np.diff(row).min() <= np.diff(row).max() < 30
+
+
 def test_a_small_face_has_one_colour_and_no_pixel_keeps_its_own() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     hidden = hide(pixels, np.array([[10, 20, 7, 5]], np.float32), grow=1)
@@ -100,6 +108,9 @@ def test_a_box_grows_and_ends_at_the_border() -> None:
     changed = (hide(pixels, np.array([[50, 10, 10, 10]], np.float32), grow=2) != pixels).any(axis=2)
     rows, columns = np.nonzero(changed)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (5, 24, 45, 59)
+    changed = (hide(pixels, np.array([[-5, -5, 15, 20]], np.float32), grow=1) != pixels).any(axis=2)
+    rows, columns = np.nonzero(changed)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 14, 0, 9)
     outside = np.array([[70, 10, 10, 10], [10, -30, 10, 10]], np.float32)
     assert np.array_equal(hide(pixels, outside, grow=1.3), pixels)
 
