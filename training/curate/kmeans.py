@@ -109,7 +109,8 @@ def cluster(
     """Divide the vectors [n, D] into about k clusters, also if k is large.
 
     More than `LARGEST` clusters are computed within cells, which k-means finds on a sample. Each cell gets a share of
-    the clusters in proportion to its vectors. Cells are clustered at the same time, each with one thread.
+    the clusters in proportion to the sum of its squared distances, which is what k-means of all vectors would do in
+    many dimensions. Cells are clustered at the same time, each with one thread.
 
     A resampling step takes from each cluster the vectors that are nearest to its centroid, half as many as the mean
     size of a cluster. It clusters these, and then assigns all vectors to the new centroids.
@@ -125,15 +126,16 @@ def cluster(
     centroids = kmeans(
         vectors[np.sort(sample)], n_cells, seed=[*entropy, 1], iterations=iterations, threads=threads
     ).centroids
-    cells, _ = assign(vectors, centroids, threads=threads)
+    cells, spread = assign(vectors, centroids, threads=threads)
     members = [positions for positions in groups(cells, len(centroids)) if len(positions)]
-    if len(members) == 1:
+    shares = k * np.array([spread[positions].sum(dtype=np.float64) for positions in members])
+    if len(members) == 1 or not shares.any():
         return _resampled(vectors, k, entropy, iterations, resampling_steps, threads)
 
     def divide(cell: int) -> Clusters:
         return cluster(
             vectors[members[cell]],
-            max(1, len(members[cell]) * k // len(vectors)),
+            min(len(members[cell]), max(1, int(shares[cell] / spread.sum(dtype=np.float64)))),
             seed=[*entropy, 2, cell],
             iterations=iterations,
             resampling_steps=resampling_steps,

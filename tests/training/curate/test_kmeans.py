@@ -71,6 +71,14 @@ def test_many_clusters_are_almost_as_good_as_lloyds(monkeypatch: pytest.MonkeyPa
     assert lloyd.distances.sum() <= divided.distances.sum() <= 1.1 * lloyd.distances.sum()
 
 
+def test_cells_get_clusters_by_their_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGEST", 16)
+    frequent, wide = around_centres(1500, centres=1, spread=0.01), around_centres(500, centres=50, seed=1)
+    labels = cluster(np.concatenate((frequent, wide)), 100).labels
+    assert len(np.unique(labels[:1500])) <= 10  # in proportion to the vectors, there would be 75
+    assert len(np.unique(labels[1500:])) >= 70
+
+
 def test_resampling_spreads_the_clusters() -> None:
     vectors = np.concatenate((around_centres(2000, centres=1, spread=0.3), around_centres(200, centres=20, seed=1)))
     in_the_frequent_motif = [
