@@ -58,6 +58,7 @@ def in_child(work: Callable[[], object]) -> int:
     """Do work in a child process, and return the signal that ended it."""
     pid = os.fork()
     if pid == 0:
+        signal.alarm(60)  # a fork of a process with threads may hang; the test then fails
         try:
             work()
         finally:
