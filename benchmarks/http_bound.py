@@ -6,9 +6,9 @@ A variant is a name, the checkout whose service runs, and environment variables 
 process of its own, without a cache. In each round, this process first measures the engine alone and decoding alone, and
 then the variants take turns, each round in a new order:
 
-- `--clients` clients with one connection each send JPEG files from the folder IMAGES. The table shows the images/s, the
-  share of the bound and the median latency. With a fixed number of clients the mean latency is their number divided by
-  the throughput, so it cannot change without the throughput.
+- `--clients` clients with one connection each send JPEG files from the folder IMAGES. The table shows the images/s,
+  their shares of the bound and of the engine alone, and the median latency. With a fixed number of clients the mean
+  latency is their number divided by the throughput, so it cannot change without the throughput.
 - Then one client sends single images, beside connections that keep the service busy with requests of `BULK_IMAGES`
   images. The table shows the median latency of the single images and the images/s of all requests.
 
@@ -157,7 +157,8 @@ def measure(arguments: argparse.Namespace, bound: Bound, services: dict[str, Ser
             assert port is not None
             speed, latency = asyncio.run(many_clients(port, images, arguments.clients, arguments.seconds))
             single, busy = asyncio.run(beside_bulk(port, images, arguments.seconds / 2))
-            row[name] = {"images_per_s": speed, "share_of_bound": speed / row["alone"]["bound"], "p50_ms": latency}
+            row[name] = {"images_per_s": speed, "share_of_bound": speed / row["alone"]["bound"]}
+            row[name] |= {"share_of_engine": speed / row["alone"]["engine"], "p50_ms": latency}
             row[name] |= {"single_p50_ms": single, "images_per_s_beside_bulk": busy}
         shown = {name: {key: round(value, 3) for key, value in values.items()} for name, values in row.items()}
         print(f"round {number + 1}: {shown}", file=sys.stderr)
