@@ -139,7 +139,8 @@ def split_if_faster(
     runs: list[Run] = [split.run, engine.run, one_by_one]
     for run in runs:
         run(pixels)
-    start, times = clock(), []
+    times: list[list[float]] = []
+    start = clock()
     while not times or (len(times) < ROUNDS and clock() - start < SECONDS):
         times.append([_seconds(run, pixels, clock) for run in runs])
     seconds = [min(each) for each in zip(*times, strict=True)]
