@@ -8,6 +8,7 @@ Legend: n vectors in the segment, D dimension, q queries, k neighbours requested
 its segment. A bitmap (`Bits`) has one bit for each position.
 """
 
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -49,6 +50,9 @@ ADD: Final = 4096
 """The number of vectors that are added to an index in one step. Before each step, the build checks whether the store is
 closing."""
 INDEX_FILE: Final = "index.faiss"
+FEW_QUERIES: Final = 64
+FEW_RESULTS: Final = 4096
+"""The highest numbers of queries and results for which a thread keeps arrays between its searches of graphs."""
 
 Check = Callable[[], None]
 
@@ -147,7 +151,7 @@ class Graph:
     def search(self, segment: Segment, queries: Floats, k: int, alive: Bits | None, effort: Effort) -> Neighbours:
         selector = None if alive is None else faiss.IDSelectorBitmap(alive)  # must outlive the search
         ef_search = max(k, int((effort.params.ef_search or segment.row.effort) * effort.widen))
-        return Neighbours(*segment.index.search(queries, k, params=_hnsw_params(ef_search, selector)))
+        return _found(segment.index, queries, k, _hnsw_params(ef_search, selector))
 
     def search_allowed(
         self, part: LivePart, queries: Floats, k: int, allowed: Allowed, effort: Effort, rarity: float
@@ -302,6 +306,37 @@ def _hnsw_params(ef_search: int, selector: Any) -> Any:
     if selector is None:
         return _all_alive(ef_search)
     return faiss.SearchParametersHNSW(efSearch=ef_search, sel=selector)
+
+
+class _Arrays:
+    """Arrays for the queries and the results of one call of faiss, and faiss's pointers to these arrays."""
+
+    def __init__(self, dimension: int) -> None:
+        self.queries = np.empty((FEW_QUERIES, dimension), np.float32)
+        self.scores, self.positions = np.empty(FEW_RESULTS, np.float32), np.empty(FEW_RESULTS, np.int64)
+        self.pointers = [faiss.swig_ptr(array) for array in (self.queries, self.scores, self.positions)]
+
+
+_of_thread = threading.local()
+
+
+def _found(index: Any, queries: Floats, k: int, params: Any) -> Neighbours:
+    """Return what `index.search` returns. Small searches use arrays that are kept for each thread.
+
+    faiss's own method makes a pointer to each of its three arrays. Each pointer costs a call that also releases the
+    interpreter lock, so that another thread may take it before faiss begins to search.
+    """
+    count, dimension = queries.shape
+    if count > FEW_QUERIES or count * k > FEW_RESULTS or dimension != index.d:
+        return Neighbours(*index.search(queries, k, params=params))
+    kept: _Arrays | None = getattr(_of_thread, "arrays", None)
+    if kept is None or kept.queries.shape[1] != dimension:
+        kept = _of_thread.arrays = _Arrays(dimension)
+    kept.queries[:count] = queries
+    vectors, scores, positions = kept.pointers
+    index.search_c(count, vectors, k, scores, positions, params)
+    size = count * k
+    return Neighbours(kept.scores[:size].reshape(count, k).copy(), kept.positions[:size].reshape(count, k).copy())
 
 
 # ---- inverted lists
