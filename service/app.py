@@ -55,6 +55,7 @@ from service.routes.direct import (
     accept_trailing_slash,
     allowed_methods,
     answers_get,
+    dispatcher,
     find_route,
     head_route,
     protect,
@@ -217,8 +218,9 @@ class App(FastAPI):
         await self.middleware_stack(scope, receive, send)
 
     def build_middleware_stack(self) -> ASGIApp:
-        handled = ExceptionMiddleware(self.router, handlers=dict(self.exception_handlers))
-        border: ASGIApp = self.state.border(handled, find_route=partial(find_route, self.routes))
+        framework = ExceptionMiddleware(self.router, handlers=dict(self.exception_handlers))
+        direct = dispatcher(self.routes, otherwise=framework)
+        border: ASGIApp = self.state.border(direct, find_route=partial(find_route, self.routes))
         return border
 
 
