@@ -38,6 +38,8 @@ class DirectRequest(Request):
     async def body(self) -> bytes:
         if hasattr(self, "_body"):
             return self._body
+        if self._stream_consumed:  # another message will never come
+            raise RuntimeError("the body was already read as a stream")
         pieces, more = [], True
         while more:
             message = await self._receive()

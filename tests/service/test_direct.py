@@ -43,6 +43,13 @@ async def test_a_body_whose_client_disconnects_is_an_error():
         await request.body()
 
 
+async def test_a_body_that_was_read_as_a_stream_cannot_be_read_again():
+    request = request_with({"type": "http.request", "body": b"abc"})
+    assert b"".join([piece async for piece in request.stream()]) == b"abc"
+    with pytest.raises(RuntimeError, match="already read"):
+        await request.body()
+
+
 async def test_a_request_goes_to_the_first_of_our_routes_and_otherwise_to_the_framework():
     called = []
 
