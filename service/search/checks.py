@@ -220,19 +220,11 @@ def normalised_rows(vectors: npt.ArrayLike) -> Floats:
         InvalidRequest: the array is empty or not two-dimensional, or `normalised` would reject one of its rows.
     """
     values = rows_of(vectors).astype(np.float64, copy=False)
-    if len(values) == 1:  # after a search, numpy's functions for several rows take twice as long
-        square = float(values[0].dot(values[0]))
-        return (values / math.sqrt(square)).astype(np.float32) if _is_usual(square) else normalised(values[0])[None]
     squares = np.einsum("nd,nd->n", values, values)
-    if not all(map(_is_usual, squares.tolist())):
+    if not all(1e-200 < square < 1e200 for square in squares.tolist()):  # not finite, zero, or near float64's limits
         return np.stack([normalised(row) for row in values])
     units: Floats = (values / np.sqrt(squares)[:, None]).astype(np.float32)
     return units
-
-
-def _is_usual(square: float) -> bool:
-    """Return whether the squared length of a vector is finite, not 0, and not near the limits of float64."""
-    return 1e-200 < square < 1e200
 
 
 def merged(metadata: Metadata, patch: Metadata) -> dict[str, Any]:
