@@ -192,7 +192,7 @@ def _search_part(part: LivePart, queries: Floats, k: int, effort: Effort) -> Nei
     """
     nearest = search(part.segment, queries, k, part.alive, effort)
     reachable = min(k, len(part.segment.numbers) - len(part.dead))
-    if reachable and nearest.positions[:, reachable - 1].min() < 0:
+    if reachable and min(nearest.positions[:, reachable - 1].tolist()) < 0:
         return part.segment.scan(queries, k, part.alive)
     return nearest
 
