@@ -2,9 +2,9 @@
 
     python benchmarks/command_times.py [--before FOLDER] [--runs 10]
 
-FOLDER is another version of the repository, for instance a git worktree. The runs of both versions alternate. For each
-command, the smallest and the median wall time and the smallest CPU time are printed, in seconds. On a busy machine,
-only the CPU times can be compared.
+FOLDER is another version of the repository, for instance a git worktree. The runs of both versions alternate, and each
+version has its own vector store, which is empty. For each command, the smallest and the median wall time and the
+smallest CPU time are printed, in seconds. On a busy machine, only the CPU times can be compared.
 """
 
 import argparse
@@ -55,15 +55,17 @@ def main() -> None:
         "load_average": os.getloadavg(),
         "runs": arguments.runs,
     }
-    with tempfile.TemporaryDirectory() as data_dir:
-        run(ROOT, COMMANDS[-1], data_dir)  # creates the store
+    with tempfile.TemporaryDirectory() as temporary:
+        data_dirs = {name: f"{temporary}/{name}" for name in versions}  # an older version cannot open a newer store
+        for name, folder in versions.items():
+            run(folder.absolute(), COMMANDS[-1], data_dirs[name])  # creates the store
         for command in COMMANDS:
-            for folder in versions.values():
-                run(folder.absolute(), command, data_dir)  # compiles the modules
+            for name, folder in versions.items():
+                run(folder.absolute(), command, data_dirs[name])  # compiles the modules
             times: dict[str, list[tuple[float, float]]] = {name: [] for name in versions}
             for _ in range(arguments.runs):
                 for name, folder in versions.items():
-                    times[name].append(run(folder.absolute(), command, data_dir))
+                    times[name].append(run(folder.absolute(), command, data_dirs[name]))
             for name, pairs in times.items():
                 walls, cpus = zip(*pairs, strict=True)
                 row = {"wall_min_s": min(walls), "wall_median_s": statistics.median(walls), "cpu_min_s": min(cpus)}

@@ -9,7 +9,9 @@ them in batches. It has no HTTP, so the figures show what an arrangement gains a
     fewer       the engine has one thread fewer than there are cores
     nice5       as `beside`, but the decoding threads have a lower priority (nice 5; Linux only)
     nice19      as `beside`, but the decoding threads have the lowest priority
+    batch       as `beside`, but the decoding threads do not interrupt others when they wake (SCHED_BATCH; Linux only)
     between     decoding waits during a pass, and all cores decode between two passes
+    passes      as many passes as there are cores run at the same time, each with one thread
 
 The bound assumes that no core is ever idle: 1 / (engine's seconds per image + decoding seconds per image / cores). Both
 times are measured alone, in the same rounds. The variants take turns, and each round starts with another one. The table
@@ -27,7 +29,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,7 @@ from training.watch.flops import describe_device
 
 RESULTS = Path(__file__).parent / "results"
 NICE = {"nice5": 5, "nice19": 19}
-VARIANTS = ("beside", "fewer", *NICE, "between")
+VARIANTS = ("beside", "fewer", *NICE, "batch", "between", "passes")
 PAUSE_S = 0.2
 
 
@@ -104,42 +106,48 @@ def pass_s(engine: Engine, pixels: FloatArray, seconds: float) -> float:
     return (time.perf_counter() - start) / images
 
 
+def lower(variant: str) -> None:
+    """Lower the priority of the current thread, if the variant says so."""
+    if variant in NICE:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE[variant])
+    if variant == "batch":
+        os.sched_setscheduler(threading.get_native_id(), os.SCHED_BATCH, os.sched_param(0))
+
+
 def pipeline(
-    engine: Engine, files: list[bytes], spec: PreprocessSpec, batch: int, seconds: float, variant: str, cores: int
+    engines: list[Engine], files: list[bytes], spec: PreprocessSpec, batch: int, seconds: float, variant: str
 ) -> float:
-    """Decode and embed images for `seconds` seconds, and return images/s."""
+    """Decode and embed images for `seconds` seconds, and return images/s. Each engine has a thread of its own."""
     gate = Gate() if variant == "between" else None
-    source, lock, ended = cycle(files), threading.Lock(), threading.Event()
-    decoded: queue.Queue[FloatArray] = queue.Queue(maxsize=4 * max(batch, cores))
+    source, lock, ended, cores = cycle(files), threading.Lock(), threading.Event(), available_cpus()
+    decoded: queue.Queue[FloatArray] = queue.Queue(maxsize=4 * max(batch * len(engines), cores))
 
     def work() -> None:
-        if variant in NICE:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE[variant])  # of this thread
+        lower(variant)
         while not ended.is_set():
             with lock:
                 data = next(source)
-            if gate is None:
+            with gate.decoding() if gate else nullcontext():
                 pixels = preprocess(decode(data), spec)
-            else:
-                with gate.decoding():
-                    pixels = preprocess(decode(data), spec)
             decoded.put(pixels)
+
+    def embed(engine: Engine) -> float:
+        """Return the images/s of one engine."""
+        engine.run(np.stack([decoded.get() for _ in range(batch)]))
+        start, images = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds:
+            pixels = np.stack([decoded.get() for _ in range(batch)])
+            with gate.passing() if gate else nullcontext():
+                engine.run(pixels)
+            images += batch
+        return images / (time.perf_counter() - start)
 
     threads = [threading.Thread(target=work) for _ in range(cores)]
     for thread in threads:
         thread.start()
     try:
-        engine.run(np.stack([decoded.get() for _ in range(batch)]))
-        start, images = time.perf_counter(), 0
-        while time.perf_counter() - start < seconds:
-            pixels = np.stack([decoded.get() for _ in range(batch)])
-            if gate is None:
-                engine.run(pixels)
-            else:
-                with gate.passing():
-                    engine.run(pixels)
-            images += batch
-        return images / (time.perf_counter() - start)
+        with ThreadPoolExecutor(len(engines)) as pool:
+            return sum(pool.map(embed, engines))
     finally:
         ended.set()
         while any(thread.is_alive() for thread in threads):
@@ -157,15 +165,20 @@ def measure(arguments: argparse.Namespace, variants: list[str], cores: int) -> d
     if not files:
         raise ValueError(f"{arguments.images}: no .jpg files")
     engine = load_engine(artifact, arguments.engine, threads=cores)
-    fewer = load_engine(artifact, arguments.engine, threads=max(1, cores - 1)) if "fewer" in variants else engine
+    other = {
+        "fewer": [
+            load_engine(artifact, arguments.engine, threads=max(1, cores - 1)) for _ in range("fewer" in variants)
+        ],
+        "passes": [load_engine(artifact, arguments.engine, threads=1) for _ in range(cores * ("passes" in variants))],
+    }
     pixels = np.stack([preprocess(decode(files[i % len(files)]), spec) for i in range(arguments.batch)])
 
     def bound() -> float:
         return 1 / (pass_s(engine, pixels, arguments.seconds / 2) + decode_all(files, spec, cores))
 
     def of(variant: str) -> Callable[[], float]:
-        chosen = fewer if variant == "fewer" else engine
-        return lambda: pipeline(chosen, files, spec, arguments.batch, arguments.seconds, variant, cores)
+        chosen = other.get(variant, [engine])
+        return lambda: pipeline(chosen, files, spec, arguments.batch, arguments.seconds, variant)
 
     runs = {"bound": bound} | {variant: of(variant) for variant in variants}
     names, speeds = list(runs), {name: [] for name in runs}

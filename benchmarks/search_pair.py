@@ -6,14 +6,15 @@
 Both versions open the collection that `benchmarks/search.py` has built in the folder. The version that takes its turn
 first changes from round to round. A round has two parts:
 
-    process  a new process of each version searches with one client, in turns with bare faiss, and then with 16 clients;
-             bare faiss is also searched by 16 threads. The part prints the p50 of the store divided by that of faiss
+    process  a new process of each version searches with one client, in turns with bare faiss, and then with 16 clients,
+             in turns with 16 threads that search bare faiss
     http     16 clients send requests to one process of each version, to two processes of each version, and to the new
-             version also with vectors as base64 text. Two processes of the old version have two ports, and the clients
-             are divided among them; the new version runs with two workers if it has the setting `workers`
+             version also with vectors as base64 text. Two processes of a version that has the setting `workers` are two
+             workers on one port. Otherwise they have two ports, and the clients are divided among them
 
-The result is the median of all rounds. The last line is the result as JSON, which is also written to
-benchmarks/results/.
+The result is the median of all rounds. It includes the processor time of a search and of a request in microseconds
+(`cpu_us`), which depends less on other work of the machine than the rates do. With its defaults the whole takes about
+eight minutes. The last line is the result as JSON, which is also written to benchmarks/results/.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -67,11 +68,20 @@ def searched(tree: Path, folder: Path, seconds: float) -> Figures:
         times = await alone(ours, bare, singles, seconds)
         figures = {f"p50_ms_{name}": statistics.median(took) * 1e3 for name, took in times.items()}
         figures["p50_to_bare"] = figures["p50_ms_ours"] / figures["p50_ms_bare"]
-        started, before = time.perf_counter(), time.process_time()
-        done = await together(ours, singles, seconds)
-        figures["cpu_us_16"] = (time.process_time() - before) / done * 1e6
-        figures["qps_16"] = done / (time.perf_counter() - started)
-        figures["qps_16_bare"] = threads_rate(bare, singles, seconds)
+        done: dict[str, int] = defaultdict(int)
+        walls: dict[str, float] = defaultdict(float)
+        cpus: dict[str, float] = defaultdict(float)
+        for part in ("16", "16_bare") * 2:
+            started, before = time.perf_counter(), time.process_time()
+            if part == "16":
+                done[part] += await together(ours, singles, seconds / 2)
+            else:
+                done[part] += searched_by_threads(bare, singles, seconds / 2)
+            walls[part] += time.perf_counter() - started
+            cpus[part] += time.process_time() - before
+        for part, count in done.items():
+            figures |= {f"qps_{part}": count / walls[part], f"cpu_us_{part}": cpus[part] / count * 1e6}
+        figures["qps_16_to_bare"] = figures["qps_16"] / figures["qps_16_bare"]
         await ours.close()
         return figures
 
@@ -108,8 +118,8 @@ async def together(ours: Any, singles: list[np.ndarray], seconds: float) -> int:
     return done
 
 
-def threads_rate(bare: Any, singles: list[np.ndarray], seconds: float) -> float:
-    """Search with bare faiss in several threads for some seconds, and return the searches per second."""
+def searched_by_threads(bare: Any, singles: list[np.ndarray], seconds: float) -> int:
+    """Search with bare faiss in several threads for some seconds, and return the number of searches."""
     import faiss
 
     until = time.perf_counter() + seconds
@@ -123,10 +133,8 @@ def threads_rate(bare: Any, singles: list[np.ndarray], seconds: float) -> float:
             done += 1
         return done
 
-    started = time.perf_counter()
     with ThreadPoolExecutor(CLIENTS) as pool:
-        done = sum(pool.map(client, [n * len(singles) // CLIENTS for n in range(CLIENTS)]))
-    return done / (time.perf_counter() - started)
+        return sum(pool.map(client, [n * len(singles) // CLIENTS for n in range(CLIENTS)]))
 
 
 # ---- HTTP
@@ -143,8 +151,16 @@ def requests_with(vectors: np.ndarray, name: str, fingerprint: str, k: int, *, a
     return made
 
 
-def serve(tree: Path, data_dir: Path, port: int, workers: int, stack: ExitStack) -> None:
+class Served(NamedTuple):
+    """Running processes of a version: their ports, and the ids of the processes that were started for them."""
+
+    ports: list[int]
+    pids: list[int]
+
+
+def serve(tree: Path, data_dir: Path, workers: int, stack: ExitStack) -> Served:
     """Start the service of a version, and stop it when `stack` is closed."""
+    port = free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("DINOV2_")} | {
         "DINOV2_MODEL": str(next(path for path in (tree / "model" / "bundled").iterdir() if path.is_dir())),
         "DINOV2_PORT": str(port),
@@ -158,6 +174,17 @@ def serve(tree: Path, data_dir: Path, port: int, workers: int, stack: ExitStack)
     stack.callback(process.wait, 60)
     stack.callback(process.terminate)
     wait_until_ready(port)
+    return Served([port], [process.pid])
+
+
+def cpu_seconds(pids: list[int]) -> float:
+    """Return the processor time of processes and of their children."""
+    total = 0.0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        total += cpu_seconds([int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()])
+    return total
 
 
 def free_port() -> int:
@@ -184,23 +211,22 @@ def has_workers(tree: Path) -> bool:
     return "    workers: int = " in (tree / "service" / "settings.py").read_text()
 
 
-def http_targets(old: Path, new: Path, folder: Path, stack: ExitStack) -> dict[str, list[int]]:
-    """Start the services of both versions, and return their ports."""
-    ports: dict[str, list[int]] = {}
+def http_targets(old: Path, new: Path, folder: Path, stack: ExitStack) -> dict[str, Served]:
+    """Start the services of both versions."""
+    served: dict[str, Served] = {}
     for name, tree in (("old", old), ("new", new)):
-        ports[f"{name}, 1 process"] = [free_port()]
-        serve(tree, folder / "hnsw", ports[f"{name}, 1 process"][0], 1, stack)
+        alone = served[f"{name}, 1 process"] = serve(tree, folder / "hnsw", 1, stack)
         if has_workers(tree):
-            ports[f"{name}, 2 workers"] = [free_port()]
-            serve(tree, folder / "hnsw", ports[f"{name}, 2 workers"][0], 2, stack)
+            served[f"{name}, 2 workers"] = serve(tree, folder / "hnsw", 2, stack)
         else:
-            ports[f"{name}, 2 processes"] = [*ports[f"{name}, 1 process"], free_port()]
-            serve(tree, folder / "hnsw", ports[f"{name}, 2 processes"][1], 1, stack)
-    return ports
+            second = serve(tree, folder / "hnsw", 1, stack)
+            served[f"{name}, 2 processes"] = Served(alone.ports + second.ports, alone.pids + second.pids)
+    return served
 
 
-def http_rounds(given: argparse.Namespace) -> dict[str, list[float]]:
-    """Measure the responses per second of all services, in turns."""
+def http_rounds(given: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Measure all services in turns. Return their responses per second, and their processor time in microseconds for
+    each response."""
     import search_peers as peers
 
     vectors = np.load(given.folder / "queries.npy")[:1000]
@@ -209,19 +235,24 @@ def http_rounds(given: argparse.Namespace) -> dict[str, list[float]]:
         for form in ("list", "base64")
     }
     rates: dict[str, list[float]] = defaultdict(list)
+    times: dict[str, list[float]] = defaultdict(list)
     with ExitStack() as stack:
-        ports = http_targets(given.old, given.new, given.folder, stack)
+        served = http_targets(given.old, given.new, given.folder, stack)
         pool = stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
-        cases = [(name, form) for name in ports for form in sent if form == "list" or name.startswith("new")]
+        cases = [(name, form) for name in served for form in sent if form == "list" or name.startswith("new")]
         for turn in range(-1, given.rounds):  # the first round warms up
             for name, form in random.sample(cases, len(cases)):
                 seconds = given.seconds if turn >= 0 else 1.0
-                rate, _, last = pool.submit(peers.load, ports[name], sent[form], CLIENTS, seconds).result()
+                before = cpu_seconds(served[name].pids)
+                load = pool.submit(peers.load, served[name].ports, sent[form], CLIENTS, seconds)
+                rate, durations, last = load.result()
+                used = cpu_seconds(served[name].pids) - before
                 if len(orjson.loads(last.split(b"\r\n\r\n", 1)[1])["data"]) != peers.K:
                     raise SystemExit(f"{name}, {form}: not {peers.K} hits")
                 if turn >= 0:
                     rates[f"{name}, {form}"].append(rate)
-    return rates
+                    times[f"{name}, {form}"].append(used / len(durations) * 1e6)
+    return rates, times
 
 
 # ---- the whole
@@ -267,8 +298,8 @@ def main() -> None:
         }
     if "http" in given.only:
         sys.path[:0] = [str(given.new), str(given.new / "benchmarks")]
-        rates = http_rounds(given)
-        result["http_per_s"] = {name: round(statistics.median(values)) for name, values in rates.items()}
+        for key, figures in zip(("http_per_s", "http_cpu_us"), http_rounds(given), strict=True):
+            result[key] = {name: round(statistics.median(values)) for name, values in figures.items()}
     print(json.dumps(result, indent=2))
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{result['date']}-search-pair.json").write_text(json.dumps(result, indent=2) + "\n")

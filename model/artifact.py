@@ -19,19 +19,19 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import safe_open
 
 from model.config import ViTConfig
-from model.convert import finite_problem
 from model.files import NAME_PATTERN, publish
 from model.messages import in_words
 from model.onnx_graph.spec import GRAPH_SUFFIXES, AttentionForm, GraphSpec, Int8Weights, Precision
 from model.preprocess import PreprocessSpec, output_size
+
+if TYPE_CHECKING:  # `dinov2 models` imports this module, and importing numpy would take a quarter of its time
+    import numpy as np
+    import numpy.typing as npt
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
@@ -40,7 +40,7 @@ MODEL_CARD = "README.md"
 FORMAT_VERSION: Literal[1] = 1
 BUNDLED_DIR = Path(__file__).parent / "bundled"
 
-Weights = Mapping[str, npt.NDArray[np.floating]]
+Weights = Mapping[str, "npt.NDArray[np.floating]"]
 
 
 class ArtifactError(ValueError):
@@ -184,7 +184,7 @@ class Artifact:
         return StoredWeights(self.file(WEIGHTS))
 
 
-class StoredWeights(Mapping[str, npt.NDArray[np.floating]]):
+class StoredWeights(Mapping[str, "npt.NDArray[np.floating]"]):
     """A `weights.safetensors` file as a mapping from name to array.
 
     Each access reads one tensor from the file. Code that processes the tensors one at a time therefore needs memory for
@@ -195,13 +195,15 @@ class StoredWeights(Mapping[str, npt.NDArray[np.floating]]):
     """
 
     def __init__(self, path: Path) -> None:
+        from safetensors import safe_open
+
         try:
             self._file = safe_open(path, framework="numpy")
         except Exception as error:  # safetensors raises its own exception class, or OSError
             raise ArtifactError(f"{path}: cannot be read as safetensors: {error}") from error
         self._keys: list[str] = list(self._file.keys())  # type: ignore[no-untyped-call]
 
-    def __getitem__(self, key: str) -> npt.NDArray[np.floating]:
+    def __getitem__(self, key: str) -> "npt.NDArray[np.floating]":
         if key not in self._keys:
             raise KeyError(key)
         array: npt.NDArray[np.floating] = self._file.get_tensor(key)  # type: ignore[no-untyped-call]
@@ -229,6 +231,8 @@ def fingerprint(weights: Weights, config: ViTConfig, preprocess: PreprocessSpec)
 
     Together these determine every vector that the model computes.
     """
+    import numpy as np
+
     digest = hashlib.sha256()
     for key in sorted(weights):
         array = np.ascontiguousarray(weights[key])
@@ -330,6 +334,8 @@ def verified_manifest(path: Path) -> Manifest:
 
 def _check_weights(path: Path, manifest: Manifest) -> None:
     """Check that an artifact's weights match the fingerprint and are finite."""
+    from model.convert import finite_problem
+
     weights = StoredWeights(path / WEIGHTS)
     actual = fingerprint(weights, manifest.config, manifest.preprocess)
     if actual != manifest.fingerprint:

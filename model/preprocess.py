@@ -20,11 +20,8 @@ pixels. Sizes are (height, width).
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-import numpy as np
-import numpy.typing as npt
-from PIL import Image
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -36,6 +33,10 @@ from pydantic import (
 )
 
 from model.messages import in_words
+
+if TYPE_CHECKING:  # `dinov2 models` imports this module, because each manifest contains a `PreprocessSpec`
+    import numpy as np
+    import numpy.typing as npt
 
 MAX_ASPECT_RATIO = 100.0
 """The maximum ratio of an image's long side to its short side.
@@ -215,18 +216,20 @@ def _margins(new_h: int, new_w: int, out_h: int, out_w: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=16)
-def _normalised_values(mean: Triple, std: Triple) -> npt.NDArray[np.float32]:
+def _normalised_values(mean: Triple, std: Triple) -> "npt.NDArray[np.float32]":
     """Return a table [3, 256] with the normalised value of each byte value in each channel.
 
     The values are computed in the same float32 arithmetic as in torchvision.
     """
+    import numpy as np
+
     values = np.arange(256, dtype=np.float32) / np.float32(255)
     table = (values - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
     table.setflags(write=False)  # the table is cached and shared
     return table
 
 
-def preprocess(image: npt.NDArray[np.uint8], spec: PreprocessSpec) -> npt.NDArray[np.float32]:
+def preprocess(image: "npt.NDArray[np.uint8]", spec: PreprocessSpec) -> "npt.NDArray[np.float32]":
     """Convert one image to the network's input.
 
     An image whose short side is shorter than `spec.resize` is enlarged, as in DINOv2's evaluation transform.
@@ -242,6 +245,9 @@ def preprocess(image: npt.NDArray[np.uint8], spec: PreprocessSpec) -> npt.NDArra
         ValueError: `image` has another shape or type, a side is below 1, or the aspect ratio is above
             `MAX_ASPECT_RATIO`.
     """
+    import numpy as np
+    from PIL import Image
+
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image must be uint8 of shape [H, W, 3], not {image.dtype} of shape {list(image.shape)}")
     height, width = image.shape[:2]

@@ -1,7 +1,9 @@
 """Build the application from the settings, the artifact (an exported model) and the engine. A request passes through
 these layers:
 
-    Border (id, limits, deadline, errors, metrics)  ->  FastAPI  ->  routes  ->  Pipeline, VectorStore
+    Border (id, limits, deadline, errors, metrics)  ->  dispatcher  ->  routes  ->  Pipeline, VectorStore
+
+The dispatcher passes requests without a route of this service on to FastAPI.
 
 The engine, the cache and the store can be passed in, so that tests can use fakes. The pipeline, the cache and the store
 need a running event loop. So they are opened when the application starts, and closed in reverse order when it stops.
@@ -55,6 +57,7 @@ from service.routes.direct import (
     accept_trailing_slash,
     allowed_methods,
     answers_get,
+    dispatcher,
     find_route,
     head_route,
     protect,
@@ -196,9 +199,10 @@ async def _registry(app: FastAPI) -> CollectorRegistry:
 
 
 class App(FastAPI):
-    """A FastAPI application that has only two layers of middleware: `Border` (service/middleware.py) and Starlette's
-    ExceptionMiddleware. Each further layer would add measurable latency to a search. FastAPI's other layers are not
-    needed, because `Border` handles unexpected errors and no route has dependencies that need an exit stack."""
+    """A FastAPI application with a single layer of middleware around the routes of this service: `Border`
+    (service/middleware.py). Each further layer would add measurable latency to a search. Starlette's
+    ExceptionMiddleware only handles requests without such a route. FastAPI's other layers are not needed, because
+    `Border` handles unexpected errors and no route has dependencies that need an exit stack."""
 
     def openapi(self) -> dict[str, Any]:
         """Return the OpenAPI document, which /openapi.json serves."""
@@ -217,8 +221,9 @@ class App(FastAPI):
         await self.middleware_stack(scope, receive, send)
 
     def build_middleware_stack(self) -> ASGIApp:
-        handled = ExceptionMiddleware(self.router, handlers=dict(self.exception_handlers))
-        border: ASGIApp = self.state.border(handled, find_route=partial(find_route, self.routes))
+        framework = ExceptionMiddleware(self.router, handlers=dict(self.exception_handlers))
+        direct = dispatcher(self.routes, otherwise=framework)
+        border: ASGIApp = self.state.border(direct, find_route=partial(find_route, self.routes))
         return border
 
 

@@ -4,9 +4,7 @@ which engines are checked."""
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from model.artifact import (
     MANIFEST,
@@ -21,6 +19,10 @@ from model.artifact import (
 from model.files import expanded, publish, waiting_lock, working_folder
 from model.zoo import DownloadOptions, Hosts, resolve
 from service.generations import Generation, Generations
+
+if TYPE_CHECKING:  # `dinov2 models` imports this module
+    import numpy as np
+    import numpy.typing as npt
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +109,7 @@ def artifact_of(generation: Generation, data_dir: Path) -> Path:
     return path
 
 
-def read_photo(path: Path, tell: Callable[[str], object] = log.warning) -> npt.NDArray[np.uint8] | None:
+def read_photo(path: Path, tell: Callable[[str], object] = log.warning) -> "npt.NDArray[np.uint8] | None":
     """Read an image file and return its pixels, uint8 [H, W, 3]. If the file cannot be decoded, call `tell` with a
     message and return None."""
     from model.decode import DecodeError, decode  # loads the packages of all image formats
@@ -119,7 +121,7 @@ def read_photo(path: Path, tell: Callable[[str], object] = log.warning) -> npt.N
         return None
 
 
-def read_photos(folder: Path, limit: int, tell: Callable[[str], object] = log.warning) -> list[npt.NDArray[np.uint8]]:
+def read_photos(folder: Path, limit: int, tell: Callable[[str], object] = log.warning) -> "list[npt.NDArray[np.uint8]]":
     """Return the pixels, uint8 [H, W, 3], of up to `limit` images in a folder and its subfolders. The images are spread
     over the sorted list of files, so that they come from several subfolders. For each file that cannot be decoded,
     `tell` is called with a message, and another file is used.

@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 from model.artifact import ArtifactError, load_artifact, read_manifest
 from model.engines.choice import PHOTOS_AT_LOAD, choose_engine, known_precision
+from model.engines.protocol import Engine
 from service.artifact_choice import artifact_of, choose_artifact, read_photos
 from service.errors import Conflict
-from service.features.batch_limit import with_useful_threads
+from service.features.batch_limit import with_split_batches, with_useful_threads
 from service.generations import Generation, Generations, utc
 from service.live_models import Opened, Record
 from service.settings import Settings
@@ -181,14 +182,14 @@ def open_model(settings: Settings, path: Path, engine: str) -> Opened:
     photos = read_photos(settings.engine_photos, PHOTOS_AT_LOAD) if settings.engine_photos else None
     choice = choose_engine(artifact, engine, threads=settings.threads, photos=photos)
     chosen = choice.engine
-    if settings.threads is None:
-        name = f"{chosen.name}:{chosen.precision}"
-        chosen = with_useful_threads(
-            chosen,
-            artifact,
-            lambda threads: choose_engine(artifact, name, threads=threads, photos=photos).engine,
-        )
-    return Opened(artifact, chosen, choice.tried)
+    name, threads = f"{chosen.name}:{chosen.precision}", settings.threads
+
+    def reopen(number: int) -> Engine:
+        return choose_engine(artifact, name, threads=number, photos=photos).engine
+
+    if threads is None:
+        chosen, threads = with_useful_threads(chosen, artifact, reopen)
+    return Opened(artifact, with_split_batches(chosen, artifact, threads, reopen), choice.tried)
 
 
 def _path_of(live: Generation, settings: Settings, report: Callable[[str], object]) -> Path:

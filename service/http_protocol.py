@@ -2,7 +2,7 @@
 ignores upgrades, and lets the application answer malformed requests.
 
 The head of a request consists of the request line and the headers. uvicorn parses requests with httptools. The class in
-this module changes seven things:
+this module changes eight things:
 
 - **Connections.** Their number is limited, and one address may only open a share of what the others leave. A connection
   beyond this is answered with 503 and closed, before anything is read from it.
@@ -19,6 +19,8 @@ this module changes seven things:
   The operating system then sends a reset, and the client may lose the answer. The class first closes only the sending
   side.
 - **Slow bodies.** A client that sends a body more slowly than `min_bytes_per_s` gets status 408.
+- **One write.** uvicorn writes the head of an answer and its body separately, which takes two system calls and may wake
+  the client twice. The class writes the head together with the beginning of the body.
 - **Unread answers.** The part of an answer that the client has not read counts as memory of the client. If the client
   reads it more slowly than `min_bytes_per_s`, the connection is closed.
 """
@@ -46,6 +48,9 @@ LINGER_S: Final = 10.0
 BODY_GRACE_S: Final = 10.0
 """The time in seconds after which the rate of a body is measured, and then measured again."""
 _HOST: Final = re.compile(rb"([A-Za-z0-9._~%!$&'()*+,;=-]*|\[[0-9A-Za-z.:_~%!$&'()*+,;=-]+\])(:[0-9]*)?")
+_CONTINUE: Final = b"HTTP/1.1 100 "
+_STREAM_FOLLOWS: Final = b"transfer-encoding: chunked\r\n\r\n"
+_LARGE: Final = 64 * 1024
 _NO_LINGER: Final = struct.pack("ii", 1, 0)
 _UPGRADE_HEADERS: Final = frozenset({b"upgrade", b"http2-settings"})
 
@@ -96,13 +101,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._unread_bytes = 0  # as they are counted in the account
         self._account: tuple[Account, str] | None = None  # and the client
         self._refused = False
-        self._staged: _StagedTransport
 
     # Connections
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]  # uvicorn's signature
         super().connection_made(transport)
-        self._staged = _StagedTransport(self)
         self._place = self.places.admit(self.client[0] if self.client else "")
         if self._place is None:
             self._refused = True
@@ -252,7 +255,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         self._pending_bytes, self._in_head = 0, False
         self._stop_timer()
-        self.cycle.transport = self._staged  # type: ignore[assignment]
+        self.cycle.transport = _StagedTransport(self, self.scope["method"])  # type: ignore[assignment]
         self.scope["connection"] = self  # type: ignore[typeddict-unknown-key]  # for `charge_to`
         fault = _head_fault(self.headers, self.parser.get_http_version())
         if fault is not None:
@@ -335,7 +338,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.scope.update({"raw_path": path, "query_string": b""})
         self.cycle = RequestResponseCycle(
             scope=self.scope,
-            transport=self._staged,  # type: ignore[arg-type]
+            transport=_StagedTransport(self, self.scope["method"]),  # type: ignore[arg-type]
             flow=self.flow,
             logger=self.logger,
             access_logger=self.access_logger,
@@ -371,18 +374,41 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
 
 class _StagedTransport:
-    """The transport that uvicorn uses to answer a request. Its `close` calls the protocol's `close_in_steps`. What is
+    """The transport that uvicorn uses to answer one request. Its `close` calls the protocol's `close_in_steps`. What is
     written after the client has disconnected is dropped. uvicorn does not notice this for a request that other requests
-    of the same connection follow, and uvloop raises RuntimeError."""
+    of the same connection follow, and uvloop raises RuntimeError.
 
-    def __init__(self, protocol: BoundedHttpProtocol) -> None:
+    The head of an answer with a Content-Length is written together with the beginning of the body. The head of a stream
+    is written at once, because its body may begin much later.
+    """
+
+    def __init__(self, protocol: BoundedHttpProtocol, method: str) -> None:
         self._transport = protocol.transport
+        self._close = protocol.close_in_steps
+        self._awaits_head = method != "HEAD"  # an answer to HEAD has no body
+        self._head = b""  # the head, as long as it is not written
         self.is_closing = protocol.transport.is_closing
-        self.close = protocol.close_in_steps
 
     def write(self, data: bytes) -> None:
-        if not self._transport.is_closing():
-            self._transport.write(data)
+        if self._transport.is_closing():
+            return
+        if self._head:
+            head, self._head = self._head, b""
+            if len(data) < _LARGE:
+                data = head + data
+            else:  # copying would take longer than a second write
+                self._transport.write(head)
+        elif self._awaits_head and not data.startswith(_CONTINUE):
+            self._awaits_head = False
+            if not data.endswith(_STREAM_FOLLOWS):
+                self._head = data
+                return
+        self._transport.write(data)
+
+    def close(self) -> None:
+        if self._head:  # the application failed before the body
+            self.write(b"")
+        self._close()
 
 
 def _head_fault(headers: list[tuple[bytes, bytes]], version: str) -> str | None:

@@ -97,6 +97,7 @@ class Border:
         self.tracing = tracing
         self.find_route = find_route
         self.cors = Cors(parse_origins(settings.cors_origins)) if settings.cors_origins else None
+        metrics.requests_in_flight.set_function(lambda: lifecycle.in_flight)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -139,7 +140,6 @@ class _Exchange:
         lifecycle, started = self._lifecycle, time.perf_counter()
         counted = self._scope["path"].startswith("/v1/")
         lifecycle.in_flight += counted
-        self._metrics.requests_in_flight.set(lifecycle.in_flight)
         if self._tracing is not None and counted:  # health checks and scrapes would outnumber other requests
             self._trace = self._tracing.start(self._headers)
             if self._trace is not None:
@@ -156,7 +156,6 @@ class _Exchange:
             lifecycle.in_flight -= counted
             lifecycle.buffer.add(self._sender.client, -self._body_bytes)
             current_sender.set(ITSELF)
-            self._metrics.requests_in_flight.set(lifecycle.in_flight)
             self._account(time.perf_counter() - started)
             # The traceback of an error leads back to this object. In this cycle, the body and all that was made from it
             # would stay in memory until the garbage collector runs.
@@ -398,7 +397,7 @@ class _Exchange:
         await self._send_tagged({"type": "http.response.body", "body": body})
 
     def _account(self, seconds: float) -> None:
-        if self._error is not None and not {"router", "refusal"} & self._scope.keys():  # refused before the routing
+        if self._error is not None and not {"route", "refusal"} & self._scope.keys():  # refused before the routing
             self._find_route(self._scope)
         route = getattr(self._scope.get("route"), "path", UNMATCHED)
         method = self._scope["method"] if self._scope["method"] in _METHODS else "other"

@@ -5,14 +5,16 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from model.artifact import BUNDLED_DIR, ArtifactError, Manifest, read_manifest
 from service.artifact_choice import Report, artifact_of, choose_artifact, readable_artifacts
 from service.errors import Conflict, ModelNotFound
 from service.generations import Generation, Generations
-from service.search.store import VectorStore
 from service.tags import tag_parts
+
+if TYPE_CHECKING:
+    from service.search.store import VectorStore
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +99,7 @@ def named_artifact(
 
 
 async def remove_model(
-    known: KnownModel, data_dir: Path, generations: Generations | None, store: VectorStore, *, force: bool = False
+    known: KnownModel, data_dir: Path, generations: Generations | None, store: "VectorStore", *, force: bool = False
 ) -> None:
     """Delete the artifact of a model from the data folder, and forget its generation. An artifact outside of the data
     folder is not deleted, only forgotten. If another generation has the same artifact, it is not deleted either.

@@ -6,6 +6,7 @@ preprocessing). `l2` means that the vector is scaled to length 1. HxW is the inp
 last part is the precision of the engine's arithmetic.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from model.pooling import POOLINGS, Pooling
@@ -19,6 +20,7 @@ class TagParts(NamedTuple):
     precision: str = ""
 
 
+@lru_cache(maxsize=1024)
 def make_tag(fingerprint: str, pooling: str, input_size: tuple[int, int], precision: str) -> str:
     """Return the tag of vectors that are scaled to length 1. `fingerprint` identifies the model, `input_size` is
     (height, width) in pixels, and `precision` is the precision of the engine's arithmetic."""
@@ -26,6 +28,7 @@ def make_tag(fingerprint: str, pooling: str, input_size: tuple[int, int], precis
     return f"{fingerprint}/{pooling}/l2/{height}x{width}/{precision}"
 
 
+@lru_cache(maxsize=1024)
 def tag_parts(tag: str) -> TagParts:
     """Return the fingerprint, the pooling and the precision that a tag contains. If `tag` does not have the form that
     `make_tag` produces, the pooling is None and the precision is empty."""

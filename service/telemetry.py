@@ -11,6 +11,7 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
@@ -46,6 +47,7 @@ _LAYERS_TEXT: Final = "Vectors: memory or redis. Patch features: patches_memory,
 
 MAX_LOGGED_CHARS: Final = 500
 """The highest number of characters of a path or an error message in the access log."""
+_MOST_SERIES: Final = 4096
 _TRACEPARENT: Final = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
 access_log = logging.getLogger("service.access")
@@ -113,6 +115,10 @@ class Metrics:
             "request_errors_total", "Requests that were refused or failed, by the code of the error.", "route", "code"
         )
         self.request_bytes = counter("request_bytes_total", "Bytes of request bodies, as they were sent.", "route")
+        # `labels` takes a lock and converts each value, so the series of each route are remembered.
+        self._requests_of = lru_cache(_MOST_SERIES)(self.requests.labels)
+        self._seconds_of = lru_cache(_MOST_SERIES)(self.request_seconds.labels)
+        self._bytes_of = lru_cache(_MOST_SERIES)(self.request_bytes.labels)
 
     def _add_images(self, counter: _Make[Counter], gauge: _Make[Gauge], histogram: _MakeHistogram) -> None:
         self.stage_seconds = histogram(
@@ -274,11 +280,10 @@ class Metrics:
     ) -> None:
         """Count a finished request. `code` is the code of the error that was its answer. If `trace_id` is not None, it
         becomes the exemplar of the request's bucket: a link from the histogram to one trace."""
-        self.requests.labels(method, route, str(status)).inc()
-        exemplar = None if trace_id is None else {"trace_id": trace_id}
-        self.request_seconds.labels(route).observe(seconds, exemplar)
+        self._requests_of(method, route, str(status)).inc()
+        self._seconds_of(route).observe(seconds, None if trace_id is None else {"trace_id": trace_id})
         if received_bytes:
-            self.request_bytes.labels(route).inc(received_bytes)
+            self._bytes_of(route).inc(received_bytes)
         if code is not None:
             self.request_errors.labels(route, code).inc()
 

@@ -16,6 +16,7 @@ from typing import Final
 import numpy as np
 
 from model.engines.protocol import Engine, FloatArray
+from model.engines.split import SplitEngine
 
 TOLERANCE: Final = 0.02
 ROUNDS: Final = 5
@@ -26,7 +27,9 @@ MOST_SECONDS: Final = 2.0
 FEWEST_THREADS: Final = 4
 """With fewer threads than this, none is superfluous."""
 LONGEST_PASS_S: Final = 0.25
-"""A pass that takes longer keeps all threads busy, so fewer threads are not tried."""
+"""A pass that takes longer keeps all threads busy, so fewer threads are not tried, and batches are not split."""
+SPLIT_GAIN: Final = 0.05
+"""How much faster split batches must be, because they need memory for another copy of the weights."""
 
 Run = Callable[[FloatArray], object]
 Clock = Callable[[], float]
@@ -102,6 +105,46 @@ def with_fewer_threads(
         engine.close()
         engine, threads = fewer, threads // 2
     return engine, threads
+
+
+def split_if_faster(
+    engine: Engine,
+    threads: int,
+    reopen: Callable[[int], Engine],
+    pixels: FloatArray,
+    *,
+    clock: Clock = time.perf_counter,
+) -> Engine:
+    """Return an engine that splits batches among the threads, if its throughput is higher by `SPLIT_GAIN`.
+
+    Args:
+        engine: the engine, which uses `threads` threads per pass.
+        threads: the number of threads, at least 2.
+        reopen: opens the same engine with another number of threads.
+        pixels: a batch of as many images as threads, [B, 3, H, W].
+        clock: returns the time in seconds.
+
+    Returns:
+        The engine to use. It is `engine` itself, or it contains it.
+    """
+    engine.run(pixels[:1])
+    if _seconds(engine.run, pixels[:1], clock) > LONGEST_PASS_S:
+        return engine
+    split = SplitEngine(engine, reopen(1), threads)
+
+    def one_by_one(batch: FloatArray) -> None:
+        for image in batch:
+            engine.run(image[None])
+
+    runs: list[Run] = [split.run, engine.run, one_by_one]
+    for run in runs:
+        run(pixels)
+    times: list[list[float]] = []
+    start = clock()
+    while not times or (len(times) < ROUNDS and clock() - start < SECONDS):
+        times.append([_seconds(run, pixels, clock) for run in runs])
+    seconds = [min(each) for each in zip(*times, strict=True)]
+    return split if seconds[0] * (1 + SPLIT_GAIN) < min(seconds[1:]) else split.close_single()
 
 
 def _powers(largest: int) -> list[int]:

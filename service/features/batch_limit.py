@@ -13,7 +13,7 @@ import numpy as np
 
 from model.artifact import Artifact
 from model.cpus import available_cpus
-from model.engines.pace import measure_batches, smallest_good, with_fewer_threads
+from model.engines.pace import measure_batches, smallest_good, split_if_faster, with_fewer_threads
 from model.engines.protocol import BUCKETS, Engine, FloatArray
 
 log = logging.getLogger(__name__)
@@ -43,18 +43,30 @@ def measured_limit(engine: Engine, artifact: Artifact, run: Callable[[FloatArray
     return batch * patches
 
 
-def with_useful_threads(engine: Engine, artifact: Artifact, reopen: Callable[[int], Engine]) -> Engine:
-    """Return an engine without the threads that gain nothing. It is `engine`, or one that `reopen` has opened with a
-    smaller number of threads. An engine that is not returned is closed. torch and GPUs keep all threads, because the
-    number of torch's threads belongs to the process."""
+def with_useful_threads(engine: Engine, artifact: Artifact, reopen: Callable[[int], Engine]) -> tuple[Engine, int]:
+    """Return an engine without the threads that gain nothing, and its number of threads. The engine is `engine`, or one
+    that `reopen` has opened with a smaller number of threads. An engine that is not returned is closed. torch and GPUs
+    keep all threads, because the number of torch's threads belongs to the process."""
     threads = available_cpus()
     if engine.device == "cuda" or engine.name == "torch":
-        return engine
+        return engine, threads
     batch = max(1, CPU_PATCHES // _patches_of_an_image(artifact))
     pixels = np.zeros((batch, 3, *artifact.manifest.input_size), np.float32)
     chosen, useful = with_fewer_threads(engine, threads, reopen, pixels)
     if useful < threads:
         log.info("%d threads are as fast as %d, so a forward pass uses %d", useful, threads, useful)
+    return chosen, useful
+
+
+def with_split_batches(engine: Engine, artifact: Artifact, threads: int, reopen: Callable[[int], Engine]) -> Engine:
+    """Return an engine that splits batches among its threads, or `engine` if this is not faster. Only ONNX Runtime on a
+    CPU can run several passes of one engine at the same time."""
+    if engine.name != "onnxruntime" or not 2 <= threads <= CPU_PATCHES // _patches_of_an_image(artifact):
+        return engine
+    pixels = np.zeros((threads, 3, *artifact.manifest.input_size), np.float32)
+    chosen = split_if_faster(engine, threads, reopen, pixels)
+    if chosen is not engine:
+        log.info("each image of a batch uses one thread, because this is faster than all threads on one image")
     return chosen
 
 

@@ -2,9 +2,8 @@
 
 import asyncio
 
-from model.files import lock_file
-from service.errors import Conflict
 from service.generations import Generation
+from service.migration.lock import migration_lock
 from service.migration.work import Places
 from service.retiring import retire_unused
 from service.tags import model_of
@@ -27,10 +26,7 @@ async def abandon_all(places: Places) -> None:
     Raises:
         Conflict: a migration is running, or the vectors of the live model lack items that were written since.
     """
-    lock = lock_file(places.data_dir / "migration.lock")
-    if lock is None:
-        raise Conflict("a migration is running: cancel it first")
-    with lock:
+    with await migration_lock(places.data_dir):
         if places.migrates:
             migrations = places.migrations
             every = await asyncio.to_thread(places.generations.all)

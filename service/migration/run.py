@@ -4,12 +4,12 @@ import asyncio
 from contextlib import suppress
 from pathlib import Path
 
-from model.files import lock_file
 from service.errors import CollectionNotFound, Conflict, StorageFailed, Unavailable
 from service.generations import Generation, State
 from service.live_models import Opened
 from service.migration import planning, switching
 from service.migration.giving_up import abandon
+from service.migration.lock import migration_lock
 from service.migration.work import MigrationOptions, MigrationReport, OnProgress, Places, Work
 from service.retiring import keep_used, retire_unused
 from service.tags import model_of
@@ -34,10 +34,7 @@ async def migrate(
         Unavailable: a replica does not load the model.
         StorageFailed: the disk has not enough space for the second set of vectors, or the store failed.
     """
-    lock = lock_file(places.data_dir / "migration.lock")
-    if lock is None:
-        raise Conflict("another migration is running")
-    with lock:
+    with await migration_lock(places.data_dir):
         return await _run(Work(places, path, opened, options, on_progress, options.lost))
 
 

@@ -21,7 +21,10 @@ FORMS: Final = ("image", "vector", "id", "combine", "region")
 DEFAULT_RERANK_DEPTH: Final = 20
 
 
-@dataclass(frozen=True)
+# The classes of this module are not frozen, for the reason that `Outcome` states. Do not modify their objects.
+
+
+@dataclass(slots=True)
 class Part:
     """One part of a query: an image, a vector or the id of an item."""
 
@@ -32,7 +35,7 @@ class Part:
     weight: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Query:
     """A query that has been parsed and checked. `form` is one of `FORMS`. `ranking` contains the options for its
     results, for example `k` and `offset`."""
@@ -77,7 +80,7 @@ class Query:
         return self.ranking.rerank_depth or DEFAULT_RERANK_DEPTH
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class SearchRequest:
     """A search request that has been parsed. In a batch, the outcome of an invalid query contains its error."""
 

@@ -233,7 +233,7 @@ def _above(query: Query, hits: Sequence[Hit]) -> Sequence[Hit]:
 
 
 def _page(query: Query, hits: Sequence[Hit]) -> Sequence[Hit]:
-    return hits[query.ranking.offset :][: query.ranking.k]
+    return hits[query.ranking.offset : query.depth]
 
 
 def _cut(query: Query, hits: Sequence[Hit]) -> Sequence[Hit]:

@@ -8,6 +8,7 @@ Legend: n vectors in the segment, D dimension, q queries, k neighbours requested
 its segment. A bitmap (`Bits`) has one bit for each position.
 """
 
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -49,6 +50,11 @@ ADD: Final = 4096
 """The number of vectors that are added to an index in one step. Before each step, the build checks whether the store is
 closing."""
 INDEX_FILE: Final = "index.faiss"
+FEW_QUERIES: Final = 16
+FEW_RESULTS: Final = 256
+FEW_SHAPES: Final = 32
+"""For searches of graphs with at most this many queries, this many results for each, and this many combinations of
+both, a thread keeps the arrays."""
 
 Check = Callable[[], None]
 
@@ -147,7 +153,7 @@ class Graph:
     def search(self, segment: Segment, queries: Floats, k: int, alive: Bits | None, effort: Effort) -> Neighbours:
         selector = None if alive is None else faiss.IDSelectorBitmap(alive)  # must outlive the search
         ef_search = max(k, int((effort.params.ef_search or segment.row.effort) * effort.widen))
-        return Neighbours(*segment.index.search(queries, k, params=_hnsw_params(ef_search, selector)))
+        return _found(segment, queries, k, _hnsw_params(ef_search, selector))
 
     def search_allowed(
         self, part: LivePart, queries: Floats, k: int, allowed: Allowed, effort: Effort, rarity: float
@@ -302,6 +308,48 @@ def _hnsw_params(ef_search: int, selector: Any) -> Any:
     if selector is None:
         return _all_alive(ef_search)
     return faiss.SearchParametersHNSW(efSearch=ef_search, sel=selector)
+
+
+class _Arrays:
+    """Arrays for the queries and the results of calls of faiss that have the same shape, and faiss's pointers to these
+    arrays."""
+
+    def __init__(self, count: int, dimension: int, k: int) -> None:
+        self.queries = np.empty((count, dimension), np.float32)
+        self.scores, self.positions = np.empty((count, k), np.float32), np.empty((count, k), np.int64)
+        self.pointers = [faiss.swig_ptr(array) for array in (self.queries, self.scores, self.positions)]
+
+
+class _Kept(threading.local):
+    """The arrays that a thread keeps between its searches, by their shape: number of queries, dimension and k."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[tuple[int, int, int], _Arrays] = {}
+
+
+_kept = _Kept()
+
+
+def _found(segment: Segment, queries: Floats, k: int, params: Any) -> Neighbours:
+    """Return what the method `search` of a segment's index returns. Small searches use arrays that the thread keeps.
+
+    That method makes a pointer to each of its three arrays and reads the dimension of the index. These are four calls
+    of faiss, and each of them releases the interpreter lock, so that another thread may take it before the search.
+    """
+    index = segment.index
+    count, dimension = queries.shape
+    if count > FEW_QUERIES or k > FEW_RESULTS or dimension != segment.dimension:
+        return Neighbours(*index.search(queries, k, params=params))
+    kept, shape = _kept.arrays, (count, dimension, k)
+    arrays = kept.get(shape)
+    if arrays is None:
+        if len(kept) >= FEW_SHAPES:
+            kept.clear()
+        arrays = kept[shape] = _Arrays(*shape)
+    np.copyto(arrays.queries, queries)
+    vectors, scores, positions = arrays.pointers
+    index.search_c(count, vectors, k, scores, positions, params)
+    return Neighbours(arrays.scores.copy(), arrays.positions.copy())
 
 
 # ---- inverted lists

@@ -144,6 +144,10 @@ class Segment:
         """The index kind of this segment. Raises ValueError if this version does not know the kind."""
         return kind_named(self.row.kind)
 
+    @cached_property
+    def dimension(self) -> int:
+        return int(self.flat.d)
+
     @property
     def n_lists(self) -> int:
         """The number of inverted lists in the index."""

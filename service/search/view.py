@@ -192,7 +192,7 @@ def _search_part(part: LivePart, queries: Floats, k: int, effort: Effort) -> Nei
     """
     nearest = search(part.segment, queries, k, part.alive, effort)
     reachable = min(k, len(part.segment.numbers) - len(part.dead))
-    if reachable and nearest.positions[:, reachable - 1].min() < 0:
+    if reachable and min(nearest.positions[:, reachable - 1].tolist()) < 0:
         return part.segment.scan(queries, k, part.alive)
     return nearest
 
@@ -289,7 +289,8 @@ class Views:
     def _parts(self, db: sqlite3.Connection, row: Row, old: View | None, removed: Numbers) -> tuple[LivePart, ...]:
         open_parts = {part.segment.row.folder: part for part in (old.parts if old else ())}
         every: Numbers | None = None
-        removed = np.unique(removed)
+        if len(removed):  # the first call of np.unique imports numpy.ma, which takes 10 to 20 ms
+            removed = np.unique(removed)
         parts = []
         for wanted in database.segments(db, row.key):
             part = open_parts.get(wanted.folder)

@@ -6,9 +6,10 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import uvicorn
@@ -66,12 +67,14 @@ async def app(scope, receive, send):
 
 
 @asynccontextmanager
-async def connected() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    config = uvicorn.Config(app, http=Quick, lifespan="off", log_config=None, timeout_keep_alive=KEEP_ALIVE_S)  # type: ignore[arg-type]
+async def connected(
+    http: type[Quick] = Quick,
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    config = uvicorn.Config(app, http=http, lifespan="off", log_config=None, timeout_keep_alive=KEEP_ALIVE_S)  # type: ignore[arg-type]
     state, loop = ServerState(), asyncio.get_running_loop()
     config.load()
     server = await loop.create_server(
-        lambda: Quick(config=config, server_state=state, app_state={}, _loop=loop), "127.0.0.1", 0
+        lambda: http(config=config, server_state=state, app_state={}, _loop=loop), "127.0.0.1", 0
     )
     try:
         async with more(server.sockets[0].getsockname()) as streams:
@@ -458,15 +461,78 @@ async def test_a_client_that_reads_slowly_gets_the_whole_answer(monkeypatch):
     assert answer > HUGE
 
 
+def staged(method: str = "GET", closing: Sequence[bool] = ()) -> tuple[_StagedTransport, list[Any]]:
+    """Return a transport for one request, and a list that will contain what it writes. `closing` says before which
+    writes the client has disconnected."""
+    events: list[Any] = []
+    answers = iter(closing)
+    transport = SimpleNamespace(is_closing=lambda: next(answers, False), write=events.append)
+    protocol = SimpleNamespace(transport=transport, close_in_steps=lambda: events.append("close"))
+    return _StagedTransport(protocol, method), events  # type: ignore[arg-type]
+
+
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n"
+STREAM = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
 def test_nothing_is_written_to_a_connection_that_is_closed():
     """uvloop would raise an error, which would be logged as a fault of the service."""
-    written: list[bytes] = []
-    closing = [False, True]
-    transport = SimpleNamespace(is_closing=lambda: closing.pop(0), write=written.append)
-    staged = _StagedTransport(SimpleNamespace(transport=transport, close_in_steps=None))  # type: ignore[arg-type]
-    staged.write(b"first")
-    staged.write(b"second")
+    transport, written = staged("HEAD", closing=[False, True])
+    transport.write(b"first")
+    transport.write(b"second")
     assert written == [b"first"]
+
+
+@pytest.mark.parametrize(
+    ("method", "writes", "expected"),
+    [
+        ("GET", [HEAD, b"12", b"345"], [HEAD + b"12", b"345"]),
+        ("GET", [HEAD, b""], [HEAD]),  # for example status 204
+        ("POST", [CONTINUE, HEAD, b"12345"], [CONTINUE, HEAD + b"12345"]),
+        ("GET", [STREAM, b"5\r\n12345\r\n"], [STREAM, b"5\r\n12345\r\n"]),
+        ("HEAD", [HEAD], [HEAD]),
+        ("GET", [HEAD, BIG], [HEAD, BIG]),
+    ],
+    ids=["pieces", "empty", "continue", "stream", "HEAD", "large"],
+)
+def test_the_head_is_written_with_the_beginning_of_the_body(method, writes, expected):
+    transport, written = staged(method)
+    for data in writes:
+        transport.write(data)
+    assert written == expected
+
+
+def test_a_head_is_sent_even_if_the_application_fails_before_the_body():
+    transport, events = staged()
+    transport.write(HEAD)
+    transport.close()
+    assert events == [HEAD, "close"]
+
+
+async def test_an_answer_is_written_at_once():
+    written = []
+
+    class Recording(Quick):
+        def connection_made(self, transport):
+            class Transport:
+                """The transport of the connection. It records what is written."""
+
+                def __getattr__(self, name):
+                    return getattr(transport, name)
+
+                def write(self, data):
+                    written.append(bytes(data))
+                    transport.write(data)
+
+            super().connection_made(Transport())  # type: ignore[arg-type]
+
+    async with connected(Recording) as (reader, writer):
+        for method in (b"GET", b"HEAD", b"GET"):
+            writer.write(GET.replace(b"GET", method))
+            await reader.readuntil(b"\r\n\r\n")
+            assert method == b"HEAD" or await reader.readexactly(1) == b"0"
+    assert [piece.endswith(b"\r\n\r\n0") for piece in written] == [True, False, True]
 
 
 SLOW_BODY = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"

@@ -5,8 +5,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from model.engines.pace import measure_batches, smallest_good, with_fewer_threads
+from model.engines.pace import measure_batches, smallest_good, split_if_faster, with_fewer_threads
 from model.engines.protocol import FloatArray
+from model.engines.split import SplitEngine
+from tests.fakes import FakeEngine
 
 IMAGE = np.zeros((3, 14, 14), np.float32)
 
@@ -92,3 +94,18 @@ def test_long_passes_keep_all_threads() -> None:
     engine = Timed(lambda batch: 1.0)
     kept = with_fewer_threads(engine, 16, lambda number: pytest.fail("opened"), IMAGE[None], clock=clock)  # type: ignore[arg-type]
     assert kept == (engine, 16)
+
+
+@pytest.mark.parametrize(("single_s", "faster"), [(0.002, True), (0.03, False)])
+def test_batches_are_split_only_if_this_is_faster(single_s: float, faster: bool) -> None:
+    engine, single = FakeEngine(delay_s=0.02), FakeEngine(delay_s=single_s)
+    chosen = split_if_faster(engine, 2, lambda threads: {1: single}[threads], np.repeat(IMAGE[None], 2, axis=0))
+    assert isinstance(chosen, SplitEngine) == faster
+    assert faster or (chosen is engine and single.closed)
+
+
+def test_batches_of_slow_models_are_not_split() -> None:
+    engine = Timed(lambda batch: 0.3 * batch)
+    pixels = np.repeat(IMAGE[None], 2, axis=0)
+    kept = split_if_faster(engine, 2, lambda number: pytest.fail("opened"), pixels, clock=clock)  # type: ignore[arg-type]
+    assert kept is engine

@@ -12,7 +12,7 @@ from model.artifact import Artifact
 from model.engines.protocol import Choice, Features, FloatArray
 from service import first_model
 from service.features import batch_limit, pipeline
-from service.features.batch_limit import measured_limit, unmeasured_limit, with_useful_threads
+from service.features.batch_limit import measured_limit, unmeasured_limit, with_split_batches, with_useful_threads
 from service.settings import Settings
 from tests.fakes import FakeEngine, fake_artifact, running
 
@@ -75,12 +75,32 @@ def test_threads_that_gain_nothing_are_not_used(
         return reopen(4), 4
 
     monkeypatch.setattr(batch_limit, "with_fewer_threads", half)
-    chosen = with_useful_threads(engine, fake_artifact(), lambda threads: FakeEngine(name=f"{threads} threads"))
-    assert chosen.name == "4 threads"
+    chosen, threads = with_useful_threads(engine, fake_artifact(), lambda number: FakeEngine(name=f"{number} threads"))
+    assert (chosen.name, threads) == ("4 threads", 4)
     assert "4 threads are as fast as 8" in caplog.text
     monkeypatch.setattr(batch_limit, "with_fewer_threads", lambda *_: pytest.fail("measured"))
     for kept in (FakeEngine(device="cuda"), FakeEngine(name="torch")):
-        assert with_useful_threads(kept, fake_artifact(), lambda threads: pytest.fail("opened")) is kept
+        assert with_useful_threads(kept, fake_artifact(), lambda threads: pytest.fail("opened")) == (kept, 8)
+
+
+@pytest.mark.parametrize(("faster", "name"), [(True, "split"), (False, "onnxruntime")])
+def test_batches_are_split_if_this_is_faster(monkeypatch: pytest.MonkeyPatch, faster: bool, name: str) -> None:
+    engine = FakeEngine(name="onnxruntime")
+
+    def measured(given: FakeEngine, threads: int, reopen: Callable[[int], FakeEngine], pixels: FloatArray) -> object:
+        assert (given, threads, pixels.shape) == (engine, 4, (4, 3, 28, 28))
+        return reopen(1) if faster else given
+
+    monkeypatch.setattr(batch_limit, "split_if_faster", measured)
+    assert with_split_batches(engine, fake_artifact(), 4, lambda threads: FakeEngine(name="split")).name == name
+
+
+def test_batches_are_not_split_where_this_cannot_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_limit, "split_if_faster", lambda *_: pytest.fail("measured"))
+    many = 1 + 2048 // PATCHES  # no batch has so many images
+    for kept, threads in (("onnxruntime", 1), ("onnxruntime", many), ("openvino", 2), ("onnxruntime-cuda", 2)):
+        engine = FakeEngine(name=kept)
+        assert with_split_batches(engine, fake_artifact(), threads, lambda number: pytest.fail("opened")) is engine
 
 
 @pytest.mark.parametrize("threads", [None, 3])
@@ -95,7 +115,7 @@ def test_a_setting_for_the_threads_replaces_the_measurement(
 
     monkeypatch.setattr(first_model, "load_artifact", lambda path, derived_dir: fake_artifact())
     monkeypatch.setattr(first_model, "choose_engine", choose)
-    monkeypatch.setattr(first_model, "with_useful_threads", lambda engine, artifact, reopen: reopen(1))
+    monkeypatch.setattr(first_model, "with_useful_threads", lambda engine, artifact, reopen: (reopen(1), 1))
     first_model.open_model(Settings(data_dir=tmp_path, threads=threads), tmp_path, "auto")
     assert asked == ([("auto", 3)] if threads else [("auto", None), ("fake:bf16", 1)])
 

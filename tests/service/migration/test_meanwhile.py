@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from model.files import lock_file
 from service import live_models
 from service.errors import Conflict, InsufficientStorage, Unavailable
 from service.generations import Generation, Generations
 from service.live_models import Opened
+from service.migration import lock
 from service.migration.giving_up import abandon_all
 from service.migration.rollback import roll_back
 from service.search.partners import migrations_of
@@ -214,3 +216,18 @@ async def test_a_record_that_cannot_be_written_is_logged_once_a_minute(
         monkeypatch.undo()
     told = [record.message for record in caplog.records if record.name == "service.live_models"]
     assert told == ["the record of models: the disk is full"]
+
+
+async def test_a_migration_waits_while_the_service_ends_a_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "WAIT_S", 0.3)
+    async with life(tmp_path) as one:
+        await make_collection(one, count=1)
+        held = lock_file(tmp_path / "migration.lock")
+        assert held is not None
+        with pytest.raises(Conflict, match="a migration is running: wait for its end, or cancel it"):
+            await one.migrate("b")
+        monkeypatch.setattr(lock, "WAIT_S", 30.0)
+        asyncio.get_running_loop().call_later(0.2, held.close)
+        assert (await one.migrate("b")).switched == ["c"]
