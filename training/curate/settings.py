@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from model.messages import in_words
-from model.pooling import DEFAULT_POOLING, POOLING_DESCRIPTION, Pooling
+from model.pooling import POOLING_DESCRIPTION, Pooling
 from training.curate.copies.verify import DEFAULT_THRESHOLD
 from training.curate.quality import DEFAULT_LIMITS
 
@@ -45,7 +45,7 @@ class ScanSection(Section):
     """What the scan finds out about every image."""
 
     model: Address | None = Field(None, description="folder of an artifact; unset: the bundled model")
-    pooling: Pooling = Field(DEFAULT_POOLING, description=f"features that form the embedding: {POOLING_DESCRIPTION}")
+    pooling: Pooling = Field("cls+mean", description=f"features that form the embedding: {POOLING_DESCRIPTION}")
     min_side: int = Field(
         32, ge=1, le=4096, description="images whose shorter side has fewer pixels are listed as problems"
     )
@@ -124,7 +124,7 @@ class LeaksSection(Section):
         16, ge=1, le=1024, description="largest number of evaluation images with which each image is compared"
     )
     hash_bits: int = Field(
-        6, ge=0, le=16, description="bits in which the perceptual hashes of images that are compared may differ"
+        10, ge=0, le=16, description="bits in which the perceptual hashes of images that are compared may differ"
     )
 
 
