@@ -51,6 +51,7 @@ REQUIRED: dict[str, Any] = {
 
 
 REQUIRED_OF = {
+    "CurateParams": {"data": ["shop"]},
     "EvaluateParams": {"model": "auto", "task": "knn", "data": "shop"},
     "ExportParams": {"source": "x"},
     "JobIn": {"kind": "export"},

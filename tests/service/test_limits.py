@@ -190,18 +190,22 @@ async def test_a_refusal_is_counted_and_logged_under_its_route(tmp_path, clock, 
 
 
 async def test_requests_leave_nothing_to_the_garbage_collector():
-    """A reference cycle for each request would make the collector run eight times as often as without limits."""
+    """A reference cycle for each request would make the collector run eight times as often as without limits. Threads of
+    other tests may leave garbage, too, but not in each of several attempts."""
     limits = Limits(Limit(RATE, 10**9, REQUEST), Metrics())
-    gc.collect()
+    garbage = []
     gc.disable()
     try:
-        for _ in range(100):
-            admission = await limits.admit(Principal("a"), "")
-            admission.headers()
-            limits.settle(admission)
-        assert gc.collect() < 100
+        for _ in range(5):
+            gc.collect()
+            for _ in range(100):
+                admission = await limits.admit(Principal("a"), "")
+                admission.headers()
+                limits.settle(admission)
+            garbage.append(gc.collect())
     finally:
         gc.enable()
+    assert min(garbage) < 100
 
 
 async def test_the_openai_client_takes_a_refusal_as_a_rate_limit(tmp_path, clock):
