@@ -190,8 +190,8 @@ async def test_a_refusal_is_counted_and_logged_under_its_route(tmp_path, clock, 
 
 
 async def test_requests_leave_nothing_to_the_garbage_collector():
-    """A reference cycle for each request would make the collector run eight times as often as without limits. Threads of
-    other tests may leave garbage, too, but not in each of several attempts."""
+    """A reference cycle for each request would make the collector run eight times as often as without limits. Threads
+    of other tests may leave garbage, too, but not in each of several attempts."""
     limits = Limits(Limit(RATE, 10**9, REQUEST), Metrics())
     garbage = []
     gc.disable()
