@@ -6,20 +6,15 @@ data. BLAS computes each block with one thread, several blocks run at once, and 
 the blocks. The result has the same bytes for any number of threads on machines with the same CPU and libraries.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from typing import TypeVar
 
 import numpy as np  # noqa: F401  # loads its BLAS library, which `_libraries` then finds
 from threadpoolctl import ThreadpoolController
 
 from model.cpus import available_cpus
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+from training.ordered import Item, Result, ordered
 
 
 @cache
@@ -48,15 +43,4 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int
     if threads == 1:
         yield from map(work, items)
         return
-    pending: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                pending.append(pool.submit(work, item))
-                if len(pending) == 2 * threads:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+    yield from ordered(work, items, threads, ahead=2 * threads)

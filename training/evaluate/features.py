@@ -10,13 +10,11 @@ Legend: n images, b images in a batch, L blocks, D width, N patches, h x w pixel
 
 import hashlib
 import json
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -32,11 +30,10 @@ from model.preprocess import PreprocessSpec, preprocess
 from model.vit import DinoVisionTransformer
 from training.data.dataset import Photo, Skipped, read_photo
 from training.evaluate.meaning import not_finite
+from training.ordered import Item, Result, ordered
 
 Box = tuple[float, float, float, float]  # x, y, width, height in pixels of the image
 Precision = Literal["fp32", "bf16"]
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -94,18 +91,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
     `workers` threads compute the results ahead of time, up to 4 per thread. Pillow releases the interpreter's lock
     while it decodes and resizes, so reading images overlaps with the forward pass.
     """
-    waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(workers) as pool_of_threads:
-        try:
-            for item in items:
-                waiting.append(pool_of_threads.submit(work, item))
-                if len(waiting) == 4 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    return ordered(work, items, workers, ahead=4 * workers)
 
 
 def _batches(
