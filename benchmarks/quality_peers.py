@@ -1,15 +1,16 @@
 """Compare the quality checks of `dinov2 curate` with CleanVision's: verdicts image by image, and time.
 
     pip install cleanvision
-    python benchmarks/quality_peers.py IMAGES [--edited 300] [--rounds 3] [--seed 0]
+    OPENBLAS_NUM_THREADS=1 python benchmarks/quality_peers.py IMAGES [--edited 300] [--rounds 3] [--seed 0]
 
 The set consists of all images in the folder IMAGES and of edited copies: `--edited` images, drawn with the seed, for
 each kind of edit. Edits have a random strength from weak to extreme, so that many images are close to the limits of the
 checks. The set is written to a temporary folder.
 
-Both programs read the files, decode them and run all nine checks in one process with one thread. They take turns. Our
-time contains what the scan does for the checks: decoding, the measures, the hash of the pixels, the perceptual hash.
-CPU time is compared beside the time on the clock, because it depends less on other work of the machine.
+Both programs read the files, decode them and run all nine checks in one process with one thread. CleanVision runs again
+with its default number of processes. They take turns. Our time contains what the scan does for the checks: decoding,
+the measures, the hash of the pixels, the perceptual hash. CPU time, which includes that of child processes, is compared
+beside the time on the clock, because it depends less on other work of the machine.
 
 An image agrees if all nine verdicts are equal. The result lists up to 20 images that do not.
 """
@@ -17,8 +18,10 @@ An image agrees if all nine verdicts are equal. The result lists up to 20 images
 import argparse
 import contextlib
 import datetime
+import functools
 import io
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -43,6 +46,7 @@ from training.curate.table import Images
 from training.watch.flops import describe_device
 
 RESULTS = Path(__file__).parent / "results"
+PEER, PEER_PROCESSES = "cleanvision in one process", "cleanvision in its default processes"
 Verdicts = dict[str, np.ndarray]  # name of the check -> [n] bool
 
 
@@ -112,11 +116,11 @@ def write_set(images: list[Path], folder: Path, n_edited: int, seed: int) -> lis
     return sorted(path for path in folder.iterdir())
 
 
-def their_verdicts(paths: list[Path]) -> Verdicts:
-    """Run CleanVision on the files in one process."""
+def their_verdicts(paths: list[Path], processes: int | None = 1) -> Verdicts:
+    """Run CleanVision on the files. If `processes` is None, CleanVision chooses the number of processes."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         lab = Imagelab(filepaths=[str(path) for path in paths])
-        lab.find_issues(n_jobs=1, verbose=False)
+        lab.find_issues(n_jobs=processes, verbose=False)
     table = lab.issues.loc[[str(path) for path in paths]]
     return {name: table[f"is_{name}_issue"].to_numpy(bool) for name in quality.ISSUES}
 
@@ -131,9 +135,10 @@ def our_verdicts(paths: list[Path]) -> Verdicts:
         image = upright(stored.rgb, stored.orientation)
         pixels = np.ascontiguousarray(image)
         height, width = pixels.shape[:2]
-        phash = perceptual_hash(np.asarray(image.convert("L")))
+        gray = np.asarray(image.convert("L"))
+        phash = perceptual_hash(gray)
         rows.append((width, height, pixels_digest(pixels), phash, len(data)))
-        for name, value in quality.measure(pixels, stored.mode, image).items():
+        for name, value in quality.measure(pixels, stored.mode, image, gray).items():
             measures[name].append(value)
     digests = np.frombuffer(b"".join(row[2] for row in rows), np.uint8).reshape(-1, 32)
     table = Images(
@@ -151,10 +156,15 @@ def our_verdicts(paths: list[Path]) -> Verdicts:
     return quality.find_issues(table)
 
 
+def cpu_seconds() -> float:
+    """Return the CPU time of this process and of its child processes that have ended."""
+    return sum(os.times()[:4])
+
+
 def timed(check: Callable[[list[Path]], Verdicts], paths: list[Path]) -> tuple[Verdicts, dict[str, float]]:
-    cpu, wall = time.process_time(), time.perf_counter()
+    cpu, wall = cpu_seconds(), time.perf_counter()
     verdicts = check(paths)
-    return verdicts, {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
+    return verdicts, {"cpu_s": cpu_seconds() - cpu, "wall_s": time.perf_counter() - wall}
 
 
 def compare(paths: list[Path], theirs: Verdicts, ours: Verdicts) -> dict[str, Any]:
@@ -190,16 +200,23 @@ def main() -> None:
     images = [Path(listed.path) for listed in walk(options.images) if listed.is_image]
     with tempfile.TemporaryDirectory() as folder:
         paths = write_set(images, Path(folder), options.edited, options.seed)
-        times: dict[str, list[dict[str, float]]] = {"cleanvision": [], "ours": []}
+        programs: dict[str, Callable[[list[Path]], Verdicts]] = {
+            PEER: their_verdicts,
+            "ours": our_verdicts,
+            PEER_PROCESSES: functools.partial(their_verdicts, processes=None),
+        }
+        times: dict[str, list[dict[str, float]]] = {name: [] for name in programs}
+        verdicts: dict[str, Verdicts] = {}
         for _ in range(options.rounds):
-            theirs, spent = timed(their_verdicts, paths)
-            times["cleanvision"].append(spent)
-            ours, spent = timed(our_verdicts, paths)
-            times["ours"].append(spent)
-        result = compare(paths, theirs, ours)
-    for unit in ("cpu_s", "wall_s"):
-        pairs = zip(times["cleanvision"], times["ours"], strict=True)
-        result[f"{unit}_ratio"] = statistics.median(their[unit] / our[unit] for their, our in pairs)
+            for name, check in programs.items():
+                verdicts[name], spent = timed(check, paths)
+                times[name].append(spent)
+        result = compare(paths, verdicts[PEER], verdicts["ours"])
+    for peer in (PEER, PEER_PROCESSES):
+        for unit in ("cpu_s", "wall_s"):
+            pairs = zip(times[peer], times["ours"], strict=True)
+            ratio = statistics.median(their[unit] / our[unit] for their, our in pairs)
+            result[f"{peer}: {unit} ratio"] = ratio
     result |= {"images": len(paths), "times": times, "cleanvision": __version__, "seed": options.seed}
     result |= {"machine": describe_device(torch.device("cpu")), "date": datetime.datetime.now(datetime.UTC).isoformat()}
     text = json.dumps(result, indent=2)

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
+from training.curate.shrink import BICUBIC, shrink
 from training.curate.table import Images, Pixels
 
 MEASURES: Final = (
@@ -40,6 +41,7 @@ ISSUES: Final = (
     "near_duplicates",
 )
 BLUR_SIDE: Final = 64
+REDUCING_GAP: Final = 3  # images of more than 6 times `BLUR_SIDE` are first reduced by averaging, which is faster
 
 _WEIGHTS: Final = (241, 691, 68)  # of the squared channels, in thousandths
 _BIN_BITS: Final = 14  # a bin has 2**14 values of the weighted sum
@@ -71,22 +73,27 @@ class Limits:
 DEFAULT_LIMITS: Final = Limits()
 
 
-def measure(pixels: Pixels, mode: str, image: Image.Image | None = None) -> dict[str, float]:
+def measure(
+    pixels: Pixels, mode: str, image: Image.Image | None = None, gray: Pixels | None = None
+) -> dict[str, float]:
     """Return the measures of one image by name, those in MEASURES.
 
     Args:
         pixels: RGB [H, W, 3] uint8, upright.
         mode: the mode in which Pillow opens the file, such as "RGB" or "L". "L" is 8-bit gray.
         image: the same pixels as an image of mode RGB; None: they are copied into one.
+        gray: the same image, converted to mode L: [H, W] uint8; None: it is converted.
     """
     is_gray = mode == "L"
     if image is None:
         image = Image.fromarray(pixels)
+    if gray is None:
+        gray = np.asarray(image.convert("L"))
     if is_gray:
         image = image.getchannel(0)
     counts = _brightness_counts(pixels)
     dark_end, bright_end = _percentiles(counts, (5, 99))
-    sharpness, tone_spread = _sharpness(image.convert("L"))
+    sharpness, tone_spread = _sharpness(gray)
     return {
         "brightness": float(counts @ _BIN_BRIGHTNESS / counts.sum()),
         "brightness_5": dark_end,
@@ -130,14 +137,19 @@ def _percentiles(counts: npt.NDArray[np.int64], percentiles: tuple[int, ...]) ->
     return values
 
 
-def _sharpness(gray: Image.Image) -> tuple[float, float]:
+def _sharpness(gray: Pixels) -> tuple[float, float]:
     """Return the standard deviations of the shrunk gray image's edges and of the counts in its histogram."""
-    ratio = max(gray.size) / BLUR_SIDE
+    height, width = gray.shape
+    ratio = max(height, width) / BLUR_SIDE
+    image = Image.fromarray(gray)
     if ratio > 1:
-        size = max(int(gray.width // ratio), 1), max(int(gray.height // ratio), 1)
-        gray = gray.resize(size, reducing_gap=3)  # a large image is first reduced by averaging, which is faster
-    edges = np.asarray(gray.filter(ImageFilter.FIND_EDGES))
-    return float(edges.std()), float(np.std(gray.histogram()))
+        size = max(int(width // ratio), 1), max(int(height // ratio), 1)
+        if max(width / size[0], height / size[1]) < 2 * REDUCING_GAP:
+            image = Image.fromarray(shrink(gray, size, BICUBIC))
+        else:
+            image = image.resize(size, reducing_gap=REDUCING_GAP)
+    edges = np.asarray(image.filter(ImageFilter.FIND_EDGES))
+    return float(edges.std()), float(np.std(image.histogram()))
 
 
 def scores(images: Images, limits: Limits = DEFAULT_LIMITS) -> dict[str, npt.NDArray[np.float64]]:

@@ -165,14 +165,15 @@ class Scanner:
             raise ValueError(
                 f"the image is {width} x {height}: its shorter side must have at least {self._settings.min_side} pixels"
             )
+        gray = np.asarray(image.convert("L"))
         return Found(
             sha256=sha256,
             pixels_sha256=pixels_digest(pixels),
-            phash=perceptual_hash(np.asarray(image.convert("L"))),
+            phash=perceptual_hash(gray),
             width=width,
             height=height,
             n_bytes=len(data),
-            measures=measure(pixels, stored.mode, image),
+            measures=measure(pixels, stored.mode, image, gray),
             embedding=self._model()(pixels),
         )
 

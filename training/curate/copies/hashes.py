@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 from scipy.fft import dct
 
+from training.curate.shrink import LANCZOS, shrink
 from training.curate.table import Pixels
 
 Hashes = npt.NDArray[np.uint64]
@@ -30,10 +31,11 @@ def perceptual_hash(pixels: Pixels) -> int:
     """Return the hash of an image. Its most significant bit belongs to the lowest frequency.
 
     Args:
-        pixels: RGB [H, W, 3] uint8, upright.
+        pixels: RGB [H, W, 3] or gray [H, W], uint8, upright.
     """
-    gray = Image.fromarray(pixels).convert("L").resize((SAMPLED_SIDE, SAMPLED_SIDE), Image.Resampling.LANCZOS)
-    columns = dct(np.asarray(gray, np.float64), axis=0)  # not normalised, which does not change the bits
+    gray = pixels if pixels.ndim == 2 else np.asarray(Image.fromarray(pixels).convert("L"))
+    sampled = shrink(gray, (SAMPLED_SIDE, SAMPLED_SIDE), LANCZOS)
+    columns = dct(sampled.astype(np.float64), axis=0)  # not normalised, which does not change the bits
     low = dct(columns, axis=1)[:SIDE, :SIDE]
     return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
 
