@@ -49,6 +49,7 @@ from service.routes import (
     models,
     openapi,
     originals,
+    playground,
     schedules,
     search,
     vision,
@@ -93,6 +94,7 @@ RESOURCES: Final = (
     jobs,
     schedules,
     health,
+    playground,
 )
 """The modules with the routes. The first route that matches a path answers a request."""
 SAVE_LAST_USED_S = 60.0
@@ -142,6 +144,8 @@ def create_app(
         version=_version(),
         description=DESCRIPTION,
         lifespan=partial(_lifespan, start=start),
+        docs_url=None,  # FastAPI's pages load scripts from a CDN; `playground` has a page that works offline
+        redoc_url=None,
         redirect_slashes=False,  # a redirect would repeat the Host header, which the client chooses
     )
     app.state.border = start.border()
@@ -153,6 +157,7 @@ def create_app(
     app.state.siblings = siblings
     app.state.cache_status = "ok"  # the status that /readyz logged last
     app.state.root_path = settings.root_path
+    app.state.web_files = playground.opened_files(settings)
     _add_routes(app)
     app.add_exception_handler(HTTPException, _framework_error)
     return app

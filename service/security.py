@@ -34,10 +34,10 @@ ROUTES: Final[dict[tuple[str, str], Need]] = {
     ("GET", "/livez"): "open",
     ("GET", "/readyz"): "open",
     ("GET", "/metrics"): "metrics",
-    ("GET", "/openapi.json"): "open",  # these four describe the software and show no data
+    ("GET", "/openapi.json"): "open",  # these four contain no data; their scripts send the key that the user enters
     ("GET", "/docs"): "open",
-    ("GET", "/docs/oauth2-redirect"): "open",
-    ("GET", "/redoc"): "open",
+    ("GET", "/"): "open",
+    ("GET", "/assets/{name:path}"): "open",
     ("GET", "/v1/models"): "read",
     ("GET", "/v1/models/{name:path}"): "read",
     ("DELETE", "/v1/models/{name:path}"): "admin",

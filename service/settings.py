@@ -43,7 +43,7 @@ _SECRET: Final = ("redis_url", "jobs_redis_url", "originals_url", "vector_store"
 """Settings whose values may contain a password, so error messages do not show them."""
 _IN_FILES: Final = ("vector_store", "originals_url")
 """Settings that can be in a file instead, which the setting with `_file` at the end of its name names."""
-_OWN_PATHS: Final = frozenset({"v1", "livez", "readyz", "metrics", "docs", "redoc", "openapi.json"})
+_OWN_PATHS: Final = frozenset({"v1", "livez", "readyz", "metrics", "docs", "assets", "openapi.json"})
 """The first parts of the paths of all routes. With one of them as the prefix, it would be ambiguous whether a proxy has
 removed the prefix."""
 
@@ -78,6 +78,7 @@ class Settings(BaseSettings):
         description="path prefix under which a proxy publishes the service, such as /images; links contain it, and "
         "requests may come with or without it",
     )
+    playground: bool = Field(True, description="whether the web page at / is served; see docs/playground.md")
     hosts: str | None = Field(
         None,
         description="names by which clients may call the service, in addition to localhost, IP addresses and names "

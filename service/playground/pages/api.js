@@ -1,0 +1,84 @@
+// Calls the REST API of this service, with the API key of the session.
+
+const KEY = "dinov2-api-key";
+
+export const root = document.documentElement.dataset.root ?? "";
+
+/** The API key. It is kept until the tab is closed, and never stored on disk by this page. */
+export const apiKey = {
+  get: () => sessionStorage.getItem(KEY) ?? "",
+  set: (key) => (key ? sessionStorage.setItem(KEY, key) : sessionStorage.removeItem(KEY)),
+};
+
+/** An answer with an error. `problem` is the RFC 9457 document, or what could be read of it. */
+export class ApiError extends Error {
+  constructor(status, problem) {
+    super(problem.detail ?? `HTTP ${status}`);
+    this.name = "ApiError";
+    this.status = status;
+    this.problem = problem;
+  }
+}
+
+/** Send a request. A call has:
+ *   method, path ("/v1/models"), query {name: value}
+ *   and one of: json (an object), form ([[name, value or File], ...]), image (a Blob, sent as the raw body)
+ *   signal (to abort), accept
+ *   shown: false for requests that a view makes for itself, which are not shown as code
+ * Return the response. Raise ApiError for a status of 400 and above. */
+export async function request(call) {
+  if (call.shown !== false) window.dispatchEvent(new CustomEvent("api-request", { detail: call }));
+  const headers = { Accept: call.accept ?? "application/json, */*" };
+  let body;
+  if (call.json !== undefined) {
+    headers["Content-Type"] = "application/json";
+    body = JSON.stringify(call.json);
+  } else if (call.form) {
+    body = new FormData();
+    for (const [name, value] of call.form) body.append(name, value);
+  } else if (call.image) {
+    headers["Content-Type"] = call.image.type || "application/octet-stream";
+    body = call.image;
+  }
+  if (apiKey.get()) headers.Authorization = `Bearer ${apiKey.get()}`;
+  let response;
+  try {
+    response = await fetch(address(call), { method: call.method ?? "GET", headers, body, signal: call.signal });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError(0, { title: "No connection", detail: `the service does not answer: ${error.message}` });
+  }
+  if (!response.ok) throw new ApiError(response.status, await problemOf(response));
+  return response;
+}
+
+/** Send a request and return the JSON document of the answer, or null if it is empty. */
+export async function json(call) {
+  const text = await (await request(call)).text();
+  return text ? JSON.parse(text) : null;
+}
+
+/** The path and the query of a call, with the prefix under which the service is published. */
+export function address(call) {
+  const query = new URLSearchParams();
+  for (const [name, value] of Object.entries(call.query ?? {})) {
+    if (value !== undefined && value !== null && value !== "") query.append(name, value);
+  }
+  const text = query.toString();
+  return root + call.path + (text ? `?${text}` : "");
+}
+
+/** A path below a collection: `collectionPath("shop", "items", "a/b")`. Slashes in an id are encoded. */
+export function collectionPath(name, ...parts) {
+  return ["/v1/collections", name, ...parts].map((part, i) => (i ? encodeURIComponent(part) : part)).join("/");
+}
+
+async function problemOf(response) {
+  const text = await response.text();
+  try {
+    const body = JSON.parse(text);
+    return body.error ? { title: body.error.type, detail: body.error.message } : body;
+  } catch {
+    return { title: `HTTP ${response.status}`, detail: text.slice(0, 500) || response.statusText };
+  }
+}

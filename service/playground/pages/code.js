@@ -1,0 +1,86 @@
+// Writes a call of api.js as a curl command and as Python.
+
+import { address, apiKey } from "./api.js";
+
+const shell = (text) => `'${String(text).replaceAll("'", `'\\''`)}'`;
+const nameOf = (blob) => blob.name || "image.jpg";
+
+/** A copy of a value in which data URLs and long texts are replaced by a name that stands for them. */
+function shortened(value) {
+  if (typeof value === "string") return value.length > 400 ? `${value.slice(0, 40)}...` : value;
+  if (Array.isArray(value)) return value.length > 50 ? [...value.slice(0, 50).map(shortened), "..."] : value.map(shortened);
+  if (value && typeof value === "object") {
+    return Object.fromEntries(Object.entries(value).map(([name, inner]) => [name, shortened(inner)]));
+  }
+  return value;
+}
+
+/** The curl command of a call. The API key is not part of it. */
+export function curl(call) {
+  const url = location.origin + address(call);
+  const words = ["curl -s"];
+  if (call.method && call.method !== "GET" && !(call.method === "POST" && (call.json || call.form || call.image))) {
+    words.push(`-X ${call.method}`);
+  }
+  if (apiKey.get()) words.push('-H "Authorization: Bearer $DINOV2_API_KEY"');
+  if (call.json !== undefined) {
+    words.push("-H 'Content-Type: application/json'", `-d ${shell(JSON.stringify(shortened(call.json)))}`);
+  } else if (call.form) {
+    for (const [name, value] of call.form) {
+      words.push(`-F ${shell(value instanceof Blob ? `${name}=@${nameOf(value)}` : `${name}=${value}`)}`);
+    }
+  } else if (call.image) {
+    words.push(`-H ${shell(`Content-Type: ${call.image.type || "application/octet-stream"}`)}`);
+    words.push(`--data-binary ${shell(`@${nameOf(call.image)}`)}`);
+  }
+  words.push(shell(url));
+  return words.join(" ");
+}
+
+/** The Python lines of a call, with httpx. */
+export function python(call) {
+  const lines = ["import httpx", ""];
+  const options = [];
+  const headers = [];
+  if (apiKey.get()) {
+    lines.splice(0, 1, "import os", "", "import httpx");
+    headers.push(`"Authorization": f"Bearer {os.environ['DINOV2_API_KEY']}"`);
+  }
+  if (call.json !== undefined) options.push(`json=${literal(shortened(call.json))}`);
+  else if (call.form) {
+    const files = call.form.filter(([, value]) => value instanceof Blob);
+    const data = call.form.filter(([, value]) => !(value instanceof Blob));
+    if (files.length) {
+      const pairs = files.map(([name, blob]) => `(${literal(name)}, open(${literal(nameOf(blob))}, "rb"))`);
+      options.push(`files=[${pairs.join(", ")}]`);
+    }
+    if (data.length) options.push(`data=${literal(Object.fromEntries(data))}`);
+  } else if (call.image) {
+    options.push(`content=open(${literal(nameOf(call.image))}, "rb").read()`);
+    headers.push(`"Content-Type": ${literal(call.image.type || "application/octet-stream")}`);
+  }
+  if (headers.length) options.push(`headers={${headers.join(", ")}}`);
+  const method = (call.method ?? "GET").toLowerCase();
+  const url = literal(location.origin + address(call));
+  const asJson = call.accept ? ".content" : ".json()";
+  const called =
+    method === "delete" && call.json !== undefined
+      ? `httpx.request("DELETE", ${[url, ...options].join(", ")})`
+      : `httpx.${method}(${[url, ...options, "timeout=60"].join(", ")})`;
+  lines.push(`answer = ${called}`, `print(answer.raise_for_status()${asJson})`);
+  return lines.join("\n");
+}
+
+/** A value as Python writes it. */
+function literal(value) {
+  if (value === null) return "None";
+  if (value === true) return "True";
+  if (value === false) return "False";
+  if (Array.isArray(value)) return `[${value.map(literal).join(", ")}]`;
+  if (typeof value === "object") {
+    return `{${Object.entries(value)
+      .map(([name, inner]) => `${literal(name)}: ${literal(inner)}`)
+      .join(", ")}}`;
+  }
+  return JSON.stringify(value);
+}

@@ -1,0 +1,7 @@
+// TODO
+
+import { el } from "../dom.js";
+
+export function mount(place) {
+  place.append(el("h2", {}, "Collections"));
+}

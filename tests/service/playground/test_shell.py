@@ -1,0 +1,52 @@
+"""Tests of the frame of the playground: files, headers, the views, the API key, the theme and the code panel."""
+
+from typing import Any
+
+import httpx
+
+from tests.fakes import running
+
+VIEWS = ["search", "image", "match", "map", "collections", "models", "jobs"]
+
+
+async def test_every_view_opens(page: Any) -> None:
+    await page.goto("/")
+    for view in VIEWS:
+        await page.click(f"#views a[href='#{view}']")
+        await page.wait_for_selector(f"#view-{view} h2")
+        assert await page.get_attribute(f"#views a[href='#{view}']", "aria-current") == "page"
+
+
+async def test_the_frame_names_the_live_model(page: Any, api: httpx.Client) -> None:
+    await page.goto("/")
+    await page.wait_for_function("document.getElementById('model').textContent !== ''")
+    assert await page.text_content("#model") == api.get("/v1/models").json()["data"][0]["id"]
+
+
+async def test_pages_have_a_strict_policy_and_are_sent_once(tmp_path) -> None:
+    async with running(tmp_path) as run:
+        for path in ("/", "/docs", "/docs/", "/assets/app.js"):
+            answer = await run.client.get(path)
+            assert answer.status_code == 200, path
+            assert answer.headers["X-Content-Type-Options"] == "nosniff"
+            policy = answer.headers["Content-Security-Policy"]
+            assert "script-src 'self';" in policy
+            assert "unsafe" not in policy
+            again = await run.client.get(path, headers={"If-None-Match": answer.headers["ETag"]})
+            assert (again.status_code, again.content) == (304, b"")
+        assert (await run.client.get("/assets/../settings.py")).status_code == 404
+        assert (await run.client.get("/assets/%2e%2e/files.py")).status_code == 404
+
+
+async def test_the_setting_turns_the_playground_off_but_not_the_documentation(tmp_path) -> None:
+    async with running(tmp_path, playground=False) as run:
+        assert (await run.client.get("/")).status_code == 404
+        assert (await run.client.get("/docs")).status_code == 200
+
+
+async def test_links_have_the_prefix(tmp_path) -> None:
+    async with running(tmp_path, root_path="/images") as run:
+        for path in ("/images/", "/"):
+            text = (await run.client.get(path)).text
+            assert 'src="/images/assets/app.js"' in text
+            assert 'data-root="/images"' in text
