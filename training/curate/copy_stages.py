@@ -18,7 +18,7 @@ from training.curate.leaks import find_leaks
 from training.curate.listing import digest_of
 from training.curate.neighbours import Pairs, neighbours_above
 from training.curate.pair_cache import VERSION as COMPARISON
-from training.curate.pair_cache import PairStore, StoredComparison
+from training.curate.pair_cache import NumberStore, PairStore, StoredComparison, StoredGrades
 from training.curate.stages import POOL, Result, Stage, Task
 
 EVALUATION: Final = "evaluation"
@@ -26,16 +26,18 @@ COUNTS: Final = "leak-counts.json"
 """The file with what the comparison found for each evaluation image, from which the certificate is made."""
 CALIBRATION: Final = "1"
 """Changes whenever the same images give another threshold."""
+DETAIL: Final = "1"
+"""Changes whenever the same image gets another grade of detail."""
 
 
 def _copies(task: Task) -> Result:
     section = task.settings.copies
     threshold, calibrated = _threshold(task)
-    compare = StoredComparison(
-        PairStore(task.folder.parent / "cache"), task.workers, task.track, (task.scanned[POOL], task.indices)
-    )
+    cache, pool = task.folder.parent / "cache", task.scanned[POOL]
+    compare = StoredComparison(PairStore(cache), task.workers, task.track, (pool, task.indices))
+    grade = StoredGrades(NumberStore(cache, f"detail-{DETAIL}"), task.workers.number, pool, task.indices)
     settings = CopySettings(threshold, section.hash_radius, section.neighbours)
-    drops = find_copies(task.images, task.pixels, settings, compare=compare, neighbours=neighbours_above)
+    drops = find_copies(task.images, task.pixels, settings, compare=compare, grade=grade, neighbours=neighbours_above)
     return Result(drops, {"threshold": threshold, **calibrated})
 
 

@@ -155,6 +155,39 @@ def test_restored_images_are_in_the_dataset_of_the_next_run(tmp_path: Path, sour
     assert done_stages(tmp_path / "out")[3:] == ["write"]
 
 
+@pytest.mark.parametrize("form", ["shards", "list"])
+def test_what_is_missing_of_a_written_dataset_is_made_again(tmp_path: Path, source: Path, form: str) -> None:
+    out, settings = tmp_path / "out", (f"write.form={form}", "write.shard_images=3")
+    run(source, out, *settings)
+    whole = files(out)
+    assert {"manifest.jsonl", "report.html", "croissant.json", "curation.json"} < set(whole)
+    for name in whole:
+        for damage in (Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-9])):
+            damage(out / name)
+            before = done_stages(out)
+            run(source, out, *settings)
+            assert files(out) == whole, name
+            assert set(done_stages(out)[len(before) :]) <= {"write"}
+    assert all("done before" in line or line.startswith("dataset") for line in run(source, out, *settings))
+
+
+def test_intact_shards_are_not_written_again(tmp_path: Path, source: Path) -> None:
+    run(source, tmp_path / "out", "write.shard_images=3")
+    shards = {path: path.stat().st_ino for path in (tmp_path / "out").glob("*.tar")}
+    assert len(shards) > 2
+    (tmp_path / "out" / "manifest.jsonl").unlink()
+    run(source, tmp_path / "out", "write.shard_images=3")
+    assert {path: path.stat().st_ino for path in shards} == shards
+
+
+def test_a_line_of_the_log_that_was_cut_off_is_removed(tmp_path: Path, source: Path) -> None:
+    run(source, tmp_path / "out", "stages=['quality']")
+    with (tmp_path / "out" / WORK / LOG).open("a") as log:
+        log.write('{"stage": "wri')
+    run(source, tmp_path / "out")
+    assert done_stages(tmp_path / "out") == ["scan images", "quality", "write"]
+
+
 def test_named_stages_are_the_only_ones(tmp_path: Path, source: Path) -> None:
     run(source, tmp_path / "out", "stages=['quality']")
     assert done_stages(tmp_path / "out") == ["scan images", "quality"]
