@@ -93,6 +93,16 @@ def test_every_image_is_accounted_for_and_the_dataset_can_be_opened(tmp_path: Pa
     assert done_stages(tmp_path / "out") == ["scan images", "quality", "write"]
 
 
+def test_an_image_of_another_size_is_kept_by_default(tmp_path: Path, source: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(source / "a" / "wide.png")
+    drop = list(load_settings(None).quality.drop)
+    run(source, tmp_path / "out", f"quality.drop={[*drop, 'odd_size']}")
+    assert {entry.key: entry for entry in read_manifest(tmp_path / "out")}["1/a/wide.png"].reason == "odd size"
+    run(source, tmp_path / "out", f"quality.drop={drop}")
+    assert {entry.key: entry for entry in read_manifest(tmp_path / "out")}["1/a/wide.png"].stage is None
+
+
 def test_a_second_run_does_nothing_and_other_settings_do_only_what_depends_on_them(tmp_path: Path, source) -> None:
     run(source, tmp_path / "out")
     before = files(tmp_path / "out")
