@@ -47,7 +47,9 @@ from training.curate.leaks import find_leaks
 from training.curate.neighbours import Pairs
 from training.curate.quality import find_issues, measure
 from training.curate.scan import pixels_digest
+from training.curate.settings import LeaksSection
 from training.curate.table import Images
+from training.curate.views import Views, crops, mixture_hashes
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("exact", "repeated", *COPIES)
@@ -163,11 +165,14 @@ def our_copies(planted: PlantedSet, scan: Scan, settings: CopySettings) -> tuple
     return timed(work), compare.pairs
 
 
-def our_leaks(planted: PlantedSet, scan: Scan, evaluation: Scan, settings: CopySettings) -> tuple[Result, list[Pair]]:
+def our_leaks(
+    planted: PlantedSet, scan: Scan, evaluation: Scan, embed: Embedder, settings: CopySettings
+) -> tuple[Result, list[Pair]]:
     """Return the pairs of an image and an evaluation image that were verified as copies, and the dropped images.
 
-    The pairs do not contain identical images, which need no verification.
+    The candidates are those of `dinov2 curate`. The pairs do not contain identical images, which need no verification.
     """
+    defaults = LeaksSection.model_validate({})
     compare = PairComparison(
         lambda index: planted.read(scan.names[index]), lambda index: planted.read(evaluation.names[index])
     )
@@ -181,8 +186,21 @@ def our_leaks(planted: PlantedSet, scan: Scan, evaluation: Scan, settings: CopyS
         return copies
 
     def work() -> set[Pair]:
-        near = {"threshold": -1.0, "k": settings.neighbours, "hash_bits": settings.hash_radius}
-        found = find_leaks(scan.images, evaluation.images, verify, **near)  # type: ignore[arg-type]
+        pixels = [planted.read(name) for name in evaluation.names]
+        embedding = np.stack([np.stack([embed(crop) for crop in crops(image)]) for image in pixels])
+        whole = Views.only_whole(evaluation.images)
+        found = find_leaks(
+            scan.images,
+            evaluation.images,
+            Views(
+                np.concatenate((whole.embedding, embedding), axis=1),
+                np.concatenate((whole.phash, np.stack([mixture_hashes(image) for image in pixels])), axis=1),
+            ),
+            verify,
+            threshold=defaults.similarity,
+            k=defaults.candidates,
+            hash_bits=defaults.hash_bits,
+        )
         dropped.extend((scan.names[drop.index], drop.reason) for drop in found.drops)
         return pairs
 
@@ -313,10 +331,10 @@ def report(folder: Path, model: Path, pooling: Pooling, settings: CopySettings) 
     planted = PlantedSet(folder)
     with tempfile.TemporaryDirectory() as cache:
         embed = Embedder(model, pooling, Path(cache))
-        start = time.process_time()
-        scan = Scan(planted, "images", embed)
-        scan_s = time.process_time() - start
-        evaluation = Scan(planted, "evaluation", embed) if planted.names("evaluation") else None
+    start = time.process_time()
+    scan = Scan(planted, "images", embed)
+    scan_s = time.process_time() - start
+    evaluation = Scan(planted, "evaluation", embed) if planted.names("evaluation") else None
     truncated = [name for name in planted.names("images") if planted.kind(name) == "truncated"]
     copies, compared = our_copies(planted, scan, settings)
     flags = find_issues(scan.images)
@@ -331,7 +349,7 @@ def report(folder: Path, model: Path, pooling: Pooling, settings: CopySettings) 
         "faults": {"ours": fault_scores(planted, issues, scan.names)},
     }
     if evaluation is not None:
-        figures["leaks"] = leak_scores(planted, *our_leaks(planted, scan, evaluation, settings), scan.names)
+        figures["leaks"] = leak_scores(planted, *our_leaks(planted, scan, evaluation, embed, settings), scan.names)
     for name, result in imagededup_copies(planted, scan.names).items():
         figures["copies"][name] = copy_scores(planted, result, scan.names)
     if (peer := cleanvision_issues(planted, scan.names)) is not None:

@@ -4,11 +4,13 @@ Both decide with the same comparison of pairs of images and the same threshold, 
 """
 
 import json
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from model.artifact import bundled_artifact
 from model.files import write_text
 from training.curate.copies import find
 from training.curate.copies.calibrate import calibrate
@@ -20,6 +22,7 @@ from training.curate.neighbours import Pairs, neighbours_above
 from training.curate.pair_cache import VERSION as COMPARISON
 from training.curate.pair_cache import NumberStore, PairStore, StoredComparison, StoredGrades
 from training.curate.stages import POOL, Result, Stage, Task
+from training.curate.views import stored_views
 
 EVALUATION: Final = "evaluation"
 COUNTS: Final = "leak-counts.json"
@@ -80,9 +83,13 @@ def _leaks(task: Task) -> Result:
     def verify(pairs: Pairs) -> npt.NDArray[np.bool_]:
         return compare(pairs.query, pairs.vector) >= threshold
 
+    scan = task.settings.scan
+    artifact = bundled_artifact() if scan.model is None else Path(scan.model)
+    cache = task.folder.parent / "cache"
     found = find_leaks(
         task.images,
         evaluation.images,
+        stored_views(evaluation, artifact, scan.pooling, cache, task.workers, task.track),
         verify,
         threshold=section.similarity,
         k=section.candidates,
@@ -94,4 +101,4 @@ def _leaks(task: Task) -> Result:
 
 
 COPIES: Final = Stage(find.STAGE, "1", _copies)
-LEAKS: Final = Stage(LEAKS_NAME, "1", _leaks, roles={EVALUATION: "leaks.evaluation"}, sections=(find.STAGE, LEAKS_NAME))
+LEAKS: Final = Stage(LEAKS_NAME, "2", _leaks, roles={EVALUATION: "leaks.evaluation"}, sections=(find.STAGE, LEAKS_NAME))

@@ -98,6 +98,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     fill(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.curate.scan.Embedder", FakeEmbedder)
+        patch.setattr("training.curate.views.Embedder", FakeEmbedder)
         patch.setattr("training.curate.scan.PART_IMAGES", 16)
         run(folder, folder / "whole")
         yield folder
