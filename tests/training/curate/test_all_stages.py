@@ -1,10 +1,10 @@
 """Curations with all stages: what each stage drops, and that a kill in the middle of any stage changes no byte."""
 
 import json
-import os
 import shutil
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import cli
+from tests.training.curate.killed import exit_code_of
 from tests.training.curate.small_images import FakeEmbedder, picture
-from tests.training.curate.test_run import done_stages, files, in_child, killing
+from tests.training.curate.test_run import done_stages, files
 from training.curate.manifest import Entry, read_manifest
 from training.curate.progress import in_lines
 from training.curate.run import LOG, WORK, Curation, Tools, curate
@@ -24,6 +25,7 @@ from training.curate.write_stage import CERTIFICATE
 
 SIZE = (120, 100)
 N = 30
+REPLACED = {"training.curate.scan.Embedder": FakeEmbedder, "training.curate.scan.PART_IMAGES": 16}
 
 
 def save(image: Image.Image, path: Path) -> None:
@@ -84,8 +86,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("all")
     fill(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.curate.scan.Embedder", FakeEmbedder)
-        patch.setattr("training.curate.scan.PART_IMAGES", 16)
+        for name, value in REPLACED.items():
+            patch.setattr(name, value)
         run(folder, folder / "whole")
         yield folder
 
@@ -142,28 +144,16 @@ POINTS = {
 }
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("stage", POINTS)
-def test_a_kill_in_the_middle_of_a_stage_changes_no_byte(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
-) -> None:
+def test_a_kill_in_the_middle_of_a_stage_changes_no_byte(whole: Path, tmp_path: Path, stage: str) -> None:
     out = tmp_path / "out"
     if stage != "scan":
         shutil.copytree(whole / "whole" / WORK / "scan", out / WORK / "scan")
     where, call = POINTS[stage]
-    with monkeypatch.context() as patch:
-        patch.setattr(where, killing(_resolved(where), call))
-        assert in_child(lambda: run(whole, out)) == -signal.SIGKILL
+    assert exit_code_of(partial(run, whole, out), [where], call, REPLACED) == -signal.SIGKILL
     before = done_stages(out) if (out / WORK / LOG).exists() else []
     run(whole, out)
     assert files(out) == files(whole / "whole")
     after = done_stages(out)
     assert after[: len(before)] == before
     assert len(after) == len(set(after))
-
-
-def _resolved(where: str) -> object:
-    from _pytest.monkeypatch import derive_importpath
-
-    name, target = derive_importpath(where, raising=True)
-    return getattr(target, name)
