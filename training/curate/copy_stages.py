@@ -32,7 +32,11 @@ def _copies(task: Task) -> Result:
     section = task.settings.copies
     threshold, calibrated = _threshold(task)
     compare = StoredComparison(
-        PairStore(task.folder.parent / "cache"), task.workers, task.track, (task.scanned[POOL], task.indices)
+        PairStore(task.folder.parent / "cache"),
+        task.workers,
+        task.track,
+        "comparing pairs for copies",
+        (task.scanned[POOL], task.indices),
     )
     settings = CopySettings(threshold, section.hash_radius, section.neighbours)
     drops = find_copies(task.images, task.pixels, settings, compare=compare, neighbours=neighbours_above)
@@ -71,6 +75,7 @@ def _leaks(task: Task) -> Result:
         PairStore(task.folder.parent / "cache"),
         task.workers,
         task.track,
+        "comparing pairs for leaks",
         (task.scanned[POOL], task.indices),
         (evaluation, np.arange(len(evaluation.images))),
     )

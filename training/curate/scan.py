@@ -287,9 +287,9 @@ def scan(settings: ScanSettings, run_all: RunAll, track: Track, what: str) -> Sc
     if is_new:
         names = [_part_name(signature, listing, rows) for rows in _part_rows(listing)]
         files = [settings.folder / PARTS / f"{name}.parquet" for name in names]
-        n_read = _scan_parts(
-            settings, run_all, track(what, len(listing)), _missing(settings, listing, signature, files)
-        )
+        missing = _missing(settings, listing, signature, files)
+        n_images = sum(len(part.items) for part in missing)
+        n_read = _scan_parts(settings, run_all, track(what, n_images), missing)
         write_table(table, files, listing, {"signature": signature})
         _clear(settings.folder, table, set(names))
     images = read_images(table)
