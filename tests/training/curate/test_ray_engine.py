@@ -62,8 +62,6 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["RAY_worker_register_timeout_seconds"] = "300"  # noqa: SIM112 - on a busy machine, processes start slowly
-    os.environ["RAY_raylet_start_wait_time_s"] = "300"  # noqa: SIM112
     started = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100 * 2**20})
     ray.init(address=started.address, log_to_driver=False)
     yield started
