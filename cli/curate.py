@@ -5,8 +5,7 @@ Heavy packages are imported only when a command runs.
 
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import chdir, contextmanager
+from contextlib import chdir
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,7 +14,7 @@ import typer
 from cli.shared import check_output, fail, need_torch, tell_next
 
 if TYPE_CHECKING:
-    from training.curate.progress import Advance, Track
+    from training.curate.progress import Track
     from training.curate.run import Curation
 
 WorkersOption = Annotated[
@@ -101,22 +100,14 @@ def _run(curation: "Curation", workers: int | None, engine: Literal["local", "ra
 
 
 def _track() -> "Track":
-    """Return a function that shows the progress: as bars on a terminal, otherwise in lines."""
-    from training.curate.progress import in_lines
+    """Return a function that shows the progress: as a bar on a terminal, otherwise in lines."""
+    from training.curate.progress import in_bars, in_lines
 
     if not sys.stderr.isatty():
         return in_lines(typer.echo)
     from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    @contextmanager
-    def bars(what: str, total: int) -> "Iterator[Advance]":
-        columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            bar = progress.add_task(what, total=total)
-            yield lambda count: progress.advance(bar, count)
-
-    return bars
+    return in_bars(Console(stderr=True))
 
 
 @app.command("restore")

@@ -37,7 +37,9 @@ def _copies(task: Task) -> Result:
     section = task.settings.copies
     threshold, calibrated = _threshold(task)
     cache, pool = task.folder.parent / "cache", task.scanned[POOL]
-    compare = StoredComparison(PairStore(cache), task.workers, task.track, (pool, task.indices))
+    compare = StoredComparison(
+        PairStore(cache), task.workers, task.track, "comparing pairs for copies", (pool, task.indices)
+    )
     grade = StoredGrades(NumberStore(cache, f"detail-{DETAIL}"), task.workers.number, pool, task.indices)
     settings = CopySettings(threshold, section.hash_radius, section.neighbours)
     drops = find_copies(task.images, task.pixels, settings, compare=compare, grade=grade, neighbours=neighbours_above)
@@ -76,6 +78,7 @@ def _leaks(task: Task) -> Result:
         PairStore(task.folder.parent / "cache"),
         task.workers,
         task.track,
+        "comparing pairs for leaks",
         (task.scanned[POOL], task.indices),
         (evaluation, np.arange(len(evaluation.images))),
     )

@@ -147,7 +147,7 @@ class StoredComparison:
     """Compares pairs of images of one scan, or of an image of one scan and one of another, and stores the results.
 
     It is a `training.curate.copies.verify.Compare`. `first_rows` [n] and `second_rows` [m] are the rows in the scans of
-    the images that the pairs number.
+    the images that the pairs number. `what` names the comparison where the progress is shown.
     """
 
     def __init__(
@@ -155,10 +155,11 @@ class StoredComparison:
         store: PairStore,
         workers: Workers,
         track: Track,
+        what: str,
         first: tuple[Scanned, Indices],
         second: tuple[Scanned, Indices] | None = None,
     ) -> None:
-        self._store, self._workers, self._track = store, workers, track
+        self._store, self._workers, self._track, self._what = store, workers, track, what
         self._first, self._second = first, second
         self._make = partial(PairWorker, first[0].reader, None if second is None else second[0].reader)
         self._own: PairWorker | None = None
@@ -191,7 +192,7 @@ class StoredComparison:
         are_few = len(order) <= FEW
         chunks = list(self._chunks(ones, others, SMALL_CHUNK if are_few else CHUNK))
         with (
-            self._track("comparing pairs of images", len(order)) as advance,
+            self._track(self._what, len(order)) as advance,
             one_blas_thread() if are_few else nullcontext(),
         ):
             if are_few:

@@ -294,7 +294,7 @@ def scan(settings: ScanSettings, run_all: RunAll, track: Track, what: str) -> Sc
         n_read = sum(item.known is None for part in missing for item in part.items)
         is_known = all(part.table is not None for part in missing)
         workers = Workers(1) if is_known and n_read <= FEW else run_all
-        _scan_parts(settings, workers, track(what, len(listing)), missing)
+        _scan_parts(settings, workers, track(what, sum(len(part.items) for part in missing)), missing)
         write_table(table, files, listing, {"signature": signature})
         _clear(settings.folder, table, set(names))
     images = read_images(table)

@@ -1,11 +1,11 @@
 """Curations with all stages: what each stage drops, and that a kill in the middle of any stage changes no byte."""
 
 import json
-import os
 import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,8 @@ from benchmarks.curation_kills import (
     set_size,
     small_disk,
 )
+from tests.training.curate.killed import exit_code_of
 from tests.training.curate.small_images import FakeEmbedder, picture
-from tests.training.curate.test_run import in_child
 from training.curate.manifest import Entry, read_manifest
 from training.curate.progress import in_lines
 from training.curate.run import WORK, Curation, Tools, curate
@@ -37,6 +37,11 @@ from training.curate.write_stage import CERTIFICATE
 
 SIZE = (120, 100)
 N = 30
+REPLACED = {
+    "training.curate.scan.Embedder": FakeEmbedder,
+    "training.curate.views.Embedder": FakeEmbedder,
+    "training.curate.scan.PART_IMAGES": 16,
+}
 
 
 def save(image: Image.Image, path: Path) -> None:
@@ -97,9 +102,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("all")
     fill(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.curate.scan.Embedder", FakeEmbedder)
-        patch.setattr("training.curate.views.Embedder", FakeEmbedder)
-        patch.setattr("training.curate.scan.PART_IMAGES", 16)
+        for name, value in REPLACED.items():
+            patch.setattr(name, value)
         run(folder, folder / "whole")
         yield folder
 
@@ -141,14 +145,17 @@ def test_the_certificate_is_verified_by_a_command_and_refused_after_a_change(who
     assert "was changed" in changed.output
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def run_until_killed(folder: Path, out: Path, point: str) -> None:
+    with interrupted(point, kill_this_process):
+        run(folder, out)
+
+
 @pytest.mark.parametrize("point", POINTS)
 def test_a_kill_in_the_middle_of_a_stage_changes_no_byte(whole: Path, tmp_path: Path, point: str) -> None:
     out = tmp_path / "out"
     if point != "scan":
         shutil.copytree(whole / "whole" / WORK / "scan", out / WORK / "scan")
-    with interrupted(point, kill_this_process):
-        assert in_child(lambda: run(whole, out)) == -signal.SIGKILL
+    assert exit_code_of(partial(run_until_killed, whole, out, point), replaced=REPLACED) == -signal.SIGKILL
     before = done_stages(out)
     assert IN_STAGE.get(point, point) not in before
     run(whole, out)

@@ -38,7 +38,7 @@ def compared(monkeypatch) -> list[int]:
 def comparison(folder: Path, scanned: Scanned, other: Scanned | None = None, workers: int = 1) -> StoredComparison:
     rows = np.arange(len(scanned.images))
     second = None if other is None else (other, np.arange(len(other.images)))
-    return StoredComparison(PairStore(folder), Workers(workers), TRACK, (scanned, rows), second)
+    return StoredComparison(PairStore(folder), Workers(workers), TRACK, "pairs", (scanned, rows), second)
 
 
 def test_the_similarities_are_those_of_a_plain_comparison(tmp_path: Path, scanned: Scanned) -> None:
@@ -55,7 +55,7 @@ def test_a_pair_is_compared_once(tmp_path: Path, scanned: Scanned, compared: lis
 
 
 def test_rows_of_the_scan_are_used_for_a_part_of_its_images(tmp_path: Path, scanned: Scanned) -> None:
-    part = StoredComparison(PairStore(tmp_path), Workers(1), TRACK, (scanned, np.array([1, 3])))
+    part = StoredComparison(PairStore(tmp_path), Workers(1), TRACK, "pairs", (scanned, np.array([1, 3])))
     assert part(np.array([0]), np.array([1])) == PairComparison(scanned.pixels)(np.array([1]), np.array([3]))
 
 

@@ -2,16 +2,16 @@
 
 import errno
 import json
-import os
 import signal
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.training.curate.small_images import fill_folder
+from tests.training.curate.killed import exit_code_of
+from tests.training.curate.small_images import FakeEmbedder, fill_folder
 from training.curate import stages
 from training.curate.manifest import read_manifest, restore
 from training.curate.progress import in_lines
@@ -52,32 +52,6 @@ def source(tmp_path: Path, embedder) -> Path:
     Image.fromarray(np.full((40, 48, 3), 9, np.uint8)).save(folder / "a" / "dark.png")
     (folder / "a" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     return folder
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """Do work in a child process, and return the signal that ended it."""
-    pid = os.fork()
-    if pid == 0:
-        signal.alarm(60)  # a fork of a process with threads may hang; the test then fails
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def killing(function: Callable[..., object], call: int) -> Callable[..., object]:
-    """Return a function that does the same, but kills this process in the given call, counted from 1."""
-    calls = 0
-
-    def wrapped(*args: object, **kwargs: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-
-    return wrapped
 
 
 def test_every_image_is_accounted_for_and_the_dataset_can_be_opened(tmp_path: Path, source: Path) -> None:
@@ -138,14 +112,10 @@ def test_added_images_give_the_same_as_a_run_from_scratch(tmp_path: Path, source
         ("training.curate.write_stage.write_text", 1),
     ],
 )
-def test_a_killed_run_continues_and_gives_the_same_bytes(
-    tmp_path: Path, source: Path, monkeypatch, where: str, call: int
-) -> None:
+def test_a_killed_run_continues_and_gives_the_same_bytes(tmp_path: Path, source: Path, where: str, call: int) -> None:
     run(source, tmp_path / "whole")
-    module, _, name = where.rpartition(".")
-    with monkeypatch.context() as patch:
-        patch.setattr(where, killing(getattr(__import__(module, fromlist=[name]), name), call))
-        assert in_child(lambda: run(source, tmp_path / "out")) == -signal.SIGKILL
+    replaced = {"training.curate.scan.Embedder": FakeEmbedder, "training.curate.scan.PART_IMAGES": 4}
+    assert exit_code_of(partial(run, source, tmp_path / "out"), [where], call, replaced) == -signal.SIGKILL
     before = done_stages(tmp_path / "out") if (tmp_path / "out" / WORK / LOG).exists() else []
     run(source, tmp_path / "out")
     assert files(tmp_path / "out") == files(tmp_path / "whole")

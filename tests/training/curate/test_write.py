@@ -3,11 +3,10 @@
 import errno
 import hashlib
 import json
-import os
 import signal
 import tarfile
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.training.curate.curated import Pool, cats_and_dogs, encoded, picture
+from tests.training.curate.killed import exit_code_of
 from training.config import TrainConfig
 from training.curate import write as writing
 from training.curate.outcome import data_digest
@@ -151,30 +151,12 @@ def killed_write(call: int, out: Path) -> bool:
 
     Return whether it was killed. Otherwise it has finished.
     """
-    child = os.fork()
-    if not child:
-        try:
-            calls = iter(range(call))
-
-            def counted(original: Callable[..., object]) -> Callable[..., object]:
-                def counting(*args: object, **options: object) -> object:
-                    if next(calls, None) is None:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    return original(*args, **options)
-
-                return counting
-
-            os.fsync, os.replace = counted(os.fsync), counted(os.replace)  # type: ignore[assignment]
-            write_pool(cats_and_dogs(8), out)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    status = os.waitpid(child, 0)[1]
-    assert status in (0, signal.SIGKILL), status
-    return status != 0
+    work = partial(write_pool, cats_and_dogs(8), out)
+    code = exit_code_of(work, ["os.fsync", "os.replace"], call + 1)
+    assert code in (0, -signal.SIGKILL), code
+    return code != 0
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_killed_run_is_completed_byte_for_byte(tmp_path: Path) -> None:
     """Runs are killed before their 1st, 6th, 11th, ... call that syncs or renames a file, until one is not killed."""
     call = 0
