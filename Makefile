@@ -14,6 +14,7 @@ ARGS ?=
 RUN_ENV := .venv-run
 TEST_ENV := .venv-test
 SERVICE_ENV := .venv-service
+RAY_ENV := .venv-ray
 SBOM_ENV := .venv-sbom
 HASHES_ENV := .venv-hashes
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
@@ -28,7 +29,7 @@ PARALLEL := -n 2 --dist worksteal
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-service test-cpus check docs bench hashes sbom clean
+.PHONY: help run test test-service test-ray test-cpus check docs bench hashes sbom clean
 .NOTPARALLEL:  # with -j, two pip processes would write to the same egg-info folder
 
 help: ## print this list
@@ -42,6 +43,9 @@ test: $(TEST_ENV)/$(STAMP) ## run every test
 
 test-service: $(SERVICE_ENV)/$(STAMP) ## run the tests that need no torch, in an environment without torch
 	@$(SERVICE_ENV)/bin/python -m pytest $(PARALLEL) tests/service tests/model tests/deploy $(ARGS)
+
+test-ray: $(RAY_ENV)/$(STAMP) ## run the tests on a Ray cluster of two nodes, in an environment with Ray (240 MB on the disk)
+	@$(RAY_ENV)/bin/python -m pytest tests/training/curate/test_ray_engine.py $(ARGS)
 
 # Instruction sets for ATen, oneDNN and MKL (MKL reads its variable on Intel processors only). The test runs with the
 # smallest set, with AVX2, and with all that this processor has.
@@ -85,13 +89,14 @@ sbom: $(RUN_ENV)/$(STAMP) $(SBOM_ENV)/$(STAMP) ## write sbom.json, a bill of mat
 	@$(SBOM_ENV)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-format JSON --output-file sbom.json $(RUN_ENV)
 
 clean: ## remove environments and caches, not the data folder
-	rm -rf $(RUN_ENV) $(TEST_ENV) $(SERVICE_ENV) $(SBOM_ENV) $(HASHES_ENV) build *.egg-info sbom.json
+	rm -rf $(RUN_ENV) $(TEST_ENV) $(SERVICE_ENV) $(RAY_ENV) $(SBOM_ENV) $(HASHES_ENV) build *.egg-info sbom.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 # The packages of each environment. They are variables, because a comma would end an argument of `call`.
 $(RUN_ENV)_PACKAGES := -e .
 $(TEST_ENV)_PACKAGES := $(TORCH) -e '.[train,test,reference,tensorrt-rtx,dev]'
 $(SERVICE_ENV)_PACKAGES := -e '.[test]'
+$(RAY_ENV)_PACKAGES := $(TORCH) -e '.[train,test,ray]'
 $(SBOM_ENV)_PACKAGES := cyclonedx-bom  # Apache-2.0
 $(HASHES_ENV)_PACKAGES := uv  # Apache-2.0 or MIT
 
@@ -111,4 +116,4 @@ $(1)/$(STAMP): pyproject.toml constraints.txt
 	@$(1)/bin/python $(PIP_INSTALL) $$($(1)_PACKAGES)
 	@touch $$@
 endef
-$(foreach env,$(RUN_ENV) $(TEST_ENV) $(SERVICE_ENV) $(SBOM_ENV) $(HASHES_ENV),$(eval $(call environment,$(env))))
+$(foreach env,$(RUN_ENV) $(TEST_ENV) $(SERVICE_ENV) $(RAY_ENV) $(SBOM_ENV) $(HASHES_ENV),$(eval $(call environment,$(env))))

@@ -1,14 +1,16 @@
 """Measure how well copies, leaks and faulty images of a planted set are found, beside imagededup and CleanVision.
 
     python benchmarks/planted_set.py IMAGES SET --evaluation FOLDER
-    python benchmarks/curation.py SET [--model ARTIFACT] [--pooling cls+mean] [--neighbours 16] [--out FILE]
+    python benchmarks/curation.py SET... [--model ARTIFACT] [--pooling cls+mean] [--neighbours 16] [--jobs 1]
+        [--out FILE]
 
-SET is a set that `planted_set.py` made. Tools that are not installed are left out (`pip install imagededup
-cleanvision`). imagededup's network is not measured, because it downloads its weights; its four hashes are. All run in
-one process with one thread, and get only the files that can be decoded.
+Each SET is a set that `planted_set.py` made. The figures of several sets are pooled. Tools that are not installed are
+left out (`pip install imagededup cleanvision`). imagededup's network is not measured, because it downloads its weights;
+its four hashes are. All tools measure a set in one process with one thread, and get only the files that can be decoded.
 
 Recall: the share of the copies of a kind that a tool reports together with another image of the same origin.
 Precision: the share of the pairs that a tool reports with a copy of that kind in which both have the same origin.
+The intervals are those of Clopper and Pearson, two-sided, 95 %.
 """
 
 import argparse
@@ -23,13 +25,16 @@ import time
 import types
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from planted_set import COPIES, FAULTS  # benchmarks/planted_set.py
+from scipy.stats import binomtest
 
 from model.artifact import bundled_artifact
 from model.decode import DecodeError, Pixels, decode, decode_stored, upright
@@ -42,10 +47,14 @@ from training.curate.leaks import find_leaks
 from training.curate.neighbours import Pairs
 from training.curate.quality import find_issues, measure
 from training.curate.scan import pixels_digest
+from training.curate.settings import LeaksSection
 from training.curate.table import Images
+from training.curate.views import Views, crops, mixture_hashes
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("exact", "repeated", *COPIES)
+LISTED = 20
+"""The largest number of wrong pairs and of missed copies of a kind that are listed for each set."""
 Pair = tuple[str, str]
 
 
@@ -66,6 +75,11 @@ class PlantedSet:
     def origin(self, name: str) -> str:
         """Return the image that this image was made from, or the image itself."""
         return self.files[name]["of"] or name
+
+    def label(self, name: str) -> str:
+        """Return the name of an image with its set, its kind and what it was made from, for lists in the result."""
+        entry = self.files[name]
+        return f"{self.folder.name}/{name} ({entry['kind']} of {Path(name).parent.name}/{entry['made_from']})"
 
     def read(self, name: str) -> Pixels:
         return decode((self.folder / name).read_bytes())
@@ -151,11 +165,14 @@ def our_copies(planted: PlantedSet, scan: Scan, settings: CopySettings) -> tuple
     return timed(work), compare.pairs
 
 
-def our_leaks(planted: PlantedSet, scan: Scan, evaluation: Scan, settings: CopySettings) -> tuple[Result, list[Pair]]:
+def our_leaks(
+    planted: PlantedSet, scan: Scan, evaluation: Scan, embed: Embedder, settings: CopySettings
+) -> tuple[Result, list[Pair]]:
     """Return the pairs of an image and an evaluation image that were verified as copies, and the dropped images.
 
-    The pairs do not contain identical images, which need no verification.
+    The candidates are those of `dinov2 curate`. The pairs do not contain identical images, which need no verification.
     """
+    defaults = LeaksSection.model_validate({})
     compare = PairComparison(
         lambda index: planted.read(scan.names[index]), lambda index: planted.read(evaluation.names[index])
     )
@@ -169,8 +186,21 @@ def our_leaks(planted: PlantedSet, scan: Scan, evaluation: Scan, settings: CopyS
         return copies
 
     def work() -> set[Pair]:
-        near = {"threshold": -1.0, "k": settings.neighbours, "hash_bits": settings.hash_radius}
-        found = find_leaks(scan.images, evaluation.images, verify, **near)  # type: ignore[arg-type]
+        pixels = [planted.read(name) for name in evaluation.names]
+        embedding = np.stack([np.stack([embed(crop) for crop in crops(image)]) for image in pixels])
+        whole = Views.only_whole(evaluation.images)
+        found = find_leaks(
+            scan.images,
+            evaluation.images,
+            Views(
+                np.concatenate((whole.embedding, embedding), axis=1),
+                np.concatenate((whole.phash, np.stack([mixture_hashes(image) for image in pixels])), axis=1),
+            ),
+            verify,
+            threshold=defaults.similarity,
+            k=defaults.candidates,
+            hash_bits=defaults.hash_bits,
+        )
         dropped.extend((scan.names[drop.index], drop.reason) for drop in found.drops)
         return pairs
 
@@ -233,7 +263,7 @@ def cleanvision_issues(planted: PlantedSet, names: list[str]) -> tuple[Result, d
 
 
 def copy_scores(planted: PlantedSet, result: Result, names: list[str]) -> dict[str, Any]:
-    """Return recall and precision per kind of copy, and over all pairs."""
+    """Return the numbers of copies and pairs of each kind, and over all pairs, from which `ratios` follow."""
     partners: dict[str, set[str]] = defaultdict(set)
     for first, second in result.pairs:
         partners[first].add(second)
@@ -243,25 +273,28 @@ def copy_scores(planted: PlantedSet, result: Result, names: list[str]) -> dict[s
         copies = [name for name in names if planted.kind(name) == kind]
         pairs = [(name, other) for name in copies for other in partners[name]]
         right = [pair for pair in pairs if planted.origin(pair[0]) == planted.origin(pair[1])]
+        found = {name for name, _ in right}
         scores[kind] = {
             "copies": len(copies),
-            "recall": len({name for name, _ in right}) / len(copies) if copies else None,
-            "precision": len(right) / len(pairs) if pairs else None,
+            "found": len(found),
+            "pairs": len(pairs),
+            "right": len(right),
+            "missed": [planted.label(name) for name in copies if name not in found][:LISTED],
         }
     unordered = {tuple(sorted(pair)) for pair in result.pairs}
     wrong = [pair for pair in unordered if planted.origin(pair[0]) != planted.origin(pair[1])]
     scores["all"] = {
         "pairs": len(unordered),
-        "precision": 1 - len(wrong) / len(unordered) if unordered else None,
-        "wrong": [list(pair) for pair in sorted(wrong)[:20]],
-        "cpu_s": round(result.cpu_s, 2),
-        "wall_s": round(result.wall_s, 2),
+        "right": len(unordered) - len(wrong),
+        "wrong": [[planted.label(name) for name in pair] for pair in sorted(wrong)[:LISTED]],
+        "cpu_s": result.cpu_s,
+        "wall_s": result.wall_s,
     }
     return scores
 
 
 def leak_scores(planted: PlantedSet, result: Result, dropped: list[Pair], names: list[str]) -> dict[str, Any]:
-    """Return how many leaks of each kind were not found, and the images that were taken for leaks.
+    """Return how many leaks of each kind there are and were not found, and the images that were taken for leaks.
 
     A dropped image is right if it is a leak.
     """
@@ -272,10 +305,11 @@ def leak_scores(planted: PlantedSet, result: Result, dropped: list[Pair], names:
     return {
         "leaks": len(leaks),
         "left": {kind: sum(planted.kind(name) == kind and name not in found for name in leaks) for kind in kinds},
-        "wrong": [list(pair) for pair in dropped if pair[0] not in set(leaks)],
-        "wrong_pairs": [list(pair) for pair in wrong_pairs],
-        "cpu_s": round(result.cpu_s, 2),
-        "wall_s": round(result.wall_s, 2),
+        "missed": [planted.label(name) for name in leaks if name not in found],
+        "wrong": [[planted.label(name), why] for name, why in dropped if name not in set(leaks)],
+        "wrong_pairs": [[planted.label(name) for name in pair] for pair in wrong_pairs],
+        "cpu_s": result.cpu_s,
+        "wall_s": result.wall_s,
     }
 
 
@@ -292,21 +326,22 @@ def fault_scores(planted: PlantedSet, issues: dict[str, set[str]], names: list[s
     }
 
 
-def report(planted: PlantedSet, model: Path, pooling: Pooling, settings: CopySettings) -> dict[str, Any]:
-    """Run all tools, and return their figures."""
-    with tempfile.TemporaryDirectory() as folder:
-        embed = Embedder(model, pooling, Path(folder))
-        start = time.process_time()
-        scan = Scan(planted, "images", embed)
-        scan_s = time.process_time() - start
-        evaluation = Scan(planted, "evaluation", embed) if planted.names("evaluation") else None
+def report(folder: Path, model: Path, pooling: Pooling, settings: CopySettings) -> dict[str, Any]:
+    """Run all tools on a set, and return their figures."""
+    planted = PlantedSet(folder)
+    with tempfile.TemporaryDirectory() as cache:
+        embed = Embedder(model, pooling, Path(cache))
+    start = time.process_time()
+    scan = Scan(planted, "images", embed)
+    scan_s = time.process_time() - start
+    evaluation = Scan(planted, "evaluation", embed) if planted.names("evaluation") else None
     truncated = [name for name in planted.names("images") if planted.kind(name) == "truncated"]
     copies, compared = our_copies(planted, scan, settings)
     flags = find_issues(scan.images)
     issues = {issue: {scan.names[image] for image in np.flatnonzero(of).tolist()} for issue, of in flags.items()}
     figures: dict[str, Any] = {
         "images": len(planted.names("images")),
-        "scan_cpu_s": round(scan_s, 2),
+        "scan_cpu_s": scan_s,
         "pairs_compared": compared,
         "truncated": {"images": len(truncated), "found": len(set(truncated) & set(scan.broken))},
         "other_broken": sorted(set(scan.broken) - set(truncated)),
@@ -314,7 +349,7 @@ def report(planted: PlantedSet, model: Path, pooling: Pooling, settings: CopySet
         "faults": {"ours": fault_scores(planted, issues, scan.names)},
     }
     if evaluation is not None:
-        figures["leaks"] = leak_scores(planted, *our_leaks(planted, scan, evaluation, settings), scan.names)
+        figures["leaks"] = leak_scores(planted, *our_leaks(planted, scan, evaluation, embed, settings), scan.names)
     for name, result in imagededup_copies(planted, scan.names).items():
         figures["copies"][name] = copy_scores(planted, result, scan.names)
     if (peer := cleanvision_issues(planted, scan.names)) is not None:
@@ -323,40 +358,71 @@ def report(planted: PlantedSet, model: Path, pooling: Pooling, settings: CopySet
     return figures
 
 
+# The result
+
+
+def pooled(values: list[Any]) -> Any:
+    """Return the sums of numbers, the joined lists, and dictionaries of these, of the figures of several sets."""
+    if isinstance(values[0], dict):
+        return {key: pooled([value[key] for value in values]) for key in values[0]}
+    if isinstance(values[0], list):
+        return [item for value in values for item in value]
+    total = sum(values)
+    return total if isinstance(total, int) else round(total, 2)
+
+
+def with_ratios(scores: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of a tool for each kind with recall and precision and their intervals."""
+    full: dict[str, Any] = {}
+    for kind, of in scores.items():
+        full[kind] = dict(of)
+        for name, part, whole in (("recall", "found", "copies"), ("precision", "right", "pairs")):
+            if of.get(whole):
+                interval = binomtest(of[part], of[whole]).proportion_ci(method="exact")
+                full[kind][name] = of[part] / of[whole]
+                full[kind][f"{name}_95"] = [round(interval.low, 4), round(interval.high, 4)]
+    return full
+
+
 def show(figures: dict[str, Any]) -> None:
     """Print the table of recall and precision per kind and tool."""
     for tool, scores in figures["copies"].items():
         cells = [
-            f"{kind} {_number(scores[kind]['recall'])}/{_number(scores[kind]['precision'])}"
+            f"{kind} {_ratio(scores[kind], 'recall')}, {_ratio(scores[kind], 'precision')}"
             for kind in KINDS
             if scores[kind]["copies"]
         ]
         whole = scores["all"]
-        print(
-            f"{tool} (recall/precision): {', '.join(cells)}; all pairs {_number(whole['precision'])}; "
-            f"{whole['cpu_s']} s CPU"
-        )
+        print(f"{tool} (recall, precision): {'; '.join(cells)}; all pairs {_ratio(whole, 'precision')}; ", end="")
+        print(f"{whole['cpu_s']} s CPU")
     for part in ("leaks", "truncated", "faults"):
         if part in figures:
             print(part, json.dumps(figures[part]))
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _ratio(scores: dict[str, Any], name: str) -> str:
+    return f"{scores[name]:.3f} (from {scores[name + '_95'][0]:.3f})" if name in scores else "-"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("set", type=Path, help="folder of a planted set")
+    parser.add_argument("sets", type=Path, nargs="+", metavar="SET", help="folder of a planted set")
     parser.add_argument("--model", type=Path, default=bundled_artifact(), help="folder of an artifact")
     parser.add_argument("--pooling", default="cls+mean", choices=POOLINGS)
     parser.add_argument("--neighbours", type=int, default=CopySettings().neighbours)
+    parser.add_argument("--jobs", type=int, default=1, help="number of sets that are measured at the same time")
     parser.add_argument("--out", type=Path, default=RESULTS / f"{datetime.date.today()}-curation.json")
     given = parser.parse_args()
     settings = CopySettings(neighbours=given.neighbours)
-    figures = report(PlantedSet(given.set), given.model, given.pooling, settings)
+    measure_set = partial(report, model=given.model, pooling=given.pooling, settings=settings)
+    with ProcessPoolExecutor(given.jobs) as processes:
+        figures = pooled(list(processes.map(measure_set, given.sets)))
+    figures["copies"] = {tool: with_ratios(scores) for tool, scores in figures["copies"].items()}
     show(figures)
-    given.out.write_text(json.dumps({"pooling": given.pooling, **vars(settings), **figures}, indent=1) + "\n")
+    sets = [json.loads((folder / "truth.json").read_text()) for folder in given.sets]
+    sizes = [{key: value for key, value in truth.items() if key != "files"} for truth in sets]
+    result = {"pooling": given.pooling, **vars(settings), "sets": sizes, **figures}
+    given.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from training.curate.certificate import make_certificate, verify_certificate, wr
 from training.curate.leaks import find_leaks
 from training.curate.neighbours import neighbours_above
 from training.curate.table import Images
+from training.curate.views import Views
 
 RESULTS = Path(__file__).parent / "results"
 D, SPREAD, CHUNK = 384, 0.5, 50_000
@@ -148,7 +149,8 @@ def exact(folder: Path) -> Row:
 def leaks(folder: Path) -> Row:
     vectors, evaluation_vectors, truth = load(folder)
     images, evaluation = table(vectors, "image"), table(evaluation_vectors, "evaluation")
-    found = find_leaks(images, evaluation, lambda pairs: pairs.score >= COPY, threshold=SIMILAR, k=K)
+    views = Views.only_whole(evaluation)
+    found = find_leaks(images, evaluation, views, lambda pairs: pairs.score >= COPY, threshold=SIMILAR, k=K)
     dropped = np.array([drop.index for drop in found.drops])
     kept, removed = (hashed(images, rows) for rows in (np.setdiff1d(np.arange(len(images)), dropped), dropped))
     certificate = make_certificate(

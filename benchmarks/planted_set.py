@@ -1,6 +1,7 @@
 """Make a planted set from a folder of images: a data set with copies, leaks and faults whose ground truth is known.
 
-    python benchmarks/planted_set.py IMAGES OUT [--evaluation FOLDER] [--images 200] [--each 20] [--seed 0]
+    python benchmarks/planted_set.py IMAGES OUT [--evaluation FOLDER] [--images 200] [--each 20] [--leaks 20]
+        [--repeated 3] [--seed 0]
 
 IMAGES contains one folder per class. The script needs Pillow only. The same arguments give the same files.
 
@@ -18,6 +19,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +27,22 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageEnhance, ImageFilter
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-REPEATED_IMAGES, REPEATS = 3, 50
+REPEATS = 50
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many images of each kind a planted set has.
+
+    `images` is the number of originals, and `each` the number of copies and faults of each kind, each made from another
+    image. `leaks` is the number of leaks of each kind, and `repeated` the number of images of one class of which there
+    are `REPEATS`.
+    """
+
+    images: int = 200
+    each: int = 20
+    leaks: int = 20
+    repeated: int = 3
 
 
 class Made(NamedTuple):
@@ -196,51 +213,50 @@ def _sample(paths: list[Path], count: int, rng: random.Random, what: str) -> lis
     return rng.sample(paths, count)
 
 
-def plant(images: Path, out: Path, evaluation: Path | None, count: int, each: int, seed: int) -> dict[str, Any]:
+def plant(images: Path, out: Path, evaluation: Path | None, sizes: Sizes, seed: int) -> dict[str, Any]:
     """Write a planted set to the folder `out`, and return its ground truth.
 
     Args:
         images: the folder of images, with one folder per class.
         out: the folder that the set is written to. It must not exist.
         evaluation: a folder of evaluation images, or None for a set without leaks.
-        count: the number of originals.
-        each: the number of copies, faults and leaks of each kind. Each is made from another image.
+        sizes: the numbers of images of each kind.
         seed: the seed of all random choices.
     """
     if out.exists():
         raise SystemExit(f"{out} exists")
     planted = PlantedSet(out, seed)
-    extra = each * (len(FAULTS) + 1)
-    chosen = _sample(images_of(images), count + extra, planted.rng("images"), str(images))
-    originals, rest = chosen[:count], chosen[count:]
+    extra = sizes.each * (len(FAULTS) + 1)
+    chosen = _sample(images_of(images), sizes.images + extra, planted.rng("images"), str(images))
+    originals, rest = chosen[: sizes.images], chosen[sizes.images :]
     paths = {source: planted.add("images", source, _unchanged(source), "original") for source in originals}
     for kind in ("exact", *COPIES):
-        for source in _sample(originals, each, planted.rng(kind), "--images"):
+        for source in _sample(originals, sizes.each, planted.rng(kind), "--images"):
             made = (
                 _unchanged(source) if kind == "exact" else COPIES[kind](_open(source), planted.rng(kind, source.name))
             )
             planted.add("images", source, made, kind, paths[source])
-    _repeat_class(planted, originals, paths)
+    _repeat_class(planted, originals, paths, sizes.repeated)
     for kind in FAULTS:
-        for _ in range(each):
+        for _ in range(sizes.each):
             source = rest.pop()
             planted.add("images", source, FAULTS[kind](_open(source), planted.rng(kind, source.name)), kind)
     for source in rest:
         planted.add("images", source, _truncated(source, planted.rng("truncated", source.name)), "truncated")
     if evaluation is not None:
-        _leak(planted, evaluation, each)
-    truth = {"seed": seed, "images": count, "each": each, "files": dict(sorted(planted.truth.items()))}
+        _leak(planted, evaluation, sizes.leaks)
+    truth = {"seed": seed, **asdict(sizes), "files": dict(sorted(planted.truth.items()))}
     (out / "truth.json").write_text(json.dumps(truth, indent=1) + "\n")
     return truth
 
 
-def _repeat_class(planted: PlantedSet, originals: list[Path], paths: dict[Path, str]) -> None:
-    """Repeat the images of one class until there are `REPEATS` of each, as JPEGs of different quality."""
+def _repeat_class(planted: PlantedSet, originals: list[Path], paths: dict[Path, str], most: int) -> None:
+    """Repeat up to `most` images of one class until there are `REPEATS` of each, as JPEGs of different quality."""
     by_class: dict[str, list[Path]] = {}
     for source in originals:
         by_class.setdefault(source.parent.name, []).append(source)
     largest = max(by_class, key=lambda name: (len(by_class[name]), name))
-    for source in by_class[largest][:REPEATED_IMAGES]:
+    for source in by_class[largest][:most]:
         image = _open(source)
         for number in range(REPEATS - 1):
             quality = 40 + number
@@ -248,13 +264,13 @@ def _repeat_class(planted: PlantedSet, originals: list[Path], paths: dict[Path, 
             planted.add("images", source, made, "repeated", paths[source], number)
 
 
-def _leak(planted: PlantedSet, evaluation: Path, each: int) -> None:
-    """Copy the evaluation images, and plant a copy of some of them: `each` unchanged, and `each` of every edit."""
+def _leak(planted: PlantedSet, evaluation: Path, count: int) -> None:
+    """Copy the evaluation images, and plant a copy of some of them: `count` unchanged, and `count` of every edit."""
     kinds: dict[str, Edit | None] = {"exact": None, **COPIES}
     sources = images_of(evaluation)
     paths = {source: planted.add("evaluation", source, _unchanged(source), "evaluation") for source in sources}
     for kind, edit in kinds.items():
-        for source in _sample(sources, min(each, len(sources)), planted.rng("leak", kind), str(evaluation)):
+        for source in _sample(sources, min(count, len(sources)), planted.rng("leak", kind), str(evaluation)):
             made = _unchanged(source) if edit is None else edit(_open(source), planted.rng("leak", kind, source.name))
             planted.add("images", source, made, f"leak_{kind}", paths[source])
 
@@ -264,11 +280,15 @@ def main() -> None:
     parser.add_argument("images", type=Path, help="folder of images, with one folder per class")
     parser.add_argument("out", type=Path, help="folder that the set is written to")
     parser.add_argument("--evaluation", type=Path, help="folder of evaluation images that leak into the set")
-    parser.add_argument("--images", dest="count", type=int, default=200, help="number of originals")
-    parser.add_argument("--each", type=int, default=20, help="number of copies, faults and leaks of each kind")
+    parser.add_argument("--images", dest="count", type=int, default=Sizes.images, help="number of originals")
+    parser.add_argument("--each", type=int, default=Sizes.each, help="number of copies and faults of each kind")
+    parser.add_argument("--leaks", type=int, help="number of leaks of each kind (default: as --each)")
+    parser.add_argument("--repeated", type=int, default=Sizes.repeated, help=f"images that occur {REPEATS} times")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    truth = plant(given.images, given.out, given.evaluation, given.count, given.each, given.seed)
+    leaks = given.each if given.leaks is None else given.leaks
+    sizes = Sizes(given.count, given.each, leaks, given.repeated)
+    truth = plant(given.images, given.out, given.evaluation, sizes, given.seed)
     kinds = [entry["kind"] for entry in truth["files"].values()]
     for kind in sorted(set(kinds)):
         print(f"{kind:20} {kinds.count(kind)}")

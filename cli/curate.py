@@ -5,8 +5,7 @@ Heavy packages are imported only when a command runs.
 
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,8 +14,12 @@ import typer
 from cli.shared import check_output, fail, need_torch, tell_next
 
 if TYPE_CHECKING:
-    from training.curate.progress import Advance, Track
+    from training.curate.progress import Track
+    from training.curate.run import Curation
 
+WorkersOption = Annotated[
+    int | None, typer.Option(min=1, max=1024, help="Number of processes on this machine. Default: one per CPU.")
+]
 app = typer.Typer(help="Work on a dataset that `dinov2 curate` has written.", no_args_is_help=True)
 
 
@@ -43,9 +46,7 @@ def curate(
         float | None,
         typer.Option(help="Precision with which copies are found. The threshold is calibrated on your images."),
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Number of processes on this machine. Default: one per CPU.")
-    ] = None,
+    workers: WorkersOption = None,
     engine: Annotated[
         Literal["local", "ray"],
         typer.Option(help="What scans the images: processes of this machine, or actors of a Ray cluster."),
@@ -68,59 +69,71 @@ def curate(
         if check:
             return
         need_torch("curate")
-        from model.cpus import available_cpus
-        from training.curate.ray_engine import RayWorkers
-        from training.curate.run import Curation, Tools
-        from training.curate.run import curate as run_curation
-        from training.curate.workers import RunAll, Workers
+        from training.curate.run import Curation
 
-        curation = Curation(tuple(sources), out, settings)
-        local = Workers(workers or available_cpus())
-        run_all: RunAll = RayWorkers() if engine == "ray" else local
-        run_curation(curation, Tools(run_all, local, _track(), typer.echo))
+        _run(Curation(tuple(sources), out, settings), workers, engine)
     except (ValueError, OSError, ImportError) as error:
         raise fail(error) from error
-    except KeyboardInterrupt as interrupt:
-        typer.echo("stopped; the same command continues", err=True)
-        raise typer.Exit(code=130) from interrupt
     tell_next(f"dinov2 train --data {shlex.quote(str(out))} --recipe continue --out RUN")
 
 
+def _run(curation: "Curation", workers: int | None, engine: Literal["local", "ray"] = "local") -> None:
+    """Run a curation, or continue it. `workers` is the number of processes; None: one per CPU.
+
+    Raises:
+        ValueError, OSError, ImportError: see `training.curate.run.curate`.
+        typer.Exit: the user has pressed Ctrl-C.
+    """
+    from model.cpus import available_cpus
+    from training.curate.ray_engine import RayWorkers
+    from training.curate.run import Tools
+    from training.curate.run import curate as run_curation
+    from training.curate.workers import RunAll, Workers
+
+    local = Workers(workers or available_cpus())
+    run_all: RunAll = RayWorkers() if engine == "ray" else local
+    try:
+        run_curation(curation, Tools(run_all, local, _track(), typer.echo))
+    except KeyboardInterrupt as interrupt:
+        typer.echo("stopped; the same command continues", err=True)
+        raise typer.Exit(code=130) from interrupt
+
+
 def _track() -> "Track":
-    """Return a function that shows the progress: as bars on a terminal, otherwise in lines."""
-    from training.curate.progress import in_lines
+    """Return a function that shows the progress: as a bar on a terminal, otherwise in lines."""
+    from training.curate.progress import in_bars, in_lines
 
     if not sys.stderr.isatty():
         return in_lines(typer.echo)
     from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    @contextmanager
-    def bars(what: str, total: int) -> "Iterator[Advance]":
-        columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            bar = progress.add_task(what, total=total)
-            yield lambda count: progress.advance(bar, count)
-
-    return bars
+    return in_bars(Console(stderr=True))
 
 
 @app.command("restore")
 def restore(
     dataset: Annotated[Path, typer.Argument(help="Folder of the dataset.")],
     keys: Annotated[list[str], typer.Argument(help="Keys of dropped images, as in manifest.jsonl.", metavar="KEY...")],
+    workers: WorkersOption = None,
 ) -> None:
-    """Bring dropped images back. The next `dinov2 curate` into the folder adds them to the dataset."""
+    """Bring dropped images back: note their keys, and write the dataset again with them.
+
+    The command repeats the `dinov2 curate` that has written the dataset. Stages whose images and settings have not
+    changed are not done again.
+    """
     need_torch("curation restore")
     from training.curate.manifest import restore as record
+    from training.curate.run import Curation, last_command
 
+    dataset = dataset.absolute()
     try:
-        entries = record(dataset, keys)
-    except (ValueError, OSError) as error:
+        for entry in record(dataset, keys):
+            typer.echo(f"{entry.key}: was dropped by {entry.stage} ({entry.reason})")
+        command = last_command(dataset)
+        with chdir(command.directory):
+            _run(Curation(command.sources, dataset, command.settings), workers)
+    except (ValueError, OSError, ImportError) as error:
         raise fail(error) from error
-    for entry in entries:
-        typer.echo(f"{entry.key}: was dropped by {entry.stage} ({entry.reason})")
-    tell_next(f"dinov2 curate with the same sources and settings, and --out {shlex.quote(str(dataset))}")
 
 
 @app.command("verify")

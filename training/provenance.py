@@ -10,7 +10,7 @@ import torch
 from model.artifact import WEIGHTS
 from model.loading import run_checkpoint
 from training.config import TrainConfig
-from training.data.curated import curation_facts
+from training.data.curation_facts import curation_facts
 
 
 def code_revision() -> str:

@@ -1,5 +1,6 @@
 """Tests of the commands `dinov2 curate` and `dinov2 curation`, with the bundled model."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import cli
+from benchmarks.curation_kills import files_of, interrupted
 
 pytest.importorskip("torch", reason="curation needs torch: pip install '.[train,curate]'")
 runner = CliRunner()
@@ -88,3 +90,62 @@ def test_a_key_that_was_not_dropped_cannot_be_restored(tmp_path: Path, images: P
     result = runner.invoke(cli.app, ["curation", "verify", str(out)])
     assert result.exit_code == 2
     assert "leak-certificate.json" in result.output
+
+
+def test_one_command_restores_a_dropped_image(tmp_path: Path, images: Path, monkeypatch) -> None:
+    Image.fromarray(np.full((48, 64, 3), 9, np.uint8)).save(images / "dark.png")
+    monkeypatch.chdir(tmp_path)  # the sources and the dataset are named by relative paths
+    arguments = ["--set", "quality.drop=['dark']", "--set", "copies.neighbours=2", "--workers", "1"]
+    done = runner.invoke(cli.app, ["curate", "images", "--out", "out", *arguments])
+    assert done.exit_code == 0, done.output
+    monkeypatch.chdir(images)
+    restore = ["curation", "restore", "../out", "1/dark.png", "--workers", "1"]
+    result = runner.invoke(cli.app, restore)
+    assert result.exit_code == 0, result.output
+    assert "1/dark.png: was dropped by quality (dark" in result.stdout
+    assert "1 of them restored" in result.stdout
+    assert Path.cwd() == images
+    stages = [json.loads(line)["stage"] for line in (tmp_path / "out/.curate/log.jsonl").read_text().splitlines()]
+    assert stages == ["scan images", "quality", "copies", "write", "write"]
+    entries = map(json.loads, (tmp_path / "out/manifest.jsonl").read_text().splitlines())
+    assert next(entry for entry in entries if entry["key"] == "1/dark.png")["part"] in ("train", "val")
+    whole = files_of(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    curated = runner.invoke(cli.app, ["curate", "images", "--out", "out", *arguments])
+    assert "write: " in curated.stdout
+    assert files_of(tmp_path / "out") == whole, "the restored dataset is that of another run of the first command"
+
+
+def test_a_restoration_that_was_killed_is_completed_by_the_same_command(
+    tmp_path: Path, images: Path, monkeypatch
+) -> None:
+    Image.fromarray(np.full((48, 64, 3), 9, np.uint8)).save(images / "dark.png")
+    for name in ("out", "killed"):
+        arguments = ["--out", str(tmp_path / name), "--stages", "quality,write", "--workers", "1"]
+        assert runner.invoke(cli.app, ["curate", str(images), *arguments]).exit_code == 0
+    assert runner.invoke(cli.app, ["curation", "restore", str(tmp_path / "out"), "1/dark.png"]).exit_code == 0
+    restore = ["curation", "restore", str(tmp_path / "killed"), "1/dark.png"]
+    with interrupted("report", stop):
+        assert runner.invoke(cli.app, restore).exit_code == 2
+    assert files_of(tmp_path / "killed") != files_of(tmp_path / "out")
+    assert runner.invoke(cli.app, restore).exit_code == 0
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "out")
+
+
+def stop() -> None:
+    raise OSError("stopped")
+
+
+def test_a_dataset_without_a_record_of_its_command_is_not_restored(tmp_path: Path, images: Path) -> None:
+    Image.fromarray(np.full((48, 64, 3), 9, np.uint8)).save(images / "dark.png")
+    out = tmp_path / "out"
+    arguments = ["--out", str(out), "--stages", "quality,write", "--workers", "1"]
+    assert runner.invoke(cli.app, ["curate", str(images), *arguments]).exit_code == 0
+    for damage, message in (
+        (lambda path: path.write_text("{}"), "command.json is damaged"),
+        (Path.unlink, "the sources and settings of the dataset are unknown"),
+    ):
+        damage(out / ".curate" / "command.json")
+        result = runner.invoke(cli.app, ["curation", "restore", str(out), "1/dark.png"])
+        assert result.exit_code == 2
+        assert message in result.output

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from training.curate.kmeans import Clusters, Floats, cluster, groups, nearest_members
+from training.curate.kmeans import Clusters, Floats, cluster, groups, kmeans, nearest_members, resample
 from training.curate.table import Indices
 
 PER_CLUSTER = 32  # images per cluster of the lowest level, by default
@@ -47,7 +47,7 @@ def balance(
         size: the number of images to keep. All images are kept if there are no more.
         levels: numbers of clusters of the levels, lowest level first, descending; see `default_levels`.
         iterations: the largest number of k-means iterations.
-        resampling_steps: how often a level above the lowest is clustered again, see `cluster`.
+        resampling_steps: how often a level above the lowest is clustered again, see `resample`.
         seed: number from which all random choices follow.
         threads: number of threads; by default, one per CPU.
 
@@ -61,17 +61,14 @@ def balance(
     levels = default_levels(len(vectors)) if levels is None else levels
     if not levels or min(levels) < 1 or any(above >= below for below, above in pairwise(levels)):
         raise ValueError(f"the levels are {list(levels)}; they must be positive and descending")
-    tree: list[Clusters] = []
-    for level, k in enumerate(levels):
+    lowest, *above = levels
+    tree = [cluster(vectors, lowest, seed=[seed, 0], iterations=iterations, threads=threads)]
+    for level, k in enumerate(above, 1):
+        centroids, entropy = tree[-1].centroids, [seed, level]
+        # `cluster` would divide the centroids into cells, whose shares favour frequent motifs.
+        clusters = kmeans(centroids, k, seed=entropy, iterations=iterations, threads=threads)
         tree.append(
-            cluster(
-                tree[-1].centroids if tree else vectors,
-                k,
-                seed=[seed, level],
-                iterations=iterations,
-                resampling_steps=resampling_steps if tree else 0,
-                threads=threads,
-            )
+            resample(centroids, clusters, steps=resampling_steps, seed=entropy, iterations=iterations, threads=threads)
         )
     return nearest_members(tree[0], _shares(tree, size, seed))
 

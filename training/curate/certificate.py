@@ -6,7 +6,7 @@ bytes of both sets, so verification notices an image that was changed or added l
 split, is covered by the same certificate. The certificate is not signed. It protects against mistakes, not against
 forgery, but anyone can repeat the comparison.
 
-The keys and their meaning are documented in docs/curation.md.
+The keys and their meaning are documented in docs/curated-datasets.md.
 """
 
 import base64
@@ -65,7 +65,7 @@ def make_certificate(
         leaks: the result of `find_leaks` for these evaluation images.
         removed: the images that were removed, in the order of `leaks.drops`.
         model: fingerprint of the model that computed the embeddings.
-        threshold: lowest cosine similarity of candidates.
+        threshold: similarity from which two images are copies.
         settings: all settings that decide what a leak is, as JSON.
 
     Raises:

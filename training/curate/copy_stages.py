@@ -4,11 +4,13 @@ Both decide with the same comparison of pairs of images and the same threshold, 
 """
 
 import json
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from model.artifact import bundled_artifact
 from model.files import write_text
 from training.curate.copies import find
 from training.curate.copies.calibrate import calibrate
@@ -18,24 +20,29 @@ from training.curate.leaks import find_leaks
 from training.curate.listing import digest_of
 from training.curate.neighbours import Pairs, neighbours_above
 from training.curate.pair_cache import VERSION as COMPARISON
-from training.curate.pair_cache import PairStore, StoredComparison
+from training.curate.pair_cache import NumberStore, PairStore, StoredComparison, StoredGrades
 from training.curate.stages import POOL, Result, Stage, Task
+from training.curate.views import stored_views
 
 EVALUATION: Final = "evaluation"
 COUNTS: Final = "leak-counts.json"
 """The file with what the comparison found for each evaluation image, from which the certificate is made."""
 CALIBRATION: Final = "1"
 """Changes whenever the same images give another threshold."""
+DETAIL: Final = "1"
+"""Changes whenever the same image gets another grade of detail."""
 
 
 def _copies(task: Task) -> Result:
     section = task.settings.copies
     threshold, calibrated = _threshold(task)
+    cache, pool = task.folder.parent / "cache", task.scanned[POOL]
     compare = StoredComparison(
-        PairStore(task.folder.parent / "cache"), task.workers, task.track, (task.scanned[POOL], task.indices)
+        PairStore(cache), task.workers, task.track, "comparing pairs for copies", (pool, task.indices)
     )
+    grade = StoredGrades(NumberStore(cache, f"detail-{DETAIL}"), task.workers.number, pool, task.indices)
     settings = CopySettings(threshold, section.hash_radius, section.neighbours)
-    drops = find_copies(task.images, task.pixels, settings, compare=compare, neighbours=neighbours_above)
+    drops = find_copies(task.images, task.pixels, settings, compare=compare, grade=grade, neighbours=neighbours_above)
     return Result(drops, {"threshold": threshold, **calibrated})
 
 
@@ -71,6 +78,7 @@ def _leaks(task: Task) -> Result:
         PairStore(task.folder.parent / "cache"),
         task.workers,
         task.track,
+        "comparing pairs for leaks",
         (task.scanned[POOL], task.indices),
         (evaluation, np.arange(len(evaluation.images))),
     )
@@ -78,9 +86,13 @@ def _leaks(task: Task) -> Result:
     def verify(pairs: Pairs) -> npt.NDArray[np.bool_]:
         return compare(pairs.query, pairs.vector) >= threshold
 
+    scan = task.settings.scan
+    artifact = bundled_artifact() if scan.model is None else Path(scan.model)
+    cache = task.folder.parent / "cache"
     found = find_leaks(
         task.images,
         evaluation.images,
+        stored_views(evaluation, artifact, scan.pooling, cache, task.workers, task.track),
         verify,
         threshold=section.similarity,
         k=section.candidates,
@@ -92,4 +104,4 @@ def _leaks(task: Task) -> Result:
 
 
 COPIES: Final = Stage(find.STAGE, "1", _copies)
-LEAKS: Final = Stage(LEAKS_NAME, "1", _leaks, roles={EVALUATION: "leaks.evaluation"}, sections=(find.STAGE, LEAKS_NAME))
+LEAKS: Final = Stage(LEAKS_NAME, "2", _leaks, roles={EVALUATION: "leaks.evaluation"}, sections=(find.STAGE, LEAKS_NAME))

@@ -1,9 +1,8 @@
 """Cluster vectors with k-means (Lloyd 1982; initial centres by k-means++, Arthur and Vassilvitskii 2007).
 
 The result depends only on the vectors, their order and the seed. Vectors are assigned in fixed blocks (`blocks.py`),
-and their sums are computed in float64, block after block. `cluster` adds what a large number of clusters needs: it
-first divides the vectors into cells, so that a vector is compared with the centroids of its cell only. It can also
-resample (arXiv 2405.15613), which spreads the clusters over the space instead of over the density.
+and their sums are computed in float64, block after block. `cluster` is k-means for a large number of
+clusters: it divides the vectors into cells, and finds the centroids of each cell on its own.
 
 Legend: n vectors, k clusters, D dimensions.
 """
@@ -21,6 +20,7 @@ Floats = npt.NDArray[np.float32]
 ROWS = 4096  # vectors of one block; their sums are added in this unit
 TILE_ROWS, TILE_COLUMNS = 512, 1024  # a tile of products takes 2 MB and stays in the cache of a core
 SAMPLE = 8  # vectors per cluster among which k-means++ chooses
+CHOSEN_PER_DRAW = 16  # k-means++ draws one more centroid at a time for each 16 that it has
 LARGEST = 1024  # clusters that `cluster` computes without cells
 PER_CELL = 256  # vectors per cell from which `cluster` computes the cells
 SAME = 1e-6  # vectors are the same if their squared distance is below this share of the largest squared length
@@ -80,47 +80,42 @@ def kmeans(
 def initial_centroids(vectors: Floats, k: int, rng: np.random.Generator) -> Floats:
     """Choose at most k different vectors [k, D] by k-means++, among `SAMPLE` * k vectors that are chosen by lot.
 
-    After the first, each is chosen with a probability proportional to the squared distance from the nearest one.
+    After the first, each is chosen with a probability proportional to the squared distance from the nearest one. Once
+    there are `2 * CHOSEN_PER_DRAW` of them, several are drawn at a time, which makes one matrix product of many.
     """
     points = vectors[np.sort(rng.choice(len(vectors), min(len(vectors), SAMPLE * k), replace=False))]
-    squares = 2 * _half_squares(points)
-    chosen = [int(rng.integers(len(points)))]
-    distances = np.full(len(points), np.inf, np.float32)
-    while len(chosen) < k:
-        last = chosen[-1]
-        distances = np.minimum(distances, squares + squares[last] - 2 * (points @ points[last]))
-        distances[distances < SAME * squares.max()] = 0
+    halves = _half_squares(points)
+    same = SAME * 2 * halves.max()
+    chosen = rng.integers(len(points), size=1)
+    added, distances = chosen, np.full(len(points), np.inf, np.float32)
+    while True:
+        _, to_added = _nearest(points, points[added], halves[added])
+        distances = np.minimum(distances, to_added)
+        distances[distances < same] = 0
         cumulated = np.cumsum(distances, dtype=np.float64)
-        if cumulated[-1] == 0:  # each point has been chosen, or is the same as a chosen one
-            break
-        chosen.append(int(np.searchsorted(cumulated, rng.random() * cumulated[-1], side="right")))
-    return points[chosen]
+        if len(chosen) == k or cumulated[-1] == 0:  # if 0, each point has been chosen, or is the same as a chosen one
+            return points[chosen]
+        n_added = min(k - len(chosen), max(1, len(chosen) // CHOSEN_PER_DRAW))
+        added = np.unique(np.searchsorted(cumulated, rng.random(n_added) * cumulated[-1], side="right"))
+        chosen = np.concatenate((chosen, added))
 
 
 def cluster(
-    vectors: Floats,
-    k: int,
-    *,
-    seed: int | list[int] = 0,
-    iterations: int = 20,
-    resampling_steps: int = 0,
-    threads: int | None = None,
+    vectors: Floats, k: int, *, seed: int | list[int] = 0, iterations: int = 20, threads: int | None = None
 ) -> Clusters:
     """Divide the vectors [n, D] into about k clusters, also if k is large.
 
     More than `LARGEST` clusters are computed within cells, which k-means finds on a sample. Each cell gets a share of
     the clusters in proportion to the sum of its squared distances, which is what k-means of all vectors would do in
-    many dimensions. Cells are clustered at the same time, each with one thread.
-
-    A resampling step takes from each cluster the vectors that are nearest to its centroid, half as many as the mean
-    size of a cluster. It clusters these, and then assigns all vectors to the new centroids.
+    many dimensions. Cells are clustered at the same time, each with one thread. Then each vector moves to the nearest
+    centroid of all cells, because the border of a cell can divide a dense group of vectors.
 
     Raises:
         ValueError: see `kmeans`.
     """
     entropy = [seed] if isinstance(seed, int) else seed
     if k <= LARGEST:
-        return _resampled(vectors, k, entropy, iterations, resampling_steps, threads)
+        return kmeans(vectors, k, seed=entropy, iterations=iterations, threads=threads)
     n_cells = round(k**0.5)
     sample = np.random.default_rng([*entropy, 0]).choice(len(vectors), min(len(vectors), PER_CELL * n_cells), False)
     centroids = kmeans(
@@ -130,27 +125,43 @@ def cluster(
     members = [positions for positions in groups(cells, len(centroids)) if len(positions)]
     shares = k * np.array([spread[positions].sum(dtype=np.float64) for positions in members])
     if len(members) == 1 or not shares.any():
-        return _resampled(vectors, k, entropy, iterations, resampling_steps, threads)
+        return kmeans(vectors, k, seed=entropy, iterations=iterations, threads=threads)
 
-    def divide(cell: int) -> Clusters:
+    def divide(cell: int) -> Floats:
         return cluster(
             vectors[members[cell]],
             min(len(members[cell]), max(1, int(shares[cell] / spread.sum(dtype=np.float64)))),
             seed=[*entropy, 2, cell],
             iterations=iterations,
-            resampling_steps=resampling_steps,
             threads=1,
-        )
+        ).centroids
 
-    labels, distances = np.empty(len(vectors), np.int32), np.empty(len(vectors), np.float32)
-    parts: list[Floats] = []
-    n_clusters = 0
     with one_blas_thread():
-        for cell, part in enumerate(in_order(divide, range(len(members)), threads)):
-            labels[members[cell]], distances[members[cell]] = part.labels + n_clusters, part.distances
-            parts.append(part.centroids)
-            n_clusters += len(part.centroids)
-    return Clusters(np.concatenate(parts), labels, distances)
+        parts = list(in_order(divide, range(len(members)), threads))
+    return _clusters(vectors, np.concatenate(parts), threads)
+
+
+def resample(
+    vectors: Floats,
+    clusters: Clusters,
+    *,
+    steps: int,
+    seed: list[int],
+    iterations: int = 20,
+    threads: int | None = None,
+) -> Clusters:
+    """Spread the clusters of the vectors [n, D] over the space instead of over the density (arXiv 2405.15613).
+
+    A step takes from each cluster the vectors that are nearest to its centroid, half as many as the mean size of a
+    cluster. It clusters these with k-means, and then assigns all vectors to the new centroids.
+    """
+    k = len(clusters.centroids)
+    for step in range(steps):
+        each = max(1, len(vectors) // (2 * k))
+        near = nearest_members(clusters, np.full(len(clusters.centroids), each))
+        again = kmeans(vectors[near], k, seed=[*seed, 3, step], iterations=iterations, threads=threads)
+        clusters = _clusters(vectors, again.centroids, threads)
+    return clusters
 
 
 def groups(labels: npt.NDArray[np.int32], count: int) -> list[Indices]:
@@ -168,17 +179,6 @@ def nearest_members(clusters: Clusters, counts: Indices) -> Indices:
     sizes = np.bincount(clusters.labels, minlength=len(counts))
     ranks = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # within the cluster
     return np.sort(order[ranks < np.repeat(counts, sizes)])
-
-
-def _resampled(vectors: Floats, k: int, seed: list[int], iterations: int, steps: int, threads: int | None) -> Clusters:
-    """Cluster the vectors without cells, and resample `steps` times."""
-    clusters = kmeans(vectors, k, seed=seed, iterations=iterations, threads=threads)
-    for step in range(steps):
-        each = max(1, len(vectors) // (2 * k))
-        near = nearest_members(clusters, np.full(len(clusters.centroids), each))
-        again = kmeans(vectors[near], k, seed=[*seed, 3, step], iterations=iterations, threads=threads)
-        clusters = _clusters(vectors, again.centroids, threads)
-    return clusters
 
 
 def _clusters(vectors: Floats, centroids: Floats, threads: int | None) -> Clusters:

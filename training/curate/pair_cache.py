@@ -3,16 +3,22 @@
 The similarity of a pair is a function of the pixels of its two images. It is stored under a digest of both, in a file
 to which records of fixed size are appended. A record that was cut off by a kill is removed when the file is opened
 again. Later runs, also with more images, compare only new pairs.
+The grades of detail of single images are stored in the same way.
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from training.curate.blocks import in_order, one_blas_thread
+from training.curate.copies.groups import detail_grade
 from training.curate.copies.verify import PairComparison, Similarities
 from training.curate.listing import Location, Reader
 from training.curate.progress import Track
@@ -26,40 +32,77 @@ VERSION: Final = "1"
 CHUNK: Final = 64
 FEW: Final = 512
 """The number of pairs up to which this process compares them itself, because starting others takes seconds."""
-RECORD: Final = np.dtype([("pair", "V16"), ("similarity", "<f4")])
+SMALL_CHUNK: Final = 8
+"""The number of pairs that a thread of this process compares at once."""
+RECORD: Final = np.dtype([("key", "V16"), ("number", "<f4")])
 
 
-class PairStore:
-    """A file with the similarities of pairs."""
+class NumberStore:
+    """A file with float32 numbers under keys of 16 bytes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / f"pairs-{VERSION}.bin"
+        self._path = folder / f"{name}.bin"
         self._known: dict[bytes, float] = {}
         if self._path.exists():
             n = self._path.stat().st_size // RECORD.itemsize
             with self._path.open("r+b") as file:
                 file.truncate(n * RECORD.itemsize)
                 records = np.frombuffer(file.read(), RECORD)
-            pairs = [pair.tobytes() for pair in records["pair"]]
-            self._known = dict(zip(pairs, records["similarity"].tolist(), strict=True))
+            keys = [key.tobytes() for key in records["key"]]
+            self._known = dict(zip(keys, records["number"].tolist(), strict=True))
 
-    def get(self, pair: bytes) -> float | None:
-        """Return the similarity of a pair, or None if the pair has not been compared."""
-        return self._known.get(pair)
+    def get(self, key: bytes) -> float | None:
+        """Return the number of a key, or None if the key is not in the file."""
+        return self._known.get(key)
 
-    def add(self, pairs: Sequence[bytes], similarities: Similarities) -> None:
-        """Store the similarities of pairs.
+    def add(self, keys: Sequence[bytes], numbers: npt.NDArray[np.float32]) -> None:
+        """Store the numbers of keys.
 
         Raises:
             OSError: the file cannot be written.
         """
-        records = np.empty(len(pairs), RECORD)
-        records["pair"] = np.frombuffer(b"".join(pairs), "V16")
-        records["similarity"] = similarities
+        records = np.empty(len(keys), RECORD)
+        records["key"] = np.frombuffer(b"".join(keys), "V16")
+        records["number"] = numbers
         with self._path.open("ab") as file:
             file.write(records.tobytes())
-        self._known |= dict(zip(pairs, records["similarity"].tolist(), strict=True))
+        self._known |= dict(zip(keys, records["number"].tolist(), strict=True))
+
+
+class PairStore(NumberStore):
+    """A file with the similarities of pairs."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, f"pairs-{VERSION}")
+
+
+class StoredGrades:
+    """Returns the grades of detail of images of a scan, and stores them, so that no image is graded twice.
+
+    `rows` [n] are the rows in the scan of the images that are named by numbers.
+    """
+
+    def __init__(self, store: NumberStore, threads: int, scanned: Scanned, rows: Indices) -> None:
+        self._store, self._threads, self._scanned, self._rows = store, threads, scanned, rows
+
+    def __call__(self, numbers: Indices) -> npt.NDArray[np.float64]:
+        """Return the grades [p] of the images with the given numbers [p].
+
+        Raises:
+            OSError: an image cannot be read. Grades so far are stored.
+        """
+        rows = self._rows[numbers].tolist()
+        keys = {row: self._scanned.images.pixels_sha256[row].tobytes()[:16] for row in rows}
+        new = [row for row in rows if self._store.get(keys[row]) is None]
+        grades = in_order(lambda row: detail_grade(self._scanned.pixels(row)), new, self._threads)
+        for start in range(0, len(new), CHUNK):
+            part = new[start : start + CHUNK]
+            found = np.fromiter(islice(grades, len(part)), np.float32, len(part))
+            self._store.add([keys[row] for row in part], found)
+        known = [self._store.get(keys[row]) for row in rows]
+        assert None not in known
+        return np.array(known, np.float64)
 
 
 class Chunk(NamedTuple):
@@ -104,7 +147,7 @@ class StoredComparison:
     """Compares pairs of images of one scan, or of an image of one scan and one of another, and stores the results.
 
     It is a `training.curate.copies.verify.Compare`. `first_rows` [n] and `second_rows` [m] are the rows in the scans of
-    the images that the pairs number.
+    the images that the pairs number. `what` names the comparison where the progress is shown.
     """
 
     def __init__(
@@ -112,10 +155,11 @@ class StoredComparison:
         store: PairStore,
         workers: Workers,
         track: Track,
+        what: str,
         first: tuple[Scanned, Indices],
         second: tuple[Scanned, Indices] | None = None,
     ) -> None:
-        self._store, self._workers, self._track = store, workers, track
+        self._store, self._workers, self._track, self._what = store, workers, track, what
         self._first, self._second = first, second
         self._make = partial(PairWorker, first[0].reader, None if second is None else second[0].reader)
         self._own: PairWorker | None = None
@@ -145,11 +189,15 @@ class StoredComparison:
 
     def _compare_new(self, order: Indices, ones: Indices, others: Indices, pairs: Sequence[bytes]) -> None:
         """Compare new pairs. `order` [p] has their positions in `pairs`, and `ones` and `others` their rows."""
-        chunks = list(self._chunks(ones, others))
-        with self._track("comparing pairs of images", len(order)) as advance:
-            if len(order) <= FEW:
+        are_few = len(order) <= FEW
+        chunks = list(self._chunks(ones, others, SMALL_CHUNK if are_few else CHUNK))
+        with (
+            self._track(self._what, len(order)) as advance,
+            one_blas_thread() if are_few else nullcontext(),
+        ):
+            if are_few:
                 self._own = self._own or self._make()
-                results: Iterator[tuple[int, Similarities]] = map(self._own, chunks)
+                results: Iterator[tuple[int, Similarities]] = in_order(self._own, chunks, self._workers.number)
             else:
                 results = self._workers(self._make, chunks)
             for start, similarities in results:
@@ -157,10 +205,10 @@ class StoredComparison:
                 self._store.add([pairs[position] for position in positions], similarities)
                 advance(len(positions))
 
-    def _chunks(self, ones: Indices, others: Indices) -> Iterator[Chunk]:
+    def _chunks(self, ones: Indices, others: Indices, size: int) -> Iterator[Chunk]:
         scanned, other = self._first[0], (self._second or self._first)[0]
-        for start in range(0, len(ones), CHUNK):
-            a, b = ones[start : start + CHUNK], others[start : start + CHUNK]
+        for start in range(0, len(ones), size):
+            a, b = ones[start : start + size], others[start : start + size]
             of_first = {row: scanned.location(row) for row in set(a.tolist())}
             of_second = {row: other.location(row) for row in set(b.tolist())}
             if self._second is None:

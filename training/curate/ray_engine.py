@@ -1,28 +1,32 @@
-"""Scan on several machines, with Ray Data. The workers are actors of a Ray cluster and do the same as local processes.
+"""Scan on several machines, with Ray Data. The tasks of a Ray cluster do the same as local processes.
 
 Each part of a scan is one row. Its result, a Parquet file of a few hundred kilobytes, comes back to this process, which
 stores it. The sources and the model must therefore have the same paths or URLs on every machine, but the dataset's
 folder is needed here only. If a machine is lost, Ray repeats its unfinished parts on the others.
 """
 
+import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from training.curate.workers import Work
 
+_work: tuple[bytes, Work[Any, Any]] | None = None  # of this process of a Ray cluster, and what has made it
+
 
 class RayWorkers:
-    """Actors of a Ray cluster, one per CPU, except for one CPU that is left to Ray.
+    """The processes of a Ray cluster, one per CPU.
 
     Ray connects to the cluster that `ray start` or the variable RAY_ADDRESS has set up. Without one, it starts a
-    cluster on this machine.
+    cluster on this machine. Ray sends no usage statistics, unless RAY_USAGE_STATS_ENABLED=1.
 
     Raises:
         ModuleNotFoundError: Ray is not installed. The message says how to install it.
     """
 
     def __init__(self) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             import ray.data
         except ModuleNotFoundError as error:
@@ -42,36 +46,34 @@ class RayWorkers:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         rows = ray.data.from_items([{"item": pickle.dumps(item)} for item in items], override_num_blocks=len(items))
-        # If actors held all CPUs, other tasks of Ray Data could not start (ray#44687).
-        cpus = int(ray.cluster_resources().get("CPU", 1))
-        actors = max(1, min(len(items), cpus - 1))
+        # Tasks, not actors: if a machine is lost, an actor that cannot be placed elsewhere blocks the run for ever.
         done = rows.map_batches(
-            _Actor,
+            _do,
             batch_size=1,
             batch_format="numpy",
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
-            num_cpus=1 if cpus > 1 else 0.5,
-            fn_constructor_args=(make,),
+            compute=ray.data.TaskPoolStrategy(),
+            num_cpus=1,
+            fn_args=(pickle.dumps(make),),
             udf_modifying_row_count=False,
         )
         for row in done.iter_rows():
-            result, error = pickle.loads(row["result"])  # noqa: S301 - our own actors have made it
+            result, error = pickle.loads(row["result"])  # noqa: S301 - our own tasks have made it
             if error is not None:
                 raise error
             yield result
 
 
-class _Actor:
-    """A worker on one of the machines. Errors become results, because Ray would repeat or wrap them."""
+def _do(batch: dict[str, Any], make: bytes) -> dict[str, Any]:
+    """Work on items in a process of a Ray cluster. `make` is the pickled function that makes the worker object."""
+    return {"result": [_done(item, make) for item in batch["item"]]}
 
-    def __init__(self, make: Callable[[], Work[Any, Any]]) -> None:
-        self._work = make()
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {"result": [self._done(item) for item in batch["item"]]}
-
-    def _done(self, item: bytes) -> bytes:
-        try:
-            return pickle.dumps((self._work(pickle.loads(item)), None))  # noqa: S301 - our own driver has made it
-        except (ValueError, OSError) as error:
-            return pickle.dumps((None, error))
+def _done(item: bytes, make: bytes) -> bytes:
+    """Return the pickled result and error of an item. Errors become results, because Ray would repeat or wrap them."""
+    global _work
+    try:
+        if _work is None or _work[0] != make:  # Ray uses a process for many tasks
+            _work = make, pickle.loads(make)()  # noqa: S301 - our own driver has made it
+        return pickle.dumps((_work[1](pickle.loads(item)), None))  # noqa: S301 - our own driver has made it
+    except (ValueError, OSError) as error:
+        return pickle.dumps((None, error))

@@ -6,6 +6,8 @@ run ends early, however it ends, the same command continues where it was. Equal 
 
 import errno
 import json
+import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,9 +17,10 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+from pydantic import ValidationError
 
 from model.artifact import bundled_artifact, read_manifest
-from model.files import lock_file
+from model.files import lock_file, write_text
 from training.curate import write_stage
 from training.curate.copy_stages import COPIES, LEAKS
 from training.curate.embedding_stages import BALANCE, EXAMPLES, RETRIEVE, SENSITIVE_CONTENT
@@ -36,7 +39,7 @@ from training.data.listing import check_apart, check_different
 from training.data.progress import Tell
 
 WORK: Final = ".curate"
-LOG, STORED = "log.jsonl", "stages"
+LOG, STORED, COMMAND = "log.jsonl", "stages", "command.json"
 ALL: Final = (QUALITY, EXAMPLES, COPIES, LEAKS, SENSITIVE_CONTENT, RETRIEVE, BALANCE)
 STAGES: Final = {stage.name: stage for stage in ALL}
 """The stages between the scan and the writing of the dataset. `training.curate.settings.STAGES` has their order."""
@@ -61,6 +64,16 @@ class Curation:
             raise ValueError("no sources of images are given")
         check_different(self.sources)
         check_apart(self.sources, self.out)
+
+
+@dataclass(frozen=True)
+class Command:
+    """The command that has written a dataset: the directory in which it ran, and to which its paths are relative, the
+    paths or URLs of the images, and the settings."""
+
+    directory: Path
+    sources: tuple[str, ...]
+    settings: CurateSettings
 
 
 @dataclass(frozen=True)
@@ -100,8 +113,12 @@ def _clear_errors(out: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
+        if error.strerror != os.strerror(error.errno):  # `write` has said it
+            raise OSError(error.strerror) from error
+        disks = {path.stat().st_dev: path for path in (out / WORK, out) if path.exists()}  # `out`, if they are on one
+        full = min(disks.values(), key=lambda path: shutil.disk_usage(path).free, default=out)
         raise OSError(
-            f"the disk of {out} is full: make space and start the same command again, which continues where it ended"
+            f"the disk of {full} is full: make space and start the same command again, which continues where it ended"
         ) from error
 
 
@@ -128,6 +145,7 @@ def _run(curation: Curation, tools: Tools, work: Path) -> None:
             scanned, indices, results, curation.sources, curation.settings, curation.out, work / STORED, model
         )
         _write(to_write, tools, work)
+        _record_command(curation, work)
 
 
 def _write(task: WriteTask, tools: Tools, work: Path) -> None:
@@ -143,6 +161,39 @@ def _write(task: WriteTask, tools: Tools, work: Path) -> None:
     if LEAKS.name in task.results and not written.certified:
         tools.tell("write: no leak certificate, because restored images were not compared, or are leaks")
     tools.tell(f"dataset: {task.out}, digest {written.digest}")
+
+
+def _record_command(curation: Curation, work: Path) -> None:
+    """Store the command that has written the dataset, so that `last_command` finds it."""
+    command = {
+        "directory": str(Path.cwd()),
+        "sources": list(curation.sources),
+        "settings": curation.settings.model_dump(mode="json"),
+    }
+    text = json.dumps(command, indent=1) + "\n"
+    if not (work / COMMAND).exists() or (work / COMMAND).read_text() != text:
+        write_text(work / COMMAND, text)
+
+
+def last_command(out: Path) -> Command:
+    """Return the command that has written the dataset in the folder `out`.
+
+    Raises:
+        ValueError: the folder has no record of the command, or the record is damaged.
+        OSError: the record cannot be read.
+    """
+    path = out / WORK / COMMAND
+    try:
+        command = json.loads(path.read_text())
+        settings = CurateSettings.model_validate(command["settings"])
+        return Command(Path(command["directory"]), tuple(command["sources"]), settings)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path} does not exist, so the sources and settings of the dataset are unknown: start the `dinov2 curate` "
+            "that made it again"
+        ) from error
+    except (KeyError, TypeError, ValidationError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: start the `dinov2 curate` that made the dataset again") from error
 
 
 def _scan_all(
@@ -183,7 +234,7 @@ def _tell_stage(tell: Tell, work: Path, images: Images, stored: Stored, seconds:
 
 
 def _log(work: Path, stage: str, result: str, is_new: bool, seconds: float) -> None:
-    """Note a stage that has been done. Other lines of the log, perhaps cut off by a kill, stay as they are."""
+    """Note a stage that has been done. If a kill or a full disk has cut off the last line of the log, it is removed."""
     if not is_new:
         return
     line = {
@@ -192,5 +243,8 @@ def _log(work: Path, stage: str, result: str, is_new: bool, seconds: float) -> N
         "seconds": round(seconds, 3),
         "at": time.strftime("%FT%TZ", time.gmtime()),
     }
-    with (work / LOG).open("a") as file:
+    log = work / LOG
+    if log.exists() and (content := log.read_bytes()) and not content.endswith(b"\n"):
+        os.truncate(log, content.rfind(b"\n") + 1)
+    with log.open("a") as file:
         file.write(json.dumps(line) + "\n")

@@ -43,12 +43,14 @@ from training.curate.rows import (
     write_table,
 )
 from training.curate.table import Images, Pixels
-from training.curate.workers import RunAll
+from training.curate.workers import RunAll, Workers
 from training.data.dataset import LIMITS, decode
 
 VERSION: Final = "1"
 """Changes whenever a scan finds out something else about the same image. Results of other versions are not used."""
 PART_IMAGES: Final = 128
+FEW: Final = 64
+"""The number of new images up to which this process scans them itself, because starting others takes seconds."""
 INDEX, FACES, PARTS, TABLE = "index", "faces", "parts", "table-"
 
 
@@ -288,9 +290,11 @@ def scan(settings: ScanSettings, run_all: RunAll, track: Track, what: str) -> Sc
     if is_new:
         names = [_part_name(signature, listing, rows) for rows in _part_rows(listing)]
         files = [settings.folder / PARTS / f"{name}.parquet" for name in names]
-        n_read = _scan_parts(
-            settings, run_all, track(what, len(listing)), _missing(settings, listing, signature, files)
-        )
+        missing = _missing(settings, listing, signature, files)
+        n_read = sum(item.known is None for part in missing for item in part.items)
+        is_known = all(part.table is not None for part in missing)
+        workers = Workers(1) if is_known and n_read <= FEW else run_all
+        _scan_parts(settings, workers, track(what, sum(len(part.items) for part in missing)), missing)
         write_table(table, files, listing, {"signature": signature})
         _clear(settings.folder, table, set(names))
     images = read_images(table)
@@ -305,14 +309,13 @@ def _scan_parts(
     run_all: RunAll,
     tracked: AbstractContextManager[Callable[[int], object]],
     missing: Sequence[Part],
-) -> int:
-    """Scan parts and store them. Return the number of images whose files were read."""
+) -> None:
+    """Scan parts and store them."""
     with tracked as advance:
         results: Iterator[Any] = run_all(partial(Scanner, settings), missing)
         for name, count, content in results:
             write_bytes(settings.folder / PARTS / f"{name}.parquet", content)
             advance(count)
-    return sum(item.known is None for part in missing for item in part.items)
 
 
 def _part_rows(listing: Listing) -> list[range]:

@@ -66,7 +66,7 @@ class QualitySection(Section):
     drop: tuple[
         Literal["dark", "light", "odd_aspect_ratio", "low_information", "blurry", "grayscale", "odd_size"], ...
     ] = Field(
-        ("dark", "light", "odd_aspect_ratio", "low_information", "blurry", "odd_size"),
+        ("dark", "light", "odd_aspect_ratio", "low_information", "blurry"),
         description="the issues for which an image is dropped; all issues are reported",
     )
     dark: Limit = Field(DEFAULT_LIMITS.dark, description="limit of the 99th percentile of the brightness")

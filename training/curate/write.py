@@ -13,6 +13,7 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from model.files import publish, sync, write_bytes
@@ -33,7 +34,9 @@ from training.data.curated import (
     read_curation,
 )
 
-REPORT: Final = "report.html"
+WriteFile = Callable[[Path], object]
+"""Writes a file to a path."""
+
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -42,7 +45,7 @@ def write(
     read_bytes: ReadBytes,
     out: Path,
     settings: WriteSettings,
-    write_page: Callable[[Path], object] | None = None,
+    further: Mapping[str, WriteFile] = MappingProxyType({}),
     done: Callable[[int], object] = lambda n: None,
 ) -> str:
     """Write the dataset of an outcome to the folder `out`, and return the digest of its images.
@@ -55,7 +58,7 @@ def write(
         read_bytes: returns the bytes of an image by its number.
         out: the folder. Files in it with other names are not touched.
         settings: how the dataset is written.
-        write_page: writes the report, `report.html`, to a path. If it is None, there is no report.
+        further: further files of the dataset: for each name the function that writes the file to a path.
         done: called with the number of images that have been written since its last call.
 
     Raises:
@@ -68,7 +71,7 @@ def write(
         _finish(out)
         _check_alone(out)
         (out / STAGING).mkdir(exist_ok=True)
-        digest = _stage(outcome, read_bytes, out, settings, write_page, done)
+        digest = _stage(outcome, read_bytes, out, settings, further, done)
         _finish(out)
     except OSError as error:
         if error.errno in _FULL:
@@ -92,7 +95,7 @@ def _stage(
     read_bytes: ReadBytes,
     out: Path,
     settings: WriteSettings,
-    write_page: Callable[[Path], object] | None,
+    further: Mapping[str, WriteFile],
     done: Callable[[int], object],
 ) -> str:
     """Complete all files of a dataset in the staging folder, and return the digest of its images. See `write`."""
@@ -111,20 +114,25 @@ def _stage(
     about = {"name": settings.name, "description": settings.description, "license": settings.license}
     described = describe(files, _facts_of(staging / MANIFEST), digests["all"], counts, about)
     write_bytes(staging / CROISSANT, _json(described))
-    if write_page is not None:
-        write_page(staging / REPORT)
-        sync(staging / REPORT)
+    for name, write_file in further.items():
+        write_file(staging / name)
+        sync(staging / name)
     content = {
         "format": FORMAT,
         "form": settings.form,
         "digests": digests,
         "counts": counts,
         "files": files,
-        "extras": [MANIFEST, CROISSANT, *([REPORT] if write_page is not None else [])],
+        "extras": [MANIFEST, CROISSANT, *further],
         "sources": list(outcome.sources) if settings.form == "list" else [],
     }
     write_bytes(staging / CURATION, _json(content))
     return digests["all"]
+
+
+def write_description(out: Path, content: Mapping[str, Any]) -> None:
+    """Write `curation.json`, whose content is known, to the folder of a dataset."""
+    write_bytes(out / CURATION, _json(content))
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
@@ -140,10 +148,12 @@ def _facts_of(path: Path) -> dict[str, Any]:
 
 
 def _full(error: OSError, out: Path) -> OSError:
+    is_unexplained = error.strerror in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+    reason = f"the disk of {out} is full" if is_unexplained else f"{out}: {error.strerror}"
     return OSError(
         error.errno,
-        f"{error.strerror}. An older dataset in {out} is not changed. Make space and run the same command again; it "
-        "continues with the shards that are complete",
+        f"{reason}. An older dataset there is not changed. Make space and run the same command again; it continues "
+        "with the shards that are complete",
     )
 
 

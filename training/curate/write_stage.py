@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -31,11 +31,12 @@ from training.curate.settings import STAGES, CurateSettings
 from training.curate.stages import POOL, Stored
 from training.curate.table import Indices, Pixels
 from training.curate.tars import WriteSettings
-from training.curate.write import write
-from training.data.curated import open_curation
+from training.curate.write import WriteFile, write, write_description
+from training.data.curated import CURATION, open_curation, read_curation
 
 NAME: Final = "write"
-VERSION: Final = "1"
+VERSION: Final = "2"
+REPORT: Final = "report.html"
 CERTIFICATE: Final = "leak-certificate.json"
 
 
@@ -87,11 +88,13 @@ class Written:
 def write_dataset(task: WriteTask, track: Track) -> Written:
     """Write the dataset, unless it is complete and nothing has changed that it depends on. `track` shows the progress.
 
+    If files of a written dataset are missing or have another size, they are made again. Intact shards are used again.
+
     Raises:
         ValueError: no image is kept, `out` contains other images, or an image has changed since the scan.
         OSError: the disk is full, or reading or writing failed. Complete shards are kept for the next try.
     """
-    outcome, pool, section = task.outcome(), task.scanned[POOL], task.settings.write
+    outcome, section = task.outcome(), task.settings.write
     inputs = digest_of(
         VERSION,
         *(scanned.digest for _, scanned in sorted(task.scanned.items())),
@@ -99,49 +102,83 @@ def write_dataset(task: WriteTask, track: Track) -> Written:
         *(hashlib.sha256(numbers.astype("<i8").tobytes()).digest() for numbers in (outcome.kept, outcome.held_out)),
         *(stored.folder.name for stored in task.results.values()),
     )
+    _describe_again(task)
     marker = task.folder / f"{NAME}-{inputs[:32]}.json"
-    is_new = not (marker.exists() and _is_complete(task.out))
+    is_new = not (marker.exists() and _is_complete(task.out, json.loads(marker.read_text())["sizes"]))
     if is_new:
-        form = WriteSettings(**section.model_dump(exclude={"held_out_share"}))
-        page = partial(
+        _write(task, outcome, marker, track)
+    facts = json.loads(marker.read_text())
+    curation = facts["curation"]
+    certified = CERTIFICATE in curation["extras"]
+    return Written(curation["digests"]["all"], curation["counts"], len(outcome.restored), certified, is_new, marker)
+
+
+def _write(task: WriteTask, outcome: Outcome, marker: Path, track: Track) -> None:
+    """Write the dataset, and then the marker."""
+    pool, section = task.scanned[POOL], task.settings.write
+    form = WriteSettings(**section.model_dump(exclude={"held_out_share"}))
+    further: dict[str, WriteFile] = {
+        REPORT: partial(
             write_report, outcome=outcome, read=pool.pixels, name=section.name, beside=partial(_evaluation_image, task)
         )
-        (task.out / CERTIFICATE).unlink(missing_ok=True)
-        with track(NAME, len(outcome.kept)) as advance:
-            digest = write(outcome, pool.encoded, task.out, form, page, advance)
-        facts = {
-            "stage": NAME,
-            "digest": digest,
-            "counts": {"train": len(outcome.train), "val": len(outcome.held_out)},
-            "certified": _certify(task, outcome),
-        }
-        task.folder.mkdir(parents=True, exist_ok=True)
-        for old in task.folder.glob(f"{NAME}-*.json"):
-            old.unlink()
-        write_text(marker, json.dumps(facts, indent=1) + "\n")
-    facts = json.loads(marker.read_text())
-    return Written(facts["digest"], facts["counts"], len(outcome.restored), facts["certified"], is_new, marker)
+    }
+    if (certificate := _certificate(task, outcome)) is not None:
+        further[CERTIFICATE] = partial(write_certificate, certificate=certificate)
+    with track(NAME, len(outcome.kept)) as advance:
+        write(outcome, pool.encoded, task.out, form, further, advance)
+    curation = json.loads((task.out / CURATION).read_bytes())
+    sizes = {name: (task.out / name).stat().st_size for name in curation["extras"]}
+    task.folder.mkdir(parents=True, exist_ok=True)
+    for old in _markers(task.folder):
+        old.unlink()
+    write_text(marker, json.dumps({"stage": NAME, "curation": curation, "sizes": sizes}, indent=1) + "\n")
 
 
-def _is_complete(out: Path) -> bool:
-    """Return whether the files of the dataset in a folder are complete. See `open_curation`."""
+def _markers(folder: Path) -> list[Path]:
+    """Return the marker of the written dataset, if there is one."""
+    return list(folder.glob(f"{NAME}-*.json"))
+
+
+def _describe_again(task: WriteTask) -> None:
+    """Write a missing or damaged `curation.json` from the marker. Without it, the shards look like foreign files."""
     try:
-        return open_curation(out) is not None
+        is_described = read_curation(task.out) is not None
+    except ValueError:
+        is_described = False
+    for marker in _markers(task.folder):
+        if not is_described:
+            write_description(task.out, json.loads(marker.read_text())["curation"])
+
+
+def _is_complete(out: Path, sizes: Mapping[str, int]) -> bool:
+    """Return whether all files of the dataset in a folder exist and have their sizes.
+
+    `sizes` are those of the files that are neither shards nor lists, in bytes. See `open_curation` for the others.
+    """
+    try:
+        is_complete = open_curation(out) is not None
     except ValueError:
         return False
+    return is_complete and all(
+        (out / name).is_file() and (out / name).stat().st_size == size for name, size in sizes.items()
+    )
 
 
-def _certify(task: WriteTask, outcome: Outcome) -> bool:
-    """Write the certificate that the dataset contains no leaks, if that is known. Return whether it was written."""
+def _certificate(task: WriteTask, outcome: Outcome) -> dict[str, Any] | None:
+    """Return the certificate that the dataset contains no leaks, or None if that is not known.
+
+    It contains the digests of the images as they were scanned, and with hidden faces, if faces are hidden. These are
+    the bytes of the dataset, because an image with other bytes is not written.
+    """
     stored = task.results.get(LEAKS)
     order = list(STAGES)
     if stored is None or any(order.index(outcome.drop_of[i].stage) <= order.index(LEAKS) for i in outcome.restored):
-        return False
+        return None
     counts = json.loads(stored.files[COUNTS].read_text())
     n_leaks, n_rejected = (np.array(counts[name], np.int64) for name in ("n_leaks", "n_rejected"))
     settings = {name: task.settings.value(name).model_dump(mode="json") for name in ("copies", "leaks")}
     del settings["leaks"]["evaluation"]  # the certificate names the images by their digests, and no private paths
-    certificate = make_certificate(
+    return make_certificate(
         outcome.images.take(outcome.kept),
         task.scanned[EVALUATION].images,
         Leaks(list(stored.drops), n_leaks, n_rejected),
@@ -150,8 +187,6 @@ def _certify(task: WriteTask, outcome: Outcome) -> bool:
         threshold=counts["threshold"],
         settings=settings,
     )
-    write_certificate(task.out / CERTIFICATE, certificate)
-    return True
 
 
 def _evaluation_image(task: WriteTask, drop: Drop) -> Pixels | None:

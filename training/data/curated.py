@@ -51,20 +51,31 @@ def read_curation(folder: Path) -> Curation | None:
     """
     path = folder / CURATION
     try:
-        content = json.loads(path.read_bytes())
+        data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    return parse_curation(data, str(path))
+
+
+def parse_curation(data: bytes, name: str) -> Curation | None:
+    """Return the content of a `curation.json`, or None if it is not of this program. `name` is its path or URL.
+
+    Raises:
+        ValueError: see `read_curation`.
+    """
+    try:
+        content = json.loads(data)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{name} is damaged: {error}") from error
     if not isinstance(content, dict) or not str(content.get("format")).startswith("dinov2-curation-"):
         return None
     if content["format"] != FORMAT:
-        raise ValueError(f"{path} has the format {content['format']}, but this version reads only {FORMAT}")
+        raise ValueError(f"{name} has the format {content['format']}, but this version reads only {FORMAT}")
     try:
         fields = ("form", "files", "extras", "sources", "digests", "counts")
         return Curation(*(content[field] for field in fields))
     except KeyError as error:
-        raise ValueError(f"{path} is damaged: it has no {error}") from error
+        raise ValueError(f"{name} is damaged: it has no {error}") from error
 
 
 def open_curation(folder: Path) -> Curation | None:
@@ -91,24 +102,6 @@ def open_curation(folder: Path) -> Curation | None:
                 "dataset again"
             )
     return curation
-
-
-def curation_facts(data: Sequence[str]) -> list[dict[str, Any]]:
-    """Return what the provenance of a run says about its curated datasets.
-
-    `data` contains the addresses of the run's sources. There is one entry for each address that is the folder of a
-    dataset that `dinov2 curate` has written: the number of the source, counted from 1, and the digests and the numbers
-    of its images.
-
-    Raises:
-        ValueError: see `open_curation`.
-    """
-    facts = []
-    for number, address in enumerate(data, 1):
-        folder = Path(address.removeprefix("file://"))
-        if "://" not in str(folder) and (curation := open_curation(folder)) is not None:
-            facts.append({"source": number, "sha256": dict(curation.digests), "images": dict(curation.counts)})
-    return facts
 
 
 # Lists

@@ -235,6 +235,29 @@ def _local_shards(path: Path) -> list[str]:
     return sorted(glob.glob(str(path))) if "*" in path.name and not path.exists() else [str(path)]
 
 
+def address_of(spec: str | Path) -> str:
+    """Return the URL or the local path of a source, without `file://`."""
+    text = re.sub(r"^([a-z][a-z0-9+]+):/(?!/)", r"\1://", str(spec))  # pathlib removes one of the two slashes of a URL
+    return re.sub(r"^file://", "", text)
+
+
+def shard_urls(address: str) -> list[str]:
+    """Return the URLs or local paths of the tar shards that a URL, or a path or pattern of tar files, stands for.
+
+    They need not exist. See `address_of` for the form of the address.
+
+    Raises:
+        ValueError: it stands for no tar shards.
+        OSError: a server failed.
+    """
+    is_url = "://" in address
+    parts = expand_braces(address) if is_url or not Path(address).exists() else [address]
+    urls = [url for part in parts for url in (_remote_shards(part) if is_url else _local_shards(Path(part)))]
+    if not urls:
+        raise ValueError(f"no tar shards at {address}: their names must end in .tar")
+    return urls
+
+
 def open_source(spec: str | Path, index_dir: Path, tally: Tally | None = None) -> Source:
     """Open the source of images at a path or URL, and return it.
 
@@ -252,13 +275,9 @@ def open_source(spec: str | Path, index_dir: Path, tally: Tally | None = None) -
         OSError: a server or a disk failed.
     """
     tally = tally or Tally()
-    text = re.sub(r"^([a-z][a-z0-9+]+):/(?!/)", r"\1://", str(spec))  # pathlib removes one of the two slashes of a URL
-    text = re.sub(r"^file://", "", text)
+    text = address_of(spec)
     if "://" in text:
-        urls = [url for part in expand_braces(text) for url in _remote_shards(part)]
-        if not urls:
-            raise ValueError(f"no tar shards at {text}: their names must end in .tar")
-        return _open_shards(urls, index_dir, text, tally)
+        return _open_shards(shard_urls(text), index_dir, text, tally)
     path = Path(text)
     curation = open_curation(path)
     if curation is not None and curation.form == "list":

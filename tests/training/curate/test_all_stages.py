@@ -1,10 +1,11 @@
 """Curations with all stages: what each stage drops, and that a kill in the middle of any stage changes no byte."""
 
 import json
-import os
 import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,34 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import cli
+from benchmarks.curation_kills import (
+    IN_STAGE,
+    MIB,
+    POINTS,
+    done_stages,
+    files_of,
+    fill_up,
+    interrupted,
+    kill_this_process,
+    set_size,
+    small_disk,
+)
+from tests.training.curate.killed import exit_code_of
 from tests.training.curate.small_images import FakeEmbedder, picture
-from tests.training.curate.test_run import done_stages, files, in_child, killing
 from training.curate.manifest import Entry, read_manifest
 from training.curate.progress import in_lines
-from training.curate.run import LOG, WORK, Curation, Tools, curate
+from training.curate.run import WORK, Curation, Tools, curate
 from training.curate.settings import STAGES, load_settings
 from training.curate.workers import Workers
 from training.curate.write_stage import CERTIFICATE
 
 SIZE = (120, 100)
 N = 30
+REPLACED = {
+    "training.curate.scan.Embedder": FakeEmbedder,
+    "training.curate.views.Embedder": FakeEmbedder,
+    "training.curate.scan.PART_IMAGES": 16,
+}
 
 
 def save(image: Image.Image, path: Path) -> None:
@@ -64,7 +82,7 @@ def fill(folder: Path) -> None:
         save(picture(1300 + seed, SIZE), folder / "seeds" / f"{seed}.png")
 
 
-def run(folder: Path, out: Path) -> list[str]:
+def run(folder: Path, out: Path, *settings: str) -> list[str]:
     told: list[str] = []
     overrides = [
         *("scan.min_side=8", "write.shard_images=6", "write.held_out_share=0.2", "quality.drop=['dark']"),
@@ -74,7 +92,7 @@ def run(folder: Path, out: Path) -> list[str]:
         *("copies.neighbours=4", "leaks.candidates=4", "balance.size=12"),
     ]
     tools = Tools(Workers(1), Workers(1), in_lines(lambda line: None), told.append)
-    curate(Curation((str(folder / "pool"),), out, load_settings(None, overrides)), tools)
+    curate(Curation((str(folder / "pool"),), out, load_settings(None, [*overrides, *settings])), tools)
     return told
 
 
@@ -84,8 +102,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("all")
     fill(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.curate.scan.Embedder", FakeEmbedder)
-        patch.setattr("training.curate.scan.PART_IMAGES", 16)
+        for name, value in REPLACED.items():
+            patch.setattr(name, value)
         run(folder, folder / "whole")
         yield folder
 
@@ -127,43 +145,59 @@ def test_the_certificate_is_verified_by_a_command_and_refused_after_a_change(who
     assert "was changed" in changed.output
 
 
-POINTS = {
-    "scan": ("training.curate.scan.write_bytes", 5),
-    "quality": ("training.curate.quality_stage.find_issues", 1),
-    "examples": ("training.curate.embedding_stages.learn_score", 1),
-    "copies": ("training.curate.pair_cache.PairStore.add", 2),
-    "leaks": ("training.curate.copy_stages.find_leaks", 1),
-    "sensitive": ("training.curate.embedding_stages.learn_score", 2),
-    "retrieve": ("training.curate.embedding_stages.retrieve_by_sample", 1),
-    "balance": ("training.curate.stages.publish", 7),
-    "write": ("training.curate.write.write_shard", 2),
-    "report": ("training.curate.write_stage.write_report", 1),
-    "certificate": ("training.curate.write_stage.write_certificate", 1),
-}
+def run_until_killed(folder: Path, out: Path, point: str) -> None:
+    with interrupted(point, kill_this_process):
+        run(folder, out)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("stage", POINTS)
-def test_a_kill_in_the_middle_of_a_stage_changes_no_byte(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
-) -> None:
+@pytest.mark.parametrize("point", POINTS)
+def test_a_kill_in_the_middle_of_a_stage_changes_no_byte(whole: Path, tmp_path: Path, point: str) -> None:
     out = tmp_path / "out"
-    if stage != "scan":
+    if point != "scan":
         shutil.copytree(whole / "whole" / WORK / "scan", out / WORK / "scan")
-    where, call = POINTS[stage]
-    with monkeypatch.context() as patch:
-        patch.setattr(where, killing(_resolved(where), call))
-        assert in_child(lambda: run(whole, out)) == -signal.SIGKILL
-    before = done_stages(out) if (out / WORK / LOG).exists() else []
+    assert exit_code_of(partial(run_until_killed, whole, out, point), replaced=REPLACED) == -signal.SIGKILL
+    before = done_stages(out)
+    assert IN_STAGE.get(point, point) not in before
     run(whole, out)
-    assert files(out) == files(whole / "whole")
+    assert files_of(out) == files_of(whole / "whole")
     after = done_stages(out)
     assert after[: len(before)] == before
     assert len(after) == len(set(after))
 
 
-def _resolved(where: str) -> object:
-    from _pytest.monkeypatch import derive_importpath
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of its own."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(small_disk(tmp_path / "disk", 64 * MIB))
+        except OSError as error:
+            pytest.skip(f"no disk can be mounted: {error}")
+        yield tmp_path / "disk"
 
-    name, target = derive_importpath(where, raising=True)
-    return getattr(target, name)
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_disk_that_becomes_full_in_a_stage_is_named_and_nothing_is_lost(whole: Path, disk: Path, point: str) -> None:
+    if point != "scan":
+        shutil.copytree(whole / "whole" / WORK / "scan", disk / WORK / "scan")
+    with interrupted(point, lambda: fill_up(disk)), pytest.raises(OSError, match="pace and") as raised:
+        run(whole, disk)
+    assert str(disk) in str(raised.value)
+    before = done_stages(disk)
+    assert IN_STAGE.get(point, point) not in before
+    set_size(disk, 64 * MIB)
+    run(whole, disk)
+    assert files_of(disk) == files_of(whole / "whole")
+    after = done_stages(disk)
+    assert after[: len(before)] == before
+    assert len(after) == len(set(after))
+
+
+def test_a_full_disk_does_not_change_an_older_dataset(whole: Path, disk: Path) -> None:
+    shutil.copytree(whole / "whole", disk, dirs_exist_ok=True)
+    with (
+        interrupted("report", lambda: fill_up(disk)),
+        pytest.raises(OSError, match="older dataset there is not changed"),
+    ):
+        run(whole, disk, "write.held_out_share=0.4")
+    assert files_of(disk) == files_of(whole / "whole")

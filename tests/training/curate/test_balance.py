@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tests.training.curate.vectors import around_centres, unit
+from training.curate import kmeans
 from training.curate.balance import balance, default_levels, fill_up
 
 
@@ -49,12 +50,26 @@ def frequent_and_rare() -> np.ndarray:
 
 
 def test_a_frequent_motif_is_cut_and_rare_ones_are_kept() -> None:
-    kept = balance(frequent_and_rare(), 220, levels=(60, 11))
+    kept = balance(frequent_and_rare(), 220, levels=(60, 11), seed=1)
     assert len(kept) == 220
     assert (np.diff(kept) > 0).all()
     of_the_rare = np.bincount(np.maximum(0, kept - 900) // 30 + (kept >= 900), minlength=11)[1:]
     assert (kept < 900).sum() <= 45  # a proportional choice would keep 165
     assert of_the_rare.min() >= 10  # a proportional choice would keep 5
+
+
+def test_many_clusters_balance_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kmeans, "LARGEST", 64)  # so that 40,000 vectors are divided as a million are
+    rng = np.random.default_rng(0)
+    frequency = 1 / np.sqrt(1 + np.arange(400))
+    motifs = rng.choice(400, 40_000, p=frequency / frequency.sum())
+    scale = 1 / np.sqrt(1 + np.arange(32))
+    points = rng.normal(size=(400, 32))[motifs] + 0.5 * rng.normal(size=(40_000, 32))
+    kept = balance(unit(points * scale), 10_000, resampling_steps=2)
+    frequent = np.argsort(-np.bincount(motifs))[:40]
+    before, after = (np.isin(part, frequent).mean() for part in (motifs, motifs[kept]))
+    assert before > 0.28
+    assert after < 0.16  # 0.18 if the clusters of the upper level are divided into cells
 
 
 def test_one_level_keeps_the_vectors_nearest_to_the_centroid() -> None:

@@ -19,13 +19,14 @@ from training.curate.certificate import (
 from training.curate.drops import Drop
 from training.curate.leaks import Leaks, find_leaks
 from training.curate.table import Images
+from training.curate.views import Views
 
 
 def sets() -> tuple[Images, Images, Images, Leaks]:
     """The kept images, the removed ones, the evaluation images, and what was found about them."""
     evaluation = make_images("val", around_centres(4), 1)
     images = changed(make_images("0", around_centres(9, seed=1), 2), pixels_sha256=(5, evaluation.pixels_sha256[2]))
-    leaks = find_leaks(images, evaluation, lambda pairs: pairs.score > 2, threshold=1)
+    leaks = find_leaks(images, evaluation, Views.only_whole(evaluation), lambda pairs: pairs.score > 2, threshold=1)
     dropped = [drop.index for drop in leaks.drops]
     assert dropped == [5]
     return images.take(np.array([0, 1, 2, 3, 4, 6, 7, 8])), images.take(np.array(dropped)), evaluation, leaks

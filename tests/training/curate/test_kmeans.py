@@ -7,7 +7,17 @@ import pytest
 from tests.training.curate.vectors import around_centres, unit
 from training.curate import kmeans as module
 from training.curate.blocks import in_order
-from training.curate.kmeans import Clusters, Floats, assign, cluster, groups, initial_centroids, kmeans, nearest_members
+from training.curate.kmeans import (
+    Clusters,
+    Floats,
+    assign,
+    cluster,
+    groups,
+    initial_centroids,
+    kmeans,
+    nearest_members,
+    resample,
+)
 
 
 def plain_kmeans(vectors: Floats, centroids: npt.NDArray[np.float64], iterations: int) -> npt.NDArray[np.int64]:
@@ -54,9 +64,9 @@ def test_the_number_of_threads_does_not_change_a_byte(monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, "ROWS", 128)
     monkeypatch.setattr(module, "LARGEST", 64)
     vectors = around_centres(2000, dimensions=48)
-    one, three = (cluster(vectors, k, resampling_steps=1, iterations=5, threads=threads) for threads in (1, 3))
+    one, three = (cluster(vectors, k, iterations=5, threads=threads) for threads in (1, 3))
     assert same(one, three)
-    assert not same(one, cluster(vectors, k, seed=1, resampling_steps=1, iterations=5))
+    assert not same(one, cluster(vectors, k, seed=1, iterations=5))
 
 
 def test_many_clusters_are_almost_as_good_as_lloyds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,10 +91,27 @@ def test_cells_get_clusters_by_their_spread(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_resampling_spreads_the_clusters() -> None:
     vectors = np.concatenate((around_centres(2000, centres=1, spread=0.3), around_centres(200, centres=20, seed=1)))
-    in_the_frequent_motif = [
-        len(np.unique(cluster(vectors, 40, resampling_steps=steps).labels[:2000])) for steps in (0, 5)
-    ]
-    assert in_the_frequent_motif[1] < in_the_frequent_motif[0]
+    clusters = kmeans(vectors, 40)
+    again, three = (resample(vectors, clusters, steps=5, seed=[0], threads=threads) for threads in (1, 3))
+    assert same(again, three)
+    before, after = (len(np.unique(labels[:2000])) for labels in (clusters.labels, again.labels))
+    assert after < before
+
+
+def test_the_border_of_a_cell_does_not_divide_a_motif(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGEST", 32)
+    vectors = around_centres(4000, centres=100, spread=0.6, dimensions=16)
+    clusters = cluster(vectors, 200)
+    labels, _ = assign(vectors, clusters.centroids)
+    assert clusters.labels.tolist() == labels.tolist()
+
+
+def test_many_initial_centroids_are_spread_over_all_groups() -> None:
+    vectors = around_centres(4000, centres=200, spread=0.05)
+    centroids = initial_centroids(vectors, 200, np.random.default_rng(0))
+    assert len(centroids) == 200
+    _, distances = assign(vectors, centroids)
+    assert (distances < 0.1).mean() > 0.95  # the vectors of a group without a centroid are farther away
 
 
 def test_fewer_different_vectors_than_clusters() -> None:

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from tests.training.curate.vectors import around_centres, unit
+from training.curate.copies.hashes import symmetric_hashes
 from training.curate.leaks import Leaks, find_leaks
 from training.curate.neighbours import Pairs
 from training.curate.table import Images
+from training.curate.views import Views
 
 
 def make_images(name: str, embedding: np.ndarray, seed: int) -> Images:
@@ -52,7 +54,7 @@ def all_pairs(pairs: Pairs) -> np.ndarray:
 
 
 def find(images: Images, evaluation: Images, verify: Callable[[Pairs], np.ndarray] = all_pairs) -> Leaks:
-    return find_leaks(images, evaluation, verify, threshold=0.8)
+    return find_leaks(images, evaluation, Views.only_whole(evaluation), verify, threshold=0.8)
 
 
 def reasons(leaks: Leaks) -> list[tuple[int, str]]:
@@ -110,12 +112,47 @@ def test_the_most_similar_evaluation_image_is_named() -> None:
     assert leaks.n_leaks[[0, 2]].tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("bits", [0, 5, 6, 7])
+@pytest.mark.parametrize("bits", [0, 5, 10, 11])
 def test_hashes_with_few_different_bits_are_candidates(bits: int) -> None:
     images, evaluation = sets()
     different = np.uint64((1 << bits) - 1) << np.uint64(40)
     images = changed(images, phash=(11, evaluation.phash[5] ^ different))
-    assert [drop.index for drop in find(images, evaluation).drops] == ([11] if bits <= 6 else [])
+    assert [drop.index for drop in find(images, evaluation).drops] == ([11] if bits <= 10 else [])
+
+
+def test_a_leak_that_resembles_only_a_view_is_a_candidate() -> None:
+    images, evaluation = sets()
+    rng = np.random.default_rng(5)
+    edits = unit(rng.normal(size=(6 * 5, 32))).reshape(6, 5, 32)
+    embedding = np.concatenate((evaluation.embedding[:, None], edits), axis=1)
+    phash = np.concatenate((evaluation.phash[:, None], rng.integers(2**64, size=(6, 6), dtype=np.uint64)), axis=1)
+    images = changed(images, embedding=(7, embedding[2, 4]))
+    images = changed(images, phash=(8, phash[3, 6] ^ np.uint64(0b101)))
+    assert find(images, evaluation).drops == []
+    leaks = find_leaks(images, evaluation, Views(embedding, phash), all_pairs, threshold=0.9)
+    assert [drop.index for drop in leaks.drops] == [7, 8]
+    assert leaks.n_leaks.tolist() == [0, 0, 1, 1, 0, 0]
+
+
+def test_each_image_is_compared_with_at_most_k_evaluation_images() -> None:
+    images, evaluation = sets()
+    views = Views(np.repeat(evaluation.embedding[:, None], 3, axis=1), evaluation.phash[:, None])
+    seen = []
+
+    def note(pairs: Pairs) -> np.ndarray:
+        seen.append(np.bincount(pairs.query, minlength=len(images)))
+        return all_pairs(pairs)
+
+    find_leaks(images, evaluation, views, note, threshold=-1, k=3)
+    assert seen[0].max() <= 3
+    assert seen[0].min() >= 2  # three views of an image are equal and take three of the six places
+
+
+@pytest.mark.parametrize("symmetry", [1, 5])
+def test_hashes_of_mirrored_and_rotated_leaks_are_candidates(symmetry: int) -> None:
+    images, evaluation = sets()
+    images = changed(images, phash=(11, symmetric_hashes(evaluation.phash)[4, symmetry]))
+    assert [drop.index for drop in find(images, evaluation).drops] == [11]
 
 
 def test_empty_sets() -> None:
@@ -126,5 +163,6 @@ def test_empty_sets() -> None:
 
 
 def test_bad_number_of_bits() -> None:
+    images, evaluation = sets()
     with pytest.raises(ValueError, match="hash_bits is 65; it must be from 0 to 64"):
-        find_leaks(*sets(), all_pairs, threshold=0.8, hash_bits=65)
+        find_leaks(images, evaluation, Views.only_whole(evaluation), all_pairs, threshold=0.8, hash_bits=65)

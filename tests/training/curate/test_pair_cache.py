@@ -8,8 +8,9 @@ import pytest
 from tests.training.curate.small_images import fill_folder
 from tests.training.curate.test_scan import TRACK, run
 from training.curate import pair_cache
+from training.curate.copies.groups import detail_grade
 from training.curate.copies.verify import PairComparison
-from training.curate.pair_cache import PairStore, PairWorker, StoredComparison
+from training.curate.pair_cache import NumberStore, PairStore, PairWorker, StoredComparison, StoredGrades
 from training.curate.scan import Scanned
 from training.curate.workers import Workers
 
@@ -37,7 +38,7 @@ def compared(monkeypatch) -> list[int]:
 def comparison(folder: Path, scanned: Scanned, other: Scanned | None = None, workers: int = 1) -> StoredComparison:
     rows = np.arange(len(scanned.images))
     second = None if other is None else (other, np.arange(len(other.images)))
-    return StoredComparison(PairStore(folder), Workers(workers), TRACK, (scanned, rows), second)
+    return StoredComparison(PairStore(folder), Workers(workers), TRACK, "pairs", (scanned, rows), second)
 
 
 def test_the_similarities_are_those_of_a_plain_comparison(tmp_path: Path, scanned: Scanned) -> None:
@@ -54,7 +55,7 @@ def test_a_pair_is_compared_once(tmp_path: Path, scanned: Scanned, compared: lis
 
 
 def test_rows_of_the_scan_are_used_for_a_part_of_its_images(tmp_path: Path, scanned: Scanned) -> None:
-    part = StoredComparison(PairStore(tmp_path), Workers(1), TRACK, (scanned, np.array([1, 3])))
+    part = StoredComparison(PairStore(tmp_path), Workers(1), TRACK, "pairs", (scanned, np.array([1, 3])))
     assert part(np.array([0]), np.array([1])) == PairComparison(scanned.pixels)(np.array([1]), np.array([3]))
 
 
@@ -81,3 +82,27 @@ def test_processes_give_the_same(tmp_path: Path, scanned: Scanned, monkeypatch) 
     monkeypatch.setattr(pair_cache, "FEW", 0)
     monkeypatch.setattr(pair_cache, "CHUNK", 1)
     assert comparison(tmp_path / "b", scanned, workers=2)(FIRST, SECOND).tolist() == alone.tolist()
+
+
+def test_threads_give_the_same(tmp_path: Path, scanned: Scanned, monkeypatch, compared: list[int]) -> None:
+    alone = comparison(tmp_path / "a", scanned)(FIRST, SECOND)
+    monkeypatch.setattr(pair_cache, "SMALL_CHUNK", 1)
+    assert comparison(tmp_path / "b", scanned, workers=2)(FIRST, SECOND).tolist() == alone.tolist()
+    assert compared == [3, 1, 1, 1]
+
+
+def test_an_image_is_graded_once(tmp_path: Path, scanned: Scanned, monkeypatch) -> None:
+    graded = []
+
+    def counted(pixels: np.ndarray) -> int:
+        graded.append(pixels.shape)
+        return detail_grade(pixels)
+
+    monkeypatch.setattr(pair_cache, "detail_grade", counted)
+    rows = np.array([1, 2, 4])
+    expected = [float(detail_grade(scanned.pixels(row))) for row in (4, 1)]
+    for n in (2, 2, 3):
+        grade = StoredGrades(NumberStore(tmp_path, "detail"), 2, scanned, rows)
+        assert grade(np.array([2, 0, 1])[:n])[:2].tolist() == expected
+        assert len(graded) == n
+    assert StoredGrades(NumberStore(tmp_path, "detail"), 1, scanned, rows)(np.array([], np.int64)).tolist() == []

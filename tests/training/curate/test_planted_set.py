@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks.planted_set import COPIES, plant
+from benchmarks.planted_set import COPIES, REPEATS, Sizes, plant
 from tests.training.curate.scenes import scene
 
 
@@ -26,14 +26,14 @@ def _bytes_of(folder: Path) -> dict[str, bytes]:
 
 def test_the_same_seed_gives_the_same_files(folders: tuple[Path, Path], tmp_path: Path) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        plant(folders[0], tmp_path / name, folders[1], 8, 2, seed)
+        plant(folders[0], tmp_path / name, folders[1], Sizes(8, 2, 2), seed)
     assert _bytes_of(tmp_path / "a") == _bytes_of(tmp_path / "b")
     assert _bytes_of(tmp_path / "a").keys() != _bytes_of(tmp_path / "c").keys()
 
 
 def test_the_truth_describes_the_files(folders: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "set"
-    plant(folders[0], out, folders[1], 8, 2, 0)
+    plant(folders[0], out, folders[1], Sizes(8, 2, 2), 0)
     files = json.loads((out / "truth.json").read_text())["files"]
     written = _bytes_of(out)
     assert set(files) == set(written) - {"truth.json"}
@@ -51,8 +51,15 @@ def test_the_truth_describes_the_files(folders: tuple[Path, Path], tmp_path: Pat
     assert all(kinds.count(kind) == 2 for kind in ("exact", "blurred", "dark", "truncated", "leak_exact", *COPIES))
 
 
+def test_leaks_and_repeated_images_have_their_own_numbers(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    files = plant(folders[0], tmp_path / "set", folders[1], Sizes(8, 2, leaks=3, repeated=1), 0)["files"].values()
+    kinds = [entry["kind"] for entry in files]
+    assert kinds.count("repeated") == REPEATS - 1
+    assert all(kinds.count(f"leak_{kind}") == 3 for kind in ("exact", *COPIES))
+
+
 def test_faulty_images_have_no_original_in_the_set(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    files = plant(folders[0], tmp_path / "set", None, 8, 2, 0)["files"].values()
+    files = plant(folders[0], tmp_path / "set", None, Sizes(8, 2, 2), 0)["files"].values()
     originals = {entry["made_from"] for entry in files if entry["kind"] == "original"}
     faulty = [entry["made_from"] for entry in files if entry["kind"] in ("blurred", "dark", "truncated")]
     assert len(faulty) == 6
@@ -61,4 +68,4 @@ def test_faulty_images_have_no_original_in_the_set(folders: tuple[Path, Path], t
 
 def test_too_few_images_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="30 images are needed, and there are 16"):
-        plant(folders[0], tmp_path / "set", None, 24, 2, 0)
+        plant(folders[0], tmp_path / "set", None, Sizes(24, 2), 0)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("ray", reason="needs Ray: pip install '.[ray]'")
+pytest.importorskip("ray", reason="needs Ray: make test-ray")
 
 from tests.training.curate.small_images import fill_folder
 from tests.training.curate.test_scan import contents, run
@@ -25,8 +25,27 @@ def note(item: tuple[str, int]) -> int:
 
     folder, number = item
     (Path(folder) / f"{ray.get_runtime_context().get_node_id()}-{number}").touch()
-    time.sleep(0.5)
+    time.sleep(0.3)
     return number
+
+
+def failing_to_start():
+    raise ValueError("the model cannot be used")
+
+
+def counting():
+    return Counter()
+
+
+class Counter:
+    """Returns the number of items that it has been given."""
+
+    def __init__(self) -> None:
+        self.items = 0
+
+    def __call__(self, item: int) -> int:
+        self.items += 1
+        return self.items
 
 
 def refusing():
@@ -57,15 +76,40 @@ def test_a_scan_gives_the_same_as_with_local_workers(tmp_path: Path, cluster, mo
     assert contents(run(source, tmp_path / "ray", RayWorkers())) == local
 
 
-def test_errors_of_actors_reach_the_caller(cluster) -> None:
+def test_errors_reach_the_caller(cluster) -> None:
     with pytest.raises(OSError, match="image 7 cannot be read"):
         list(RayWorkers()(refusing, [7]))
+    with pytest.raises(ValueError, match="the model cannot be used"):
+        list(RayWorkers()(failing_to_start, [7]))
+
+
+def test_a_process_makes_its_worker_object_once(cluster) -> None:
+    assert max(RayWorkers()(counting, list(range(12)))) > 1
+
+
+def test_a_scan_on_a_cluster_that_loses_a_node_gives_the_same_bytes(tmp_path: Path, cluster, monkeypatch) -> None:
+    monkeypatch.setattr("training.curate.scan.PART_IMAGES", 2)
+    source = fill_folder(tmp_path / "in", 40)
+    local = contents(run(source, tmp_path / "local"))
+    second = cluster.add_node(num_cpus=2, object_store_memory=100 * 2**20)
+    cluster.wait_for_nodes()
+
+    class LosingNode(RayWorkers):
+        """Kills the second node after the first result."""
+
+        def __call__(self, make, items):
+            for number, result in enumerate(super().__call__(make, items)):
+                if number == 0:
+                    cluster.remove_node(second, allow_graceful=False)
+                yield result
+
+    assert contents(run(source, tmp_path / "ray", LosingNode())) == local
 
 
 def test_the_work_goes_on_when_a_node_is_killed(tmp_path: Path, cluster) -> None:
     second = cluster.add_node(num_cpus=2, object_store_memory=100 * 2**20)
     cluster.wait_for_nodes()
-    numbers = list(range(120))
+    numbers = list(range(60))
     results = RayWorkers()(noting, [(str(tmp_path), number) for number in numbers])
     done = []
     for number in results:

@@ -2,16 +2,16 @@
 
 import errno
 import json
-import os
 import signal
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.training.curate.small_images import fill_folder
+from tests.training.curate.killed import exit_code_of
+from tests.training.curate.small_images import FakeEmbedder, fill_folder
 from training.curate import stages
 from training.curate.manifest import read_manifest, restore
 from training.curate.progress import in_lines
@@ -54,32 +54,6 @@ def source(tmp_path: Path, embedder) -> Path:
     return folder
 
 
-def in_child(work: Callable[[], object]) -> int:
-    """Do work in a child process, and return the signal that ended it."""
-    pid = os.fork()
-    if pid == 0:
-        signal.alarm(60)  # a fork of a process with threads may hang; the test then fails
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def killing(function: Callable[..., object], call: int) -> Callable[..., object]:
-    """Return a function that does the same, but kills this process in the given call, counted from 1."""
-    calls = 0
-
-    def wrapped(*args: object, **kwargs: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-
-    return wrapped
-
-
 def test_every_image_is_accounted_for_and_the_dataset_can_be_opened(tmp_path: Path, source: Path) -> None:
     told = run(source, tmp_path / "out")
     entries = {entry.key: entry for entry in read_manifest(tmp_path / "out")}
@@ -91,6 +65,16 @@ def test_every_image_is_accounted_for_and_the_dataset_can_be_opened(tmp_path: Pa
     assert len(dataset.parts["val"]) == sum(entry.part == "val" for entry in entries.values()) > 0
     assert any(line.startswith("quality: 1 of 11 images dropped (dark: 1)") for line in told)
     assert done_stages(tmp_path / "out") == ["scan images", "quality", "write"]
+
+
+def test_an_image_of_another_size_is_kept_by_default(tmp_path: Path, source: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(source / "a" / "wide.png")
+    drop = list(load_settings(None).quality.drop)
+    run(source, tmp_path / "out", f"quality.drop={[*drop, 'odd_size']}")
+    assert {entry.key: entry for entry in read_manifest(tmp_path / "out")}["1/a/wide.png"].reason == "odd size"
+    run(source, tmp_path / "out", f"quality.drop={drop}")
+    assert {entry.key: entry for entry in read_manifest(tmp_path / "out")}["1/a/wide.png"].stage is None
 
 
 def test_a_second_run_does_nothing_and_other_settings_do_only_what_depends_on_them(tmp_path: Path, source) -> None:
@@ -128,14 +112,10 @@ def test_added_images_give_the_same_as_a_run_from_scratch(tmp_path: Path, source
         ("training.curate.write_stage.write_text", 1),
     ],
 )
-def test_a_killed_run_continues_and_gives_the_same_bytes(
-    tmp_path: Path, source: Path, monkeypatch, where: str, call: int
-) -> None:
+def test_a_killed_run_continues_and_gives_the_same_bytes(tmp_path: Path, source: Path, where: str, call: int) -> None:
     run(source, tmp_path / "whole")
-    module, _, name = where.rpartition(".")
-    with monkeypatch.context() as patch:
-        patch.setattr(where, killing(getattr(__import__(module, fromlist=[name]), name), call))
-        assert in_child(lambda: run(source, tmp_path / "out")) == -signal.SIGKILL
+    replaced = {"training.curate.scan.Embedder": FakeEmbedder, "training.curate.scan.PART_IMAGES": 4}
+    assert exit_code_of(partial(run, source, tmp_path / "out"), [where], call, replaced) == -signal.SIGKILL
     before = done_stages(tmp_path / "out") if (tmp_path / "out" / WORK / LOG).exists() else []
     run(source, tmp_path / "out")
     assert files(tmp_path / "out") == files(tmp_path / "whole")
@@ -153,6 +133,39 @@ def test_restored_images_are_in_the_dataset_of_the_next_run(tmp_path: Path, sour
     assert entry.stage == "quality"
     assert any("1 of them restored" in line for line in told)
     assert done_stages(tmp_path / "out")[3:] == ["write"]
+
+
+@pytest.mark.parametrize("form", ["shards", "list"])
+def test_what_is_missing_of_a_written_dataset_is_made_again(tmp_path: Path, source: Path, form: str) -> None:
+    out, settings = tmp_path / "out", (f"write.form={form}", "write.shard_images=3")
+    run(source, out, *settings)
+    whole = files(out)
+    assert {"manifest.jsonl", "report.html", "croissant.json", "curation.json"} < set(whole)
+    for name in whole:
+        for damage in (Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-9])):
+            damage(out / name)
+            before = done_stages(out)
+            run(source, out, *settings)
+            assert files(out) == whole, name
+            assert set(done_stages(out)[len(before) :]) <= {"write"}
+    assert all("done before" in line or line.startswith("dataset") for line in run(source, out, *settings))
+
+
+def test_intact_shards_are_not_written_again(tmp_path: Path, source: Path) -> None:
+    run(source, tmp_path / "out", "write.shard_images=3")
+    shards = {path: path.stat().st_ino for path in (tmp_path / "out").glob("*.tar")}
+    assert len(shards) > 2
+    (tmp_path / "out" / "manifest.jsonl").unlink()
+    run(source, tmp_path / "out", "write.shard_images=3")
+    assert {path: path.stat().st_ino for path in shards} == shards
+
+
+def test_a_line_of_the_log_that_was_cut_off_is_removed(tmp_path: Path, source: Path) -> None:
+    run(source, tmp_path / "out", "stages=['quality']")
+    with (tmp_path / "out" / WORK / LOG).open("a") as log:
+        log.write('{"stage": "wri')
+    run(source, tmp_path / "out")
+    assert done_stages(tmp_path / "out") == ["scan images", "quality", "write"]
 
 
 def test_named_stages_are_the_only_ones(tmp_path: Path, source: Path) -> None:

@@ -154,6 +154,26 @@ def test_added_images_are_the_only_ones_that_are_read(tmp_path: Path, embedder, 
     assert len(list((tmp_path / "work" / "parts").iterdir())) == 3
 
 
+class Unused(Workers):
+    """Workers that must not be started."""
+
+    def __call__(self, make, items):
+        raise AssertionError("other processes were started")
+
+
+def test_few_added_images_are_scanned_without_other_processes(tmp_path: Path, embedder, monkeypatch) -> None:
+    source = fill_folder(tmp_path / "in", 6)
+    with pytest.raises(AssertionError, match="processes were started"):
+        run(source, tmp_path / "work", Unused(2))
+    run(source, tmp_path / "work")
+    fill_folder(source, 2, first=20)
+    assert contents(run(source, tmp_path / "work", Unused(2))) == contents(run(source, tmp_path / "scratch"))
+    monkeypatch.setattr(scan_module, "FEW", 2)
+    fill_folder(source, 3, first=30)
+    with pytest.raises(AssertionError, match="processes were started"):
+        run(source, tmp_path / "work", Unused(2))
+
+
 def test_moved_images_are_read_but_not_decoded_again(tmp_path: Path, embedder, monkeypatch) -> None:
     source = fill_folder(tmp_path / "in", 4)
     run(source, tmp_path / "work")

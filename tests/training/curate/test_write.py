@@ -3,23 +3,26 @@
 import errno
 import hashlib
 import json
-import os
 import signal
 import tarfile
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 
 from tests.training.curate.curated import Pool, cats_and_dogs, encoded, picture
+from tests.training.curate.killed import exit_code_of
 from training.config import TrainConfig
 from training.curate import write as writing
 from training.curate.outcome import data_digest
 from training.curate.tars import WriteSettings, plan_shards, sample_name
 from training.curate.write import write
 from training.data.curated import CURATION, STAGING, open_curation
+from training.data.curation_facts import curation_facts
 from training.data.dataset import split_indices
 from training.data.sources import open_source
 from training.provenance import provenance
@@ -148,30 +151,12 @@ def killed_write(call: int, out: Path) -> bool:
 
     Return whether it was killed. Otherwise it has finished.
     """
-    child = os.fork()
-    if not child:
-        try:
-            calls = iter(range(call))
-
-            def counted(original: Callable[..., object]) -> Callable[..., object]:
-                def counting(*args: object, **options: object) -> object:
-                    if next(calls, None) is None:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    return original(*args, **options)
-
-                return counting
-
-            os.fsync, os.replace = counted(os.fsync), counted(os.replace)  # type: ignore[assignment]
-            write_pool(cats_and_dogs(8), out)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    status = os.waitpid(child, 0)[1]
-    assert status in (0, signal.SIGKILL), status
-    return status != 0
+    work = partial(write_pool, cats_and_dogs(8), out)
+    code = exit_code_of(work, ["os.fsync", "os.replace"], call + 1)
+    assert code in (0, -signal.SIGKILL), code
+    return code != 0
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_killed_run_is_completed_byte_for_byte(tmp_path: Path) -> None:
     """Runs are killed before their 1st, 6th, 11th, ... call that syncs or renames a file, until one is not killed."""
     call = 0
@@ -216,7 +201,7 @@ def test_a_full_disk_changes_nothing_and_the_next_run_continues(
         return original(path, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(writing, "write_shard", full)
-    with pytest.raises(OSError, match=r"No space left on device\. An older dataset in .* is not changed\. Make space"):
+    with pytest.raises(OSError, match=r"disk of .* is full\. An older dataset there is not changed\. Make space"):
         write_pool(pool, tmp_path / "set")
     assert {k: v for k, v in contents(tmp_path / "set").items() if not k.startswith(STAGING)} == before
     assert not list((tmp_path / "set").rglob("*.part"))
@@ -281,13 +266,14 @@ def test_the_provenance_of_a_run_has_the_digests(tmp_path: Path) -> None:
     data = [
         str(tmp_path / "plain"),
         f"file://{tmp_path}/set",
-        "s3://bucket/set",
+        "memory://bucket/set",
         str(tmp_path / "set/train-000000.tar"),
     ]
     config = TrainConfig(
         data=data, out=tmp_path / "run", recipe="smoke", vit={"embed_dim": 16, "depth": 1, "num_heads": 2}
     )
-    [facts] = provenance(config, "d" * 64, 23, "a CPU")["curation"]
+    facts, of_shard = provenance(config, "d" * 64, 23, "a CPU")["curation"]
+    assert of_shard["source"] == 4
     held_out = [pool.number[key] for key in HELD_OUT]
     train = np.setdiff1d(np.arange(25), held_out)
     assert facts == {
@@ -302,6 +288,54 @@ def test_the_provenance_of_a_run_has_the_digests(tmp_path: Path) -> None:
     (tmp_path / "set/val-000000.tar").unlink()
     with pytest.raises(ValueError, match="is missing"):
         provenance(config, "d" * 64, 23, "a CPU")
+
+
+def facts_of(*data: str) -> list[dict[str, Any]]:
+    return curation_facts(data)
+
+
+def test_shards_that_are_named_have_the_digests_of_their_parts(tmp_path: Path) -> None:
+    write_pool(cats_and_dogs(), tmp_path / "set")
+    curation = open_curation(tmp_path / "set")
+    assert curation is not None
+    sha256 = {file["name"]: file["sha256"] for file in curation.files}
+    n_images = {file["name"]: file["images"] for file in curation.files}
+    [whole] = facts_of(str(tmp_path / "set/*.tar"))
+    assert whole == {"source": 1, "sha256": curation.digests, "images": curation.counts}
+    [train] = facts_of(str(tmp_path / "set/train-*.tar"))
+    assert train == {"source": 1, "sha256": {"train": curation.digests["train"]}, "images": {"train": 23}}
+    name = "train-000000.tar"
+    [shard] = facts_of(str(tmp_path / f"set/{name}"))
+    expected = {"sha256": {}, "images": {"train": n_images[name]}, "shards": {name: sha256[name]}}
+    assert shard == {"source": 1, **expected}
+
+
+def test_shards_at_a_url_have_the_digests_of_their_curation(tmp_path: Path) -> None:
+    write_pool(cats_and_dogs(), tmp_path / "set")
+    curation = open_curation(tmp_path / "set")
+    assert curation is not None
+    bucket = fsspec.filesystem("memory")
+    for path in (tmp_path / "set").iterdir():
+        if path.is_file():
+            bucket.pipe(f"/curated/{path.name}", path.read_bytes())
+    expected = {"sha256": curation.digests, "images": curation.counts}
+    assert facts_of("memory://curated") == [{"source": 1, **expected}]
+    assert facts_of(str(tmp_path), "memory://curated/*.tar") == [{"source": 2, **expected}]
+    assert facts_of("memory://none") == []
+    bucket.pipe("/curated/train-000000.tar", b"changed")
+    assert facts_of("memory://curated") == [], "the description is not that of these shards"
+    bucket.rm("/curated/curation.json")
+    assert facts_of("memory://curated/val-000000.tar") == []
+
+
+def test_shards_that_are_not_curated_have_no_digests(tmp_path: Path) -> None:
+    write_pool(cats_and_dogs(), tmp_path / "set")
+    (tmp_path / "set/foreign.tar").write_bytes(b"x")
+    for data in (tmp_path / "set/*.tar", tmp_path / "set/missing.tar", tmp_path / "{1..0}.tar"):
+        assert facts_of(str(data)) == []
+    (tmp_path / "set/foreign.tar").unlink()
+    (tmp_path / "set" / CURATION).write_text("{")
+    assert facts_of(str(tmp_path / "set/train-000000.tar")) == []
 
 
 # Lists

@@ -1,5 +1,6 @@
 """Find the copies in a set of images, and decide which image of each group of copies is kept."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ from training.curate.neighbours import neighbours_above
 from training.curate.table import Images, Indices
 
 STAGE = "copies"
+Grade = Callable[[Indices], npt.NDArray[np.float64]]
+"""Returns the grades of detail [p] of images, which are given by their numbers [p]. See `detail_grade`."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ def find_copies(
     settings: CopySettings,
     *,
     compare: Compare | None = None,
+    grade: Grade | None = None,
     neighbours: Neighbours = neighbours_above,
 ) -> list[Drop]:
     """Return the images to drop because another image shows the same, sorted by number.
@@ -51,9 +55,11 @@ def find_copies(
         read: returns the pixels of an image, RGB [H, W, 3] uint8, upright.
         settings: what counts as a copy.
         compare: compares pairs of images; by default, a `PairComparison` of the images that `read` returns.
+        grade: returns the grades of detail of images; by default, those of the images that `read` returns.
         neighbours: finds the nearest embeddings.
     """
     comparison: Compare = compare or PairComparison(read)
+    grades: Grade = grade or (lambda numbers: np.array([detail_grade(read(n)) for n in numbers.tolist()], np.float64))
     same = identical(images)
     keeper = same
     known, quality = KnownPairs(len(images)), np.zeros(len(images))
@@ -61,9 +67,9 @@ def find_copies(
 
     def keepers(links: Pairs) -> Indices:
         connect_copies(links, len(images), known, settings.threshold, comparison)
-        for image in np.unique(np.concatenate(known.copies(settings.threshold))).tolist():
-            if not rated[image]:
-                quality[image], rated[image] = detail_grade(read(image)), True
+        linked = np.unique(np.concatenate(known.copies(settings.threshold)))
+        new = linked[~rated[linked]]
+        quality[new], rated[new] = grades(new), True
         return choose_keepers(known, quality, settings.threshold, comparison)
 
     unique = np.flatnonzero(same == np.arange(len(images)))
