@@ -12,6 +12,7 @@ const kept = { k: "12", threshold: "", groupBy: "", groupSize: "3", rerank: fals
 
 export function mount(place, parameters) {
   const collections = new Map(); // the API's description of each collection by its name
+  const leaving = new AbortController();
   let running = new AbortController();
   let timer = 0;
   let offset = 0;
@@ -27,6 +28,7 @@ export function mount(place, parameters) {
   const groupSize = number("search-group-size", "groupSize", { min: 1, max: 100, required: true });
   const groupBy = el("input", { id: "search-group-by", list: keys.id, autocomplete: "off", spellcheck: "false", ".value": kept.groupBy, oninput: () => keep("groupBy", groupBy.value) });
   const rerank = el("input", { id: "search-rerank", type: "checkbox", ".checked": kept.rerank, onchange: () => keep("rerank", rerank.checked) });
+  const rerankNote = el("small", { id: "rerank-note" });
   const filter = filterForm({ keys, initial: kept.filter, onchange: (value) => keep("filter", value) });
   const chip = el("p", { id: "search-chip", hidden: true });
   const summary = el("p", { id: "search-summary", tabindex: "-1" });
@@ -44,7 +46,7 @@ export function mount(place, parameters) {
         el("details", { id: "search-options", open: true }, el("summary", {}, "Options and filter"),
           field("Results per page", k), field("Lowest score", threshold, "from -1 to 1; empty: no limit"),
           field("Group by", groupBy, "a metadata key"), field("Results per group", groupSize),
-          el("div", { class: "check" }, rerank, el("label", { for: rerank.id }, "Re-rank by patches"), el("small", { id: "rerank-note" })),
+          el("div", { class: "check" }, rerank, el("label", { for: rerank.id }, "Re-rank by patches"), rerankNote),
           el("h3", {}, "Filter"), chip, filter)),
       el("div", { class: "wide" }, summary, found, pages)));
   showChip();
@@ -71,7 +73,7 @@ export function mount(place, parameters) {
   }
 
   async function start() {
-    const answer = await busy(found, () => json({ path: "/v1/collections", shown: false, signal: running.signal }));
+    const answer = await busy(found, () => json({ path: "/v1/collections", shown: false, signal: leaving.signal }));
     if (!answer || !place.isConnected) return;
     for (const one of answer.data) collections.set(one.name, one);
     if (!collections.size) {
@@ -87,11 +89,8 @@ export function mount(place, parameters) {
   async function useCollection(name) {
     setCollection(name);
     panel.reset();
-    const { originals, indexed } = collections.get(name);
-    rerank.disabled = !originals;
-    fill(document.getElementById("rerank-note"), originals ? null : "only for collections that store their images");
     keys.clear();
-    keys.add(indexed);
+    keys.add(collections.get(name).indexed);
     changed(0);
     try {
       const body = { limit: 50 };
@@ -99,6 +98,14 @@ export function mount(place, parameters) {
     } catch (error) {
       console.debug(error); // only the suggestions are missing, and the search itself shows what is wrong
     }
+  }
+
+  function showRerank() {
+    const { originals } = collections.get(collection.value);
+    const { examples } = panel.query();
+    rerank.disabled = !originals || examples.length > 0;
+    const reason = originals ? "not with further examples" : "only for collections that store their images";
+    fill(rerankNote, rerank.disabled ? reason : null);
   }
 
   function see(items) {
@@ -126,6 +133,7 @@ export function mount(place, parameters) {
     if (wrong) return fill(summary, `${wrong.labels[0].textContent}: ${wrong.validationMessage}`);
     if (!collection.value) return;
     showAddress();
+    showRerank();
     if (panel.isEmpty()) {
       fill(found);
       return fill(summary, "Choose an image, and the most similar images of the collection appear here.");
@@ -170,6 +178,7 @@ export function mount(place, parameters) {
 
   return () => {
     clearTimeout(timer);
+    leaving.abort();
     running.abort();
     panel.stop();
   };
