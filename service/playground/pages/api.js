@@ -80,7 +80,10 @@ function prepared(call) {
   }
   if (call.form) {
     const body = new FormData();
-    for (const [name, value] of call.form) body.append(name, value);
+    for (const [name, value] of call.form) {
+      if (value instanceof File) body.append(name, value, value.name); // not its path below a chosen folder
+      else body.append(name, value);
+    }
     return { headers, body };
   }
   if (call.image) headers["Content-Type"] = call.image.type || "application/octet-stream";

@@ -50,10 +50,10 @@ function scoreText(result) {
   return result.rerank_score === undefined ? text : `${text}, by patches ${result.rerank_score.toFixed(3)}`;
 }
 
-/** Metadata as a list of keys and values. */
+/** Metadata as a list of keys and values. A source that only names the stored image is left out. */
 export function metadataList(metadata, source) {
   const rows = Object.entries(metadata ?? {});
-  if (source) rows.push(["source", source]);
+  if (source && !source.startsWith("original:")) rows.push(["source", source]);
   if (!rows.length) return null;
   const text = (value) => (typeof value === "string" ? value : JSON.stringify(value));
   return el("dl", { class: "metadata" }, rows.map(([key, value]) => [el("dt", {}, key), el("dd", {}, text(value))]));

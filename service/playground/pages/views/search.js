@@ -17,6 +17,7 @@ export function mount(place, parameters) {
   let timer = 0;
   let offset = 0;
   let shown = 0; // the number of results or groups on the page
+  let isRunning = false;
 
   const keys = keyList("search-keys");
   const collection = select([], { id: "search-collection", onchange: () => useCollection(collection.value) });
@@ -128,22 +129,20 @@ export function mount(place, parameters) {
     running.abort();
     running = new AbortController();
     const { signal } = running;
-    previous.disabled = next.disabled = true;
     const wrong = [k, threshold, groupSize].find((input) => !input.checkValidity());
-    if (wrong) return fill(summary, `${wrong.labels[0].textContent}: ${wrong.validationMessage}`);
+    if (wrong) return showNothing(`${wrong.labels[0].textContent}: ${wrong.validationMessage}`);
     if (!collection.value) return;
     showAddress();
     showRerank();
     if (panel.isEmpty()) {
       fill(found);
-      return fill(summary, "Choose an image, and the most similar images of the collection appear here.");
+      return showNothing("Choose an image, and the most similar images of the collection appear here.");
     }
+    isRunning = true;
     const answer = await busy(found, async () => json({ ...(await searchCall(collection.value, panel.query(), options())), signal }));
     if (signal.aborted || !place.isConnected) return;
-    if (!answer) {
-      fill(summary);
-      return announce("The search has failed.");
-    }
+    isRunning = false;
+    if (!answer) return showNothing("The search has failed.");
     const rows = answer.groups ?? answer.data;
     see(answer.groups ? rows.flatMap((group) => group.data) : rows);
     shown = rows.length;
@@ -156,6 +155,13 @@ export function mount(place, parameters) {
     announce(summary.textContent);
   }
 
+  function showNothing(reason) {
+    isRunning = false;
+    previous.disabled = next.disabled = true;
+    fill(summary, reason);
+    announce(reason);
+  }
+
   function inNumbers(answer) {
     const kind = answer.groups ? "groups" : "results";
     const took = `in ${answer.timings.total.toFixed(0)} ms`;
@@ -165,6 +171,7 @@ export function mount(place, parameters) {
   }
 
   function turn(direction) {
+    if (isRunning) return; // a second click before the page is there
     offset = Math.max(0, offset + direction * Number(k.value));
     search();
   }
