@@ -15,7 +15,7 @@ const OPERATORS = [
   ["exists", "exists"],
   ["missing", "is missing"],
 ];
-const NUMBER = /^-?\d+(\.\d+)?([eE][-+]?\d+)?$/;
+const NUMBER = /^-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?$/; // as in JSON, so 05 is a text
 
 /** A value as the user types it: 5 is a number, true is a boolean, "5" and all other texts are texts. */
 export function typedValue(text) {

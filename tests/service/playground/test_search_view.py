@@ -11,6 +11,7 @@ from urllib.parse import parse_qs
 import httpx
 import pytest
 
+from tests.service.playground.conftest import playwright
 from tests.service.playground.scenes import scene
 
 SEARCH = "/v1/collections/shop/search"
@@ -162,6 +163,43 @@ async def test_the_filter_form_makes_the_filter_of_the_api(page: Any, api: httpx
     await wait_for(page, ids_of(by_json(api, id="shelf/03")["data"]))
 
 
+async def test_values_and_filters_of_the_form(page: Any) -> None:
+    await page.goto("/")
+    filters = "import('/assets/filters.js')"
+    types = {
+        "5": 5,
+        "-1.5e3": -1500,
+        "true": True,
+        '"5"': "5",
+        " Arla ": "Arla",
+        "05": "05",
+        "1.2.3": "1.2.3",
+        '"a': '"a',
+    }
+    typed = await page.evaluate(
+        f"async (texts) => {{ const m = await {filters}; return texts.map(m.typedValue); }}", [*types]
+    )
+    assert typed == [*types.values()]
+    with pytest.raises(playwright.Error, match="too large"):
+        await page.evaluate(read, ["9007199254740993"])
+    rows = [
+        ({"of": "key", "key": "a.b", "operator": "in", "value": "1, x"}, {"key": "a.b", "in": [1, "x"]}),
+        ({"of": "key", "key": "n", "operator": "contains", "value": "5"}, {"key": "n", "contains": "5"}),
+        ({"of": "key", "key": "n", "operator": "missing", "value": ""}, {"key": "n", "exists": False}),
+        ({"of": "id", "key": "", "operator": "lt", "value": "5"}, {"field": "id", "lt": "5"}),
+        ({"of": "key", "key": "n", "operator": "eq", "value": '"5"'}, {"key": "n", "eq": "5"}),
+    ]
+    made = f"async (rows) => {{ const m = await {filters}; return rows.map(m.conditionOf); }}"
+    assert await page.evaluate(made, [row for row, _ in rows]) == [condition for _, condition in rows]
+    back = f"async (given) => {{ const m = await {filters}; return given.map((one) => m.rowsOf(one)?.rows); }}"
+    assert await page.evaluate(back, [condition for _, condition in rows]) == [[row] for row, _ in rows]
+    nested = [{"not": {"key": "n", "eq": 1}}, {"key": "n", "gt": 1, "lt": 2}, {"and": [{"or": []}]}]
+    assert await page.evaluate(back, nested) == [None] * 3
+    keys = f"async (metadata) => (await {filters}).keysOf(metadata)"
+    metadata = {"shelf": {"row": 1}, "file.name": "a", 'quo"te': 1, "tags": ["a"]}
+    assert await page.evaluate(keys, metadata) == ["shelf.row", "file\\.name", "tags"]
+
+
 async def test_the_filter_of_the_map_is_a_chip_that_can_be_removed(page: Any, api: httpx.Client) -> None:
     await page.goto("/#collections")
     chosen = {"field": "id", "in": [f"shelf/{number:02}" for number in range(6)]}
@@ -205,7 +243,7 @@ async def test_results_become_queries_examples_and_counter_examples(
     assert parse_qs((await page.evaluate("location.hash")).partition("?")[2])["id"] == [rows[1]["id"]]
     await page.wait_for_selector(".query-picture")
     other = (await shown_ids(page))[0]
-    await page.locator(CARDS).first.get_by_role("button", name="compare with the query").click()
+    await page.locator(CARDS).first.get_by_role("button", name="compare with query").click()
     await page.wait_for_selector("#view-match")
     assert parse_qs((await page.evaluate("location.hash")).partition("?")[2]) == {"collection": ["shop"], "id": [other]}
     await page.click("#views a[href='#search']")
@@ -327,10 +365,11 @@ async def test_the_keyboard_alone_can_search(page: Any, api: httpx.Client) -> No
 
 
 @pytest.mark.parametrize("width", [360, 1440])
-async def test_the_view_fits_the_width(page: Any, width: int, tmp_path: Path) -> None:
+async def test_the_view_fits_the_width(page: Any, width: int) -> None:
     await page.set_viewport_size({"width": width, "height": 900})
     await opened(page, "/#search?collection=shop&id=shelf%2F03")
     await page.wait_for_selector(CARDS)
+    await page.eval_on_selector_all("details", "all => all.forEach((one) => { one.open = true; })")
     await page.click(".filter-add")
     await page.locator(CARDS).first.get_by_role("button", name="more like this").click()
     await page.wait_for_selector("#search-examples li")

@@ -41,7 +41,7 @@ export function itemEditor({ collection, item, onsaved }) {
       announce(`${item.id} is saved`);
       onsaved({ ...item, metadata: saved.metadata, source: saved.source });
     }
-    return el("form", { onsubmit: submit }, field("Metadata", text, "a JSON object"), wrong, field("Source", source), el("div", { class: "row" }, save), note);
+    return el("form", { onsubmit: submit }, field("Metadata", text, "a JSON object"), wrong, field("Source", source, "where the image is from; original: and a digest names the stored image"), el("div", { class: "row" }, save), note);
   });
 }
 

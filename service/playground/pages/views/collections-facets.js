@@ -29,9 +29,9 @@ export function facetsPanel({ collection, keys, onchoose }) {
         el("span", { class: "hidden-text" }, ` items: ${value}`))));
     const more = answer.distinct > answer.data.length ? ` The ${answer.data.length} most frequent are shown.` : "";
     const sentence = `${answer.distinct} different ${answer.distinct === 1 ? "value" : "values"}.${more}`;
-    fill(found, el("p", {}, sentence), answer.data.length > 0 && el("table", {},
+    fill(found, el("p", {}, sentence), answer.data.length > 0 && el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Values" }, el("table", {},
       el("thead", {}, el("tr", {}, ["Value", "Items", "Share", "Filter"].map((title) => el("th", { scope: "col" }, title)))),
-      el("tbody", {}, answer.data.map(row))));
+      el("tbody", {}, answer.data.map(row)))));
     announce(sentence);
   }
 

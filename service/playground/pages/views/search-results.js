@@ -38,7 +38,7 @@ function card(result, collection, panel) {
         setImage(await itemImage(collection, result.id));
         location.hash = address("image");
       }),
-      action("compare with the query", () => {
+      action("compare with query", () => {
         if (!currentImage()) throw new Error("the query has no image that could be compared");
         location.hash = address("match");
       })),

@@ -44,7 +44,7 @@ export function mount(place, parameters) {
       el("div", { class: "side" },
         field("Collection", collection),
         panel,
-        el("details", { id: "search-options", open: true }, el("summary", {}, "Options and filter"),
+        el("details", { id: "search-options", open: !matchMedia("(max-width: 55rem)").matches }, el("summary", {}, "Options and filter"),
           field("Results per page", k), field("Lowest score", threshold, "from -1 to 1; empty: no limit"),
           field("Group by", groupBy, "a metadata key"), field("Results per group", groupSize),
           el("div", { class: "check" }, rerank, el("label", { for: rerank.id }, "Re-rank by patches"), rerankNote),
