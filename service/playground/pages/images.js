@@ -127,6 +127,7 @@ function cameraPanel(onphoto) {
     panel.hidden = false;
     try {
       stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+      if (panel.hidden || !panel.isConnected) return stop(); // cancelled, or left, while the browser was asking
       video.srcObject = stream;
       await video.play();
     } catch (error) {

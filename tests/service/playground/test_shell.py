@@ -19,7 +19,7 @@ async def test_every_view_opens(page: Any) -> None:
 
 async def test_the_frame_names_the_live_model(page: Any, api: httpx.Client) -> None:
     await page.goto("/")
-    await page.wait_for_function("document.getElementById('model').textContent !== ''")
+    await page.wait_for_function("() => document.getElementById('model').textContent !== ''")
     assert await page.text_content("#model") == api.get("/v1/models").json()["data"][0]["id"]
 
 
