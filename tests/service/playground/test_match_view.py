@@ -9,6 +9,7 @@ import pytest
 
 from tests.service.playground.scenes import scene
 
+expect = pytest.importorskip("playwright.async_api").expect
 PAIR = "/#match?collection=shop&a=shelf%2F01&b=shelf%2F05"
 
 
@@ -60,7 +61,7 @@ async def test_threshold_and_limit(page: Any, api: httpx.Client) -> None:
     await page.locator("#match-threshold").fill("0")
     await page.fill("#match-limit", "3")
     await page.locator("#match-limit").blur()
-    await page.wait_for_function("document.querySelectorAll('#match-lines [role=option]').length === 3")
+    await expect(page.locator("#match-lines [role=option]")).to_have_count(3)
     assert await scores_of_table(page) == [f"{match['score']:.3f}" for match in expected[:3]]
 
 
@@ -82,7 +83,7 @@ async def test_arrow_keys_and_pointer_choose_a_match(page: Any, api: httpx.Clien
     box = await page.locator("#match-lines").bounding_box()
     x, y = await page.eval_on_selector("#match-1", "line => [line.x1.baseVal.value, line.y1.baseVal.value]")
     await page.mouse.move(box["x"] + x, box["y"] + y)
-    await page.wait_for_function("document.getElementById('match-1').getAttribute('aria-selected') === 'true'")
+    await expect(page.locator("#match-1")).to_have_attribute("aria-selected", "true")
     assert "Match 2 of" in await page.text_content("#match-status")
 
 
