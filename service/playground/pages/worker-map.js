@@ -20,7 +20,7 @@ self.addEventListener("message", ({ data: { vectors, dimension, layout } }) => {
   normalise(positions);
   if (layout === "pca" || n < 4) return send(positions, true);
   send(positions, false);
-  const neighbours = nearestNeighbours(rows, n, width, Math.min(NEIGHBOURS, n - 1));
+  const neighbours = nearestNeighbours(rows, n, width, Math.min(NEIGHBOURS, Math.max(3, Math.round(n / 8))));
   embed(positions, neighbours, n);
   normalise(positions);
   send(positions, true);
