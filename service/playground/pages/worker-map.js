@@ -6,6 +6,7 @@
 const COMPONENTS = 30;
 const NEIGHBOURS = 12;
 const EPOCHS = 200;
+const GRAVITY = 0.03; // pulls everything to the centre, so that groups do not drift far apart
 const COVARIANCE_BUDGET = 1e9; // products; a larger matrix is computed from every second, third, ... vector
 
 self.addEventListener("message", ({ data: { vectors, dimension, layout } }) => {
@@ -168,6 +169,7 @@ function embed(positions, neighbours, n) {
   const k = neighbours.length / n;
   for (let epoch = 0; epoch < EPOCHS; epoch++) {
     const rate = 1 - epoch / EPOCHS;
+    for (let i = 0; i < positions.length; i++) positions[i] *= 1 - GRAVITY * rate;
     for (let edge = 0; edge < neighbours.length; edge++) {
       const i = Math.floor(edge / k);
       if (neighbours[edge] < 0) continue;

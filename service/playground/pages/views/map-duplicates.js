@@ -3,7 +3,7 @@
 import { collectionPath, json } from "../api.js";
 import { announce, askingButton, busy, el, field, fill, select } from "../dom.js";
 import { itemPicture } from "../images.js";
-import { removed } from "./map-selection.js";
+import { matchLink, removed } from "./map-selection.js";
 
 /** Make the panel. `collection()` is the name of the collection, `onselect` gets the ids of a group that is to be shown on the
  * map, and `ondelete` the ids of deleted items. */
@@ -45,6 +45,7 @@ export function duplicatesPanel({ collection, onselect, ondelete }) {
       el("div", { class: "row" },
         askingButton("Delete the others", () => `Delete ${ids.length - 1} items of ${name}?`, () => keepOne()),
         el("button", { type: "button", onclick: () => onselect(ids) }, "Show on the map"),
+        ids.length === 2 ? matchLink(name, ids) : null,
       ),
       fault,
     );
@@ -64,7 +65,7 @@ export function duplicatesPanel({ collection, onselect, ondelete }) {
   by.addEventListener("change", () => (threshold.disabled = by.value === "content"));
   const element = el("section", { "aria-label": "Duplicates" },
     el("h3", {}, "Duplicates"),
-    el("div", { class: "row" },
+    el("div", { class: "row ends" },
       field("Duplicates have", by),
       field("Lowest similarity", el("span", {}, threshold, " ", thresholdText)),
       el("button", { type: "button", id: "duplicates-find", onclick: find }, "Find duplicates"),

@@ -14,6 +14,15 @@ export function metadataKeys(items) {
   return [...keys].sort();
 }
 
+/** The first key that divides the items into few groups, or "". */
+export function dividingKey(items, keys) {
+  const isDividing = (key) => {
+    const { size } = new Set(items.map(({ metadata }) => metadata[key]));
+    return size > 1 && size <= CATEGORIES.length && size * 2 <= items.length;
+  };
+  return keys.find(isDividing) ?? "";
+}
+
 const isScalar = (value) => ["string", "number", "boolean"].includes(typeof value);
 
 /** The groups of items by a key: [{ label, colour, indexes }]. Numbers with many values are divided into ranges. */

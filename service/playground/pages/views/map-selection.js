@@ -26,6 +26,7 @@ export function selectionPanel({ onclear, ondelete }) {
   };
   const buttons = (collection, ids) => [
     el("button", { type: "button", class: "primary", onclick: () => searchIn(collection, ids) }, "Search only in these"),
+    ids.length === 2 ? matchLink(collection, ids) : null,
     el("button", { type: "button", onclick: () => copy(ids) }, "Copy the ids"),
     askingButton("Delete", () => `Delete ${ids.length} items of ${collection}?`, () => deleteItems(collection, ids)),
     el("button", { type: "button", onclick: onclear }, "Select nothing"),
@@ -41,6 +42,11 @@ export function selectionPanel({ onclear, ondelete }) {
     announce(`${answer.deleted} items are deleted`);
   };
   return { element, show };
+}
+
+/** A link to the view that shows why two items are similar. */
+export function matchLink(collection, [a, b]) {
+  return el("a", { href: `#match?${new URLSearchParams({ collection, a, b })}` }, "Why are these two similar?");
 }
 
 /** Delete items. Return the answer, which has their number. */

@@ -5,7 +5,7 @@ import { collectionNames, itemPicture } from "../images.js";
 import { currentCollection, setCollection } from "../state.js";
 import { layOut, loadItems } from "./map-data.js";
 import { duplicatesPanel } from "./map-duplicates.js";
-import { groupsOf, legend, metadataKeys } from "./map-legend.js";
+import { dividingKey, groupsOf, legend, metadataKeys } from "./map-legend.js";
 import { mapPlot } from "./map-plot.js";
 import { selectionPanel } from "./map-selection.js";
 
@@ -78,7 +78,7 @@ function makeMap() {
     const keys = metadataKeys(data.items);
     const before = key.value;
     fill(key, el("option", { value: "" }, "(one colour)"), ...keys.map((name) => el("option", { value: name }, name)));
-    key.value = keys.includes(before) ? before : keys[0] ?? "";
+    key.value = before && keys.includes(before) ? before : dividingKey(data.items, keys);
     colour();
     choose([]);
   };
@@ -146,7 +146,7 @@ function makeMap() {
   key.addEventListener("change", colour);
   const rectangle = rectangleForm((left, right, top, bottom, isAdded) => choose(plot.inside([[left, top], [right, top], [right, bottom], [left, bottom]]), isAdded));
   const element = el("div", {},
-    el("div", { class: "row" }, field("Collection", collection), field("Layout", layout), field("Colours by", key), el("button", { type: "button", onclick: load }, "Read again"), el("button", { type: "button", onclick: save }, "Save the positions (CSV)")),
+    el("div", { class: "row ends" }, field("Collection", collection), field("Layout", layout), field("Colours by", key), el("button", { type: "button", onclick: load }, "Read again"), el("button", { type: "button", onclick: save }, "Save the positions (CSV)")),
     el("div", { class: "row" }, status, progress, stopButton), faults,
     el("div", { class: "map-parts" },
       el("div", {}, toolbar(plot), plot.element,
@@ -188,7 +188,7 @@ function rectangleForm(onrectangle) {
   const number = (id, value) => el("input", { id, type: "number", step: "any", required: true, ".value": value });
   const [left, right, top, bottom] = [number("map-left", "-10"), number("map-right", "0"), number("map-top", "-10"), number("map-bottom", "10")];
   const isAdded = el("input", { type: "checkbox", id: "map-added" });
-  const form = el("form", { class: "row" }, field("x from", left), field("x to", right), field("y from (top)", top), field("y to (bottom)", bottom),
+  const form = el("form", { class: "row ends" }, field("x from", left), field("x to", right), field("y from (top)", top), field("y to (bottom)", bottom),
     field("Add to the selection", isAdded), el("button", { type: "submit" }, "Select the rectangle"));
   form.addEventListener("submit", (event) => {
     event.preventDefault();

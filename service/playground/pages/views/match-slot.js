@@ -26,6 +26,10 @@ export function imageSlot({ name, onchange, takesPaste }) {
       slot.image = { ...chosen, bitmap };
       const origin = chosen.item ? `${chosen.item.id} of ${chosen.item.collection}` : chosen.blob.name;
       note.textContent = `${origin}, ${bitmap.width} × ${bitmap.height} pixels`;
+      items.show(chosen.item);
+      if (choice.contains(document.activeElement)) summary.focus();
+      choice.open = false;
+      summary.textContent = "Choose another image";
       onchange();
     });
   };
@@ -33,7 +37,9 @@ export function imageSlot({ name, onchange, takesPaste }) {
   const current = el("button", { type: "button", onclick: () => slot.load(() => currentImage()) }, "Use the image of the other views");
   current.hidden = !currentImage();
   const items = itemChooser((collection, id) => slot.load((signal) => itemImage(collection, id, signal)));
-  slot.element = el("section", { class: "match-slot", "aria-label": name }, el("h3", {}, name), note, picker, current, items.element, faults);
+  const summary = el("summary", {}, "Choose an image");
+  const choice = el("details", { open: true }, summary, picker, current, items.element);
+  slot.element = el("section", { class: "match-slot", "aria-label": name }, el("h3", {}, name), note, choice, faults);
   slot.stop = () => {
     version++;
     loading?.abort();
@@ -50,6 +56,7 @@ function itemChooser(onitem) {
   const collection = select([], {});
   const id = el("input", { type: "text", list: list.id, autocomplete: "off", spellcheck: "false" });
   let running = null;
+  let wanted = ""; // the collection of the image, which may be known before the names of all collections
   const complete = async () => {
     running?.abort();
     const { signal } = (running = new AbortController());
@@ -62,7 +69,7 @@ function itemChooser(onitem) {
       if (error.name !== "AbortError") fill(list); // only the completion is missing; the form reports errors of the item
     }
   };
-  const form = el("form", { class: "row", hidden: true }, field("Collection", collection), field("Item", id), list,
+  const form = el("form", { class: "row ends", hidden: true }, field("Collection", collection), field("Item", id), list,
     el("button", { type: "submit" }, "Use the item"));
   form.addEventListener("submit", (event) => {
     event.preventDefault();
@@ -72,9 +79,14 @@ function itemChooser(onitem) {
   collection.addEventListener("change", complete);
   collectionNames().then((names) => {
     fill(collection, ...names.map((name) => el("option", { value: name }, name)));
-    if (names.includes(currentCollection())) collection.value = currentCollection();
+    collection.value = names.includes(wanted) ? wanted : names.includes(currentCollection()) ? currentCollection() : names[0] ?? "";
     form.hidden = names.length === 0;
     if (names.length) complete();
   }, () => {}); // without collections, the form stays hidden
-  return { element: form, stop: () => running?.abort() };
+  const show = (item) => {
+    if (!item) return;
+    wanted = collection.value = item.collection;
+    id.value = item.id;
+  };
+  return { element: form, show, stop: () => running?.abort() };
 }
