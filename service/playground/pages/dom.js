@@ -106,3 +106,15 @@ export function askingButton(text, question, action, attributes = {}) {
   fill(place, button);
   return place;
 }
+
+/** A labelled slider that shows its value. The input is the property `input` of the element. */
+export function slider(text, { digits = 2, value, ...attributes }) {
+  const input = el("input", { type: "range", ...attributes, ".value": String(value) });
+  const output = el("output", { for: input.id }, Number(value).toFixed(digits));
+  input.addEventListener("input", () => (output.value = Number(input.value).toFixed(digits)));
+  const place = field(text, input);
+  place.append(output);
+  place.classList.add("slider");
+  place.input = input;
+  return place;
+}

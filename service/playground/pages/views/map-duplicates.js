@@ -1,7 +1,7 @@
 // Groups of duplicates in a collection: keep one item of a group, and delete the others.
 
 import { collectionPath, json } from "../api.js";
-import { announce, askingButton, busy, el, field, fill, select } from "../dom.js";
+import { announce, askingButton, busy, el, field, fill, select, slider } from "../dom.js";
 import { itemPicture } from "../images.js";
 import { matchLink, removed } from "./map-selection.js";
 
@@ -9,8 +9,7 @@ import { matchLink, removed } from "./map-selection.js";
  * map, and `ondelete` the ids of deleted items. */
 export function duplicatesPanel({ collection, onselect, ondelete }) {
   const by = select([["similarity", "similar vectors"], ["content", "equal bytes of the images"]], { id: "duplicates-by" });
-  const threshold = el("input", { id: "duplicates-threshold", type: "range", min: 0.5, max: 1, step: 0.005, ".value": "0.95" });
-  const thresholdText = el("output", { for: "duplicates-threshold" }, "0.950");
+  const threshold = slider("Lowest similarity", { id: "duplicates-threshold", min: 0.5, max: 1, step: 0.005, value: 0.95, digits: 3 });
   const note = el("p", { id: "duplicates-note", role: "status" });
   const groups = el("ol", { class: "duplicates" });
   const faults = el("div");
@@ -23,7 +22,7 @@ export function duplicatesPanel({ collection, onselect, ondelete }) {
     fill(groups);
     fill(faults);
     note.textContent = "Comparing...";
-    const body = by.value === "content" ? { by: "content" } : { by: "similarity", threshold: Number(threshold.value) };
+    const body = by.value === "content" ? { by: "content" } : { by: "similarity", threshold: Number(threshold.input.value) };
     const path = collectionPath(name, "duplicates");
     const answer = await busy(faults, () => json({ method: "POST", path, json: body, signal }));
     if (signal.aborted) return;
@@ -36,7 +35,7 @@ export function duplicatesPanel({ collection, onselect, ondelete }) {
     const keep = `keep-${(duplicatesPanel.count = (duplicatesPanel.count ?? 0) + 1)}`;
     const cards = group.items.map((item, i) =>
       el("li", { class: "card" },
-        itemPicture(name, item.id),
+        itemPicture(name, item.id, { alt: "" }),
         el("label", {}, el("input", { type: "radio", name: keep, value: item.id, ".checked": i === 0 }), ` keep ${item.id}`),
         el("small", {}, `similarity to the first: ${item.score.toFixed(3)}`),
       ));
@@ -61,13 +60,12 @@ export function duplicatesPanel({ collection, onselect, ondelete }) {
     return place;
   };
   note.tabIndex = -1;
-  threshold.addEventListener("input", () => (thresholdText.value = Number(threshold.value).toFixed(3)));
-  by.addEventListener("change", () => (threshold.disabled = by.value === "content"));
+  by.addEventListener("change", () => (threshold.input.disabled = by.value === "content"));
   const element = el("section", { "aria-label": "Duplicates" },
     el("h3", {}, "Duplicates"),
     el("div", { class: "row ends" },
       field("Duplicates have", by),
-      field("Lowest similarity", el("span", {}, threshold, " ", thresholdText)),
+      threshold,
       el("button", { type: "button", id: "duplicates-find", onclick: find }, "Find duplicates"),
     ),
     note, faults, groups,

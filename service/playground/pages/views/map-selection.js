@@ -20,7 +20,7 @@ export function selectionPanel({ onclear, ondelete }) {
     count.textContent = ids.length
       ? `${ids.length} ${ids.length === 1 ? "item is" : "items are"} selected.`
       : "Nothing is selected. Draw an outline with the lasso, choose a value of the legend, or enter a rectangle.";
-    fill(pictures, ...ids.slice(0, SHOWN).map((id) => el("li", { class: "card" }, itemPicture(collection, id), el("span", {}, id))));
+    fill(pictures, ...ids.slice(0, SHOWN).map((id) => el("li", { class: "card" }, itemPicture(collection, id, { alt: "" }), el("span", {}, id))));
     if (ids.length > SHOWN) pictures.append(el("li", { class: "quiet" }, `and ${ids.length - SHOWN} more`));
     fill(actions, ...(ids.length ? buttons(collection, ids) : []));
   };

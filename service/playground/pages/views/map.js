@@ -119,7 +119,7 @@ function makeMap() {
     hoverTimer = setTimeout(() => {
       if (i < 0 || !data.items[i]) return;
       const { id, metadata } = data.items[i];
-      fill(hovered, itemPicture(collection.value, id), el("strong", {}, id), key.value in metadata ? el("span", {}, `${key.value}: ${String(metadata[key.value])}`) : null);
+      fill(hovered, itemPicture(collection.value, id, { alt: "" }), el("strong", {}, id), key.value in metadata ? el("span", {}, `${key.value}: ${String(metadata[key.value])}`) : null);
     }, 80);
   };
   const working = (share, text) => {
@@ -180,7 +180,7 @@ function toolbar(plot) {
   });
   const button = (text, label, onclick) => el("button", { type: "button", "aria-label": label, title: label, onclick }, text);
   return el("div", { class: "row", role: "toolbar", "aria-label": "Map" }, lasso,
-    button("+", "Zoom in", () => plot.zoom(1.5)), button("−", "Zoom out", () => plot.zoom(1 / 1.5)), button("All", "Show everything", () => plot.fit()));
+    button("+", "Zoom in", () => plot.zoom(1.5)), button("−", "Zoom out", () => plot.zoom(1 / 1.5)), button("All", "All items", () => plot.fit()));
 }
 
 /** Fields that select the items in a rectangle, for those who cannot draw an outline. */

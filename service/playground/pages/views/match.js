@@ -1,7 +1,7 @@
 // Why two images match: lines between the patches that are each other's nearest neighbour.
 
 import { json } from "../api.js";
-import { announce, busy, el, field, fill } from "../dom.js";
+import { announce, busy, el, field, fill, slider } from "../dom.js";
 import { itemImage } from "../images.js";
 import { currentCollection, currentImage } from "../state.js";
 import { matchPicture, placeText } from "./match-picture.js";
@@ -13,17 +13,15 @@ export async function mount(place, parameters) {
   const rows = el("tbody");
   const picture = matchPicture({ onchange: (chosen) => markRow(rows, chosen) });
   const limit = el("input", { id: "match-limit", type: "number", min: 1, max: 1000, ".value": "100" });
-  const threshold = el("input", { id: "match-threshold", type: "range", min: 0, max: 1, step: 0.01, ".value": "0" });
-  const thresholdText = el("output", { for: "match-threshold" }, "0.00");
+  const threshold = slider("Lowest score that is shown", { id: "match-threshold", min: 0, max: 1, step: 0.01, value: 0 });
   const debias = el("input", { id: "match-debias", type: "checkbox" });
   let slots = [];
   let answer = null;
   let running = null;
 
   const show = () => {
-    thresholdText.value = Number(threshold.value).toFixed(2);
     if (!answer) return;
-    const matches = answer.matches.filter((match) => match.score >= Number(threshold.value));
+    const matches = answer.matches.filter((match) => match.score >= Number(threshold.input.value));
     picture.show(matches);
     fill(rows, ...matches.map((match, i) => tableRow(match, i, picture.choose)));
     note.textContent = `${matches.length} of ${answer.total} matches are shown. Score of the images: ${answer.score.toFixed(3)}.`;
@@ -61,7 +59,7 @@ export async function mount(place, parameters) {
 
   const slot = (name, number) => imageSlot({ name, onchange: run, takesPaste: () => slots[0].image ? number === 1 : number === 0 });
   slots = [slot("First image", 0), slot("Second image", 1)];
-  threshold.addEventListener("input", show);
+  threshold.input.addEventListener("input", show);
   limit.addEventListener("change", run);
   debias.addEventListener("change", run);
   fill(
@@ -70,7 +68,7 @@ export async function mount(place, parameters) {
     el("p", { class: "quiet" }, "A line connects two patches if each is the other's nearest neighbour in the other image."),
     el("div", { class: "columns" }, ...slots.map((one) => one.element)),
     el("div", { class: "row" },
-      field("Lowest score that is shown", el("span", {}, threshold, " ", thresholdText)),
+      threshold,
       field("Number of matches", limit),
       field("Without the effect of positions", debias),
     ),
