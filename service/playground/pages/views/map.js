@@ -150,9 +150,9 @@ function makeMap() {
     el("div", { class: "row" }, status, progress, stopButton), faults,
     el("div", { class: "map-parts" },
       el("div", {}, toolbar(plot), plot.element,
-        el("p", { id: "map-keys", class: "quiet" }, "Arrow keys: next item in a direction. Shift and arrows: move the map. + and -: zoom, 0: everything. Enter: add the item to the selection, Escape: select nothing."),
-        rectangle),
+        el("p", { id: "map-keys", class: "quiet" }, "Arrow keys: next item in a direction. Shift and arrows: move the map. + and -: zoom, 0: everything. Enter: add the item to the selection, Escape: select nothing.")),
       el("div", {}, el("h3", {}, "Legend"), legendList, hovered)),
+    rectangle,
     el("div", { class: "columns" }, selection.element, duplicates.element));
   const open = (names, parameters) => {
     fill(collection, ...names.map((name) => el("option", { value: name }, name)));
