@@ -92,4 +92,44 @@ export function dialog(title, content) {
   document.getElementById("main").append(box);
   box.showModal();
   return box;
+/** Create an SVG element. Attributes as in `el`. */
+export function svg(tag, attributes = {}, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (typeof value === "function") element.addEventListener(name.replace(/^on/, ""), value);
+    else element.setAttribute(name, value === true ? "" : String(value));
+  }
+  append(element, children);
+  return element;
+}
+
+/** A button that asks `question()` before it runs `action`. */
+export function askingButton(text, question, action, attributes = {}) {
+  const place = el("span", { class: "asking" });
+  const button = el("button", { type: "button", onclick: () => ask(), ...attributes }, text);
+  const restore = () => {
+    fill(place, button);
+    button.focus();
+  };
+  const ask = () => {
+    const yes = el("button", { type: "button", class: "primary", onclick: () => (restore(), action()) }, "Yes");
+    const no = el("button", { type: "button", onclick: restore }, "No");
+    fill(place, el("span", { role: "alert" }, question()), " ", yes, " ", no);
+    yes.focus();
+  };
+  fill(place, button);
+  return place;
+}
+
+/** A labelled slider that shows its value. The input is the property `input` of the element. */
+export function slider(text, { digits = 2, value, ...attributes }) {
+  const input = el("input", { type: "range", ...attributes, ".value": String(value) });
+  const output = el("output", { for: input.id }, Number(value).toFixed(digits));
+  input.addEventListener("input", () => (output.value = Number(input.value).toFixed(digits)));
+  const place = field(text, input);
+  place.append(output);
+  place.classList.add("slider");
+  place.input = input;
+  return place;
 }

@@ -4,8 +4,8 @@ import { collectionPath, json, request } from "./api.js";
 import { el, errorBox, fill } from "./dom.js";
 
 /** Make an element with which the user chooses one image. `onimage` gets { blob, item }. Call `.stop()` when it is not
- * needed any more. */
-export function imagePicker({ label = "Drop an image, paste it, or", onimage }) {
+ * needed any more. If a page has several pickers, `takesPaste` says which of them gets a pasted image. */
+export function imagePicker({ label = "Drop an image, paste it, or", onimage, takesPaste = () => true }) {
   const input = el("input", { type: "file", accept: "image/*", class: "hidden-text", "aria-label": "Image file" });
   const note = el("div", { class: "note" });
   const camera = cameraPanel((blob) => choose(blob));
@@ -47,7 +47,7 @@ export function imagePicker({ label = "Drop an image, paste it, or", onimage }) 
   });
   const paste = (event) => {
     const file = [...(event.clipboardData?.files ?? [])].find((one) => one.type.startsWith("image/"));
-    if (file) choose(file);
+    if (file && takesPaste()) choose(file);
   };
   document.addEventListener("paste", paste);
   zone.stop = () => {
@@ -58,8 +58,9 @@ export function imagePicker({ label = "Drop an image, paste it, or", onimage }) 
 }
 
 /** Fetch the stored image of an item. Raise ApiError if the collection stores no images. */
-export async function itemImage(collection, id) {
-  const response = await request({ path: collectionPath(collection, "items", id, "image"), accept: "image/*", shown: false });
+export async function itemImage(collection, id, signal) {
+  const path = collectionPath(collection, "items", id, "image");
+  const response = await request({ path, accept: "image/*", shown: false, signal });
   const blob = await response.blob();
   return { blob: named(blob, id.split("/").pop()), item: { collection, id } };
 }
