@@ -27,20 +27,7 @@ export class ApiError extends Error {
  *   shown: false for requests that a view makes for itself, which are not shown as code
  * Return the response. Raise ApiError for a status of 400 and above. */
 export async function request(call) {
-  if (call.shown !== false) window.dispatchEvent(new CustomEvent("api-request", { detail: call }));
-  const headers = { Accept: call.accept ?? "application/json, */*" };
-  let body;
-  if (call.json !== undefined) {
-    headers["Content-Type"] = "application/json";
-    body = JSON.stringify(call.json);
-  } else if (call.form) {
-    body = new FormData();
-    for (const [name, value] of call.form) body.append(name, value);
-  } else if (call.image) {
-    headers["Content-Type"] = call.image.type || "application/octet-stream";
-    body = call.image;
-  }
-  if (apiKey.get()) headers.Authorization = `Bearer ${apiKey.get()}`;
+  const { headers, body } = prepared(call);
   let response;
   try {
     response = await fetch(address(call), { method: call.method ?? "GET", headers, body, signal: call.signal });
@@ -48,8 +35,56 @@ export async function request(call) {
     if (error.name === "AbortError") throw error;
     throw new ApiError(0, { title: "No connection", detail: `the service does not answer: ${error.message}` });
   }
-  if (!response.ok) throw new ApiError(response.status, await problemOf(response));
+  if (!response.ok) {
+    throw new ApiError(response.status, problemOf(await response.text(), response.status, response.statusText));
+  }
   return response;
+}
+
+/** Send a request as `json` does, and call `onprogress` with the number of bytes sent so far and the size of the body.
+ * An ApiError has `retryAfter`, the seconds after which the service wants to be asked again, or 0. */
+export function upload(call, onprogress) {
+  const { headers, body } = prepared(call);
+  const sender = new XMLHttpRequest();
+  return new Promise((resolve, reject) => {
+    const abort = () => sender.abort();
+    const fail = (status, problem) => {
+      const error = new ApiError(status, problem);
+      error.retryAfter = Number(sender.getResponseHeader("Retry-After")) || 0;
+      reject(error);
+    };
+    sender.open(call.method ?? "GET", address(call));
+    for (const [name, value] of Object.entries(headers)) sender.setRequestHeader(name, value);
+    sender.upload.addEventListener("progress", (event) => onprogress(event.loaded, event.total));
+    sender.addEventListener("load", () => {
+      if (sender.status < 400) resolve(sender.responseText ? JSON.parse(sender.responseText) : null);
+      else fail(sender.status, problemOf(sender.responseText, sender.status, sender.statusText));
+    });
+    sender.addEventListener("error", () => fail(0, { title: "No connection", detail: "the service does not answer" }));
+    sender.addEventListener("abort", () => reject(new DOMException("aborted", "AbortError")));
+    sender.addEventListener("loadend", () => call.signal?.removeEventListener("abort", abort));
+    if (call.signal?.aborted) return reject(new DOMException("aborted", "AbortError"));
+    call.signal?.addEventListener("abort", abort);
+    sender.send(body);
+  });
+}
+
+/** The headers and the body of a call. Shows the call as code. */
+function prepared(call) {
+  if (call.shown !== false) window.dispatchEvent(new CustomEvent("api-request", { detail: call }));
+  const headers = { Accept: call.accept ?? "application/json, */*" };
+  if (apiKey.get()) headers.Authorization = `Bearer ${apiKey.get()}`;
+  if (call.json !== undefined) {
+    headers["Content-Type"] = "application/json";
+    return { headers, body: JSON.stringify(call.json) };
+  }
+  if (call.form) {
+    const body = new FormData();
+    for (const [name, value] of call.form) body.append(name, value);
+    return { headers, body };
+  }
+  if (call.image) headers["Content-Type"] = call.image.type || "application/octet-stream";
+  return { headers, body: call.image };
 }
 
 /** Send a request and return the JSON document of the answer, or null if it is empty. */
@@ -73,12 +108,11 @@ export function collectionPath(name, ...parts) {
   return ["/v1/collections", name, ...parts].map((part, i) => (i ? encodeURIComponent(part) : part)).join("/");
 }
 
-async function problemOf(response) {
-  const text = await response.text();
+function problemOf(text, status, reason) {
   try {
     const body = JSON.parse(text);
     return body.error ? { title: body.error.type, detail: body.error.message } : body;
   } catch {
-    return { title: `HTTP ${response.status}`, detail: text.slice(0, 500) || response.statusText };
+    return { title: `HTTP ${status}`, detail: text.slice(0, 500) || reason };
   }
 }

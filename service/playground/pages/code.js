@@ -27,7 +27,8 @@ export function curl(call) {
     words.push("-H 'Content-Type: application/json'", `-d ${shell(JSON.stringify(shortened(call.json)))}`);
   } else if (call.form) {
     for (const [name, value] of call.form) {
-      words.push(`-F ${shell(value instanceof Blob ? `${name}=@${nameOf(value)}` : `${name}=${value}`)}`);
+      if (value instanceof Blob) words.push(`-F ${shell(`${name}=@"${nameOf(value).replace(/["\\]/g, "\\$&")}"`)}`);
+      else words.push(`${/^[@<]|;type=/.test(value) ? "--form-string" : "-F"} ${shell(`${name}=${value}`)}`);
     }
   } else if (call.image) {
     words.push(`-H ${shell(`Content-Type: ${call.image.type || "application/octet-stream"}`)}`);
@@ -54,7 +55,7 @@ export function python(call) {
       const pairs = files.map(([name, blob]) => `(${literal(name)}, open(${literal(nameOf(blob))}, "rb"))`);
       options.push(`files=[${pairs.join(", ")}]`);
     }
-    if (data.length) options.push(`data=${literal(Object.fromEntries(data))}`);
+    if (data.length) options.push(`data=${literal(merged(data))}`);
   } else if (call.image) {
     options.push(`content=open(${literal(nameOf(call.image))}, "rb").read()`);
     headers.push(`"Content-Type": ${literal(call.image.type || "application/octet-stream")}`);
@@ -69,6 +70,13 @@ export function python(call) {
       : `httpx.${method}(${[url, ...options, "timeout=60"].join(", ")})`;
   lines.push(`answer = ${called}`, `print(answer.raise_for_status()${asJson})`);
   return lines.join("\n");
+}
+
+/** Form fields as an object. A field that occurs several times has a list of values. */
+function merged(fields) {
+  const values = {};
+  for (const [name, value] of fields) (values[name] ??= []).push(value);
+  return Object.fromEntries(Object.entries(values).map(([name, list]) => [name, list.length > 1 ? list : list[0]]));
 }
 
 /** A value as Python writes it. */

@@ -76,3 +76,20 @@ export async function busy(place, work) {
     place.removeAttribute("aria-busy");
   }
 }
+
+/** Open a dialog over the page. It is closed by Escape, by the button Close, or by `close()`. The focus returns to the
+ * element that had it. `content` is called with `close` and returns the elements of the dialog. */
+export function dialog(title, content) {
+  const before = document.activeElement;
+  const heading = el("h2", { id: "dialog-title" }, title);
+  const box = el("dialog", { "aria-labelledby": "dialog-title" });
+  const close = () => box.close();
+  append(box, [heading, content(close), el("button", { type: "button", class: "close", onclick: close }, "Close")]);
+  box.addEventListener("close", () => {
+    box.remove();
+    if (before?.isConnected) before.focus();
+  });
+  document.getElementById("main").append(box);
+  box.showModal();
+  return box;
+}
