@@ -1,7 +1,7 @@
 """Load a model on trial, to compare it with the live one before it is promoted.
 
-A model on trial is a candidate of which no collection has vectors. Every process loads candidates (service/live_models.py),
-so requests may then choose the model. A migration retires it, unless it promotes it.
+A model on trial is a candidate of which no collection has vectors. Every process loads candidates
+(service/live_models.py), so requests may then choose the model. A migration retires it, unless it promotes it.
 """
 
 import asyncio
