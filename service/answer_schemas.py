@@ -120,6 +120,10 @@ class ModelAnswer(TypedDict):
         Literal["live", "candidate", "former", "available", "retired"],
         Field(description="live answers requests; former can be rolled back to; available was never live"),
     ]
+    loaded: Annotated[
+        bool, Field(description="whether the process that answers has loaded it, so that requests may choose it")
+    ]
+    load_error: Annotated[str | None, Field(description="why the process that answers could not load it")]
     generation: Annotated[int | None, Field(description="number in the record of models; null: it was never live")]
     live_since: Annotated[str | None, Field(description="time at which it became live, in ISO 8601 format")]
     keep_until: Annotated[

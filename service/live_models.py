@@ -129,6 +129,8 @@ class LiveModels:
         """Load, promote and release models until this process has those of the record."""
         wanted = [each for each in await asyncio.to_thread(self._record.generations.all) if each.state in LOADED]
         self._base.loaded.expected = frozenset(each.model for each in wanted)
+        for model in self._base.loaded.failures.keys() - self._base.loaded.expected:
+            del self._base.loaded.failures[model]
         for generation in sorted(wanted, key=lambda each: each.state != "live"):
             if generation.number not in self._loaded:
                 await self._load(generation)
@@ -157,8 +159,10 @@ class LiveModels:
         except Exception as error:
             known = isinstance(error, (ValueError, OSError, ModuleNotFoundError, ServiceError))
             log.error("generation %d cannot be loaded: %s", generation.number, error, exc_info=not known)
+            self._base.loaded.failures[generation.model] = str(error) if known else "see the log of the service"
             self._retry_at = time.monotonic() + RETRY_S
             return
+        self._base.loaded.failures.pop(generation.model, None)
         self._loaded[generation.number] = service
         self._register()
         await self._beat()

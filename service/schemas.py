@@ -285,6 +285,12 @@ class RollbackIn(Body):
     )
 
 
+class LoadModelIn(Body):
+    """The body of `POST /v1/models/load` and `POST /v1/models/unload`."""
+
+    model: str = Field(min_length=1, max_length=200, description="name or fingerprint of a model")
+
+
 class RemoveModelIn(Body):
     """The body of `DELETE /v1/models/{name}`."""
 

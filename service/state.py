@@ -58,6 +58,7 @@ class LoadedModels:
     expected: frozenset[tuple[str, str]] = frozenset()
     is_behind: bool = False  # another generation is live, and this process has not loaded it yet
     unsearchable: int = 0  # collections whose model is not loaded
+    failures: dict[tuple[str, str], str] = field(default_factory=dict)  # why models could not be loaded
 
 
 @dataclass

@@ -1,5 +1,5 @@
-"""Describe the models and how their engines were checked, roll back to the former model, and remove models:
-`/v1/models`."""
+"""Describe the models and how their engines were checked, load and unload a model on trial, roll back to the former
+model, and remove models: `/v1/models`."""
 
 import asyncio
 import re
@@ -15,14 +15,15 @@ from model.zoo import ENTRIES
 from service.answer_schemas import HeadAnswer, ModelAnswer, ModelsAnswer, RemovedModel, RolledBackAnswer
 from service.errors import Conflict, ModelNotFound, StorageFailed
 from service.migration.rollback import roll_back
+from service.migration.trial import end_trial, load_on_trial
 from service.migration.work import Places
 from service.model_list import KnownModel, known_models, model_named, remove_model
 from service.options import parse_options
 from service.routes.answers import JsonAnswer, json_response
-from service.routes.bodies import read_optional_json
+from service.routes.bodies import read_json, read_optional_json
 from service.routes.describe import BODY, Operation, describe
 from service.routes.direct import DirectRoute, service_of
-from service.schemas import RemoveModelIn, RollbackIn
+from service.schemas import LoadModelIn, RemoveModelIn, RollbackIn
 from service.sqlite import translated as storage_errors
 from service.state import Service
 from service.times import iso_time
@@ -48,10 +49,7 @@ async def rollback(request: Request) -> JsonAnswer[RolledBackAnswer]:
     missing afterwards."""
     service = service_of(request)
     body = parse_options(RollbackIn, await read_optional_json(request))
-    if service.generations is None:
-        raise Conflict("this service has no record of models")
-    places = Places(service.store, service.generations, service.originals, service.settings.data_dir)
-    result = await roll_back(places, keep_s=body.keep_hours * 3600, force=body.force)
+    result = await roll_back(_places(service), keep_s=body.keep_hours * 3600, force=body.force)
     return json_response(
         {
             "model": result.generation.name,
@@ -62,6 +60,34 @@ async def rollback(request: Request) -> JsonAnswer[RolledBackAnswer]:
             "created_since": result.created_since,
         }
     )
+
+
+@router.post("/v1/models/load", summary="Load a model on trial")
+@describe(Operation(errors=(*BODY, ModelNotFound, Conflict, StorageFailed), body=LoadModelIn, statuses=(202,)))
+async def load_model(request: Request) -> JsonAnswer[ModelAnswer]:
+    """Load a model of the data folder beside the live one, so that requests may choose it with the field `model`. The
+    live model and the collections stay as they are. The model becomes a candidate, and every process loads it while it
+    goes on answering. Ask for the model until `loaded` is true or `load_error` says why it cannot be loaded. One model
+    at a time is on trial: the one before is unloaded. The status is 409 while a migration is running."""
+    service = service_of(request)
+    body = parse_options(LoadModelIn, await read_json(request))
+    known = await _known(service, body.model)
+    if known.manifest.fingerprint != service.artifact.fingerprint or known.generation is not None:
+        engine = service.engine
+        await load_on_trial(_places(service), known, engine=engine.name, precision=engine.precision)
+    return json_response(await _described(service, known), status=202)
+
+
+@router.post("/v1/models/unload", summary="Unload a model on trial")
+@describe(Operation(errors=(*BODY, ModelNotFound, Conflict, StorageFailed), body=LoadModelIn))
+async def unload_model(request: Request) -> JsonAnswer[ModelAnswer]:
+    """Unload a model that was loaded on trial. Processes close it when no request can use it any more. The status is
+    409 if the model is live or former, if collections have vectors of it, or while a migration is running."""
+    service = service_of(request)
+    body = parse_options(LoadModelIn, await read_json(request))
+    known = await _known(service, body.model)
+    await end_trial(_places(service), known)
+    return json_response(await _described(service, known))
 
 
 @router.get("/v1/models/{name:path}", summary="Get a model")
@@ -85,11 +111,37 @@ async def delete_model(request: Request, name: str) -> JsonAnswer[RemovedModel]:
     vectors of it and `force` is not set."""
     service = service_of(request)
     body = parse_options(RemoveModelIn, await read_optional_json(request))
-    models = await asyncio.to_thread(known_models, service.settings.data_dir, service.generations)
-    known = model_named(models, name)
+    known = await _known(service, name)
     with storage_errors("the model"):
         await remove_model(known, service.settings.data_dir, service.generations, service.store, force=body.force)
     return json_response({"id": known.name, "object": "model", "deleted": True})
+
+
+def _places(service: Service) -> Places:
+    """Return what a change of the models needs.
+
+    Raises:
+        Conflict: the service has no record of models.
+    """
+    if service.generations is None:
+        raise Conflict("this service has no record of models")
+    return Places(service.store, service.generations, service.originals, service.settings.data_dir)
+
+
+async def _known(service: Service, name: str) -> KnownModel:
+    """Return the model with this name, fingerprint or number.
+
+    Raises:
+        ModelNotFound: there is no such model.
+    """
+    models = await asyncio.to_thread(known_models, service.settings.data_dir, service.generations)
+    return model_named(models, name)
+
+
+async def _described(service: Service, known: KnownModel) -> ModelAnswer:
+    """Return the description of a model after a change."""
+    answers = await asyncio.to_thread(_all_models, service)
+    return next(answer for answer in answers if answer["fingerprint"] == known.manifest.fingerprint)
 
 
 def _all_models(service: Service) -> list[ModelAnswer]:
@@ -149,11 +201,19 @@ def _answer(live: Service, known: KnownModel, loaded: Service | None) -> ModelAn
             *(_dinotxt(record, manifest.config.depth - 1) for record in list_dinotxt(artifact)),
         ],
         "state": state,
+        "loaded": loaded is not None,
+        "load_error": _load_error(live, known) if loaded is None else None,
         "generation": generation.number if generation else None,
         "live_since": _iso_time(generation.live_since if generation else None),
         "keep_until": _iso_time(generation.keep_until if generation else None),
         "metrics": generation.metrics if generation else {},
     }
+
+
+def _load_error(live: Service, known: KnownModel) -> str | None:
+    """Return why this process could not load a model, or None."""
+    reason = live.loaded.failures.get(known.generation.model) if known.generation else None
+    return None if reason is None else _without_folders(reason, live)
 
 
 def _head(record: HeadRecord) -> HeadAnswer:

@@ -236,6 +236,8 @@ BAD_REQUESTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("GET", "/v1/models/gpt", 404, {}),
     ("DELETE", "/v1/models/gpt", 404, {}),
     ("POST", "/v1/models/rollback", 409, {}),
+    ("POST", "/v1/models/load", 404, {"json": {"model": "gpt"}}),
+    ("POST", "/v1/models/unload", 404, {"json": {"model": "gpt"}}),
     ("POST", "/v1/embeddings", 400, {"content": b"{", "headers": {"Content-Type": "application/json"}}),
     ("POST", "/v1/embeddings", 400, {"json": {"input": text(photo()), "dimensions": 7}}),
     ("POST", "/v1/embeddings", 404, {"json": {"input": text(photo()), "model": "gpt"}}),
@@ -349,6 +351,8 @@ async def test_every_answer_is_as_the_document_says(tmp_path, monkeypatch):
         run.service.generations = with_a_former(tmp_path)
         for digit in "ac":
             put_artifact(tmp_path, digit)
+        assert (await run.client.post("/v1/models/load", json={"model": "model_c"})).status_code == 202
+        assert (await run.client.post("/v1/models/unload", json={"model": "model_c"})).status_code == 200
         assert (await run.client.delete("/v1/models/model_c")).status_code == 200
         assert (await run.client.post("/v1/models/rollback")).status_code == 200
     operations = [op for methods in contract.document["paths"].values() for op in methods.values()]

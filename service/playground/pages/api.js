@@ -23,7 +23,7 @@ export class ApiError extends Error {
 /** Send a request. A call has:
  *   method, path ("/v1/models"), query {name: value}
  *   and one of: json (an object), form ([[name, value or File], ...]), image (a Blob, sent as the raw body)
- *   signal (to abort), accept
+ *   signal (to abort), accept, headers (further ones)
  *   shown: false for requests that a view makes for itself, which are not shown as code
  * Return the response. Raise ApiError for a status of 400 and above. */
 export async function request(call) {
@@ -72,7 +72,7 @@ export function upload(call, onprogress) {
 /** The headers and the body of a call. Shows the call as code. */
 function prepared(call) {
   if (call.shown !== false) window.dispatchEvent(new CustomEvent("api-request", { detail: call }));
-  const headers = { Accept: call.accept ?? "application/json, */*" };
+  const headers = { Accept: call.accept ?? "application/json, */*", ...call.headers };
   if (apiKey.get()) headers.Authorization = `Bearer ${apiKey.get()}`;
   if (call.json !== undefined) {
     headers["Content-Type"] = "application/json";

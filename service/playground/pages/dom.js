@@ -60,6 +60,9 @@ export function errorBox(error) {
     { class: "error", role: "alert" },
     el("strong", {}, problem.title ?? "Error"),
     el("p", {}, problem.detail ?? error.message),
+    error.status === 401 ? el("p", {}, "This service needs an API key. Enter one above: ",
+      el("button", { type: "button", onclick: () => document.getElementById("key")?.click() }, "Enter an API key")) : null,
+    error.status === 403 ? el("p", {}, "The API key of this session does not allow it: see docs/security.md for its scopes.") : null,
     problem.request_id ? el("small", {}, `request ${problem.request_id}`) : null,
   );
 }
@@ -133,3 +136,53 @@ export function slider(text, { digits = 2, value, ...attributes }) {
   place.input = input;
   return place;
 }
+
+/** Ask in a dialog whether to go on. `fields` are elements that belong to the question. `work` is called after a click
+ * on the button `action`; its errors are shown in the dialog, which stays open. Resolve with the result of `work`, or
+ * with undefined if the user does not want to. */
+export function confirmed(title, { text, action, fields = [], work }) {
+  return new Promise((resolve) => {
+    let result;
+    const note = el("div");
+    const box = dialog(title, (close) => {
+      const button = el("button", { class: "primary" }, action);
+      const submit = async (event) => {
+        event.preventDefault();
+        button.disabled = true;
+        fill(note);
+        try {
+          result = (await work()) ?? true;
+          close();
+        } catch (error) {
+          fill(note, errorBox(error));
+          button.disabled = false;
+        }
+      };
+      return el("form", { onsubmit: submit }, el("p", {}, text), fields, note, el("div", { class: "row" }, button));
+    });
+    box.addEventListener("close", () => resolve(result));
+  });
+}
+
+/** A time of the API in the user's time zone, or a dash. */
+export function timeText(time) {
+  return time ? el("time", { datetime: time, title: time }, new Date(time).toLocaleString()) : "-";
+}
+
+/** A value of an answer as text or as elements: lists with their parts, objects as rows. */
+export function valueText(value) {
+  if (value === null || value === undefined || value === "") return "-";
+  if (typeof value === "number") return Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(5)));
+  if (typeof value !== "object") return String(value);
+  if (Array.isArray(value)) return value.length && value.every((one) => typeof one !== "object") ? value.join(", ") : JSON.stringify(value);
+  return facts(Object.entries(value));
+}
+
+/** A list of names and values. */
+export function facts(pairs) {
+  return el("dl", { class: "facts" }, pairs.map(([name, value]) => [el("dt", {}, name),
+    el("dd", {}, value instanceof Node || Array.isArray(value) && value.some((one) => one instanceof Node) ? value : valueText(value))]));
+}
+
+/** The state of a job or of a model. */
+export const stateBadge = (state) => el("span", { class: `state ${state}` }, state);

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,13 +99,13 @@ class Faults:
             self.messages.append(text)
 
 
-@pytest_asyncio.fixture(loop_scope="session")
-async def page(browser: Any, server: Server) -> AsyncIterator[Any]:
-    """An empty page at the address of the service, 1440 pixels wide. Afterwards, it must have no faults."""
+@asynccontextmanager
+async def watched_page(browser: Any, url: str) -> AsyncIterator[Any]:
+    """Open an empty page at the address of a service, 1440 pixels wide. Afterwards, it must have no faults."""
     context = await browser.new_context(
-        base_url=server.url, viewport={"width": 1440, "height": 900}, permissions=["camera", "clipboard-write"]
+        base_url=url, viewport={"width": 1440, "height": 900}, permissions=["camera", "clipboard-write"]
     )
-    faults = Faults(server.url)
+    faults = Faults(url)
     context.on("page", faults.watch)
     page = await context.new_page()
     page.set_default_timeout(20_000)
@@ -112,6 +113,13 @@ async def page(browser: Any, server: Server) -> AsyncIterator[Any]:
     await context.close()
     assert faults.foreign == []
     assert faults.messages == []
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def page(browser: Any, server: Server) -> AsyncIterator[Any]:
+    """An empty page at the address of the shared service."""
+    async with watched_page(browser, server.url) as page:
+        yield page
 
 
 @pytest.fixture(scope="session")
