@@ -105,10 +105,9 @@ async def test_a_painted_mask_and_points_are_sent(page: Any) -> None:
     await page.keyboard.press("Shift+ArrowDown")
     await page.keyboard.press("Enter")
     assert "1 point outside" in await page.inner_text("#mark-summary")
-    async with page.expect_request("**/v1/segment") as waited:
-        await page.click("#segment")
-    body = (await waited.value).post_data_buffer.decode("latin1")
-    [prompt] = json.loads(body.split('name="prompts"')[1].split("\r\n")[2])
+    await page.evaluate("addEventListener('api-request', ({ detail }) => { window.sent = detail.form; })")
+    await page.click("#segment")
+    [prompt] = json.loads(dict(await page.evaluate("window.sent"))["prompts"])
     area = int(await page.get_attribute("#mark-summary", "data-area"))
     assert coco.area(prompt["mask"]) == area
     assert prompt["mask"]["size"] == [240, 320]
@@ -150,7 +149,9 @@ async def test_attention_has_the_weights_of_the_api(page: Any, api: httpx.Client
 
     async def check(expected: np.ndarray, **dataset: str) -> None:
         conditions = " && ".join(f"one.dataset.{name} === '{value}'" for name, value in dataset.items())
-        await page.wait_for_function(f"(() => {{ const one = document.getElementById('attention-readout'); return {conditions}; }})()")
+        await page.wait_for_function(
+            f"(() => {{ const one = document.getElementById('attention-readout'); return {conditions}; }})()"
+        )
         shown = await page.eval_on_selector("#attention-readout", "one => ({ ...one.dataset })")
         assert float(shown["low"]) == pytest.approx(expected.min(), rel=1e-4)
         assert float(shown["high"]) == pytest.approx(expected.max(), rel=1e-4)
@@ -192,7 +193,9 @@ async def test_colours_are_those_of_the_api(page: Any, api: httpx.Client) -> Non
     assert [int(value) for value in shown["colour"].split()] == pytest.approx(colours[row, column].tolist(), abs=1)
 
 
-@pytest.mark.parametrize(("method", "options"), [("cut", {}), ("multi", {}), ("cluster", {"k": "3"}), ("foreground", {})])
+@pytest.mark.parametrize(
+    ("method", "options"), [("cut", {}), ("multi", {}), ("cluster", {"k": "3"}), ("foreground", {})]
+)
 async def test_masks_are_those_of_the_api(page: Any, api: httpx.Client, method: str, options: dict[str, str]) -> None:
     await open_tab(page, "masks")
     await page.select_option("#mask-method", method)

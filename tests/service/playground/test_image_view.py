@@ -85,15 +85,18 @@ async def test_the_colours_follow_the_similarity(page: Any, api: httpx.Client) -
     await page.mouse.move(1, 1)
     similarity = features @ features[5, 7]
     low = np.unravel_index(similarity.argmin(), grid)
-    pixel = """async ([row, column, rows, columns]) => {
+    read = """async ([places, rows, columns]) => {
         await new Promise(requestAnimationFrame);
-        const canvas = document.getElementById("stage");
-        const at = [(column + 0.5) * canvas.width / columns, (row + 0.5) * canvas.height / rows].map(Math.floor);
-        return [...canvas.getContext("2d").getImageData(at[0], at[1], 1, 1).data];
+        const stage = document.getElementById("stage");
+        const { data } = stage.getContext("2d").getImageData(0, 0, stage.width, stage.height);
+        return places.map(([row, column]) => {
+            const x = Math.floor((column + 0.5) * stage.width / columns);
+            const y = Math.floor((row + 0.5) * stage.height / rows);
+            return [...data.slice(4 * (y * stage.width + x)).slice(0, 3)];
+        });
     }"""
-    dark = await page.evaluate(pixel, [int(low[0]), int(low[1]), *grid])
-    bright = await page.evaluate(pixel, [5, 7, *grid])
-    assert sum(dark[:3]) < sum(bright[:3])
+    dark, bright = await page.evaluate(read, [[[int(low[0]), int(low[1])], [5, 7]], *grid])
+    assert sum(dark) < sum(bright)
     assert bright[0] > 150  # yellow
     assert dark[1] < 90  # dark blue
 
@@ -113,7 +116,9 @@ async def test_the_patch_is_shown_in_similar_images(page: Any, api: httpx.Client
     for patch in [(5, 7), (12, 20)]:
         await page.locator("#stage").click(position=await at_patch(page, *patch, grid))
         vector = units(api, scene(1))[patch]
-        shown = await page.eval_on_selector_all("#patch-results li", "all => all.map(one => Number(one.dataset.highest))")
+        shown = await page.eval_on_selector_all(
+            "#patch-results li", "all => all.map(one => Number(one.dataset.highest))"
+        )
         expected = [float((units(api, scene(int(item[-2:]))) @ vector).max()) for item in ids]
         assert shown == pytest.approx(expected, abs=1e-4)
 

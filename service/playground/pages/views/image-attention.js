@@ -2,7 +2,7 @@
 
 import { json } from "../api.js";
 import { announce, busy, el, field, fill, select } from "../dom.js";
-import { sizeField } from "./image-common.js";
+import { latest, sizeField } from "./image-common.js";
 import { drawHeat, heatLegend, heatMap, opacitySlider, rangeOf } from "./image-heat.js";
 import { arrow } from "./image-stage.js";
 
@@ -21,7 +21,8 @@ export async function mount(place, { image, stage, signal }) {
   const [blockNumber, headNumber] = [el("output", { for: block.id }), el("output", { for: head.id })];
   const grid = el("div", { class: "multiples", id: "attention-grid", role: "group", "aria-label": "All blocks and heads" });
   const size = sizeField(() => load());
-  let turn = 0;
+  const next = latest(signal);
+  let own = signal;
 
   stage.paint = (canvas) => {
     if (shown.values) drawHeat(canvas, shown.heat, Number(opacity.value));
@@ -29,16 +30,16 @@ export async function mount(place, { image, stage, signal }) {
 
   const fetchMaps = (more) => {
     const form = [["file", image.blob], ["blocks", "all"], ["size", size.control.value], ...more];
-    return json({ method: "POST", path: "/v1/attention", form, signal });
+    return json({ method: "POST", path: "/v1/attention", form, signal: own });
   };
 
   async function load() {
-    const mine = ++turn;
+    const mine = (own = next());
     delete readout.dataset.block;
     fill(readout, "Computing the attention...");
     await busy(readout, async () => {
       const answer = await fetchMaps([]);
-      if (mine !== turn) return;
+      if (mine.aborted) return;
       shown.answer = answer;
       shown.rollouts.clear();
       shown.at = null;
@@ -63,16 +64,18 @@ export async function mount(place, { image, stage, signal }) {
     return [shown.rollouts.get(key).flat().at(-1), "rollout through all blocks"];
   }
 
-  async function show() {
+  const show = () => busy(readout, showChosen);
+
+  async function showChosen() {
     if (!shown.answer) return;
     blockNumber.textContent = block.value;
     headNumber.textContent = head.value;
     block.disabled = mode.value === "rollout";
     head.disabled = mode.value !== "head";
-    const mine = turn;
+    const mine = own;
     const asked = mode.value;
     const [map, name] = await chosen();
-    if (mine !== turn || asked !== mode.value || signal.aborted) return;
+    if (mine.aborted || asked !== mode.value) return;
     const [height, width] = [map.length, map[0].length];
     shown.values = Float32Array.from(map.flat());
     shown.width = width;
@@ -160,7 +163,7 @@ export async function mount(place, { image, stage, signal }) {
   place.append(
     el("p", {}, "The share of its attention that the class token gives to each patch."),
     el("div", {}, field("Map", mode), size.element, field("Opacity", opacity)),
-    el("div", { class: "row" }, field("Block", block), blockNumber, field("Head", head), headNumber),
+    el("div", { class: "row" }, withNumber("Block", block, blockNumber), withNumber("Head", head, headNumber)),
     legend,
     readout,
     el("h3", {}, "All blocks and heads"),
@@ -168,6 +171,12 @@ export async function mount(place, { image, stage, signal }) {
     grid,
   );
   await load();
+}
+
+function withNumber(text, slider, number) {
+  const element = field(text, slider);
+  element.querySelector("label").append(" ", number);
+  return element;
 }
 
 /** The mean of maps [heads][h][w]. */

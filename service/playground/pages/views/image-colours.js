@@ -3,7 +3,7 @@
 import { request } from "../api.js";
 import { announce, busy, el, field, fill } from "../dom.js";
 import { parseNpy } from "../npy.js";
-import { sizeField } from "./image-common.js";
+import { latest, sizeField } from "./image-common.js";
 import { drawHeat, opacitySlider } from "./image-heat.js";
 import { arrow } from "./image-stage.js";
 
@@ -14,20 +14,20 @@ export async function mount(place, { image, stage, signal }) {
   const smooth = el("input", { type: "checkbox", id: "colours-smooth", onchange: () => stage.drawSoon() });
   const foreground = el("input", { type: "checkbox", id: "colours-foreground", onchange: () => load() });
   const size = sizeField(() => load());
-  let turn = 0;
+  const next = latest(signal);
   stage.paint = (canvas) => {
     if (shown.data) drawHeat(canvas, shown.canvas, Number(opacity.value), smooth.checked);
   };
 
   async function load() {
-    const mine = ++turn;
+    const own = next();
     delete readout.dataset.grid;
     fill(readout, "Computing the colours...");
     await busy(readout, async () => {
       const form = [["file", image.blob], ["format", "pca_npy"], ["size", size.control.value], ["foreground", String(foreground.checked)]];
-      const response = await request({ method: "POST", path: "/v1/features", form, accept: "application/x-npy, */*", signal });
+      const response = await request({ method: "POST", path: "/v1/features", form, accept: "application/x-npy, */*", signal: own });
       const { shape, data } = parseNpy(await response.arrayBuffer());
-      if (mine !== turn) return;
+      if (own.aborted) return;
       const factor = data instanceof Uint8Array ? 1 : 255;
       Object.assign(shown, { height: shape[0], width: shape[1], at: null, data: Uint8ClampedArray.from(data, (value) => value * factor) });
       paint();

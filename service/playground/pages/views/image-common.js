@@ -64,16 +64,31 @@ export async function searchRegion(collection, blob, region, k, signal) {
   return json({ method: "POST", path, json: { region: { image, ...region }, k }, signal });
 }
 
-/** A button that runs `work(signal)`. A new run, or the end of `signal`, aborts the one before it. */
+/** A button that runs `work(signal)`, and ends in dots meanwhile. A new run, or the end of `signal`, aborts the one before it. */
 export function actionButton(text, signal, work, attributes = {}) {
-  let running = null;
-  const button = el("button", { type: "button", ...attributes, onclick: () => button.run() }, text);
-  button.run = async () => {
-    running?.abort();
-    const mine = (running = new AbortController());
-    return work(AbortSignal.any([mine.signal, signal]));
+  const next = latest(signal);
+  const run = async () => {
+    const own = next();
+    button.textContent = `${text}...`;
+    try {
+      await work(own);
+    } finally {
+      if (!own.aborted) button.textContent = text;
+    }
   };
+  const button = el("button", { type: "button", ...attributes, onclick: run }, text);
   return button;
+}
+
+/** A function that returns a signal for each new request. It aborts the request before it; the end of `signal` aborts
+ * them all. */
+export function latest(signal) {
+  let running = null;
+  return () => {
+    running?.abort();
+    running = new AbortController();
+    return AbortSignal.any([running.signal, signal]);
+  };
 }
 
 /** A table of rows of text. */

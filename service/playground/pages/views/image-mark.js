@@ -46,8 +46,8 @@ export async function mount(place, context) {
       summary.dataset.area = area;
     } else delete summary.dataset.area;
     for (const positive of [true, false]) {
-      const count = marks.points.filter((point) => point.positive === positive).length;
-      if (count) parts.push(`${count} point${count > 1 ? "s" : ""} ${positive ? "inside" : "outside"}`);
+      const points = marks.points.filter((point) => point.positive === positive).map(({ x, y }) => `(${x}, ${y})`);
+      if (points.length) parts.push(`${points.length} point${points.length > 1 ? "s" : ""} ${positive ? "inside" : "outside"}: ${points.join(", ")}`);
     }
     summary.textContent = parts.length ? `Marked: ${parts.join("; ")}.` : "Nothing is marked.";
     stage.label(`The image. ${summary.textContent} Arrow keys move the cursor, Shift makes larger steps, Enter uses the tool.`);

@@ -19,6 +19,7 @@ export function createStage(bitmap) {
     width: Math.max(1, Math.round(bitmap.width * scale)),
     height: Math.max(1, Math.round(bitmap.height * scale)),
   });
+  canvas.style.maxWidth = `min(48rem, ${((80 * canvas.width) / canvas.height).toFixed(2)}vh)`; // the whole image is in view
   const context = canvas.getContext("2d");
   const stage = { canvas, bitmap, width: bitmap.width, height: bitmap.height, paint: null, point: null, key: null };
 
