@@ -344,7 +344,7 @@ def greeting(artifact: Artifact, engine: Engine, url: str, *, needs_key: bool = 
     key = '-H "Authorization: Bearer $KEY" ' if needs_key else ""
     demo = "the demo model; for DINOv2's published weights: make run MODEL=dinov2_vits14\n"
     return (
-        f"\ndinov2-service on {url}  (docs: {url}/docs)\n"
+        f"\ndinov2-service on {url}  (open it in a browser; REST API: {url}/docs)\n"
         f"model {artifact.name} from {artifact.path}, "
         f"engine {engine.name} ({engine.precision})\n{demo if artifact.path.parent == BUNDLED_DIR else ''}\n"
         f"  curl -s {url}/v1/embeddings {key}-H 'Content-Type: image/jpeg' --data-binary @image.jpg\n\n"

@@ -66,7 +66,9 @@ _numbers = itertools.count(1)  # cheaper than a random id, which costs a system 
 _NO_FAULTS = frozenset({503, 504, 507})  # load, shutdown, a full disk: too frequent to log a traceback for each
 _LARGE_ANSWER_BYTES = 64 * 1024  # smaller answers fit into the buffers of the connection
 _WATCH_AFTER_S = 0.02  # seconds; starting and cancelling a task for every request costs more than a search
-_COMPRESSIBLE = frozenset({b"application/json", b"application/problem+json", b"text/plain", b"text/html", b"text/javascript", b"text/css"})
+_COMPRESSIBLE = frozenset(
+    {b"application/json", b"application/problem+json", b"text/plain", b"text/html", b"text/javascript", b"text/css"}
+)
 _HIGH_BYTE = re.compile(rb"%[89A-Fa-f][0-9A-Fa-f]|[\x80-\xff]")  # not ASCII
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:+/=@-]{1,128}")
 log = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ async def test_only_the_whole_prefix_is_removed_and_only_once(tmp_path):
     async with running(tmp_path, root_path=PREFIX) as run:
         for path in ("/imagesx/readyz", "/images/images/readyz", "/Images/readyz", "/imagesreadyz"):
             assert (await run.client.get(path)).status_code == 404, path
-        assert (await run.client.get(PREFIX)).status_code == 404
+        assert "dinov2-service" in (await run.client.get(PREFIX)).text  # the playground
 
 
 async def test_an_error_on_a_path_with_the_prefix_keeps_its_format(tmp_path):
@@ -45,10 +45,10 @@ async def test_an_error_on_a_path_with_the_prefix_keeps_its_format(tmp_path):
 async def test_the_documents_link_to_the_prefix(tmp_path):
     async with running(tmp_path, root_path=PREFIX) as run:
         document = (await run.client.get(f"{PREFIX}/openapi.json")).json()
-        pages = [(await run.client.get(f"{PREFIX}/{page}")).text for page in ("docs", "redoc")]
+        page = (await run.client.get(f"{PREFIX}/docs")).text
     assert document["servers"] == [{"url": PREFIX}]
     assert "/v1/embeddings" in document["paths"]
-    assert all(f"{PREFIX}/openapi.json" in page for page in pages)
+    assert f'href="{PREFIX}/openapi.json"' in page
 
 
 async def test_without_a_prefix_nothing_changes(tmp_path):
@@ -57,7 +57,7 @@ async def test_without_a_prefix_nothing_changes(tmp_path):
         page = (await run.client.get("/docs")).text
         lost = (await run.client.get("/images/readyz")).json()
     assert document["servers"] == [{"url": "/"}]
-    assert "'/openapi.json'" in page
+    assert 'href="/openapi.json"' in page
     assert lost["instance"] == "/images/readyz"
 
 
