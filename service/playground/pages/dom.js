@@ -95,6 +95,8 @@ export function dialog(title, content) {
   document.getElementById("main").append(box);
   box.showModal();
   return box;
+}
+
 /** Create an SVG element. Attributes as in `el`. */
 export function svg(tag, attributes = {}, ...children) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
