@@ -234,7 +234,8 @@ async def test_results_become_queries_examples_and_counter_examples(
     other = (await shown_ids(page))[0]
     await page.locator(CARDS).first.get_by_role("button", name="compare with query").click()
     await page.wait_for_selector("#view-match")
-    assert parse_qs((await page.evaluate("location.hash")).partition("?")[2]) == {"collection": ["shop"], "id": [other]}
+    pair = {"collection": ["shop"], "a": [rows[1]["id"]], "b": [other]}
+    assert parse_qs((await page.evaluate("location.hash")).partition("?")[2]) == pair
     await page.click("#views a[href='#search']")
     await wait_for(page, ids_of(by_json(api, id=rows[1]["id"])["data"]))
     await page.locator(CARDS).first.get_by_role("button", name="look at it").click()

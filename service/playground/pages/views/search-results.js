@@ -24,7 +24,6 @@ function card(result, collection, panel) {
         fill(note, errorBox(error));
       }
     } }, text, el("span", { class: "hidden-text" }, `: ${result.id}`));
-  const address = (view) => `${view}?${new URLSearchParams({ collection, id: result.id })}`;
   return el("li", { class: "card", "data-id": result.id },
     itemPicture(collection, result.id),
     el("strong", { class: "id" }, result.id),
@@ -36,11 +35,13 @@ function card(result, collection, panel) {
       action("less like this", () => panel.addExample(result.id, -0.5)),
       action("look at it", async () => {
         setImage(await itemImage(collection, result.id));
-        location.hash = address("image");
+        location.hash = `image?${new URLSearchParams({ collection, id: result.id })}`;
       }),
       action("compare with query", () => {
         if (!currentImage()) throw new Error("the query has no image that could be compared");
-        location.hash = address("match");
+        const { item } = panel.query();
+        const first = item?.collection === collection ? { a: item.id } : {}; // otherwise the current image
+        location.hash = `match?${new URLSearchParams({ collection, ...first, b: result.id })}`;
       })),
     note);
 }
