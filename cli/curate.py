@@ -122,13 +122,14 @@ def restore(
     changed are not done again.
     """
     need_torch("curation restore")
+    from model.folder import on_one_line
     from training.curate.manifest import restore as record
     from training.curate.run import Curation, last_command
 
     dataset = dataset.absolute()
     try:
         for entry in record(dataset, keys):
-            typer.echo(f"{entry.key}: was dropped by {entry.stage} ({entry.reason})")
+            typer.echo(on_one_line(f"{entry.key}: was dropped by {entry.stage} ({entry.reason})"))
         command = last_command(dataset)
         with chdir(command.directory):
             _run(Curation(command.sources, dataset, command.settings), workers)
