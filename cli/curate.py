@@ -49,7 +49,7 @@ def curate(
     workers: WorkersOption = None,
     engine: Annotated[
         Literal["local", "ray"],
-        typer.Option(help="What scans the images: processes of this machine, or actors of a Ray cluster."),
+        typer.Option(help="What scans the images: processes of this machine, or of a Ray cluster."),
     ] = "local",
     check: Annotated[bool, typer.Option("--check", help="Check the settings, and do nothing else.")] = False,
 ) -> None:
