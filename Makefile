@@ -29,7 +29,7 @@ PARALLEL := -n 2 --dist worksteal
 export ORT_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-service test-ray test-cpus check docs bench hashes sbom clean
+.PHONY: help run test test-service ray-env test-ray test-cpus check docs bench hashes sbom clean
 .NOTPARALLEL:  # with -j, two pip processes would write to the same egg-info folder
 
 help: ## print this list
@@ -43,6 +43,8 @@ test: $(TEST_ENV)/$(STAMP) ## run every test
 
 test-service: $(SERVICE_ENV)/$(STAMP) ## run the tests that need no torch, in an environment without torch
 	@$(SERVICE_ENV)/bin/python -m pytest $(PARALLEL) tests/service tests/model tests/deploy $(ARGS)
+
+ray-env: $(RAY_ENV)/$(STAMP)
 
 test-ray: $(RAY_ENV)/$(STAMP) ## run the tests on a Ray cluster of two nodes, in an environment with Ray (240 MB on the disk)
 	@$(RAY_ENV)/bin/python -m pytest tests/training/curate/test_ray_engine.py $(ARGS)
@@ -96,7 +98,6 @@ clean: ## remove environments and caches, not the data folder
 $(RUN_ENV)_PACKAGES := -e .
 $(TEST_ENV)_PACKAGES := $(TORCH) -e '.[train,test,reference,tensorrt-rtx,dev]'
 $(SERVICE_ENV)_PACKAGES := -e '.[test]'
-$(RAY_ENV)_PACKAGES := $(TORCH) -e '.[train,test,ray]'
 $(SBOM_ENV)_PACKAGES := cyclonedx-bom  # Apache-2.0
 $(HASHES_ENV)_PACKAGES := uv  # Apache-2.0 or MIT
 
@@ -116,4 +117,16 @@ $(1)/$(STAMP): pyproject.toml constraints.txt
 	@$(1)/bin/python $(PIP_INSTALL) $$($(1)_PACKAGES)
 	@touch $$@
 endef
-$(foreach env,$(RUN_ENV) $(TEST_ENV) $(SERVICE_ENV) $(RAY_ENV) $(SBOM_ENV) $(HASHES_ENV),$(eval $(call environment,$(env))))
+$(foreach env,$(RUN_ENV) $(TEST_ENV) $(SERVICE_ENV) $(SBOM_ENV) $(HASHES_ENV),$(eval $(call environment,$(env))))
+
+# Only Ray and packages that it needs are installed here. All others are those of the test environment.
+PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+
+$(RAY_ENV)/$(STAMP): $(TEST_ENV)/$(STAMP)
+	@echo "creating $(RAY_ENV): pip installs Ray" >&2
+	@rm -f $(RAY_ENV)/.complete*
+	@$(PYTHON) -m venv --clear $(RAY_ENV)
+	@echo "import site; site.addsitedir('$$($(TEST_ENV)/bin/python $(PURELIB))')" \
+	  > "$$($(RAY_ENV)/bin/python $(PURELIB))/test-packages.pth"
+	@$(RAY_ENV)/bin/python $(PIP_INSTALL) 'ray[data]'
+	@touch $@

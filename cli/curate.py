@@ -49,7 +49,7 @@ def curate(
     workers: WorkersOption = None,
     engine: Annotated[
         Literal["local", "ray"],
-        typer.Option(help="What scans the images: processes of this machine, or actors of a Ray cluster."),
+        typer.Option(help="What scans the images: processes of this machine, or of a Ray cluster."),
     ] = "local",
     check: Annotated[bool, typer.Option("--check", help="Check the settings, and do nothing else.")] = False,
 ) -> None:
@@ -122,13 +122,14 @@ def restore(
     changed are not done again.
     """
     need_torch("curation restore")
+    from model.folder import on_one_line
     from training.curate.manifest import restore as record
     from training.curate.run import Curation, last_command
 
     dataset = dataset.absolute()
     try:
         for entry in record(dataset, keys):
-            typer.echo(f"{entry.key}: was dropped by {entry.stage} ({entry.reason})")
+            typer.echo(on_one_line(f"{entry.key}: was dropped by {entry.stage} ({entry.reason})"))
         command = last_command(dataset)
         with chdir(command.directory):
             _run(Curation(command.sources, dataset, command.settings), workers)

@@ -95,7 +95,10 @@ def fail(message: object) -> typer.Exit:
     """Print an error message and return the exception that ends the command with status 2. The caller raises it."""
     if isinstance(message, OSError) and message.filename is not None and message.strerror:
         message = f"{message.filename}: {message.strerror}"  # the file first, and no error number
-    typer.echo(f"error: {message}", err=True)
+    from model.folder import on_one_line
+
+    # The name of a file may contain escape sequences, which a terminal would obey.
+    typer.echo("\n".join(map(on_one_line, f"error: {message}".split("\n"))), err=True)
     return typer.Exit(code=2)
 
 

@@ -209,7 +209,7 @@ def printable(name: str) -> str:
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
-def _on_one_line(name: str) -> str:
+def on_one_line(name: str) -> str:
     """Return a printable name in which control characters are escaped too."""
     return "".join(c if c == " " or c.isprintable() else c.encode("unicode_escape").decode() for c in printable(name))
 
@@ -234,10 +234,10 @@ class Account:
         """Return the account as one line."""
         files = Counter({kind: n for kind, n in self.ignored.items() if kind not in _FOLDER_KINDS})
         ordered = sorted(files.items(), key=lambda row: (-row[1], row[0]))
-        kinds = [f"{n} {_on_one_line(kind)[:40]}" for kind, n in ordered[:_KINDS_SHOWN]]
+        kinds = [f"{n} {on_one_line(kind)[:40]}" for kind, n in ordered[:_KINDS_SHOWN]]
         n_others = sum(n for _, n in ordered[_KINDS_SHOWN:])
         kinds += [f"{n_others} of other kinds"] if n_others else []
-        names = [_on_one_line(name) for name, _ in self.problems[:_NAMES_SHOWN]]
+        names = [on_one_line(name) for name, _ in self.problems[:_NAMES_SHOWN]]
         names += ["others"] if names and self.failed > len(names) else []
         total = self.used + files.total() + self.failed
         folders = [f"; {kind}: {self.ignored[kind]}" for kind in _FOLDER_KINDS if self.ignored[kind]]

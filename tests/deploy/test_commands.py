@@ -35,6 +35,7 @@ def test_help_is_the_default_and_lists_every_target_that_documents_name() -> Non
         "run",
         "test",
         "test-service",
+        "test-ray",
         "test-cpus",
         "check",
         "docs",

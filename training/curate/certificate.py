@@ -166,7 +166,7 @@ def _read(path: Path) -> dict[str, Any]:
     """Read a certificate, and check that it is as it was written."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CertificateError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CertificateError(f"{path} is not a leak certificate: its format is not {FORMAT!r}")

@@ -6,7 +6,7 @@ the user has brought back. It is the only file of a dataset that is also an inpu
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -102,11 +102,21 @@ def read_manifest(out: Path) -> Iterator[Entry]:
     try:
         with path.open(encoding="utf-8") as file:
             for line in file:
-                yield Entry(**json.loads(line))
+                yield _entry(json.loads(line))
     except FileNotFoundError as error:
         raise ValueError(f"{out} has no {MANIFEST}, so it is not a dataset that `dinov2 curate` has written") from error
-    except (TypeError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _entry(content: object) -> Entry:
+    """Return the entry of a line. Raise ValueError if its content is not that of an entry."""
+    names = {field.name for field in fields(Entry)}
+    if not isinstance(content, dict) or "key" not in content or not names.issuperset(content):
+        raise ValueError("a line is not the entry of an image")
+    if not all(isinstance(value, str) for value in content.values()):
+        raise ValueError("a line has a value that is not text")
+    return Entry(**content)
 
 
 # Bringing images back
@@ -151,7 +161,7 @@ def read_restored(out: Path) -> list[str]:
         keys: Any = json.loads(path.read_bytes())
     except FileNotFoundError:
         return []
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise ValueError(f"{path} is damaged: it must be a list of keys")

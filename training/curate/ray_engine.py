@@ -8,9 +8,12 @@ folder is needed here only. If a machine is lost, Ray repeats its unfinished par
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 from training.curate.workers import Work
+
+ATTEMPTS: Final = 4
+"""How often a part is begun whose process was killed or whose machine was lost each time. Ray Data has no limit."""
 
 _work: tuple[bytes, Work[Any, Any]] | None = None  # of this process of a Ray cluster, and what has made it
 
@@ -37,7 +40,7 @@ class RayWorkers:
         self._ray = ray
 
     def __call__(self, make: Callable[[], Work[Any, Any]], items: Sequence[Any]) -> Iterator[Any]:
-        """See `training.curate.workers.RunAll`."""
+        """See `training.curate.workers.RunAll`. An item whose process is killed is begun up to `ATTEMPTS` times."""
         if not items:
             return
         ray = self._ray
@@ -72,8 +75,24 @@ def _done(item: bytes, make: bytes) -> bytes:
     """Return the pickled result and error of an item. Errors become results, because Ray would repeat or wrap them."""
     global _work
     try:
+        if _earlier_attempts() >= ATTEMPTS:
+            raise OSError(
+                f"a part was not finished in {ATTEMPTS} attempts on the Ray cluster: each time, its process was killed "
+                "or its machine was lost, perhaps because the memory was used up"
+            )
         if _work is None or _work[0] != make:  # Ray uses a process for many tasks
             _work = make, pickle.loads(make)()  # noqa: S301 - our own driver has made it
         return pickle.dumps((_work[1](pickle.loads(item)), None))  # noqa: S301 - our own driver has made it
     except (ValueError, OSError) as error:
         return pickle.dumps((None, error))
+
+
+def _earlier_attempts() -> int:
+    """Return how often Ray has begun the task of this process before.
+
+    The function is not part of Ray's public interface. If a version of Ray has none, the result is 0.
+    """
+    import ray
+
+    worker = ray.get_runtime_context().worker.core_worker
+    return worker.get_current_task_attempt_number() if hasattr(worker, "get_current_task_attempt_number") else 0

@@ -96,6 +96,7 @@ def reason_kind(reason: str, kept: str | None = None) -> str:
     text = reason.replace(kept, "another image") if kept else reason
     text = re.split(r" \S*/", text, maxsplit=1)[0]
     text = re.sub(r" *\(.*", "", text)
+    text = re.sub(r"; it starts with(?: [0-9a-f]{2})+", "", text)
     return re.sub(r"\d[\d.,]*", "N", text).strip(" :,") or reason
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from pydantic import ValidationError
 
 from model.artifact import bundled_artifact, read_manifest
 from model.files import lock_file, write_text
+from model.folder import on_one_line
 from training.curate import write_stage
 from training.curate.copy_stages import COPIES, LEAKS
 from training.curate.embedding_stages import BALANCE, EXAMPLES, RETRIEVE, SENSITIVE_CONTENT
@@ -52,7 +52,7 @@ class Curation:
 
     Raises:
         ValueError: there are no sources, a source is given twice or contains another one, or the dataset's folder is in
-            a source.
+            a source or in a folder of the images that stages compare with.
     """
 
     sources: tuple[str, ...]
@@ -62,8 +62,9 @@ class Curation:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("no sources of images are given")
-        check_different(self.sources)
-        check_apart(self.sources, self.out)
+        check_different(self.sources, "the source ", "name it once")
+        addresses = [address for stage in ALL for name in stage.roles.values() for address in self.settings.value(name)]
+        check_apart([*self.sources, *addresses], self.out, "the source ", "the dataset would become one of its sources")
 
 
 @dataclass(frozen=True)
@@ -186,13 +187,16 @@ def last_command(out: Path) -> Command:
     try:
         command = json.loads(path.read_text())
         settings = CurateSettings.model_validate(command["settings"])
-        return Command(Path(command["directory"]), tuple(command["sources"]), settings)
+        sources = command["sources"]
+        if not isinstance(sources, list) or not all(isinstance(source, str) for source in sources):
+            raise TypeError("the sources must be a list of texts")
+        return Command(Path(command["directory"]), tuple(sources), settings)
     except FileNotFoundError as error:
         raise ValueError(
             f"{path} does not exist, so the sources and settings of the dataset are unknown: start the `dinov2 curate` "
             "that made it again"
         ) from error
-    except (KeyError, TypeError, ValidationError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: start the `dinov2 curate` that made the dataset again") from error
 
 
@@ -213,7 +217,7 @@ def _scan_all(
         begin = time.monotonic()
         scanned[role] = result = scan(settings, tools.run_all, tools.track, f"scan of {role}")
         problems = read_problems(result.folder)
-        reasons = "".join(f"; {key}: {problem}" for key, problem in problems[:1])
+        reasons = "".join(f"; {on_one_line(key)}: {problem}" for key, problem in problems[:1])
         _log(work, f"scan {role}", result.folder.name, result.is_new, time.monotonic() - begin)
         tools.tell(
             f"scan of {role}: {len(result.images):,} images, {len(problems):,} cannot be used{reasons}"

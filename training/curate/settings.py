@@ -8,7 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from model.messages import in_words
 from model.pooling import POOLING_DESCRIPTION, Pooling
@@ -39,6 +48,14 @@ class Section(BaseModel):
     """The base class of all sections."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _not_a_number(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse true and false as numbers, because pydantic takes them for 1 and 0."""
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise ValueError("must not be true or false")
+        return value
 
 
 class ScanSection(Section):
@@ -205,6 +222,15 @@ class CurateSettings(Section):
         return self
 
     @model_validator(mode="after")
+    def _examples_are_complete(self) -> Self:
+        """Refuse a stage of which only some settings are given: it would be left out without notice."""
+        for name, needed in STAGES.items():
+            given = [setting for setting in needed if self.value(setting)]
+            if self.stages is None and given and (missing := self._missing(name)) is not None:
+                raise ValueError(f"{given[0]} is set, but {missing} is not: the stage {name} needs both")
+        return self
+
+    @model_validator(mode="after")
     def _faces_can_be_hidden(self) -> Self:
         if self.faces.hide and self.write.form == "list":
             raise ValueError("faces.hide needs write.form=shards, because a list leaves the images as they are")
@@ -255,7 +281,7 @@ def load_settings(file: Path | None, overrides: Sequence[str] = ()) -> CurateSet
 
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals:
+    if not equals or not all(key.strip().split(".")):
         raise ValueError(f"{override!r} must have the form section.key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]

@@ -25,6 +25,8 @@ from training.distributed import World, wait_for_all
 
 INDEX = "index"  # folder in the run's folder, with the indices of tar shards
 SAMPLINGS = ("uniform", "balanced")
+REPEAT = "to draw its images more often, set data_weights"
+TRAIN_ON_SHEETS = "the run would train on its own image sheets"
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,10 @@ def _local(address: str) -> Path | None:
     return Path(text).resolve() if "://" not in text and os.path.exists(text) else None
 
 
-def check_different(data: Sequence[str]) -> None:
+def check_different(data: Sequence[str], name: str = "data=", advice: str = REPEAT) -> None:
     """Check that no source of a run contains another one. Otherwise the run could train on held-out images.
+
+    `name` and `advice` are what messages put before a source, and what the user can do instead of naming it twice.
 
     Raises:
         ValueError: a source is given twice, or the folder of a source is inside that of another one.
@@ -154,17 +158,18 @@ def check_different(data: Sequence[str]) -> None:
         for other in data[:i]:
             paths = _local(address), _local(other)
             if address == other or (paths[0] is not None and paths[0] == paths[1]):
-                raise ValueError(f"data={address} is given twice; to draw its images more often, set data_weights")
+                raise ValueError(f"{name}{address} is given twice; {advice}")
             for inner, outer in ((address, other), (other, address)):
                 inside, around = _folder(inner), _folder(outer)
                 if inside is not None and around is not None and inside.is_relative_to(around):
-                    raise ValueError(f"data={inner} is inside data={outer}: its images would be used twice")
+                    raise ValueError(f"{name}{inner} is inside {name}{outer}: its images would be used twice")
 
 
-def check_apart(data: Sequence[str], out: Path) -> None:
+def check_apart(data: Sequence[str], out: Path, name: str = "data=", use: str = TRAIN_ON_SHEETS) -> None:
     """Check that a run's folder is a local path, and is not inside a folder of the run's images.
 
-    Otherwise the run would train on the images that it writes.
+    Otherwise the run would train on the images that it writes. `name` and `use` are what the message puts before a
+    source, and what would happen.
 
     Raises:
         ValueError: `out` is a URL, is a folder of images, or is inside one.
@@ -177,9 +182,7 @@ def check_apart(data: Sequence[str], out: Path) -> None:
     for address in data:
         folder = _folder(address)
         if folder is not None and out.resolve().is_relative_to(folder):
-            raise ValueError(
-                f"out={out} is inside data={address}: the run would train on its own image sheets; choose another out"
-            )
+            raise ValueError(f"out={out} is inside {name}{address}: {use}; choose another out")
 
 
 # Listing

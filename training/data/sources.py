@@ -111,10 +111,12 @@ class FolderSource:
 
     def version(self, index: int) -> str:
         try:
-            status = (self._folder / self._paths[index]).stat()
+            path = self._folder / self._paths[index]
+            status = path.stat()
         except OSError as error:
             return type(error).__name__
-        return f"{status.st_size} {status.st_mtime_ns}"
+        denied = "" if os.access(path, os.R_OK) else " denied"  # so that a file is read again after a chmod
+        return f"{status.st_size} {status.st_mtime_ns}{denied}"
 
 
 # Choosing the source

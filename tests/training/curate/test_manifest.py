@@ -96,3 +96,11 @@ def test_keys_that_are_gone_or_kept_anyway_restore_nothing() -> None:
     kept, restored = with_restored(images, np.array([0, 2]), [images.key[0], images.key[1], "9/gone.jpg"])
     assert kept.tolist() == [0, 1, 2]
     assert restored == {1}
+
+
+@pytest.mark.parametrize("line", ["[1]", '{"key": ["a"]}', '{"key": "a", "reason": 5}', '{"x": "a"}', "[" * 100_000])
+def test_a_line_that_is_no_entry_is_told(tmp_path: Path, line: str) -> None:
+    (tmp_path / "manifest.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"manifest.jsonl is damaged"):
+        restore(tmp_path, ["1/cats/05.jpg"])
+    assert not (tmp_path / "restored.json").exists()

@@ -1,6 +1,7 @@
 """Tests of the workers on a Ray cluster: two nodes on this machine, of which one is killed."""
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ pytest.importorskip("ray", reason="needs Ray: make test-ray")
 
 from tests.training.curate.small_images import fill_folder
 from tests.training.curate.test_scan import contents, run
-from training.curate.ray_engine import RayWorkers
+from training.curate.ray_engine import ATTEMPTS, RayWorkers
 
 
 def noting():
@@ -48,6 +49,17 @@ class Counter:
         return self.items
 
 
+def dying():
+    return die
+
+
+def die(attempts: str) -> None:
+    """Note an attempt in a file, and kill this process."""
+    with Path(attempts).open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def refusing():
     return refuse
 
@@ -62,6 +74,7 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - by default 15, with which the processes wait for others
     started = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100 * 2**20})
     ray.init(address=started.address, log_to_driver=False)
     yield started
@@ -81,6 +94,14 @@ def test_errors_reach_the_caller(cluster) -> None:
         list(RayWorkers()(refusing, [7]))
     with pytest.raises(ValueError, match="the model cannot be used"):
         list(RayWorkers()(failing_to_start, [7]))
+
+
+def test_an_item_that_kills_each_process_is_an_error_after_some_attempts(tmp_path: Path, cluster) -> None:
+    attempts = tmp_path / "attempts"
+    with pytest.raises(OSError, match=rf"not finished in {ATTEMPTS} attempts .* its process was killed"):
+        list(RayWorkers()(dying, [str(attempts)]))
+    assert len(set(attempts.read_text().split())) == ATTEMPTS
+    assert list(RayWorkers()(counting, [1])) == [1]
 
 
 def test_a_process_makes_its_worker_object_once(cluster) -> None:

@@ -157,6 +157,11 @@ def test_many_reasons_and_many_images_stay_one_page(tmp_path: Path) -> None:
         ("cluster 12 has 3,000 images", None, "cluster N has N images"),
         ("dark, blurry", None, "dark, blurry"),
         ("/", None, "/"),
+        (
+            "not a known image; it starts with 68 6c; supported formats: JPEG",
+            None,
+            "not a known image; supported formats: JPEG",
+        ),
     ],
 )
 def test_the_kind_of_a_reason(reason: str, kept: str | None, kind: str) -> None:

@@ -15,7 +15,7 @@ from tests.training.curate.small_images import FakeEmbedder, fill_folder
 from training.curate import stages
 from training.curate.manifest import read_manifest, restore
 from training.curate.progress import in_lines
-from training.curate.run import LOG, WORK, Curation, Tools, curate
+from training.curate.run import LOG, WORK, Curation, Tools, curate, last_command
 from training.curate.settings import load_settings
 from training.curate.workers import Workers
 from training.data.sources import open_source
@@ -209,6 +209,10 @@ def test_two_curations_into_one_folder_are_refused(tmp_path: Path, source: Path)
         (["no_such_section.a=1"], "no_such_section"),
         (["quality.drop"], "'quality.drop' must have the form section.key=value"),
         (["seed.x=1"], "seed"),
+        (["=5"], "'=5' must have the form section.key=value"),
+        (["quality.dark=true"], "quality.dark=True: must not be true or false"),
+        (["write.shard_images=true"], "write.shard_images=True: must not be true or false"),
+        (["copies.precision=true"], "copies.precision=True: must not be true or false"),
     ],
 )
 def test_settings_that_are_not_allowed_are_refused_before_any_work(
@@ -226,6 +230,12 @@ def test_sources_that_cannot_be_used_are_refused(tmp_path: Path, source: Path) -
         run(source, source / "out")
     with pytest.raises(ValueError, match="given twice"):
         Curation((str(source), str(source)), tmp_path / "out", load_settings(None))
+    with pytest.raises(ValueError, match="the dataset would become one of its sources"):
+        run(source, source / "out")
+    (tmp_path / "test").mkdir()
+    settings = load_settings(None, [f"leaks.evaluation={tmp_path / 'test'}"])
+    with pytest.raises(ValueError, match=r"is inside the source .*test: the dataset would"):
+        Curation((str(source),), tmp_path / "test" / "out", settings)
     with pytest.raises(ValueError, match="no sources"):
         Curation((), tmp_path / "out", load_settings(None))
 
@@ -242,3 +252,26 @@ def test_a_settings_file_that_is_not_toml_is_refused(tmp_path: Path) -> None:
     (tmp_path / "curate.toml").write_text("seed = 3\n[quality]\ndark = 0.5\n")
     settings = load_settings(tmp_path / "curate.toml", ["quality.dark=0.25"])
     assert (settings.seed, settings.quality.dark) == (3, 0.25)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"sources": [5], "directory": "/", "settings": {}}', "[" * 100_000, "\xff"])
+def test_a_damaged_record_of_the_command_is_told(tmp_path: Path, content: str) -> None:
+    (tmp_path / ".curate").mkdir()
+    (tmp_path / ".curate" / "command.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"command.json is damaged"):
+        last_command(tmp_path)
+
+
+def test_names_cannot_control_the_terminal(tmp_path: Path, source: Path) -> None:
+    (source / "0\n\x1b[31m.jpg").write_bytes(b"")
+    told = run(source, tmp_path / "out")
+    assert r"0\n\x1b[31m.jpg" in told[0]
+    assert all(line.isprintable() for line in told)
+
+
+def test_half_of_the_examples_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"sensitive.examples is set, but sensitive.harmless is not"):
+        load_settings(None, ["sensitive.examples=a"])
+    with pytest.raises(ValueError, match=r"examples.bad is set, but examples.good is not"):
+        load_settings(None, ["examples.bad=a"])
+    load_settings(None, ["sensitive.examples=a", "stages=['quality']"])
