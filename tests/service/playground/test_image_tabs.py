@@ -132,8 +132,8 @@ async def test_a_region_is_found_everywhere_page_by_page(page: Any, api: httpx.C
     await page.click("#find-everywhere")
     await page.wait_for_selector("#find-more:not([hidden])")
     await page.click("#find-more")
-    await page.wait_for_function("document.querySelectorAll('#mark-result li').length === 4")
-    await page.wait_for_function("document.querySelectorAll('#mark-result li[data-drawn]').length >= 2")
+    await page.locator("#mark-result li").nth(3).wait_for()
+    await page.locator("#mark-result li[data-drawn]").nth(1).wait_for()
     reference = {"image": base64.b64encode(scene(1)).decode(), "box": BOX}
     body = {"references": [reference], "min_score": 0.3, "limit": 4}
     expected = api.post("/v1/collections/shop/find-region", json=body).json()
@@ -148,10 +148,8 @@ async def test_attention_has_the_weights_of_the_api(page: Any, api: httpx.Client
     rollout = np.array(ask(api, "/v1/attention", blocks="all", fuse_blocks="rollout").json()["maps"])
 
     async def check(expected: np.ndarray, **dataset: str) -> None:
-        conditions = " && ".join(f"one.dataset.{name} === '{value}'" for name, value in dataset.items())
-        await page.wait_for_function(
-            f"(() => {{ const one = document.getElementById('attention-readout'); return {conditions}; }})()"
-        )
+        state = "".join(f"[data-{name}='{value}']" for name, value in dataset.items())
+        await page.wait_for_selector(f"#attention-readout{state}")
         shown = await page.eval_on_selector("#attention-readout", "one => ({ ...one.dataset })")
         assert float(shown["low"]) == pytest.approx(expected.min(), rel=1e-4)
         assert float(shown["high"]) == pytest.approx(expected.max(), rel=1e-4)

@@ -109,7 +109,7 @@ async def test_the_patch_is_shown_in_similar_images(page: Any, api: httpx.Client
     await page.select_option("#patch-collection", "shop")
     await page.fill("#similar-count", "3")
     await page.click("#show-similar")
-    await page.wait_for_function("document.querySelectorAll('#patch-results [data-highest]').length === 3")
+    await page.locator("#patch-results [data-highest]").nth(2).wait_for()
     found = api.post("/v1/collections/shop/search", files={"file": scene(1)}, data={"k": 3}).json()["data"]
     ids = await page.eval_on_selector_all("#patch-results li", "all => all.map(one => one.dataset.id)")
     assert ids == [hit["id"] for hit in found]

@@ -34,7 +34,7 @@ export async function mount(place, context) {
     if (document.activeElement === stage.canvas) ring(canvas, marks.cursor[0] * scale, marks.cursor[1] * scale);
   };
   let layer = null;
-  const maskLayer = () => (layer ??= maskCanvas(marks.mask, stage.height, stage.width, BLUE));
+  const maskLayer = () => (layer ??= maskCanvas(...reduced(marks.mask, stage), BLUE));
 
   /** Tell in words what is marked, and draw it. */
   function changed() {
@@ -84,8 +84,13 @@ export async function mount(place, context) {
         }
       }
     }
-    if (!marks.mask.some(Boolean)) marks.mask = null;
     layer = null;
+    stage.drawSoon();
+  }
+
+  /** After a stroke: an empty mask is no mask. */
+  function endStroke() {
+    if (marks.mask && !marks.mask.includes(1)) marks.mask = layer = null;
     changed();
   }
 
@@ -97,7 +102,8 @@ export async function mount(place, context) {
     if (tool.value === "box") {
       if (kind !== "down") setBox(...marks.start, ...here);
     } else if (tool.value === "brush" || tool.value === "erase") {
-      if (kind !== "up") stroke(marks.start, here, tool.value === "brush" ? 1 : 0);
+      if (kind === "up") endStroke();
+      else stroke(marks.start, here, tool.value === "brush" ? 1 : 0);
       marks.start = here;
     } else if (kind === "down") {
       marks.points.push({ x: here[0], y: here[1], positive: tool.value === "positive" });
@@ -129,6 +135,7 @@ export async function mount(place, context) {
       announce(summary.textContent);
     } else {
       use("down", ...marks.cursor);
+      if (tool.value === "brush" || tool.value === "erase") endStroke();
       announce(summary.textContent);
     }
     return true;
@@ -198,6 +205,17 @@ export async function mount(place, context) {
     place.append(find, el("div", { class: "row" }, byRegion), note);
   }
   place.append(result);
+}
+
+/** A mask at the size of the canvas, which is all that can be seen: [pixels, height, width]. */
+function reduced(mask, { canvas, width, height }) {
+  if (canvas.width === width) return [mask, height, width];
+  const pixels = new Uint8Array(canvas.width * canvas.height);
+  for (let y = 0; y < canvas.height; y++) {
+    const row = Math.floor(((y + 0.5) * height) / canvas.height) * width;
+    for (let x = 0; x < canvas.width; x++) pixels[y * canvas.width + x] = mask[row + Math.floor(((x + 0.5) * width) / canvas.width)];
+  }
+  return [pixels, canvas.height, canvas.width];
 }
 
 function boxPixels([x, y, width, height], stage) {

@@ -9,6 +9,8 @@ import { drawHeat, heatLegend, heatMap, opacitySlider, rangeOf } from "./image-h
 import { arrow } from "./image-stage.js";
 import { resultCards } from "./image-results.js";
 
+const KEPT = 60; // images of a collection whose features are kept
+
 export async function mount(place, context) {
   const { stage, signal } = context;
   const readout = el("output", { id: "patch-readout", class: "readout" }, "Computing the patch features...");
@@ -158,6 +160,7 @@ async function fillOthers(place, context, map, { choose, regionBox, size }) {
   side.value = "3";
   const count = el("input", { type: "number", min: 1, max: 50, ".value": "6", id: "similar-count" });
   const results = el("div", { id: "patch-results" });
+  const known = itemFeatures(size, signal);
   const byRegion = actionButton("Search by this region", signal, (own) => busy(results, async () => {
     map.others.clear();
     const answer = await searchRegion(collection.current().name, image.blob, { box: regionBox(Number(side.value)) }, Number(count.value), own);
@@ -169,7 +172,7 @@ async function fillOthers(place, context, map, { choose, regionBox, size }) {
     const { name } = collection.current();
     const form = [["file", image.blob], ["k", count.value]];
     const answer = await json({ method: "POST", path: collectionPath(name, "search"), form, signal: own });
-    const cards = answer.data.map((hit) => similarCard(name, hit, size.value, map, choose, own));
+    const cards = answer.data.map((hit) => similarCard(name, hit, map, choose, own, () => known(name, hit.id)));
     fill(results, el("h3", {}, "The same patch in similar images"), el("ul", { class: "results" }, ...cards));
     announce(`${answer.data.length} similar images`);
   }), { id: "show-similar", class: "primary" });
@@ -191,8 +194,28 @@ async function fillOthers(place, context, map, { choose, regionBox, size }) {
   );
 }
 
+/** A function that fetches the image and the features of an item, once for each size. It keeps the last ones. */
+function itemFeatures(size, signal) {
+  const kept = new Map();
+  const fetchItem = async (collection, id, side) => {
+    const { blob } = await itemImage(collection, id);
+    const [bitmap, features] = await Promise.all([decoded(blob), patchFeatures(blob, side, { signal, shown: false })]);
+    return { bitmap, features };
+  };
+  return (collection, id) => {
+    const key = JSON.stringify([collection, id, size.value]);
+    if (!kept.has(key)) {
+      if (kept.size >= KEPT) kept.delete(kept.keys().next().value);
+      const promise = fetchItem(collection, id, size.value);
+      kept.set(key, promise);
+      promise.catch(() => kept.delete(key));
+    }
+    return kept.get(key);
+  };
+}
+
 /** A result, whose features are fetched when it comes into view. It shows how similar its patches are to the chosen one. */
-function similarCard(collection, hit, size, map, choose, signal) {
+function similarCard(collection, hit, map, choose, signal, fetched) {
   const canvas = el("canvas", { role: "img", "aria-label": hit.id });
   const text = el("small", {}, "waits until it is in view");
   const card = el(
@@ -205,8 +228,7 @@ function similarCard(collection, hit, size, map, choose, signal) {
   );
   const load = async () => {
     text.textContent = "computing the patch features...";
-    const { blob } = await itemImage(collection, hit.id);
-    const [bitmap, features] = await Promise.all([decoded(blob), patchFeatures(blob, size, { signal, shown: false })]);
+    const { bitmap, features } = await fetched();
     if (signal.aborted) return;
     const scale = Math.min(1, 400 / Math.max(bitmap.width, bitmap.height));
     canvas.width = Math.round(bitmap.width * scale);
