@@ -125,7 +125,7 @@ async def test_a_job_is_followed_live_in_the_list(view: Any, place: Place) -> No
     listed = [one["id"] for one in place.api.get("/v1/jobs").json()["data"]]
     assert await view.eval_on_selector_all("#jobs tbody tr", "all => all.map(one => one.dataset.job)") == listed
     await view.select_option("#jobs-state", "failed")
-    await view.wait_for_function("!document.querySelector('#jobs tbody tr')")
+    await view.wait_for_function("() => !document.querySelector('#jobs tbody tr')")
 
 
 async def test_an_open_job_shows_figures_steps_and_a_log_that_follows(view: Any, place: Place) -> None:

@@ -136,7 +136,10 @@ async def test_both_models_are_compared_side_by_side(view: Any, place: Place, im
     share = neighbours_kept(vectors[place.live], vectors[place.other], K)
     assert share is not None
     assert f"{round(share * 100)} % of the neighbours are kept" in status
-    await view.wait_for_function("[...document.querySelectorAll('.ranks img')].every(one => one.naturalWidth > 0)")
+    await view.locator("#compare-result .ranks li").last.scroll_into_view_if_needed()
+    await view.wait_for_function(
+        "() => [...document.querySelectorAll('.ranks img')].every(one => one.naturalWidth > 0)"
+    )
     assert await view.locator("#compare-result .ranks li").count() == 2 * K
 
 
@@ -208,9 +211,8 @@ async def test_a_model_that_cannot_be_loaded_says_why(view: Any, place: Place) -
     (broken / "manifest.json").write_text(json.dumps(manifest | {"name": "broken", "fingerprint": "e" * 64}))
     await view.reload()
     await view.select_option("#compare-model", "broken-eeeeeeee")
-    await view.set_input_files(
-        "#compare input[type='file']", {"name": f"{MARKUP}.jpg", "mimeType": "image/jpeg", "buffer": scene(3)}
-    )
+    photo = {"name": f"{MARKUP}.jpg", "mimeType": "image/jpeg", "buffer": scene(3)}
+    await view.set_input_files("#compare input[type='file']", photo)
     await view.click("#compare-go")
     alert = view.locator("#compare-result [role='alert']")
     await alert.wait_for()

@@ -132,7 +132,7 @@ function lineage(model, all) {
   const parent = all.find((one) => one.id === from);
   const pairs = [
     ["Recipe", recipe],
-    ["Continued from", from ? [from, parent ? ` (${parent.state} here)` : " (not in this data folder)"] : null],
+    ["Continued from", from ? `${from} ${parent ? `(${parent.state} here)` : "(not in this data folder)"}` : null],
     ["Teacher", teacher],
     ["Data digest", data ? [el("code", {}, data)] : null],
     ["Images", photos],
