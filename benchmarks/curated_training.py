@@ -48,7 +48,7 @@ from training.evaluate.knn import TEMPERATURE, labels_of
 from training.recipe import load_config
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "2026-11-30-curated-training.json"
+RESULT = ROOT / "benchmarks" / "results" / "2026-12-01-curated-training.json"
 COMMAND = "python benchmarks/curated_training.py --data GROCERY --work FOLDER"
 RECIPE, BATCH_SIZE, STEPS = "smoke", 64, 450
 SIZES = Sizes(images=1300, each=30, leaks=30, repeated=20)
@@ -109,7 +109,7 @@ def make_arms(data: Path, work: Path) -> tuple[list[Arm], dict[str, dict[str, An
 def kept_by_kind(work: Path, truth: dict[str, dict[str, Any]]) -> dict[str, list[int]]:
     """Return for each kind how many images the curated set has kept, and how many the raw set has."""
     lines = map(json.loads, (work / "curated" / "manifest.jsonl").read_text().splitlines())
-    kept = {"images/" + line["key"].partition("/")[2] for line in lines if line["part"] is not None}
+    kept = {"images/" + line["key"].partition("/")[2] for line in lines if line.get("part") is not None}
     counts: dict[str, list[int]] = {}
     for name, entry in truth.items():
         if name.startswith("images/"):

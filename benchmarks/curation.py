@@ -180,7 +180,7 @@ def our_leaks(
     pairs: set[Pair] = set()
 
     def verify(candidates: Pairs) -> npt.NDArray[np.bool_]:
-        copies = compare(candidates.query, candidates.vector) >= settings.threshold
+        copies = compare(candidates.query, candidates.vector) >= min(settings.threshold, defaults.threshold)
         for image, number in zip(candidates.query[copies].tolist(), candidates.vector[copies].tolist(), strict=True):
             pairs.add((scan.names[image], evaluation.names[number]))
         return copies

@@ -1,6 +1,6 @@
 """The stages `copies` and `leaks`: drop images that show the same as another one, or as an evaluation image.
 
-Both decide with the same comparison of pairs of images and the same threshold, which may be calibrated on the images.
+Both decide with the same comparison of pairs of images and a threshold, which may be calibrated on the images.
 """
 
 import json
@@ -73,7 +73,8 @@ def _threshold(task: Task) -> tuple[float, dict[str, Any]]:
 
 def _leaks(task: Task) -> Result:
     section, evaluation = task.settings.leaks, task.scanned[EVALUATION]
-    threshold, _ = _threshold(task)
+    # A leak that stays makes an evaluation wrong, and an image that is dropped in vain is only one image less.
+    threshold = min(_threshold(task)[0], section.threshold)
     compare = StoredComparison(
         PairStore(task.folder.parent / "cache"),
         task.workers,
@@ -104,4 +105,4 @@ def _leaks(task: Task) -> Result:
 
 
 COPIES: Final = Stage(find.STAGE, "1", _copies)
-LEAKS: Final = Stage(LEAKS_NAME, "2", _leaks, roles={EVALUATION: "leaks.evaluation"}, sections=(find.STAGE, LEAKS_NAME))
+LEAKS: Final = Stage(LEAKS_NAME, "3", _leaks, roles={EVALUATION: "leaks.evaluation"}, sections=(find.STAGE, LEAKS_NAME))

@@ -128,9 +128,15 @@ class CopiesSection(Section):
 
 
 class LeaksSection(Section):
-    """Which images are copies of evaluation images. The precision and the threshold are those of `copies`."""
+    """Which images are copies of evaluation images."""
 
     evaluation: Addresses = Field((), description="sources of the evaluation images")
+    threshold: float = Field(
+        0.88,
+        gt=0,
+        le=1,
+        description="similarity of aligned pixels from which an image is a leak, unless that of `copies` is lower",
+    )
     similarity: float = Field(
         0.5,
         ge=-1,
