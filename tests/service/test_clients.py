@@ -55,6 +55,7 @@ REQUIRED_OF = {
     "EvaluateParams": {"model": "auto", "task": "knn", "data": "shop"},
     "ExportParams": {"source": "x"},
     "JobIn": {"kind": "export"},
+    "LoadModelIn": {"model": "auto"},
     "ReindexParams": {"promote": True},
     "RetrainParams": {"data": ["shop"]},
     "ScheduleIn": {"kind": "export", "every": "6 h"},

@@ -27,7 +27,7 @@ async def test_no_view_has_a_serious_fault(page: Any, scheme: str, width: int) -
         await page.goto("about:blank")
         await page.goto(address)
         await page.wait_for_selector("main h2")
-        await page.wait_for_load_state("networkidle")
+        await page.wait_for_function("() => !document.querySelector('[aria-busy]')")
         await page.evaluate(AXE.read_text())
         if faults := await page.evaluate(RUN):
             found[address] = faults

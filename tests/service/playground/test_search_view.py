@@ -234,6 +234,7 @@ async def test_results_become_queries_examples_and_counter_examples(
     other = (await shown_ids(page))[0]
     await page.locator(CARDS).first.get_by_role("button", name="compare with query").click()
     await page.wait_for_selector("#view-match")
+    await page.wait_for_function("() => location.hash.includes('b=')")  # the view writes what it shows
     pair = {"collection": ["shop"], "a": [rows[1]["id"]], "b": [other]}
     assert parse_qs((await page.evaluate("location.hash")).partition("?")[2]) == pair
     await page.click("#views a[href='#search']")
