@@ -119,3 +119,13 @@ function problemOf(text, status, reason) {
     return { title: `HTTP ${status}`, detail: text.slice(0, 500) || reason };
   }
 }
+
+/** The bytes of a file as base64 text. */
+export function base64(blob) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result.slice(reader.result.indexOf(",") + 1));
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(blob);
+  });
+}

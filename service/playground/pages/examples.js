@@ -1,5 +1,7 @@
 // Examples of requests that run as they are: a drawn image, and bodies that follow the schemas.
 
+import { base64 } from "./api.js";
+
 /** A text in a body that stands for the drawn image in base64. */
 export const EXAMPLE_IMAGE = "EXAMPLE_IMAGE";
 
@@ -73,12 +75,4 @@ export async function withImage(value) {
     return Object.fromEntries(await Promise.all(Object.entries(value).map(async ([name, inner]) => [name, await withImage(inner)])));
   }
   return value;
-}
-
-/** The bytes of a file in base64. */
-export async function base64(blob) {
-  const bytes = new Uint8Array(await blob.arrayBuffer());
-  let text = "";
-  for (let i = 0; i < bytes.length; i += 32_768) text += String.fromCharCode(...bytes.subarray(i, i + 32_768));
-  return btoa(text);
 }

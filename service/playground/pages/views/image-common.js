@@ -1,6 +1,6 @@
 // What several tabs of the view "Image" need: the size of the input, collections, base64, and pictures of items.
 
-import { collectionPath, json } from "../api.js";
+import { base64, collectionPath, json } from "../api.js";
 import { currentCollection, setCollection } from "../state.js";
 import { el, field, select } from "../dom.js";
 
@@ -29,16 +29,6 @@ export async function collectionField(id, signal, change = () => {}) {
   });
   change(current());
   return { element: field("Collection", control), current };
-}
-
-/** The bytes of a file as base64 text. */
-export function base64(blob) {
-  return new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.onload = () => resolve(reader.result.slice(reader.result.indexOf(",") + 1));
-    reader.onerror = () => reject(reader.error);
-    reader.readAsDataURL(blob);
-  });
 }
 
 /** The address of this view for an item. */
@@ -100,4 +90,3 @@ export function textTable(caption, head, rows) {
     el("table", {}, el("caption", { class: "hidden-text" }, caption), el("thead", {}, line("th", head)), el("tbody", {}, ...rows.map((row) => line("td", row)))),
   );
 }
-

@@ -1,8 +1,8 @@
 // Find a marked region in all images of a collection, page by page.
 
-import { collectionPath, json } from "../api.js";
+import { base64, collectionPath, json } from "../api.js";
 import { announce, busy, el, field, fill } from "../dom.js";
-import { actionButton, base64 } from "./image-common.js";
+import { actionButton } from "./image-common.js";
 import { maskCard } from "./image-results.js";
 
 const LIMIT = 12;

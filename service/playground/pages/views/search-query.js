@@ -1,6 +1,6 @@
 // The query of a search: an image or an item, and further items that the results should be like or unlike.
 
-import { collectionPath } from "../api.js";
+import { base64, collectionPath } from "../api.js";
 import { announce, el, errorBox, fill } from "../dom.js";
 import { imagePicker, itemImage } from "../images.js";
 import { itemChooser } from "../item-chooser.js";
@@ -118,13 +118,4 @@ function queryPicture(blob) {
 
 function nameOf({ blob, item }) {
   return item ? `item ${item.id} of ${item.collection}` : blob.name;
-}
-
-function base64(blob) {
-  return new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.onload = () => resolve(reader.result.slice(reader.result.indexOf(",") + 1));
-    reader.onerror = () => reject(reader.error);
-    reader.readAsDataURL(blob);
-  });
 }
