@@ -1,11 +1,11 @@
 """Add 1 % of images to a curated set: compare the dataset with one from scratch, and the cost with that of a full run.
 
-    python benchmarks/curation_added.py IMAGES EVALUATION [--folder DIR] [--images 200] [--each 15]
+    python benchmarks/curation_added.py IMAGES EVALUATION [--folder DIR] [--images 1000] [--each 30]
 
 A planted set (`planted_set.py`) is made from IMAGES, which contains one folder per class, and leaks of EVALUATION. It
-also has two crops of an image that share so little that neither is a copy of the other. It is curated, and then these
-images are added: two new images, a re-encoded copy of one of them, a copy of an image that is kept, a leak, and the
-image of the two crops, which joins them to one group. After each of these runs, the time is taken:
+also has two crops of an image that share so little that neither is a copy of the other. It is curated, and then 1 % of
+images are added: the image of the two crops, which joins them to one group, a copy of an image that is kept, a leak, a
+copy of a new image, and new images, at least two. The time of each of these runs is taken:
 
     full        the set without the added images
     unchanged   the same command again: what starting the program and listing the images costs
@@ -25,12 +25,15 @@ import tempfile
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 from curation_kills import RESULTS, WORK, Run, files_of, run_command  # benchmarks/curation_kills.py
 from PIL import Image
-from planted_set import images_of, plant  # benchmarks/planted_set.py
+from planted_set import Sizes, images_of, plant  # benchmarks/planted_set.py
 
 SHARE: Final = 0.05
 """The largest allowed share of the cost of a full run."""
+N_OTHERS: Final = 4
+"""The number of added images that are not new: the joining image, a leak and two copies."""
 
 
 def new_images(images: Path, planted: Path) -> list[Path]:
@@ -52,9 +55,11 @@ def add_images(pool: Path, new: list[Path], joining: Path, kept: Path, evaluatio
     """Add images to the folder `pool`. Return what each is, by its name in the folder."""
     folder = pool / "added"
     folder.mkdir()
-    added = {"new-1.jpg": "new image", "new-2.jpg": "new image", "joining.jpg": "image of the two crops"}
-    for name, path in zip(added, (*new[:2], joining), strict=True):
-        shutil.copy(path, folder / name)
+    added = {"joining.jpg": "image of the two crops"}
+    shutil.copy(joining, folder / "joining.jpg")
+    for number, path in enumerate(new, 1):
+        shutil.copy(path, folder / f"new-{number}.jpg")
+        added[f"new-{number}.jpg"] = "new image"
     for name, path, what in (
         ("copy-of-new.jpg", new[0], "re-encoded copy of a new image"),
         ("copy-of-kept.webp", kept, "re-encoded copy of a kept image"),
@@ -88,10 +93,10 @@ def stage_seconds(out: Path, first: int) -> dict[str, float]:
 def report(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     """Make the set in a folder, run everything, and return the result."""
     planted, out = folder / "set", folder / "out"
-    plant(given.images, planted, given.evaluation, given.count, given.each, seed=2)
+    plant(given.images, planted, given.evaluation, Sizes(given.count, given.each, given.each), seed=2)
     pool = planted / "images"
-    new = new_images(given.images, planted)[:: 100 if given.count > 100 else 30]
-    for number, crop in enumerate(crops_of(new[2])):
+    joining, *new = np.random.default_rng(2).permutation(np.array(new_images(given.images, planted))).tolist()
+    for number, crop in enumerate(crops_of(joining)):
         (pool / "crops").mkdir(exist_ok=True)
         crop.save(pool / "crops" / f"{number}.jpg", quality=90)
     settings = [
@@ -112,7 +117,8 @@ def report(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     before, n_before = entries_of(out), len((out / WORK / "log.jsonl").read_text().splitlines())
     kept = next(key for key, entry in before.items() if entry.get("part") and "/crops/" not in key)
     evaluation = images_of(planted / "evaluation")[0]
-    added = add_images(pool, new, new[2], pool / kept.partition("/")[2], evaluation)
+    n_new = max(round(0.01 * len(before)) - N_OTHERS, 2)
+    added = add_images(pool, new[:n_new], joining, pool / kept.partition("/")[2], evaluation)
     runs["added"] = run(out)
     runs["scratch"] = run(folder / "scratch")
     after, (wall, cpu) = entries_of(out), _shares(runs)
@@ -120,7 +126,7 @@ def report(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     is_same = files_of(out) == files_of(folder / "scratch")
     return {
         "benchmark": "curation_added",
-        "command": "python benchmarks/curation_added.py IMAGES EVALUATION",
+        "command": f"python benchmarks/curation_added.py IMAGES EVALUATION --images {given.count} --each {given.each}",
         "date": datetime.date.today().isoformat(),
         "settings": given.set,
         "images": len(before),
@@ -148,8 +154,8 @@ def main() -> None:
     parser.add_argument("images", type=Path, help="folder of images, with one folder per class")
     parser.add_argument("evaluation", type=Path, help="folder of evaluation images")
     parser.add_argument("--folder", type=Path, help="for the data; by default, a temporary folder")
-    parser.add_argument("--images", dest="count", type=int, default=200, help="number of originals")
-    parser.add_argument("--each", type=int, default=15, help="number of copies, faults and leaks of each kind")
+    parser.add_argument("--images", dest="count", type=int, default=1000, help="number of originals")
+    parser.add_argument("--each", type=int, default=30, help="number of copies, faults and leaks of each kind")
     parser.add_argument("--set", action="append", default=[], help="further setting of the curation, section.key=value")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder) as name:

@@ -193,13 +193,13 @@ def _child(point: str, act: str, arguments: Sequence[str]) -> None:
 
 def make_set(folder: Path, images: Path, evaluation: Path, count: int, each: int) -> list[str]:
     """Make the planted set, and return the arguments that curate it with all stages, without `--out`."""
-    from planted_set import blurred, images_of, plant
+    from planted_set import Sizes, blurred, images_of, plant
 
     few = folder / "few"
     for path in images_of(evaluation)[:: max(1, len(images_of(evaluation)) // 40)]:
         (few / path.parent.name).mkdir(parents=True, exist_ok=True)
         shutil.copy(path, few / path.parent.name / path.name)
-    plant(images, folder / "set", few, count, each, seed=1)
+    plant(images, folder / "set", few, Sizes(count, each, each), seed=1)
     paths = images_of(images)
     classes = sorted({path.parent.name for path in paths})
     _make_examples(folder, paths, classes, blurred)

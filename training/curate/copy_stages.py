@@ -42,7 +42,15 @@ def _copies(task: Task) -> Result:
     )
     grade = StoredGrades(NumberStore(cache, f"detail-{DETAIL}"), task.workers.number, pool, task.indices)
     settings = CopySettings(threshold, section.hash_radius, section.neighbours)
-    drops = find_copies(task.images, task.pixels, settings, compare=compare, grade=grade, neighbours=neighbours_above)
+    drops = find_copies(
+        task.images,
+        task.pixels,
+        settings,
+        compare=compare,
+        recall=compare.stored,
+        grade=grade,
+        neighbours=neighbours_above,
+    )
     return Result(drops, {"threshold": threshold, **calibrated})
 
 

@@ -33,7 +33,7 @@ CHUNK: Final = 64
 FEW: Final = 512
 """The number of pairs up to which this process compares them itself, because starting others takes seconds."""
 SMALL_CHUNK: Final = 8
-"""The number of pairs that a thread of this process compares at once."""
+"""The largest number of pairs that a thread of this process compares at once."""
 RECORD: Final = np.dtype([("key", "V16"), ("number", "<f4")])
 
 
@@ -170,14 +170,8 @@ class StoredComparison:
         Raises:
             OSError: an image cannot be read, or a worker was killed. Results so far are stored.
         """
-        scanned, rows = self._first
-        other, other_rows = self._second or self._first
-        ones, others = rows[first], other_rows[second]
-        looks, other_looks = scanned.images.pixels_sha256, other.images.pixels_sha256
-        pairs = [
-            hashlib.sha256(looks[a].tobytes() + other_looks[b].tobytes()).digest()[:16]
-            for a, b in zip(ones.tolist(), others.tolist(), strict=True)
-        ]
+        pairs = self._keys(first, second)
+        ones, others = self._first[1][first], (self._second or self._first)[1][second]
         new = [position for position, pair in enumerate(pairs) if self._store.get(pair) is None]
         if new:
             unknown = np.array(new, np.int64)
@@ -187,10 +181,24 @@ class StoredComparison:
         assert None not in found
         return np.array(found, np.float32)
 
+    def stored(self, first: Indices, second: Indices) -> Similarities:
+        """Return the similarities [p] of the pairs that are stored, and NaN for the others."""
+        return np.array([self._store.get(pair) for pair in self._keys(first, second)], np.float32)
+
+    def _keys(self, first: Indices, second: Indices) -> list[bytes]:
+        """Return the keys of pairs [p], which are digests of their pixels."""
+        (scanned, rows), (other, other_rows) = self._first, self._second or self._first
+        looks, other_looks = scanned.images.pixels_sha256[rows], other.images.pixels_sha256[other_rows]
+        return [
+            hashlib.sha256(looks[a].tobytes() + other_looks[b].tobytes()).digest()[:16]
+            for a, b in zip(first.tolist(), second.tolist(), strict=True)
+        ]
+
     def _compare_new(self, order: Indices, ones: Indices, others: Indices, pairs: Sequence[bytes]) -> None:
         """Compare new pairs. `order` [p] has their positions in `pairs`, and `ones` and `others` their rows."""
         are_few = len(order) <= FEW
-        chunks = list(self._chunks(ones, others, SMALL_CHUNK if are_few else CHUNK))
+        small = min(SMALL_CHUNK, -(-len(order) // self._workers.number))
+        chunks = list(self._chunks(ones, others, small if are_few else CHUNK))
         with (
             self._track(self._what, len(order)) as advance,
             one_blas_thread() if are_few else nullcontext(),

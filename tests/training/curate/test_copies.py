@@ -178,6 +178,34 @@ def test_the_copies_of_an_image_are_compared_once_each() -> None:
     assert len(set(components(known, n, 0.5).tolist())) == 1
 
 
+def test_added_images_are_compared_in_one_round_and_stored_pairs_not_at_all() -> None:
+    n, rng = 80, np.random.default_rng(0)
+    group = rng.integers(0, 30, n)
+    copies = {(a, b) for a in range(n) for b in range(n) if group[a] == group[b] and rng.random() < 0.6}
+    links = pairs_of(*((a, b) for a in range(n) for b in range(a + 1, n)))
+    is_old = links.second < n - 2
+    before: list[tuple[int, int]] = []
+    old = Pairs(links.first[is_old], links.second[is_old])
+    connect_copies(old, n, KnownPairs(n), 0.5, comparing(copies, before))
+
+    def recall(first: Indices, second: Indices) -> np.ndarray:
+        pairs = zip(first.tolist(), second.tolist(), strict=True)
+        return np.array([float(pair in copies) if pair in before else np.nan for pair in pairs], np.float32)
+
+    rounds: list[list[tuple[int, int]]] = []
+
+    def compare(first: Indices, second: Indices) -> np.ndarray:
+        rounds.append([])
+        return comparing(copies, rounds[-1])(first, second)
+
+    scratch, added = KnownPairs(n), KnownPairs(n)
+    connect_copies(links, n, scratch, 0.5, comparing(copies, []))
+    connect_copies(links, n, added, 0.5, compare, recall)
+    np.testing.assert_array_equal(components(added, n, 0.5), components(scratch, n, 0.5))
+    assert len(rounds) == 1
+    assert set(rounds[0]).isdisjoint(before)
+
+
 def test_a_copy_of_a_copy_is_connected() -> None:
     asked: list[tuple[int, int]] = []
     known = KnownPairs(4)

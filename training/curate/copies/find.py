@@ -7,7 +7,14 @@ import numpy as np
 import numpy.typing as npt
 
 from training.curate.copies.candidates import Neighbours, Pairs, near_embeddings, near_hashes
-from training.curate.copies.groups import KnownPairs, choose_keepers, connect_copies, detail_grade, ordered
+from training.curate.copies.groups import (
+    KnownPairs,
+    choose_keepers,
+    connect_copies,
+    detail_grade,
+    nothing_stored,
+    ordered,
+)
 from training.curate.copies.verify import DEFAULT_THRESHOLD, Compare, PairComparison, Read
 from training.curate.drops import Drop
 from training.curate.neighbours import neighbours_above
@@ -45,6 +52,7 @@ def find_copies(
     settings: CopySettings,
     *,
     compare: Compare | None = None,
+    recall: Compare = nothing_stored,
     grade: Grade | None = None,
     neighbours: Neighbours = neighbours_above,
 ) -> list[Drop]:
@@ -55,6 +63,7 @@ def find_copies(
         read: returns the pixels of an image, RGB [H, W, 3] uint8, upright.
         settings: what counts as a copy.
         compare: compares pairs of images; by default, a `PairComparison` of the images that `read` returns.
+        recall: returns the similarities of pairs that an earlier run has compared, and NaN for the others.
         grade: returns the grades of detail of images; by default, those of the images that `read` returns.
         neighbours: finds the nearest embeddings.
     """
@@ -66,7 +75,7 @@ def find_copies(
     rated = np.zeros(len(images), bool)
 
     def keepers(links: Pairs) -> Indices:
-        connect_copies(links, len(images), known, settings.threshold, comparison)
+        connect_copies(links, len(images), known, settings.threshold, comparison, recall)
         linked = np.unique(np.concatenate(known.copies(settings.threshold)))
         new = linked[~rated[linked]]
         quality[new], rated[new] = grades(new), True
@@ -74,7 +83,7 @@ def find_copies(
 
     unique = np.flatnonzero(same == np.arange(len(images)))
     near = _numbered(near_hashes(images.phash[unique], settings.hash_radius), unique)
-    connect_copies(near, len(images), known, settings.threshold, comparison)
+    connect_copies(near, len(images), known, settings.threshold, comparison, recall)
     # The first search by embedding includes the copies found so far, because one of them may be the only neighbour of
     # another copy. The next searches are without copies, because they may have hidden others.
     left, searched = unique, np.empty(0, np.int64)

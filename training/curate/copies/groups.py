@@ -20,6 +20,9 @@ from training.curate.table import Indices, Pixels
 
 PLAIN: Final = 2.0  # gray levels; images with less contrast are treated as if they had this much
 GRADE: Final = 1.1  # the ratio between one grade of detail and the next
+FEW_NEW: Final = 0.1
+"""The number of new pairs per stored pair up to which all are compared at once. This is so after a few images were
+added, and then many rounds of a few pairs each would take longer than some pairs too many."""
 
 
 def detail_grade(pixels: Pixels) -> int:
@@ -70,6 +73,11 @@ def ordered(first: Indices, second: Indices) -> Pairs:
     return Pairs(np.minimum(first, second), np.maximum(first, second))
 
 
+def nothing_stored(first: Indices, second: Indices) -> Similarities:
+    """Return NaN for each pair: no earlier run has compared it."""
+    return np.full(len(first), np.nan, np.float32)
+
+
 def components(known: KnownPairs, n: int, threshold: float) -> Indices:
     """Return the number of the component of connected copies to which each of n images belongs."""
     first, second = known.copies(threshold)
@@ -77,7 +85,9 @@ def components(known: KnownPairs, n: int, threshold: float) -> Indices:
     return connected_components(links, directed=False)[1].astype(np.int64)
 
 
-def connect_copies(links: Pairs, n: int, known: KnownPairs, threshold: float, compare: Compare) -> None:
+def connect_copies(
+    links: Pairs, n: int, known: KnownPairs, threshold: float, compare: Compare, recall: Compare = nothing_stored
+) -> None:
     """Compare pairs until the components of connected copies are the same as if all pairs had been compared.
 
     A pair within a component need not be compared, so k copies of an image take about k comparisons, not k squared.
@@ -88,13 +98,19 @@ def connect_copies(links: Pairs, n: int, known: KnownPairs, threshold: float, co
         known: the pairs that have been compared. Pairs that are compared here are added.
         threshold: the similarity from which two images are copies.
         compare: compares pairs.
+        recall: returns the similarities of pairs that an earlier run has compared, and NaN for the others.
     """
     links = known.unknown(links)
+    stored = recall(links.first, links.second)
+    is_stored = ~np.isnan(stored)
+    known.add(Pairs(links.first[is_stored], links.second[is_stored]), stored[is_stored])
+    links = Pairs(links.first[~is_stored], links.second[~is_stored])
     while len(links.first):
         component = components(known, n, threshold)
         apart = component[links.first] != component[links.second]
         links = Pairs(links.first[apart], links.second[apart])
         centres = ~np.isin(links.first, links.second)  # the lowest images of their neighbourhoods
+        centres |= len(links.first) <= FEW_NEW * is_stored.sum()
         pairs = Pairs(links.first[centres], links.second[centres])
         if len(pairs.first):
             known.add(pairs, compare(pairs.first, pairs.second))
