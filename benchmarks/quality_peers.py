@@ -7,10 +7,10 @@ The set consists of all images in the folder IMAGES and of edited copies: `--edi
 each kind of edit. Edits have a random strength from weak to extreme, so that many images are close to the limits of the
 checks. The set is written to a temporary folder.
 
-Both programs read the files, decode them and run all nine checks in one process with one thread. CleanVision runs again
-with its default number of processes. They take turns. Our time contains what the scan does for the checks: decoding,
-the measures, the hash of the pixels, the perceptual hash. CPU time, which includes that of child processes, is compared
-beside the time on the clock, because it depends less on other work of the machine.
+Both programs read the files, decode them and run all nine checks, first in one process with one thread, and then in as
+many processes as the machine has CPUs, which is the default of both. They take turns. Our time contains what the scan
+does for the checks: decoding, the measures, the hash of the pixels, the perceptual hash. CPU time, which includes that
+of child processes, is compared beside the time on the clock, because it depends less on other work of the machine.
 
 An image agrees if all nine verdicts are equal. The result lists up to 20 images that do not.
 """
@@ -21,6 +21,7 @@ import datetime
 import functools
 import io
 import json
+import multiprocessing
 import os
 import statistics
 import sys
@@ -37,6 +38,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from model.cpus import available_cpus
 from model.decode import decode, decode_stored, upright
 from model.folder import walk
 from training.curate import quality
@@ -46,7 +48,9 @@ from training.curate.table import Images
 from training.watch.flops import describe_device
 
 RESULTS = Path(__file__).parent / "results"
+CHUNK = 16  # files that a process gets at once
 PEER, PEER_PROCESSES = "cleanvision in one process", "cleanvision in its default processes"
+OURS, OUR_PROCESSES = "ours in one process", "ours in the same number of processes"
 Verdicts = dict[str, np.ndarray]  # name of the check -> [n] bool
 
 
@@ -125,21 +129,25 @@ def their_verdicts(paths: list[Path], processes: int | None = 1) -> Verdicts:
     return {name: table[f"is_{name}_issue"].to_numpy(bool) for name in quality.ISSUES}
 
 
-def our_verdicts(paths: list[Path]) -> Verdicts:
+def measured(path: Path) -> tuple[int, int, bytes, int, int, dict[str, float]]:
+    """Do what the scan does for the checks of one file."""
+    data = path.read_bytes()
+    stored = decode_stored(data)
+    image = upright(stored.rgb, stored.orientation)
+    pixels = np.ascontiguousarray(image)
+    height, width = pixels.shape[:2]
+    gray = np.asarray(image.convert("L"))
+    measures = quality.measure(pixels, stored.mode, image, gray)
+    return width, height, pixels_digest(pixels), perceptual_hash(gray), len(data), measures
+
+
+def our_verdicts(paths: list[Path], processes: int = 1) -> Verdicts:
     """Do what the scan and the quality stage do for the checks."""
-    rows: list[tuple[int, int, bytes, int, int]] = []
-    measures: dict[str, list[float]] = {name: [] for name in quality.MEASURES}
-    for path in paths:
-        data = path.read_bytes()
-        stored = decode_stored(data)
-        image = upright(stored.rgb, stored.orientation)
-        pixels = np.ascontiguousarray(image)
-        height, width = pixels.shape[:2]
-        gray = np.asarray(image.convert("L"))
-        phash = perceptual_hash(gray)
-        rows.append((width, height, pixels_digest(pixels), phash, len(data)))
-        for name, value in quality.measure(pixels, stored.mode, image, gray).items():
-            measures[name].append(value)
+    if processes == 1:
+        rows = list(map(measured, paths))
+    else:
+        with multiprocessing.get_context("fork").Pool(processes) as pool:  # as CleanVision starts its processes
+            rows = pool.map(measured, paths, CHUNK)
     digests = np.frombuffer(b"".join(row[2] for row in rows), np.uint8).reshape(-1, 32)
     table = Images(
         key=[path.name for path in paths],
@@ -150,7 +158,7 @@ def our_verdicts(paths: list[Path]) -> Verdicts:
         height=np.array([row[1] for row in rows], np.int32),
         n_bytes=np.array([row[4] for row in rows], np.int64),
         label=[None] * len(rows),
-        measures={name: np.array(values, np.float32) for name, values in measures.items()},
+        measures={name: np.array([row[5][name] for row in rows], np.float32) for name in quality.MEASURES},
         embedding=np.zeros((len(rows), 1), np.float32),
     )
     return quality.find_issues(table)
@@ -202,8 +210,9 @@ def main() -> None:
         paths = write_set(images, Path(folder), options.edited, options.seed)
         programs: dict[str, Callable[[list[Path]], Verdicts]] = {
             PEER: their_verdicts,
-            "ours": our_verdicts,
+            OURS: our_verdicts,
             PEER_PROCESSES: functools.partial(their_verdicts, processes=None),
+            OUR_PROCESSES: functools.partial(our_verdicts, processes=available_cpus()),
         }
         times: dict[str, list[dict[str, float]]] = {name: [] for name in programs}
         verdicts: dict[str, Verdicts] = {}
@@ -211,12 +220,12 @@ def main() -> None:
             for name, check in programs.items():
                 verdicts[name], spent = timed(check, paths)
                 times[name].append(spent)
-        result = compare(paths, verdicts[PEER], verdicts["ours"])
-    for peer in (PEER, PEER_PROCESSES):
+        result = compare(paths, verdicts[PEER], verdicts[OURS])
+    for peer, ours in ((PEER, OURS), (PEER_PROCESSES, OUR_PROCESSES), (PEER_PROCESSES, OURS)):
         for unit in ("cpu_s", "wall_s"):
-            pairs = zip(times[peer], times["ours"], strict=True)
+            pairs = zip(times[peer], times[ours], strict=True)
             ratio = statistics.median(their[unit] / our[unit] for their, our in pairs)
-            result[f"{peer}: {unit} ratio"] = ratio
+            result[f"{peer} / {ours}: {unit}"] = round(ratio, 2)
     result |= {"images": len(paths), "times": times, "cleanvision": __version__, "seed": options.seed}
     result |= {"machine": describe_device(torch.device("cpu")), "date": datetime.datetime.now(datetime.UTC).isoformat()}
     text = json.dumps(result, indent=2)

@@ -33,7 +33,10 @@ async function show() {
   fill(main, place);
   try {
     const module = await load();
-    if (place.isConnected) leave = (await module.mount(place, new URLSearchParams(query))) ?? null;
+    if (!place.isConnected) return; // another view was opened meanwhile
+    const left = await module.mount(place, new URLSearchParams(query));
+    if (place.isConnected) leave = left ?? null;
+    else left?.();
   } catch (error) {
     fill(place, errorBox(error));
   }

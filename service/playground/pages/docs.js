@@ -70,7 +70,7 @@ function content(operation, api) {
   const bodies = Object.entries(operation.requestBody?.content ?? {});
   return [
     ...prose(operation.description ?? ""),
-    operation.parameters?.length ? [el("h3", {}, "Parameters"), parameterTable(operation.parameters, api)] : null,
+    operation.parameters?.length ? [el("h3", {}, "Parameters"), parameters(operation.parameters, api)] : null,
     ...bodies.map(([type, { schema }]) => [el("h3", {}, "Body as ", el("code", {}, type)), schemaView(schema, api)]),
     el("h3", {}, "Answers"),
     answers(operation.responses, api),
@@ -78,15 +78,14 @@ function content(operation, api) {
   ];
 }
 
-function parameterTable(parameters, api) {
-  const rows = parameters.map((one) =>
-    el("tr", {},
-      el("th", { scope: "row" }, el("code", {}, one.name), one.required ? " *" : ""),
-      el("td", {}, one.in), el("td", {}, typeOf(one.schema ?? {}, api)), el("td", {}, inline(one.description ?? "")),
-    ),
-  );
-  const head = ["name", "in", "type", ""].map((text) => el("th", { scope: "col" }, text));
-  return el("div", { class: "scroll", tabindex: "0" }, el("table", {}, el("thead", {}, el("tr", {}, head)), el("tbody", {}, rows)));
+function parameters(all, api) {
+  return el("ul", { class: "fields" }, all.map((one) =>
+    described(one.name, one.required, `${typeOf(one.schema ?? {}, api)}, in the ${one.in}`, one.description)));
+}
+
+/** A parameter or a field as an element of a list. A star marks the required ones. */
+function described(name, isRequired, type, description, nested) {
+  return el("li", {}, el("code", {}, name), isRequired ? " * " : " ", el("span", { class: "quiet" }, type), " ", inline(description ?? ""), nested);
 }
 
 /** The fields of a schema. Schemas inside it are shown when they are opened. */
@@ -104,9 +103,8 @@ function schemaView(given, api) {
     { class: "fields" },
     properties.map(([name, inner]) => {
       const nested = nestedOf(inner, api);
-      const required = schema.required?.includes(name) ? " *" : "";
-      return el("li", {}, el("code", {}, name), `${required} `, el("span", { class: "quiet" }, typeOf(inner, api)), " ",
-        inline(inner.description ?? ""), nested ? opened(`fields of ${name}`, nested, api) : null);
+      return described(name, schema.required?.includes(name), typeOf(inner, api), inner.description,
+        nested && opened(`fields of ${name}`, nested, api));
     }),
   );
 }

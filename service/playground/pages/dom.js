@@ -67,6 +67,25 @@ export function errorBox(error) {
   );
 }
 
+/** Let files and items be dropped on an element. `ondrop` gets the event's DataTransfer; its errors are shown in `note`. */
+export function acceptDrops(element, note, ondrop) {
+  const mark = (isOver) => element.classList.toggle("over", isOver);
+  element.addEventListener("dragover", (event) => {
+    event.preventDefault();
+    mark(true);
+  });
+  element.addEventListener("dragleave", () => mark(false));
+  element.addEventListener("drop", async (event) => {
+    event.preventDefault();
+    mark(false);
+    try {
+      await ondrop(event.dataTransfer);
+    } catch (error) {
+      fill(note, errorBox(error));
+    }
+  });
+}
+
 /** Run `work`, show its errors in `place`, and mark the place as busy meanwhile. Return the result or undefined. */
 export async function busy(place, work) {
   place.setAttribute("aria-busy", "true");

@@ -1,7 +1,7 @@
 // Lets the user choose an image: drop, paste, choose a file, use the camera, or take an item of a collection.
 
 import { collectionPath, json, request } from "./api.js";
-import { el, errorBox, fill } from "./dom.js";
+import { acceptDrops, el, errorBox, fill } from "./dom.js";
 
 /** Make an element with which the user chooses one image. `onimage` gets { blob, item }. Call `.stop()` when it is not
  * needed any more. If a page has several pickers, `takesPaste` says which of them gets a pasted image. */
@@ -29,21 +29,10 @@ export function imagePicker({ label = "Drop an image, paste it, or", onimage, ta
     choose(input.files[0]);
     input.value = "";
   });
-  zone.addEventListener("dragover", (event) => {
-    event.preventDefault();
-    zone.classList.add("over");
-  });
-  zone.addEventListener("dragleave", () => zone.classList.remove("over"));
-  zone.addEventListener("drop", async (event) => {
-    event.preventDefault();
-    zone.classList.remove("over");
-    const item = event.dataTransfer.getData("application/x-dinov2-item");
-    try {
-      if (item) onimage(await itemImage(...JSON.parse(item)));
-      else choose(event.dataTransfer.files[0]);
-    } catch (error) {
-      fill(note, errorBox(error));
-    }
+  acceptDrops(zone, note, async (dropped) => {
+    const item = dropped.getData("application/x-dinov2-item");
+    if (item) onimage(await itemImage(...JSON.parse(item)));
+    else choose(dropped.files[0]);
   });
   const paste = (event) => {
     const file = [...(event.clipboardData?.files ?? [])].find((one) => one.type.startsWith("image/"));

@@ -11,6 +11,7 @@ import pytest
 
 from tests.service.playground.conftest import Faults
 from tests.service.playground.scenes import scene
+from tests.service.playground.states import wait_for_ids
 from tests.service.test_server import Server
 
 MARKUP = "<img src=x onerror=\"window.attacked='yes'\">"
@@ -56,19 +57,6 @@ def scrolled(api: httpx.Client, name: str, **body: Any) -> list[dict[str, Any]]:
     return list(api.post(f"/v1/collections/{name}/items/scroll", json=body).raise_for_status().json()["data"])
 
 
-async def wait_for(page: Any, ids: list[str]) -> None:
-    """Wait until the items on the page are these."""
-    script = """([selector, ids]) => {
-      const found = [...document.querySelectorAll(selector)].map((one) => one.dataset.id);
-      return JSON.stringify(found) === JSON.stringify(ids);
-    }"""
-    try:
-        await page.wait_for_function(script, arg=[ITEMS, ids], timeout=15_000)
-    except Exception:
-        assert await page.eval_on_selector_all(ITEMS, "cards => cards.map((card) => card.dataset.id)") == ids
-        raise
-
-
 async def test_the_list_and_a_new_collection(page: Any, api: httpx.Client) -> None:
     await page.goto("/#collections")
     row = page.locator("#collection-list tr[data-name='shop']")
@@ -101,7 +89,7 @@ async def test_the_list_and_a_new_collection(page: Any, api: httpx.Client) -> No
     await page.fill("#confirm-name", "fres")
     assert await confirm.is_disabled()
     await page.keyboard.press("Escape")
-    assert await page.locator("dialog").count() == 0
+    await page.locator("dialog").wait_for(state="detached")
     assert api.get("/v1/collections/fresh").status_code == 200
     await page.get_by_role("button", name="Delete the collection").click()
     await page.fill("#confirm-name", "fresh")
@@ -124,7 +112,7 @@ async def test_without_collections_the_first_one_is_made_with_images(
         async with page.expect_file_chooser() as chooser:
             await page.click("#first-collection")
         await (await chooser.value).set_files([pictures / "red" / "0.jpg", pictures / "green" / "1.jpg"])
-        await wait_for(page, ["0.jpg", "1.jpg"])
+        await wait_for_ids(page, ITEMS, ["0.jpg", "1.jpg"])
         with httpx.Client(base_url=server.url) as client:
             demo = client.get("/v1/collections/demo").json()
         assert (demo["count"], demo["originals"]) == (2, True)
@@ -189,7 +177,7 @@ async def test_an_upload_can_be_cancelled(page: Any, api: httpx.Client, shelf: s
 
 async def test_items_are_filtered_ordered_and_paged(page: Any, api: httpx.Client) -> None:
     await page.goto("/#collections?collection=shop")
-    await wait_for(page, [item["id"] for item in scrolled(api, "shop", limit=24)])
+    await wait_for_ids(page, ITEMS, [item["id"] for item in scrolled(api, "shop", limit=24)])
     assert await page.is_disabled("#items-next")
     await page.click("#facets > summary")
     await page.fill("#facet-key", "brand")
@@ -203,12 +191,12 @@ async def test_items_are_filtered_ordered_and_paged(page: Any, api: httpx.Client
     assert rows == [[one["value"], one["count"]] for one in answer["data"]]
     await page.get_by_role("button", name="show these items: Oatly").click()
     oatly = {"key": "brand", "eq": "Oatly"}
-    await wait_for(page, [item["id"] for item in scrolled(api, "shop", filter=oatly)])
+    await wait_for_ids(page, ITEMS, [item["id"] for item in scrolled(api, "shop", filter=oatly)])
     assert await page.input_value(".filter-value") == "Oatly"
     await page.fill("#items-order", "price")
     await page.select_option("#items-direction", "desc")
     order = {"key": "price", "direction": "desc"}
-    await wait_for(page, [item["id"] for item in scrolled(api, "shop", filter=oatly, order_by=order)])
+    await wait_for_ids(page, ITEMS, [item["id"] for item in scrolled(api, "shop", filter=oatly, order_by=order)])
 
 
 async def test_the_cursor_leads_to_the_next_page_and_back(page: Any, api: httpx.Client) -> None:
@@ -218,14 +206,14 @@ async def test_the_cursor_leads_to_the_next_page_and_back(page: Any, api: httpx.
     try:
         await page.goto("/#collections?collection=plain")
         first = api.post("/v1/collections/plain/items/scroll", json={"limit": 24}).json()
-        await wait_for(page, [item["id"] for item in first["data"]])
+        await wait_for_ids(page, ITEMS, [item["id"] for item in first["data"]])
         await page.click("#items-next")
         second = scrolled(api, "plain", limit=24, cursor=first["cursor"])
-        await wait_for(page, [item["id"] for item in second])
+        await wait_for_ids(page, ITEMS, [item["id"] for item in second])
         assert await page.evaluate("document.activeElement.id") == "items-summary"
         assert (await page.text_content("#announcer")).startswith("Page 2: 6 items")
         await page.click("#items-previous")
-        await wait_for(page, [item["id"] for item in first["data"]])
+        await wait_for_ids(page, ITEMS, [item["id"] for item in first["data"]])
     finally:
         api.delete("/v1/collections/plain")
 
@@ -255,20 +243,20 @@ async def test_metadata_and_source_are_edited(page: Any, api: httpx.Client, shel
 async def test_an_image_is_shown_and_items_are_deleted(page: Any, api: httpx.Client, shelf: str) -> None:
     await page.goto(f"/#collections?collection={shelf}")
     ids = [item["id"] for item in scrolled(api, shelf)]
-    await wait_for(page, ids)
+    await wait_for_ids(page, ITEMS, ids)
     await page.locator(ITEMS).first.get_by_role("button", name="show the image").click()
     await page.wait_for_function("() => document.querySelector('dialog img')?.naturalWidth === 320")
     assert "320 × 240 pixels" in await page.text_content("dialog")
     await page.keyboard.press("Escape")
     await page.locator(ITEMS).nth(1).get_by_role("button", name="delete").click()
     await page.click("dialog .confirm")
-    await wait_for(page, [ids[0], *ids[2:]])
+    await wait_for_ids(page, ITEMS, [ids[0], *ids[2:]])
     for number in (0, 3):
         await page.locator(ITEMS).nth(number).get_by_role("checkbox").check()
     assert await page.text_content("#items-delete") == "Delete the 2 selected"
     await page.click("#items-delete")
     await page.click("dialog .confirm")
-    await wait_for(page, [ids[2], ids[3], *ids[5:]])
+    await wait_for_ids(page, ITEMS, [ids[2], ids[3], *ids[5:]])
     assert [item["id"] for item in scrolled(api, shelf)] == [ids[2], ids[3], *ids[5:]]
     await page.click("#items-all")
     await page.click("#items-delete")

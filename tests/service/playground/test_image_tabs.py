@@ -13,8 +13,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from tests.service.playground.scenes import scene
-
-BOX = [153, 22, 111, 89]  # of the object of scene 1
+from tests.service.playground.states import BOX, type_box
 
 
 async def open_tab(page: Any, tab: str) -> None:
@@ -33,12 +32,6 @@ async def saved(page: Any, selector: str) -> bytes:
     async with page.expect_download() as waited:
         await page.click(selector)
     return Path(await (await waited.value).path()).read_bytes()
-
-
-async def type_box(page: Any, box: list[int]) -> None:
-    for name, value in zip(("x", "y", "width", "height"), box, strict=True):
-        await page.fill(f"#box-{name}", str(value))
-    await page.press("#box-height", "Tab")
 
 
 async def drag(page: Any, *points: tuple[float, float]) -> None:

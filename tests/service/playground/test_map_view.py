@@ -163,6 +163,46 @@ async def test_rectangle_and_legend_select_the_same_as_the_api(page: Any, api: h
     assert (await page.text_content("#map-selected")).startswith("5 items")
 
 
+async def test_the_filter_narrows_the_map(page: Any, api: httpx.Client) -> None:
+    await open_map(page, "shop", 24)
+    await page.click("#map-filter summary")
+    await page.get_by_role("button", name="add a condition").click()
+    await page.fill(".filter-key", "brand")
+    await page.fill(".filter-value", "Oatly")
+    await expect(page.locator("#map-status")).to_have_text("12 items.")
+    brand = {"key": "brand", "eq": "Oatly"}
+    found = api.post("/v1/collections/shop/items/scroll", json={"filter": brand}).json()["data"]
+    assert (await saved_positions(page))[0] == [item["id"] for item in found]
+    await page.fill(".filter-value", "nothing")
+    await expect(page.locator("#map-status")).to_have_text("shop has no items that match the filter.")
+    await page.fill(".filter-value", "")
+    await expect(page.locator("#map-status")).to_have_text("24 items.")
+
+
+async def test_two_fingers_move_and_zoom_the_map(page: Any) -> None:
+    await open_map(page, "shop", 24)
+    box = await page.locator("#map-canvas").bounding_box()
+    middle = np.array([box["x"] + box["width"] / 2, box["y"] + box["height"] / 2])
+    scale, x, y = map(float, (await page.get_attribute("#map-canvas", "data-view")).split())
+    session = await page.context.new_cdp_session(page)
+
+    async def touch(kind: str, *points: Floats) -> None:
+        touches = [{"x": point[0], "y": point[1], "id": number} for number, point in enumerate(points)]
+        await session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": touches})
+
+    shift, right = np.array([40.0, -20.0]), np.array([1.0, 0.0])
+    await touch("touchStart", middle - 50 * right, middle + 50 * right)
+    await touch("touchMove", middle - 75 * right + shift / 2, middle + 75 * right + shift / 2)
+    await touch("touchMove", middle - 100 * right + shift, middle + 100 * right + shift)
+    await touch("touchEnd")
+    await expect(page.locator("#map-canvas")).not_to_have_attribute("data-view", f"{scale} {x} {y}")
+    after = np.array(list(map(float, (await page.get_attribute("#map-canvas", "data-view")).split())))
+    # What was in the middle is where the middle of the fingers is now, and everything is twice as large.
+    wanted = np.array([2 * scale, x - shift[0] / (2 * scale), y - shift[1] / (2 * scale)])
+    assert after[0] == pytest.approx(wanted[0], rel=1e-3)
+    assert np.abs(after - wanted)[1:].max() * after[0] <= 1.5  # pixels; the browser rounds the places of fingers
+
+
 async def test_pointer_and_keys_show_an_item(page: Any) -> None:
     await open_map(page, "shop", 24)
     ids, positions = await saved_positions(page)

@@ -143,6 +143,16 @@ async def test_both_models_are_compared_side_by_side(view: Any, place: Place, im
     assert await view.locator("#compare-result .ranks li").count() == 2 * K
 
 
+async def test_a_part_of_the_collection_is_compared(view: Any, place: Place, image_file: Path) -> None:
+    await view.select_option("#compare-model", place.other)
+    await view.set_input_files("#compare input[type='file']", image_file)
+    await view.fill("#compare-count", "5")
+    await view.click("#compare-go")
+    await view.wait_for_selector("#compare-result .ranks li")
+    shown = await view.eval_on_selector_all(".ranks li", "all => all.map(one => one.dataset.id)")
+    assert sorted(set(shown)) == [f"{number * ITEMS // 5:02} {MARKUP}" for number in range(5)]
+
+
 async def test_an_item_of_the_collection_is_the_query(view: Any, place: Place) -> None:
     await view.select_option("#compare-model", place.other)
     await view.click("#compare .chooser summary")

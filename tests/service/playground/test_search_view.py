@@ -13,6 +13,7 @@ import pytest
 
 from tests.service.playground.conftest import playwright
 from tests.service.playground.scenes import scene
+from tests.service.playground.states import wait_for_ids
 
 SEARCH = "/v1/collections/shop/search"
 MARKUP = "<img src=x onerror=\"window.attacked='yes'\"><script>window.attacked='yes'</script>"
@@ -41,19 +42,6 @@ async def shown_ids(page: Any) -> list[str]:
     return list(await page.eval_on_selector_all(CARDS, "cards => cards.map((card) => card.dataset.id)"))
 
 
-async def wait_for(page: Any, ids: list[str]) -> None:
-    """Wait until the results are these."""
-    script = """([selector, ids]) => {
-      const found = [...document.querySelectorAll(selector)].map((one) => one.dataset.id);
-      return JSON.stringify(found) === JSON.stringify(ids);
-    }"""
-    try:
-        await page.wait_for_function(script, arg=[CARDS, ids], timeout=15_000)
-    except Exception:
-        assert await shown_ids(page) == ids
-        raise
-
-
 def by_image(api: httpx.Client, image: bytes, **options: Any) -> list[dict[str, Any]]:
     fields = {name: value if isinstance(value, str) else json.dumps(value) for name, value in options.items()}
     answer = api.post(SEARCH, files={"file": image}, data={"k": "12"} | fields).raise_for_status().json()
@@ -78,7 +66,7 @@ async def test_a_file_finds_similar_images_page_by_page(page: Any, api: httpx.Cl
     await page.select_option("#search-collection", "shop")
     await page.set_input_files("input[aria-label='Image file']", image_file)
     rows = by_image(api, image_file.read_bytes())
-    await wait_for(page, ids_of(rows))
+    await wait_for_ids(page, CARDS, ids_of(rows))
     card = page.locator(CARDS).first
     assert await card.locator(".score").text_content() == f"score {rows[0]['score']:.3f}"
     expected = "".join(f"{key}{value}" for key, value in rows[0]["metadata"].items())
@@ -87,11 +75,11 @@ async def test_a_file_finds_similar_images_page_by_page(page: Any, api: httpx.Cl
     assert "Results 1 to 12 of collection shop" in await page.text_content("#search-summary")
 
     await page.click("#search-next")
-    await wait_for(page, ids_of(by_image(api, image_file.read_bytes(), offset=12)))
+    await wait_for_ids(page, CARDS, ids_of(by_image(api, image_file.read_bytes(), offset=12)))
     announced = await page.text_content("#announcer")
     assert announced.startswith("Results 13 to 24 of collection shop")
     await page.click("#search-previous")
-    await wait_for(page, ids_of(rows))
+    await wait_for_ids(page, CARDS, ids_of(rows))
     assert await page.is_disabled("#search-previous")
     assert "curl -s -F 'file=@\"photo.jpg\"' -F 'k=12'" in await page.text_content("#code-panes")
 
@@ -99,13 +87,13 @@ async def test_a_file_finds_similar_images_page_by_page(page: Any, api: httpx.Cl
 async def test_options_change_the_results(page: Any, api: httpx.Client) -> None:
     await opened(page, "/#search?collection=shop&id=shelf%2F03")
     rows = by_json(api, id="shelf/03")["data"]
-    await wait_for(page, ids_of(rows))
+    await wait_for_ids(page, CARDS, ids_of(rows))
     assert "item shelf/03 of shop" in await page.text_content("#search-query")
     await page.fill("#search-k", "5")
-    await wait_for(page, ids_of(rows[:5]))
+    await wait_for_ids(page, CARDS, ids_of(rows[:5]))
     limit = round((rows[2]["score"] + rows[3]["score"]) / 2, 6)
     await page.fill("#search-threshold", str(limit))
-    await wait_for(page, ids_of(by_json(api, id="shelf/03", k=5, score_threshold=limit)["data"]))
+    await wait_for_ids(page, CARDS, ids_of(by_json(api, id="shelf/03", k=5, score_threshold=limit)["data"]))
     assert await page.is_disabled("#search-next")
     await page.fill("#search-threshold", "3")
     await page.wait_for_function(
@@ -115,7 +103,7 @@ async def test_options_change_the_results(page: Any, api: httpx.Client) -> None:
 
     await page.check("#search-rerank")
     reranked = by_json(api, id="shelf/03", k=5, rerank="patches")["data"]
-    await wait_for(page, ids_of(reranked))
+    await wait_for_ids(page, CARDS, ids_of(reranked))
     expected = f"score {reranked[0]['score']:.3f}, by patches {reranked[0]['rerank_score']:.3f}"
     assert await page.locator(f"{CARDS} .score").first.text_content() == expected
     await page.uncheck("#search-rerank")
@@ -123,44 +111,44 @@ async def test_options_change_the_results(page: Any, api: httpx.Client) -> None:
     await page.fill("#search-group-size", "2")
     await page.fill("#search-group-by", "brand")
     groups = by_json(api, id="shelf/03", k=5, group_by="brand", group_size=2)["groups"]
-    await wait_for(page, [row["id"] for group in groups for row in group["data"]])
+    await wait_for_ids(page, CARDS, [row["id"] for group in groups for row in group["data"]])
     titles = await page.eval_on_selector_all("#search-results h3", "all => all.map((one) => one.textContent)")
     assert titles == [group["value"] for group in groups]
 
 
 async def test_the_filter_form_makes_the_filter_of_the_api(page: Any, api: httpx.Client) -> None:
     await opened(page, "/#search?collection=shop&id=shelf%2F03")
-    await wait_for(page, ids_of(by_json(api, id="shelf/03")["data"]))
+    await wait_for_ids(page, CARDS, ids_of(by_json(api, id="shelf/03")["data"]))
     keys = await page.eval_on_selector_all("#search-keys option", "all => all.map((one) => one.value).sort()")
     assert keys == ["brand", "filename", "price"]
     await page.click(".filter-add")
     await page.fill(".filter-key", "brand")
     await page.fill(".filter-value", "Arla")
     brand = {"key": "brand", "eq": "Arla"}
-    await wait_for(page, ids_of(by_json(api, id="shelf/03", filter=brand)["data"]))
+    await wait_for_ids(page, CARDS, ids_of(by_json(api, id="shelf/03", filter=brand)["data"]))
     await page.click(".filter-add")
     await page.locator(".filter-key").nth(1).fill("price")
     await page.locator(".filter-operator").nth(1).select_option("gte")
     await page.locator(".filter-value").nth(1).fill("15")
     price = {"key": "price", "gte": 15}
-    await wait_for(page, ids_of(by_json(api, id="shelf/03", filter={"and": [brand, price]})["data"]))
+    await wait_for_ids(page, CARDS, ids_of(by_json(api, id="shelf/03", filter={"and": [brand, price]})["data"]))
     await page.select_option(".filter-join", "or")
     both = {"or": [brand, price]}
-    await wait_for(page, ids_of(by_json(api, id="shelf/03", filter=both, k=12)["data"]))
+    await wait_for_ids(page, CARDS, ids_of(by_json(api, id="shelf/03", filter=both, k=12)["data"]))
     await page.click(".filter-mode")
     area = page.get_by_label("Filter as JSON")
     assert json.loads(await area.input_value()) == both
     negated = {"not": {"key": "price", "lt": 20}}
     await area.fill(json.dumps(negated))
-    await wait_for(page, ids_of(by_json(api, id="shelf/03", filter=negated)["data"]))
+    await wait_for_ids(page, CARDS, ids_of(by_json(api, id="shelf/03", filter=negated)["data"]))
     await area.fill("{")
     await page.wait_for_function("() => document.querySelector('.invalid').textContent.includes('not used')")
     await area.fill('{"field": "id", "in": ["shelf/05"]}')
-    await wait_for(page, ["shelf/05"])
+    await wait_for_ids(page, CARDS, ["shelf/05"])
     await page.click(".filter-mode")
     assert await page.input_value(".filter-of") == "id"
     await page.click("[aria-label='Remove condition 1']")
-    await wait_for(page, ids_of(by_json(api, id="shelf/03")["data"]))
+    await wait_for_ids(page, CARDS, ids_of(by_json(api, id="shelf/03")["data"]))
 
 
 async def test_values_and_filters_of_the_form(page: Any) -> None:
@@ -195,10 +183,10 @@ async def test_the_filter_of_the_map_is_a_chip_that_can_be_removed(page: Any, ap
     script = "async (filter) => (await import('/assets/state.js')).setFilter(filter)"
     await page.evaluate(script, chosen)
     await page.evaluate("location.hash = 'search?collection=shop&id=shelf%2F03'")
-    await wait_for(page, ids_of(by_json(api, id="shelf/03", filter=chosen)["data"]))
+    await wait_for_ids(page, CARDS, ids_of(by_json(api, id="shelf/03", filter=chosen)["data"]))
     assert "id is one of 6 values" in await page.text_content("#search-chip")
     await page.click("#search-chip button")
-    await wait_for(page, ids_of(by_json(api, id="shelf/03")["data"]))
+    await wait_for_ids(page, CARDS, ids_of(by_json(api, id="shelf/03")["data"]))
     assert await page.is_hidden("#search-chip")
 
 
@@ -208,27 +196,27 @@ async def test_results_become_queries_examples_and_counter_examples(
     await opened(page)
     await page.set_input_files("input[aria-label='Image file']", image_file)
     rows = by_image(api, image_file.read_bytes())
-    await wait_for(page, ids_of(rows))
+    await wait_for_ids(page, CARDS, ids_of(rows))
     await page.locator(CARDS).nth(2).get_by_role("button", name="less like this").click()
     image = base64.b64encode(image_file.read_bytes()).decode()
     parts = [{"image": image, "weight": 1}, {"id": rows[2]["id"], "weight": -0.5}]
-    await wait_for(page, ids_of(by_json(api, combine=parts)["data"]))
+    await wait_for_ids(page, CARDS, ids_of(by_json(api, combine=parts)["data"]))
     assert await page.is_disabled("#search-rerank")
     like = (await shown_ids(page))[4]
     await page.locator(CARDS).nth(4).get_by_role("button", name="more like this").click()
     parts.append({"id": like, "weight": 1})
-    await wait_for(page, ids_of(by_json(api, combine=parts)["data"]))
+    await wait_for_ids(page, CARDS, ids_of(by_json(api, combine=parts)["data"]))
     await page.get_by_label(f"weight of {like}").fill("2.5")
     await page.keyboard.press("Enter")
     parts[2]["weight"] = 2.5
-    await wait_for(page, ids_of(by_json(api, combine=parts)["data"]))
+    await wait_for_ids(page, CARDS, ids_of(by_json(api, combine=parts)["data"]))
     await page.get_by_role("button", name=f"remove {rows[2]['id']}").click()
-    await wait_for(page, ids_of(by_json(api, combine=[parts[0], parts[2]])["data"]))
+    await wait_for_ids(page, CARDS, ids_of(by_json(api, combine=[parts[0], parts[2]])["data"]))
     await page.get_by_role("button", name=f"remove {like}").click()
-    await wait_for(page, ids_of(rows))
+    await wait_for_ids(page, CARDS, ids_of(rows))
 
     await page.locator(CARDS).nth(1).get_by_role("button", name="search by this").click()
-    await wait_for(page, ids_of(by_json(api, id=rows[1]["id"])["data"]))
+    await wait_for_ids(page, CARDS, ids_of(by_json(api, id=rows[1]["id"])["data"]))
     assert parse_qs((await page.evaluate("location.hash")).partition("?")[2])["id"] == [rows[1]["id"]]
     await page.wait_for_selector(".query-picture")
     other = (await shown_ids(page))[0]
@@ -238,7 +226,7 @@ async def test_results_become_queries_examples_and_counter_examples(
     pair = {"collection": ["shop"], "a": [rows[1]["id"]], "b": [other]}
     assert parse_qs((await page.evaluate("location.hash")).partition("?")[2]) == pair
     await page.click("#views a[href='#search']")
-    await wait_for(page, ids_of(by_json(api, id=rows[1]["id"])["data"]))
+    await wait_for_ids(page, CARDS, ids_of(by_json(api, id=rows[1]["id"])["data"]))
     await page.locator(CARDS).first.get_by_role("button", name="look at it").click()
     await page.wait_for_selector("#view-image")
     current = "async () => (await import('/assets/state.js')).currentImage().item"
@@ -253,7 +241,7 @@ async def test_an_item_of_the_collection_can_be_chosen(page: Any, api: httpx.Cli
     await page.keyboard.press("Enter")
     await page.wait_for_function("() => document.querySelectorAll('.choices li').length === 10")
     await page.get_by_role("button", name="shelf/17").click()
-    await wait_for(page, ids_of(by_json(api, id="shelf/17")["data"]))
+    await wait_for_ids(page, CARDS, ids_of(by_json(api, id="shelf/17")["data"]))
 
 
 async def test_an_image_is_pasted_dropped_and_taken_with_the_camera(page: Any, api: httpx.Client) -> None:
@@ -267,14 +255,14 @@ async def test_an_image_is_pasted_dropped_and_taken_with_the_camera(page: Any, a
     }"""
     for name, number in (("pasted.jpg", 101), ("dropped.jpg", 102)):
         await page.evaluate(transfer, [name, base64.b64encode(scene(number)).decode()])
-        await wait_for(page, ids_of(by_image(api, scene(number))))
+        await wait_for_ids(page, CARDS, ids_of(by_image(api, scene(number))))
         assert name in await page.text_content("#search-query")
     await page.get_by_role("button", name="use the camera").click()
     await page.wait_for_function("() => document.querySelector('video').videoWidth > 0")
     async with page.expect_response(lambda answer: answer.url.endswith("/search")) as answered:
         await page.get_by_role("button", name="Take the picture").click()
     answer = await (await answered.value).json()
-    await wait_for(page, ids_of(answer["data"]))
+    await wait_for_ids(page, CARDS, ids_of(answer["data"]))
     assert "camera.jpg" in await page.text_content("#search-query")
     assert await page.is_hidden("video")
 
@@ -282,7 +270,7 @@ async def test_an_image_is_pasted_dropped_and_taken_with_the_camera(page: Any, a
 async def test_only_the_newest_of_several_searches_is_shown(page: Any, api: httpx.Client) -> None:
     await opened(page, "/#search?collection=shop&id=shelf%2F03")
     rows = by_json(api, id="shelf/03")["data"]
-    await wait_for(page, ids_of(rows))
+    await wait_for_ids(page, CARDS, ids_of(rows))
     released = asyncio.Event()
 
     async def held(route: Any) -> None:
@@ -296,7 +284,7 @@ async def test_only_the_newest_of_several_searches_is_shown(page: Any, api: http
             await page.fill("#search-k", "3")
         await page.fill("#search-k", "4")
     assert "search" in (await aborted.value).url
-    await wait_for(page, ids_of(rows[:4]))
+    await wait_for_ids(page, CARDS, ids_of(rows[:4]))
     released.set()
     await page.unroute_all(behavior="ignoreErrors")
 
@@ -307,7 +295,7 @@ async def test_markup_in_data_is_shown_as_text(page: Any, api: httpx.Client, par
     await opened(page, f"/#search?collection={parcels}")
     await page.set_input_files("input[aria-label='Image file']", tmp_path / name)
     answer = api.post(f"/v1/collections/{parcels}/search", files={"file": scene(7)}, data={"k": "12"}).json()
-    await wait_for(page, ids_of(answer["data"]))
+    await wait_for_ids(page, CARDS, ids_of(answer["data"]))
     assert name in await page.text_content("#search-query")
     await page.wait_for_selector(f"{CARDS} .no-image")
     card = page.locator(CARDS).first
@@ -341,17 +329,17 @@ async def test_the_keyboard_alone_can_search(page: Any, api: httpx.Client) -> No
     await page.keyboard.press("Enter")
     first = await page.text_content(".choices button")
     rows = by_json(api, id=first)["data"]
-    await wait_for(page, ids_of(rows))
+    await wait_for_ids(page, CARDS, ids_of(rows))
     await tab_to("#search-k")
     await page.keyboard.press("Control+a")
     await page.keyboard.type("8")
-    await wait_for(page, ids_of(rows[:8]))
+    await wait_for_ids(page, CARDS, ids_of(rows[:8]))
     await tab_to("#search-next")
     await page.keyboard.press("Enter")
-    await wait_for(page, ids_of(by_json(api, id=first, k=8, offset=8)["data"]))
+    await wait_for_ids(page, CARDS, ids_of(by_json(api, id=first, k=8, offset=8)["data"]))
     assert await page.evaluate("document.activeElement.id") == "search-next"
     await page.keyboard.press("Enter")
-    await wait_for(page, ids_of(by_json(api, id=first, k=8, offset=16)["data"]))
+    await wait_for_ids(page, CARDS, ids_of(by_json(api, id=first, k=8, offset=16)["data"]))
     assert await page.evaluate("document.activeElement.id") == "search-summary"
 
 

@@ -17,6 +17,26 @@ async def test_every_view_opens(page: Any) -> None:
         assert await page.get_attribute(f"#views a[href='#{view}']", "aria-current") == "page"
 
 
+async def test_a_view_that_was_left_before_it_was_ready_stops(page: Any) -> None:
+    held: list[Any] = []
+
+    async def hold(route: Any) -> None:
+        if held:
+            await route.continue_()
+        held.append(route)
+
+    await page.route("**/v1/collections", hold)
+    await page.goto("/#map")
+    await page.wait_for_selector("#view-map")
+    await page.click("#views a[href='#match']")
+    await page.wait_for_selector("#view-match h2")
+    asked = []
+    page.on("requestfinished", lambda request: asked.append(request.url))
+    await held[0].continue_()
+    await page.wait_for_load_state("networkidle")
+    assert [url for url in asked if url.endswith("/count")] == []  # the map was not read
+
+
 async def test_the_frame_names_the_live_model(page: Any, api: httpx.Client) -> None:
     await page.goto("/")
     await page.wait_for_function("() => document.getElementById('model').textContent !== ''")

@@ -1,6 +1,6 @@
 // Uploads images into a collection: files and folders, with metadata, progress, cancel and the files that failed.
 
-import { announce, el, errorBox, field, fill, select } from "../dom.js";
+import { acceptDrops, announce, el, errorBox, field, fill, select } from "../dom.js";
 import { chosenFiles, droppedFiles, isImage, uploadFiles } from "../uploads.js";
 
 const MANY = 100; // failed files that are listed
@@ -29,20 +29,7 @@ export function uploadPanel({ collection, ondone }) {
       field("Store the name of the folder as", folderKey, "a metadata key, such as class; empty: do not store it")),
     progress, result);
 
-  zone.addEventListener("dragover", (event) => {
-    event.preventDefault();
-    zone.classList.add("over");
-  });
-  zone.addEventListener("dragleave", () => zone.classList.remove("over"));
-  zone.addEventListener("drop", async (event) => {
-    event.preventDefault();
-    zone.classList.remove("over");
-    try {
-      element.start(await droppedFiles(event.dataTransfer));
-    } catch (error) {
-      fill(result, errorBox(error));
-    }
-  });
+  acceptDrops(zone, result, async (dropped) => element.start(await droppedFiles(dropped)));
 
   function prepared(chosen) {
     const shared = metadata.value.trim() ? JSON.parse(metadata.value) : {};

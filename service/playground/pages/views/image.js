@@ -2,7 +2,7 @@
 
 import { announce, el, errorBox, fill } from "../dom.js";
 import { decoded, imagePicker, itemImage } from "../images.js";
-import { currentImage, setImage } from "../state.js";
+import { currentImage, setCollection, setImage } from "../state.js";
 import { patchFeatures } from "./image-features.js";
 import { createStage } from "./image-stage.js";
 
@@ -47,6 +47,7 @@ export async function mount(place, parameters) {
   }
 
   const [collection, item] = [parameters.get("collection"), parameters.get("item")];
+  if (collection) setCollection(collection);
   try {
     if (collection && item) await show(await itemImage(collection, item));
     else if (currentImage()) await show(currentImage());

@@ -136,37 +136,45 @@ export function mapPlot({ onfocus, onselect }) {
 }
 
 function listenToPointer(canvas, { plot, outline, pan, toMap, near, focus, onselect }) {
-  let last = null;
+  const pressed = new Map(); // where each pressed pointer is: one moves the map, and two also zoom it
   let path = null; // the outline that is being drawn, in CSS pixels of the canvas
   const at = (event) => {
     const box = canvas.getBoundingClientRect();
     return [event.clientX - box.left, event.clientY - box.top];
   };
+  const centreAndWidth = () => {
+    const [a, b = a] = pressed.values();
+    return [[(a[0] + b[0]) / 2, (a[1] + b[1]) / 2], Math.hypot(a[0] - b[0], a[1] - b[1])];
+  };
+  const moved = (event) => {
+    const [before, widthBefore] = centreAndWidth();
+    pressed.set(event.pointerId, at(event));
+    const [centre, width] = centreAndWidth();
+    pan(centre[0] - before[0], centre[1] - before[1]);
+    if (width && widthBefore) plot.zoom(width / widthBefore, ...centre);
+  };
   canvas.addEventListener("pointerdown", (event) => {
     if (event.button) return;
     canvas.setPointerCapture(event.pointerId);
-    last = at(event);
-    path = plot.lasso ? [last] : null;
+    pressed.set(event.pointerId, at(event));
+    setPath(plot.lasso && pressed.size === 1 ? [at(event)] : null);
   });
   canvas.addEventListener("pointermove", (event) => {
-    const [x, y] = at(event);
-    if (path) {
-      path.push([x, y]);
-      outline.setAttribute("points", path.map((point) => point.join(",")).join(" "));
-    } else if (last) {
-      pan(x - last[0], y - last[1]);
-      last = [x, y];
-    } else {
-      focus(near(x, y));
-    }
+    if (path) setPath([...path, at(event)]);
+    else if (pressed.has(event.pointerId)) moved(event);
+    else focus(near(...at(event)));
   });
   canvas.addEventListener("pointerup", (event) => {
     if (path?.length > 2) onselect(plot.inside(path.map((point) => toMap(...point))), event.shiftKey);
-    end();
+    end(event);
   });
-  const end = () => {
-    [last, path] = [null, null];
-    outline.setAttribute("points", "");
+  const setPath = (newPath) => {
+    path = newPath;
+    outline.setAttribute("points", (path ?? []).map((point) => point.join(",")).join(" "));
+  };
+  const end = (event) => {
+    pressed.delete(event.pointerId);
+    setPath(null);
   };
   canvas.addEventListener("pointercancel", end);
   canvas.addEventListener("wheel", (event) => {

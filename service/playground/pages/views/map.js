@@ -1,6 +1,7 @@
 // The map of a collection: similar items are near each other.
 
 import { announce, busy, download, el, errorBox, field, fill, select } from "../dom.js";
+import { filterForm, keyList } from "../filters.js";
 import { collectionNames, itemPicture } from "../images.js";
 import { currentCollection, setCollection } from "../state.js";
 import { layOut, loadItems } from "./map-data.js";
@@ -35,7 +36,12 @@ function makeMap() {
   let data = { items: [], vectors: new Float32Array(0), dimension: 0, total: 0 };
   let positions = new Float32Array(0);
   let chosen = []; // indexes of the selected items
-  let [loading, stopLayout, hoverTimer] = [null, () => {}, 0];
+  let [loading, stopLayout, hoverTimer, filterTimer] = [null, () => {}, 0, 0];
+  const filterKeys = keyList("map-filter-keys");
+  const filter = filterForm({ keys: filterKeys, onchange: () => {
+    clearTimeout(filterTimer);
+    filterTimer = setTimeout(load, 400); // when the user has stopped typing
+  } });
 
   const plot = mapPlot({ onfocus: (i) => showHovered(i), onselect: (indexes, isAdded) => choose(indexes, isAdded) });
   const selection = selectionPanel({ onclear: () => choose([]), ondelete: (ids) => remove(ids) });
@@ -50,9 +56,9 @@ function makeMap() {
     duplicates.clear();
     fill(faults);
     working(0, "reading the vectors");
-    const loaded = await busy(faults, () => loadItems(name, { signal, onprogress: (done, all) => working(done / (all || 1), `${done} of ${all} vectors`) }));
+    const loaded = await busy(faults, () => loadItems(name, { signal, filter: filter.value, onprogress: (done, all) => working(done / (all || 1), `${done} of ${all} vectors`) }));
     if (signal.aborted) return;
-    if (!loaded?.items.length) return done(loaded ? `${name} has no items.` : "");
+    if (!loaded?.items.length) return done(loaded ? `${name} has no items${filter.value ? " that match the filter" : ""}.` : "");
     use(loaded);
     place();
   };
@@ -76,6 +82,7 @@ function makeMap() {
     data = newData;
     positions = new Float32Array(2 * data.items.length);
     const keys = metadataKeys(data.items);
+    filterKeys.see(...data.items.slice(0, 100).map((item) => item.metadata));
     const before = key.value;
     fill(key, el("option", { value: "" }, "(one colour)"), ...keys.map((name) => el("option", { value: name }, name)));
     key.value = before && keys.includes(before) ? before : dividingKey(data.items, keys);
@@ -141,12 +148,16 @@ function makeMap() {
     const lines = data.items.map(({ id }, i) => `${quoted(id)},${positions[2 * i]},${positions[2 * i + 1]}`);
     download(new Blob([["id,x,y", ...lines, ""].join("\n")], { type: "text/csv" }), `${collection.value}-map.csv`);
   };
-  collection.addEventListener("change", load);
+  collection.addEventListener("change", () => {
+    filterKeys.clear();
+    load();
+  });
   layout.addEventListener("change", place);
   key.addEventListener("change", colour);
   const rectangle = rectangleForm((left, right, top, bottom, isAdded) => choose(plot.inside([[left, top], [right, top], [right, bottom], [left, bottom]]), isAdded));
   const element = el("div", {},
     el("div", { class: "row ends" }, field("Collection", collection), field("Layout", layout), field("Colours by", key), el("button", { type: "button", onclick: load }, "Read again"), el("button", { type: "button", onclick: save }, "Save the positions (CSV)")),
+    el("details", { id: "map-filter" }, el("summary", {}, "Filter"), filterKeys, filter),
     el("div", { class: "row" }, status, progress, stopButton), faults,
     el("div", { class: "map-parts" },
       el("div", {}, toolbar(plot), plot.element,
@@ -164,6 +175,7 @@ function makeMap() {
   const stop = () => {
     cancel("");
     clearTimeout(hoverTimer);
+    clearTimeout(filterTimer);
     duplicates.clear();
     plot.stop();
   };

@@ -3,7 +3,7 @@
 import { json } from "../api.js";
 import { announce, busy, el, field, fill, slider } from "../dom.js";
 import { itemImage } from "../images.js";
-import { currentCollection, currentImage } from "../state.js";
+import { currentCollection, currentImage, setCollection } from "../state.js";
 import { matchPicture, placeText } from "./match-picture.js";
 import { imageSlot } from "./match-slot.js";
 
@@ -97,6 +97,7 @@ export async function mount(place, parameters) {
 /** Fill the slots from the address, or the first one with the image of the other views. */
 function openFirst(slots, parameters) {
   const collection = parameters.get("collection") ?? currentCollection();
+  setCollection(collection);
   ["a", "b"].forEach((name, i) => {
     const id = parameters.get(name);
     if (id && collection) slots[i].load((signal) => itemImage(collection, id, signal));

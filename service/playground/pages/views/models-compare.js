@@ -1,6 +1,6 @@
 // Compares the live model with another one: the nearest images of the same query, side by side.
 //
-// Up to 200 images of a collection are embedded with both models through the API, and ranked here. A model that is not
+// Up to 200 images from all over a collection are embedded with both models through the API, and ranked here. A model that is not
 // loaded is loaded on trial first (docs/live-model.md).
 
 import { collectionPath, json, request } from "../api.js";
@@ -12,6 +12,8 @@ import { currentCollection, currentImage, setCollection, setImage } from "../sta
 import { compared, dot, keptShare } from "./models-ranks.js";
 
 const MOST = 200;
+const MOST_LISTED = 10_000;
+const PAGE = 1000;
 const BATCH = 8;
 const ASK_MS = 400;
 
@@ -98,7 +100,7 @@ export function comparison({ signal, onchange }) {
 
   const form = el("form", { id: "compare", onsubmit: (event) => { event.preventDefault(); compare(); } },
     el("p", {}, "See what both models find for the same image before you promote one. The images of a collection are embedded with both models; nothing is stored. A model that is not loaded is loaded on trial, which takes the memory of a second model."),
-    el("div", { class: "row" }, field("Other model", other), field("Collection", collection), field("Images", count, `at most ${MOST}`), field("Neighbours", wanted)),
+    el("div", { class: "row" }, field("Other model", other), field("Collection", collection), field("Images", count, `at most ${MOST}, from all over the collection`), field("Neighbours", wanted)),
     el("div", { class: "columns" }, el("div", {}, picker, chooser), query),
     el("div", { class: "row" }, go, stopButton), bar, status);
   collection.addEventListener("change", () => {
@@ -149,9 +151,18 @@ async function ready(model, tell, signal, onchange) {
 /** The pooling of a collection is part of its tag: fingerprint/pooling/... */
 const poolingOf = (info) => info.tag?.split("/")[1] || undefined;
 
+/** The ids of `count` items, at equal distances in the list of the first MOST_LISTED items of a collection. */
 async function idsOf(name, count, signal) {
-  const { data } = await json({ method: "POST", path: collectionPath(name, "items", "scroll"), json: { limit: count }, shown: false, signal });
-  return data.map((item) => item.id);
+  const ids = [];
+  let cursor;
+  do {
+    const body = cursor ? { limit: PAGE, cursor } : { limit: PAGE };
+    const page = await json({ method: "POST", path: collectionPath(name, "items", "scroll"), json: body, shown: false, signal });
+    ids.push(...page.data.map((item) => item.id));
+    cursor = page.cursor;
+  } while (cursor && ids.length < MOST_LISTED);
+  const taken = Math.min(count, ids.length);
+  return Array.from({ length: taken }, (_, i) => ids[Math.floor((i * ids.length) / taken)]);
 }
 
 /** Embed stored images with both models. Return the ids of those that have an image, and their vectors. */
