@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
+from model.artifact import bundled_artifact, load_artifact
+from model.heads.store import remove_head
 from tests.service.playground.scenes import scene
 from tests.service.playground.states import BOX, type_box
+from tests.service.test_server import Server
+from tests.service.vision.head_models import add_linear_depth
 
 
 async def open_tab(page: Any, tab: str) -> None:
@@ -221,6 +226,30 @@ async def test_without_a_depth_head_the_page_says_how_to_get_one(page: Any) -> N
     text = await page.inner_text("#depth-help")
     assert "has no head for depth" in text
     assert "dinov2 train-head depth" in text
+
+
+async def test_depth_is_that_of_the_head(page: Any, api: httpx.Client, server: Server) -> None:
+    artifact = load_artifact(bundled_artifact(), derived_dir=server.log.with_suffix("") / "derived")
+    add_linear_depth(artifact)
+    try:
+        await open_tab(page, "depth")
+        await page.click("#estimate-depth")
+        await page.wait_for_selector("#depth-result p")
+        depth = np.load(io.BytesIO(ask(api, "/v1/depth", format="npy").content))
+        low, median, high = (
+            f"{value:.2f} m" for value in (depth.min(), np.sort(depth, axis=None)[depth.size // 2], depth.max())
+        )
+        text = await page.inner_text("#depth-result")
+        assert low in text
+        assert high in text
+        assert median in text
+        box = await page.locator("#stage").bounding_box()
+        await page.locator("#stage").hover(position={"x": 0.25 * box["width"], "y": 0.75 * box["height"]})
+        shown = re.fullmatch(r"x (\d+), y (\d+): (.*)", await page.inner_text("#depth-readout"))
+        assert shown, await page.inner_text("#depth-readout")
+        assert shown[3] == f"{depth[int(shown[2]), int(shown[1])]:.2f} m"
+    finally:
+        remove_head(artifact, "rooms")
 
 
 async def test_the_class_is_that_of_the_api(page: Any, api: httpx.Client) -> None:
