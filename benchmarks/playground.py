@@ -5,6 +5,8 @@
 
 The service runs with the demo model on this machine, and Chromium draws without a GPU, 1440 x 900 pixels.
 
+Loading: the page is opened in an empty browser.
+
 Heat map: after the patch features of a photo have arrived, patches are clicked. The time goes from the browser's time
 stamp of the event to the moment after the frame with the heat map was painted, so it includes the wait for the frame.
 With "6 results", the heat maps of the six most similar images of the collection are drawn as well.
@@ -115,6 +117,19 @@ async def click_patches(page: Page, count: int) -> list[float]:
     return times
 
 
+async def measure_loading(page: Page) -> dict[str, Any]:
+    await page.goto("/", wait_until="networkidle")
+    return await page.evaluate("""() => {
+      const all = performance.getEntriesByType("navigation").concat(performance.getEntriesByType("resource"));
+      return {
+        requests: all.length,
+        kilobytes: Math.round(all.reduce((sum, one) => sum + one.transferSize, 0) / 1000),
+        first_contentful_paint_ms: Math.round(performance.getEntriesByName("first-contentful-paint")[0].startTime),
+        loaded_ms: Math.round(Math.max(...all.map((one) => one.responseEnd))),
+      };
+    }""")
+
+
 async def measure_clicks(page: Page, clicks: int) -> dict[str, Any]:
     found = {}
     await page.goto("/#image?collection=photos&item=0&tab=patches")
@@ -146,6 +161,7 @@ async def measure(address: str, given: argparse.Namespace) -> dict[str, Any]:
         browser = await started.chromium.launch(executable_path=program, args=ARGUMENTS)
         page = await browser.new_page(base_url=address, viewport={"width": 1440, "height": 900})
         result = {
+            "loading": await measure_loading(page),
             "click_to_heat_map_ms": await measure_clicks(page, given.clicks),
             "map": await measure_map(page, given.frames),
             "browser": browser.version,

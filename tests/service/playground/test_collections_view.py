@@ -160,6 +160,29 @@ async def test_a_folder_is_uploaded_with_progress_and_reasons_of_failures(
     await page.wait_for_function("() => document.getElementById('fact-count').textContent === '28 items'")
 
 
+@pytest.mark.parametrize("status", [429, 503])
+async def test_an_upload_waits_for_a_busy_service(
+    page: Any, api: httpx.Client, shelf: str, pictures: Path, status: int
+) -> None:
+    answers: list[int] = []
+
+    async def refuse_once(route: Any) -> None:
+        answers.append(status if not answers else 200)
+        if answers[-1] == status:
+            await route.fulfill(status=status, headers={"Retry-After": "1"}, json={"detail": "busy"})
+        else:
+            await route.continue_()
+
+    await page.goto(f"/#collections?collection={shelf}")
+    await page.wait_for_selector(ITEMS)
+    await page.click("#upload > summary")
+    await page.route("**/items", refuse_once)
+    await page.set_input_files("#upload-files", pictures / "red" / "0.jpg")
+    await page.get_by_text("1 file is stored.").first.wait_for()
+    assert answers == [status, 200]
+    assert count(api, shelf) == 9
+
+
 async def test_an_upload_can_be_cancelled(page: Any, api: httpx.Client, shelf: str, pictures: Path) -> None:
     await page.goto(f"/#collections?collection={shelf}")
     await page.wait_for_selector(ITEMS)

@@ -56,6 +56,32 @@ async def test_the_heat_map_shows_the_similarity_of_the_features(page: Any, api:
     assert min(times) < 1000
 
 
+async def test_an_image_that_is_decoded_slowly_does_not_replace_a_newer_one(page: Any, image_file: Path) -> None:
+    await page.goto("/#image")
+    await page.wait_for_selector("#view-image input[type='file']", state="attached")
+    await page.evaluate(
+        """() => {
+          const decode = window.createImageBitmap.bind(window);
+          window.finished = [];
+          window.createImageBitmap = async (blob, options) => {
+            if (blob.name === "slow.jpg") await new Promise((done) => { window.goOn = done; });
+            const bitmap = await decode(blob, options);
+            window.finished.push(blob.name);
+            return bitmap;
+          };
+        }"""
+    )
+    await page.set_input_files(
+        "#view-image input[type='file']", {"name": "slow.jpg", "mimeType": "image/jpeg", "buffer": scene(1, 640, 480)}
+    )
+    await page.wait_for_function("() => window.goOn")
+    await page.set_input_files("#view-image input[type='file']", image_file)
+    await page.wait_for_selector("#patch-readout[data-ready]")
+    await page.evaluate("window.goOn()")
+    await page.wait_for_function("() => window.finished.includes('slow.jpg')")
+    assert "photo.jpg, 320 × 240 pixels" in await page.inner_text(".stage-column p")
+
+
 async def test_arrow_keys_choose_a_patch(page: Any, api: httpx.Client) -> None:
     features = units(api, scene(1))
     await open_image(page)

@@ -143,6 +143,20 @@ async def test_both_models_are_compared_side_by_side(view: Any, place: Place, im
     assert await view.locator("#compare-result .ranks li").count() == 2 * K
 
 
+async def test_both_rankings_say_where_the_other_model_ranks_an_image(view: Any) -> None:
+    script = """(rankings) => import("/assets/views/models-ranks.js").then(({ compared }) =>
+      [1, 2, 3, 4].map((k) => compared(rankings, k)))"""
+    orders = ["abcd", "cadb"]
+    rankings = [[{"id": name, "score": 1 - rank / 4} for rank, name in enumerate(order)] for order in orders]
+    for k, found in enumerate(await view.evaluate(script, rankings), 1):
+        assert found["kept"] == len(set(orders[0][:k]) & set(orders[1][:k]))
+        for side, entries in enumerate(found["lists"]):
+            assert [(one["id"], one["there"]) for one in entries] == [
+                (name, orders[1 - side].index(name) + 1) for name in orders[side][:k]
+            ]
+            assert all(one["mark"].startswith("only here") == (one["there"] > k) for one in entries)
+
+
 async def test_a_part_of_the_collection_is_compared(view: Any, place: Place, image_file: Path) -> None:
     await view.select_option("#compare-model", place.other)
     await view.set_input_files("#compare input[type='file']", image_file)

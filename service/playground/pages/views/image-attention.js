@@ -41,7 +41,6 @@ export async function mount(place, { image, stage, signal }) {
       const answer = await fetchMaps([]);
       if (mine.aborted) return;
       shown.answer = answer;
-      shown.rollouts.clear();
       shown.at = null;
       const [blocks, heads] = [answer.maps.length, answer.maps[0].length];
       const isFirst = Number(block.max) !== blocks;
