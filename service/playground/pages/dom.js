@@ -3,7 +3,15 @@
 /** Create an element. Attributes with the value true are set without a value; null, undefined and false are left out;
  * a function is an event listener ("onclick"); `className`, `value` and other properties start with a dot (".value"). */
 export function el(tag, attributes = {}, ...children) {
-  const element = document.createElement(tag);
+  return completed(document.createElement(tag), attributes, children);
+}
+
+/** Create an SVG element. Attributes as in `el`. */
+export function svg(tag, attributes = {}, ...children) {
+  return completed(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+}
+
+function completed(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (value === null || value === undefined || value === false) continue;
     if (typeof value === "function") element.addEventListener(name.replace(/^on/, ""), value);
@@ -114,18 +122,6 @@ export function dialog(title, content) {
   document.getElementById("main").append(box);
   box.showModal();
   return box;
-}
-
-/** Create an SVG element. Attributes as in `el`. */
-export function svg(tag, attributes = {}, ...children) {
-  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (value === null || value === undefined || value === false) continue;
-    if (typeof value === "function") element.addEventListener(name.replace(/^on/, ""), value);
-    else element.setAttribute(name, value === true ? "" : String(value));
-  }
-  append(element, children);
-  return element;
 }
 
 /** A button that asks `question()` before it runs `action`. */
