@@ -90,6 +90,24 @@ def test_a_second_run_does_nothing_and_other_settings_do_only_what_depends_on_th
     assert files(tmp_path / "out") == before
 
 
+def test_another_seed_balances_again(tmp_path: Path, source: Path) -> None:
+    balanced = ("stages=['quality', 'balance', 'write']", "balance.size=4", "balance.levels=[2]")
+    for seed in range(4):
+        run(source, tmp_path / "out", *balanced, f"seed={seed}")
+        run(source, tmp_path / f"fresh-{seed}", *balanced, f"seed={seed}")
+        assert files(tmp_path / "out") == files(tmp_path / f"fresh-{seed}")
+    assert done_stages(tmp_path / "out").count("balance") == 4
+
+
+def test_a_stage_is_done_again_if_an_earlier_one_leaves_other_images(tmp_path: Path, source: Path) -> None:
+    balanced = ("stages=['quality', 'balance', 'write']", "balance.size=8", "balance.levels=[2]")
+    for number, drop in enumerate(("['dark']", "[]")):
+        run(source, tmp_path / "out", *balanced, f"quality.drop={drop}")
+        run(source, tmp_path / f"fresh-{number}", *balanced, f"quality.drop={drop}")
+        assert files(tmp_path / "out") == files(tmp_path / f"fresh-{number}")
+    assert done_stages(tmp_path / "out").count("balance") == 2
+
+
 def test_added_images_give_the_same_as_a_run_from_scratch(tmp_path: Path, source: Path) -> None:
     run(source, tmp_path / "out")
     fill_folder(source, 3, first=50)
