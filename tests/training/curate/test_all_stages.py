@@ -121,6 +121,9 @@ def test_each_stage_drops_what_it_should(whole: Path) -> None:
     assert (stage_of["00-same.png"], found["1/c/00-same.png"].kept) == ("copies", "1/a/00.png")
     assert [stage_of["03-again.jpg"], stage_of["03.png"]].count("copies") == 1
     assert [stage_of["04-small.png"], stage_of["04.png"]].count("copies") == 1
+    similar = [entry for entry in found.values() if entry.stage == "copies" and entry.reason.startswith("copy of")]
+    assert similar
+    assert all(entry.reason.startswith(f"copy of {entry.kept} (") for entry in similar)
     assert {stage_of["07.png"], stage_of["leak.jpg"]} <= {"copies", "leaks"}
     assert "leaks" in {stage_of["07.png"], stage_of["leak.jpg"]}
     assert {"retrieve", "balance"} <= set(stage_of.values())

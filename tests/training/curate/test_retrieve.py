@@ -1,10 +1,14 @@
 """Tests of retrieval around seeds."""
 
+from unittest.mock import MagicMock
+
 import numpy as np
 import pytest
 
 from tests.training.curate.vectors import around_centres, unit
+from training.curate.embedding_stages import RETRIEVE
 from training.curate.retrieve import retrieve_by_cluster, retrieve_by_sample
+from training.curate.settings import load_settings
 
 
 def plain_ranking(pool: np.ndarray, seeds: np.ndarray, k: int) -> list[int]:
@@ -51,6 +55,32 @@ def test_limits_per_cluster_and_in_total() -> None:
     assert set(fewer.tolist()) < set(kept.tolist())
     other = retrieve_by_cluster(pool, seeds, clusters=3, min_seeds=3, per_cluster=20, seed=1)
     assert other.tolist() != kept.tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["k=2", "most=5"], {"k": 2, "most": 5}),
+        (["method='cluster'", "clusters=3", "min_seeds=4"], {"clusters": 3, "min_seeds": 4}),
+        (
+            ["method='cluster'", "clusters=3", "min_seeds=3", "per_cluster=20", "most=25"],
+            {"clusters": 3, "min_seeds": 3, "per_cluster": 20, "most": 25},
+        ),
+    ],
+)
+def test_the_stage_uses_its_settings(settings: list[str], expected: dict[str, int]) -> None:
+    pool, seeds = three_clusters()
+    images = MagicMock(embedding=pool)
+    images.__len__.return_value = len(pool)
+    task = MagicMock(
+        images=images,
+        scanned={"seeds": MagicMock(images=MagicMock(embedding=seeds))},
+        settings=load_settings(None, [f"retrieve.{one}" for one in settings]),
+    )
+    retrieve = retrieve_by_cluster if "clusters" in expected else retrieve_by_sample
+    kept = retrieve(pool, seeds, **expected)
+    dropped = [drop.index for drop in RETRIEVE.run(task).drops]
+    assert sorted([*dropped, *kept.tolist()]) == list(range(len(pool)))
 
 
 def test_bad_arguments() -> None:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.training.curate.killed import exit_code_of
-from tests.training.curate.small_images import FakeEmbedder, fill_folder
+from tests.training.curate.small_images import FakeEmbedder, fill_folder, picture
 from training.curate import stages
 from training.curate.manifest import read_manifest, restore
 from training.curate.progress import in_lines
@@ -106,6 +106,24 @@ def test_a_stage_is_done_again_if_an_earlier_one_leaves_other_images(tmp_path: P
         run(source, tmp_path / f"fresh-{number}", *balanced, f"quality.drop={drop}")
         assert files(tmp_path / "out") == files(tmp_path / f"fresh-{number}")
     assert done_stages(tmp_path / "out").count("balance") == 2
+
+
+@pytest.mark.parametrize("changed", ["pool", "evaluation"])
+def test_a_changed_file_makes_the_stages_run_again(tmp_path: Path, source: Path, changed: str) -> None:
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    picture(500).save(folder / "0.png")
+    settings = ("stages=['leaks', 'write']", f"leaks.evaluation={folder}")
+    run(source, tmp_path / "out", *settings)
+    if changed == "pool":
+        picture(500).save(source / "a" / "000.png")  # becomes a leak
+    else:
+        picture(0).save(folder / "0.png")  # 000.png becomes a leak
+    run(source, tmp_path / "out", *settings)
+    run(source, tmp_path / "fresh", *settings)
+    assert files(tmp_path / "out") == files(tmp_path / "fresh")
+    entry = {entry.key: entry for entry in read_manifest(tmp_path / "out")}["1/a/000.png"]
+    assert entry.stage == "leaks"
 
 
 def test_added_images_give_the_same_as_a_run_from_scratch(tmp_path: Path, source: Path) -> None:
