@@ -108,6 +108,26 @@ def test_a_stage_is_done_again_if_an_earlier_one_leaves_other_images(tmp_path: P
     assert done_stages(tmp_path / "out").count("balance") == 2
 
 
+@pytest.mark.parametrize(("radius", "neighbours", "copies"), [(0, 0, 0), (10, 0, 1), (0, 4, 1)])
+def test_candidates_for_copies_follow_the_settings(
+    tmp_path: Path, embedder, radius: int, neighbours: int, copies: int
+) -> None:
+    size = (96, 80)
+    (tmp_path / "in").mkdir()
+    for seed in range(6):
+        picture(seed, size).save(tmp_path / "in" / f"{seed}.png")
+    brighter = np.asarray(picture(3, size)).astype(np.float32) * 0.8 + 45
+    Image.fromarray(brighter.astype(np.uint8)).resize((70, 58)).save(tmp_path / "in" / "copy.jpg", quality=70)
+    run(
+        tmp_path / "in",
+        tmp_path / "out",
+        "stages=['copies', 'write']",
+        f"copies.hash_radius={radius}",
+        f"copies.neighbours={neighbours}",
+    )
+    assert sum(entry.stage == "copies" for entry in read_manifest(tmp_path / "out")) == copies
+
+
 @pytest.mark.parametrize("changed", ["pool", "evaluation"])
 def test_a_changed_file_makes_the_stages_run_again(tmp_path: Path, source: Path, changed: str) -> None:
     folder = tmp_path / "evaluation"
