@@ -52,7 +52,7 @@ from service.retrieval.classify import Classified, classify_by_collection, class
 from service.search.embedded import open_embedded
 from service.search.filters import In
 from service.search.store import Item, VectorStore
-from service.settings import Settings
+from service.settings import load_settings
 from service.shared_results import SharedResults
 from service.vision.conformal import p_values
 
@@ -93,9 +93,9 @@ def load_images(data: Path, artifact: Artifact, kept: Path) -> Images:
         names = [str(file.relative_to(data)) for file in done]
         np.savez(path, vectors=np.stack(vectors), names=names)
     stored = np.load(path)
-    names = [Path(name) for name in stored["names"]]
-    labels, splits = (np.array([name.parts[i] for name in names]) for i in (1, 0))
-    return Images(stored["vectors"], labels, splits, np.array([int(name.stem.split("_")[-1]) for name in names]))
+    files = [Path(name) for name in stored["names"]]
+    labels, splits = (np.array([file.parts[i] for file in files]) for i in (1, 0))
+    return Images(stored["vectors"], labels, splits, np.array([int(file.stem.split("_")[-1]) for file in files]))
 
 
 # Coverage of known images
@@ -313,7 +313,7 @@ async def latency(artifact: Artifact, images: Images, requests: int) -> dict[str
     collection, and of one with 100,000 vectors, which are vectors of images with noise added."""
     engine = load_engine(artifact, "auto")
     with tempfile.TemporaryDirectory() as folder:
-        app = create_app(Settings(data_dir=Path(folder), cache_bytes=0), artifact, engine)
+        app = create_app(load_settings({"data_dir": Path(folder), "cache_bytes": 0}), artifact, engine)
         async with app.router.lifespan_context(app):
             store = app.state.service.store
             tag = vector_tag(artifact, engine, "cls")

@@ -23,9 +23,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from random_model import RandomModel
-from workers import Worker
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.random_model import RandomModel
+from benchmarks.workers import Worker
 from model.cpus import available_cpus
 from training.watch.flops import describe_device
 

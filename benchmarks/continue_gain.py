@@ -25,6 +25,7 @@ interrupted and repeated. The result of all runs so far is written to benchmarks
 import argparse
 import datetime
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,9 +33,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from proxy_sets import Proxy, cifar_proxy, class_tokens, grocery_proxy, reported
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.proxy_sets import Proxy, cifar_proxy, class_tokens, grocery_proxy, reported
 from model.vit import DinoVisionTransformer
 from training.config import TrainConfig
 from training.data.crops import make_crops, make_micros

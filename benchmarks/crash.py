@@ -87,8 +87,13 @@ def new_items(n: int, which: list[int], vectors: np.ndarray) -> list[Item]:
 
 async def opened(folder: Path) -> EmbeddedStore:
     """Open the store with small size limits, so that a few hundred items pass through every stage of maintenance."""
-    building.FLAT_BELOW, maintenance.MANY, maintenance.ORPHAN_S = 100, 2, 0.05
-    database.MAX_REQUESTS_OF_CLIENT = KEYS
+    for module, name, value in (
+        (building, "FLAT_BELOW", 100),
+        (maintenance, "MANY", 2),
+        (maintenance, "ORPHAN_S", 0.05),
+        (database, "MAX_REQUESTS_OF_CLIENT", KEYS),
+    ):
+        setattr(module, name, value)
     store = await open_embedded(folder, threads=1, interval_s=0.005, seal_rows=48)
     assert isinstance(store, EmbeddedStore)
     return store

@@ -35,10 +35,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from all_features import extract_features
-from planted_set import Sizes, plant
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.all_features import extract_features
+from benchmarks.planted_set import Sizes, plant
 from model.checkpoint import load_checkpoint
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer
@@ -216,7 +218,8 @@ def measure(data: Path, work: Path, jobs: int, without_leaks: bool) -> dict[str,
     arms = arms if without_leaks else arms[:-1]
     with ThreadPoolExecutor(jobs) as threads:
         tasks = [(arm, seed) for seed in SEEDS for arm in arms]
-        checkpoints = list(threads.map(lambda task: train_arm(*task, work), tasks))
+        started = [threads.submit(train_arm, arm, seed, work) for arm, seed in tasks]
+        checkpoints = [run.result() for run in started]
     config: TrainConfig = load_config(RECIPE, data, work)
     spec = PreprocessSpec(resize=config.eval_resize, crop=config.eval_crop)
     queries = Queries(data, truth)

@@ -33,9 +33,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from planted_set import COPIES, FAULTS  # benchmarks/planted_set.py
 from scipy.stats import binomtest
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.planted_set import COPIES, FAULTS
 from model.artifact import bundled_artifact
 from model.decode import DecodeError, Pixels, decode, decode_stored, upright
 from model.pooling import POOLINGS, Pooling
@@ -230,7 +232,7 @@ def imagededup_copies(planted: PlantedSet, names: list[str]) -> dict[str, Result
         return {(name, other) for name, others in found.items() for other in others}
 
     methods = [method(verbose=False) for method in (PHash, DHash, WHash, AHash)]
-    return {f"imagededup {type(method).__name__}": timed(lambda m=method: pairs(m)) for method in methods}
+    return {f"imagededup {type(method).__name__}": timed(partial(pairs, method)) for method in methods}
 
 
 def cleanvision_issues(planted: PlantedSet, names: list[str]) -> tuple[Result, dict[str, set[str]]] | None:

@@ -26,9 +26,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from curation_kills import RESULTS, WORK, Run, files_of, run_command  # benchmarks/curation_kills.py
 from PIL import Image
-from planted_set import Sizes, images_of, plant  # benchmarks/planted_set.py
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.curation_kills import RESULTS, WORK, Run, files_of, run_command
+from benchmarks.planted_set import Sizes, images_of, plant
 
 SHARE: Final = 0.05
 """The largest allowed share of the cost of a full run."""

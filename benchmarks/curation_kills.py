@@ -36,6 +36,8 @@ from pkgutil import resolve_name
 from typing import Any, Final
 from unittest.mock import patch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 WORK: Final = ".curate"
@@ -193,7 +195,7 @@ def _child(point: str, act: str, arguments: Sequence[str]) -> None:
 
 def make_set(folder: Path, images: Path, evaluation: Path, count: int, each: int) -> list[str]:
     """Make the planted set, and return the arguments that curate it with all stages, without `--out`."""
-    from planted_set import Sizes, blurred, images_of, plant
+    from benchmarks.planted_set import Sizes, blurred, images_of, plant
 
     few = folder / "few"
     for path in images_of(evaluation)[:: max(1, len(images_of(evaluation)) // 40)]:

@@ -10,10 +10,13 @@ models.
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.object_score import encoded, iou, opened
 from benchmarks.vision_scenes import Scene, composite, patch_masks, scene

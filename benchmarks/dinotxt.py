@@ -29,6 +29,8 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from model.cpus import available_cpus
 from model.dinotxt.graphs import text_encoder_graph
 from model.dinotxt.networks import TextEncoder, VisionHead

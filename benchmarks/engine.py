@@ -38,6 +38,8 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 RESULTS = Path(__file__).parent / "results"
 PASSIVE = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
 PAUSE_S = 0.02
@@ -72,8 +74,7 @@ def measure(
     """Measure the engines at one input size. Return one table row per batch size and engine, and a dictionary with
     the reason for each engine that cannot run.
     """
-    from engine_peers import BUILDERS, MissingError, products
-
+    from benchmarks.engine_peers import BUILDERS, MissingError, products
     from training.watch.flops import backbone_flops
 
     built, missing = {}, {}
@@ -163,8 +164,8 @@ def main() -> None:
     variables = PASSIVE if arguments.waiting == "passive" else {}
     os.environ.update(variables | {"OMP_NUM_THREADS": str(arguments.threads)})
     import torch
-    from engine_peers import BUILDERS, make_case, versions
 
+    from benchmarks.engine_peers import BUILDERS, make_case, versions
     from training.watch.flops import describe_device
 
     unknown = set(arguments.skip) - set(BUILDERS)

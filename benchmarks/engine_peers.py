@@ -7,6 +7,7 @@ of OpenMP, which reads them when it is loaded.
 
 import importlib
 import importlib.metadata
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from workers import onnx_session
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.workers import onnx_session
 from model.config import ViTConfig
 from model.convert import convert
 from model.engines import openvino_engine

@@ -33,8 +33,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from recorded_runs import QUERY_SCALES, RESULT, correlations, summary
-
+from benchmarks.recorded_runs import QUERY_SCALES, RESULT, correlations, summary
 from model.artifact import bundled_artifact
 from model.preprocess import PreprocessSpec, preprocess
 from training import held_out, wiring

@@ -25,6 +25,7 @@ import io
 import json
 import os
 import random
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
@@ -35,8 +36,10 @@ from typing import Any
 import httpx
 import numpy as np
 from PIL import Image
-from serving import random_artifact  # benchmarks/serving.py
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.serving import random_artifact
 from model.artifact import Artifact, bundled_artifact, load_artifact
 from model.config import config_for
 from model.decode import decode

@@ -18,10 +18,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from gpu_measure import (
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.gpu_measure import (
     COMPARED,
     Setting,
     SkipError,
@@ -37,8 +40,7 @@ from gpu_measure import (
     row_of,
     setting_of,
 )
-from tiny_training import TINY
-
+from benchmarks.tiny_training import TINY
 from model.engines.cuda_driver import ask_driver, capability_without_bf16
 
 Emit = Callable[[dict[str, Any]], None]
@@ -82,8 +84,8 @@ def cross_entropy(setting: Setting, emit: Emit) -> None:
     benchmarks/cross_entropy.py.
     """
     import torch
-    from cross_entropy import measure
 
+    from benchmarks.cross_entropy import measure
     from training.kernels import plain_cross_entropy, soft_cross_entropy
 
     if setting.cuda and not package_there("triton"):
@@ -111,8 +113,7 @@ TINY_STEP = TINY | {"model": "dinov2_vitt14", "batch_size": 4, "compile": False}
 
 def training_step(setting: Setting, emit: Emit) -> None:
     """Run benchmarks/training_step.py. If a checkout of the official code is given, compare with it."""
-    from training_step import COMMON, PRESETS, measure
-
+    from benchmarks.training_step import COMMON, PRESETS, measure
     from training.config import TrainConfig
     from training.watch.flops import device_peak_flops
     from training.wiring import work_of_step
@@ -335,9 +336,9 @@ def served(setting: Setting, emit: Emit) -> None:
                 emit({"engine": name, "failed": f"{type(error).__name__}: {str(error)[:500]}"})
                 continue
             row = {"engine": name, "answers": f"{engine.name}:{engine.precision}", "start_s": round(started, 1)}
-            best, median = rates(lambda engine=engine: engine.run(batch), setting, len(batch))
+            best, median = rates(partial(engine.run, batch), setting, len(batch))
             row |= {"images_per_s": round(best, 1), "images_per_s_median": round(median, 1)}
-            row |= latency(lambda engine=engine: engine.run(photos[:1]), setting)
+            row |= latency(partial(engine.run, photos[:1]), setting)
             emit(row | parity_row(compare((reference.cls, reference.patches), (found.cls, found.patches))))
 
 

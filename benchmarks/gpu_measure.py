@@ -78,7 +78,7 @@ def network_of(setting: Setting) -> tuple[Any, Any, Any]:
     pixels = torch.nn.functional.interpolate(pixels, (side, side), mode="bilinear")
     with torch.inference_mode():
         features = network.forward_features(pixels[:COMPARED])
-        reference = tuple(features[f"x_norm_{part}"].cpu().numpy() for part in ("clstoken", "patchtokens"))
+        reference = features["x_norm_clstoken"].cpu().numpy(), features["x_norm_patchtokens"].cpu().numpy()
     return network, pixels, reference
 
 

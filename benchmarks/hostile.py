@@ -39,11 +39,11 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-from load import run_clients  # benchmarks/load.py
-from serving import free_port, random_artifact, service_process  # benchmarks/serving.py
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.load import run_clients
+from benchmarks.serving import free_port, random_artifact, service_process
 from model.artifact import load_artifact
 from model.config import CONFIGS
 from model.preprocess import REFERENCE_224

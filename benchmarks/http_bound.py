@@ -38,6 +38,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import torch
 
+from benchmarks.decode_beside import decode_all, pass_s
+from benchmarks.load import read_photos, run_clients
 from benchmarks.services import Service
 from model.artifact import Artifact, load_artifact
 from model.cpus import available_cpus
@@ -46,11 +48,6 @@ from model.engines.choice import load_engine
 from model.engines.pace import measure_batches
 from model.preprocess import preprocess
 from training.watch.flops import describe_device
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from decode_beside import decode_all, pass_s  # benchmarks/decode_beside.py
-from load import read_photos, run_clients  # benchmarks/load.py
 
 RESULTS = Path(__file__).parent / "results"
 BULK_IMAGES, BULK_CONNECTIONS = 16, 4

@@ -18,13 +18,16 @@ import datetime
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-from serving import random_artifact  # benchmarks/serving.py
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.serving import random_artifact
 from model.artifact import Artifact, load_artifact
 from model.config import CONFIGS
 from model.cpus import available_cpus

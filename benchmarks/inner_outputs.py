@@ -21,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from benchmarks.random_model import RandomModel
 from model.config import CONFIGS
 from model.cpus import available_cpus

@@ -31,13 +31,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
-from tiny_training import TINY  # noqa: E402
-from training_crash import differences, make_photos, outcome  # noqa: E402
 
+from benchmarks.tiny_training import TINY  # noqa: E402
+from benchmarks.training_crash import differences, make_photos, outcome  # noqa: E402
 from service.jobs.process import holders  # noqa: E402
 from service.jobs.records import FINISHED, Job, NewJob  # noqa: E402
 from service.jobs.store import JobStore  # noqa: E402

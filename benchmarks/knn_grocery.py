@@ -18,16 +18,19 @@ The script prints a table and, as the last line, the result as JSON, which is al
 import argparse
 import datetime
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from all_features import extract_features
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.all_features import extract_features
 from model.checkpoint import load_checkpoint
 from model.preprocess import PreprocessSpec
 from model.vit import DinoVisionTransformer

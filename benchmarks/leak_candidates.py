@@ -11,14 +11,17 @@ each of its channels, and with the mixtures of two channels too.
 import argparse
 import json
 import random
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import planted_set
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import planted_set
 from model.artifact import bundled_artifact
 from model.decode import decode
 from model.pooling import POOLINGS

@@ -45,7 +45,7 @@ from service.keys import KeyStore
 from service.limits import Limit, Limits
 from service.redis_guard import RedisGuard
 from service.security import Security, require
-from service.settings import Settings
+from service.settings import load_settings
 from service.shared_buckets import SEND_AFTER_S
 from service.telemetry import Metrics
 from tests.fakes import DIMS, photo, running
@@ -92,7 +92,7 @@ async def limits_alone(url: str) -> dict[str, float]:
 def key_alone(folder: Path) -> float:
     """Return the processor time of the check of a key, in microseconds."""
     key = KeyStore(folder).create("bench", ["read"])[0]
-    security = Security(Settings(data_dir=folder))
+    security = Security(load_settings({"data_dir": folder}))
     security.open()
     headers = [*HEADERS, (b"authorization", b"Bearer " + key.encode())]
     by_name = dict(headers)

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -24,8 +25,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from serving import free_port, random_artifact, service_process  # benchmarks/serving.py
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.serving import free_port, random_artifact, service_process
 from model.artifact import Artifact, load_artifact
 from model.config import CONFIGS
 from model.engines.choice import load_engine

@@ -44,14 +44,14 @@ from typing import Any
 
 import httpx
 import numpy as np
-from fairness import Seen, Service, fill, leave_unread, send_bodies  # benchmarks/fairness.py
-from hostile import children, memory_mib  # benchmarks/hostile.py
-from model_life import reference  # benchmarks/model_life.py
 from PIL import Image
-from serving import free_port  # benchmarks/serving.py
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.fairness import Seen, Service, fill, leave_unread, send_bodies
+from benchmarks.hostile import children, memory_mib
+from benchmarks.model_life import reference
+from benchmarks.serving import free_port
 from model.artifact import bundled_artifact, load_artifact
 from model.cpus import available_cpus
 

@@ -12,12 +12,15 @@ parts come from cuts and from LOST. The test uses different seeds and images fro
 import argparse
 import io
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.vision_scenes import EMPTY_KINDS, Pixels, composite, empty_image, patch_masks, scene
 from service.features.patches import unit_rows

@@ -17,6 +17,7 @@ import dataclasses
 import datetime
 import json
 import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,9 +25,11 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from emulate import emulate_half
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.emulate import emulate_half
 from model.config import ViTConfig, config_for
 from model.cpus import available_cpus
 from model.engines.parity import compare, sample_photos

@@ -34,10 +34,10 @@ import numpy as np
 import torch
 from PIL import Image
 from playwright.async_api import Page, async_playwright
-from services import Service  # benchmarks/services.py
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.services import Service
 from model.engines.parity import sample_photos
 from training.watch.flops import describe_device
 

@@ -14,15 +14,18 @@ import base64
 import datetime
 import json
 import random
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import httpx
 import torch
-from knn_grocery import hsv_histogram  # benchmarks/knn_grocery.py
-from serving import random_artifact, running_service  # benchmarks/serving.py
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.knn_grocery import hsv_histogram
+from benchmarks.serving import random_artifact, running_service
 from model.artifact import bundled_artifact, read_manifest
 
 RESULTS = Path(__file__).parent / "results"

@@ -51,10 +51,12 @@ from typing import Any
 import faiss
 import numpy as np
 import orjson
-import search_peers as peers  # benchmarks/search_peers.py
 import uvloop
-from search_peers import KEYS, NAME, Engine, K, Where
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import search_peers as peers
+from benchmarks.search_peers import KEYS, NAME, Engine, K, Where
 from model.cpus import available_cpus
 from service.search.kinds import KINDS
 
@@ -429,7 +431,7 @@ def open_part(folder: Path, given: argparse.Namespace) -> Rows:
 
 
 def http_part(folder: Path, given: argparse.Namespace) -> Rows:
-    from serving import free_port, service_process  # imported late, because this imports torch
+    from benchmarks.serving import free_port, service_process  # imported late, because this imports torch
 
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
     kind = "hnsw" if "hnsw" in given.kinds else given.kinds[0]

@@ -150,11 +150,11 @@ class Faiss(Engine):
 
     def _parameters(self, selector: Any) -> Any:
         if self._ef is None:
-            return faiss.SearchParameters(sel=selector)
+            return faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
         return faiss.SearchParametersHNSW(efSearch=self._ef, sel=selector)
 
     def native(self, where: Where) -> Any:
-        return self._parameters(faiss.IDSelectorBitmap(where.bits))
+        return self._parameters(faiss.IDSelectorBitmap(where.bits))  # type: ignore[call-arg]
 
     def search(self, query: np.ndarray, where: Any = None) -> Any:
         return self._index.search(query, K, params=where or self._plain)

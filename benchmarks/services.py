@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -94,7 +95,7 @@ def requests(kind: str, count: int, cached: bytes) -> Iterator[Send]:
     for _ in range(count):
         if kind == "search by vector":
             query = {"vector": RNG.standard_normal(192).astype(np.float32).tolist(), "k": 10}
-            yield lambda client, query=query: client.post("/collections/many/search", json=query)
+            yield partial(httpx.Client.post, url="/collections/many/search", json=query)
         else:
             body = cached if kind == "embedding, cached" else image()
-            yield lambda client, body=body: client.post("/embeddings", content=body, headers=jpeg)
+            yield partial(httpx.Client.post, url="/embeddings", content=body, headers=jpeg)

@@ -27,8 +27,10 @@ from typing import Any
 
 import numpy as np
 import uvloop
-from crash import WHERE, opened  # benchmarks/crash.py
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.crash import WHERE, opened
 from service.search.embedded import EmbeddedStore
 from service.search.store import CollectionSpec, IndexSpec, Item, SearchParams
 

@@ -23,11 +23,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.load import read_photos, run_clients
 from benchmarks.services import Service
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from load import read_photos, run_clients  # benchmarks/load.py
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -35,8 +35,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tiny_training import TINY
-
+from benchmarks.tiny_training import TINY
 from model.checkpoint import load_checkpoint
 from training import run as between
 from training import train as loop

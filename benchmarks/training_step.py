@@ -238,7 +238,7 @@ def measure(
             start = time.perf_counter()
             if name == "official":
                 assert theirs is not None
-                loss = theirs.step(crops, *map(float, values), float(temp))
+                loss = theirs.step(crops, *map(float, values), float(temp))  # type: ignore[call-arg]
             else:
                 with attention_kernel(device, dtype):
                     loss = train_step(step_settings(config), ours, schedules, [crops], step)[0]["loss"].item()

@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from benchmarks.vision_heads import add_heads, random_artifact
 from model.artifact import bundled_artifact, load_artifact
 from model.config import CONFIGS

@@ -16,6 +16,7 @@ import datetime
 import io
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,11 +26,13 @@ from typing import Any
 import numpy as np
 import orjson
 from PIL import Image
-from random_model import RandomModel
 from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load_file
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.random_model import RandomModel
 from model.cpus import available_cpus
 from model.engines.choice import load_engine
 from model.export.artifact import export_artifact
@@ -84,7 +87,7 @@ def measure(vision: Vision, rounds: int, clock: Callable[[], float]) -> dict[str
 
         return run
 
-    work = {"plain pass": lambda: vision.analyse(image, PLAIN)}
+    work: dict[str, Callable[[], object]] = {"plain pass": lambda: vision.analyse(image, PLAIN)}
     work |= {label: request(*parts) for label, parts in REQUESTS.items()}
     times: dict[str, list[float]] = {label: [] for label in work}
     for turn in range(rounds + 1):
