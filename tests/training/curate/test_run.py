@@ -3,8 +3,10 @@
 import errno
 import json
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +14,12 @@ from PIL import Image
 
 from tests.training.curate.killed import exit_code_of
 from tests.training.curate.small_images import FakeEmbedder, fill_folder, picture
+from training.curate import run as run_module
 from training.curate import stages
 from training.curate.manifest import read_manifest, restore
 from training.curate.progress import in_lines
 from training.curate.run import LOG, WORK, Curation, Tools, curate, last_command
+from training.curate.scan import Scanned, ScanSettings
 from training.curate.settings import load_settings
 from training.curate.workers import Workers
 from training.data.sources import open_source
@@ -126,6 +130,68 @@ def test_candidates_for_copies_follow_the_settings(
         f"copies.neighbours={neighbours}",
     )
     assert sum(entry.stage == "copies" for entry in read_manifest(tmp_path / "out")) == copies
+
+
+@pytest.mark.parametrize(
+    ("settings", "threshold"), [([], 0.88), (["leaks.threshold=0.95"], 0.92), (["copies.threshold=0.8"], 0.8)]
+)
+def test_leaks_are_searched_with_the_settings(
+    tmp_path: Path, source: Path, monkeypatch, settings: list[str], threshold: float
+) -> None:
+    similarities = np.arange(0.7, 1, 0.01, np.float32)
+
+    class Seen(ValueError):
+        pass
+
+    class Comparison:
+        def __init__(self, *given: object) -> None:
+            pass
+
+        def __call__(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+            return similarities
+
+    def look(images, evaluation, views, verify, **given) -> None:
+        leaks = verify(SimpleNamespace(query=np.zeros(30, np.int64), vector=np.zeros(30, np.int64)))
+        raise Seen(given, similarities[leaks].min())
+
+    monkeypatch.setattr("training.curate.copy_stages.StoredComparison", Comparison)
+    monkeypatch.setattr("training.curate.copy_stages.find_leaks", look)
+    ours = ["leaks.similarity=0.25", "leaks.candidates=7", "leaks.hash_bits=5", f"leaks.evaluation={source}"]
+    with pytest.raises(Seen) as seen:
+        run(
+            fill_folder(tmp_path / "other", 3, first=50),
+            tmp_path / "out",
+            "stages=['leaks', 'write']",
+            *ours,
+            *settings,
+        )
+    given, least = seen.value.args
+    assert given == {"threshold": 0.25, "k": 7, "hash_bits": 5}
+    assert least == pytest.approx(threshold, abs=0.011)
+
+
+def test_another_precision_is_calibrated_again(tmp_path: Path, source: Path, monkeypatch) -> None:
+    def calibrated(images, pixels, precision: float, seed: int) -> SimpleNamespace:
+        return SimpleNamespace(value=precision, describe=lambda: [f"calibrated for {precision}"])
+
+    monkeypatch.setattr("training.curate.copy_stages.calibrate", calibrated)
+    for precision in (0.9, 0.95):
+        told = run(source, tmp_path / "out", "stages=['copies', 'write']", f"copies.precision={precision}")
+        assert f"copies: calibrated for {precision}" in told
+
+
+def test_faces_are_hidden_only_in_the_images_that_are_curated(tmp_path: Path, source: Path, monkeypatch) -> None:
+    hidden: dict[str, bool] = {}
+
+    def scan(settings: ScanSettings, *others: object) -> Scanned:
+        hidden[settings.folder.name] = settings.faces is not None
+        return plain_scan(replace(settings, faces=None), *others)
+
+    plain_scan = run_module.scan
+    monkeypatch.setattr(run_module, "scan", scan)
+    evaluation = fill_folder(tmp_path / "evaluation", 3, first=50)
+    run(source, tmp_path / "out", "stages=['leaks', 'write']", "faces.hide=true", f"leaks.evaluation={evaluation}")
+    assert hidden == {"images": True, "evaluation": False}
 
 
 @pytest.mark.parametrize("changed", ["pool", "evaluation"])
