@@ -2,7 +2,7 @@
 
 import { json } from "../api.js";
 import { announce, busy, confirmed, el, errorBox, field, fill, select, stateBadge, timeText } from "../dom.js";
-import { follow } from "../events.js";
+import { RETRY_MS, follow, pause } from "../events.js";
 import { mountJob } from "./jobs-detail.js";
 import { jobForm } from "./jobs-form.js";
 
@@ -54,13 +54,17 @@ function jobList(signal) {
   const more = el("button", { type: "button", hidden: true, onclick: () => load(more.value) }, "Older jobs");
   const waiting = new Set();
   let requested = new AbortController();
+  let isDenied = false;
 
   async function load(before) {
     requested.abort();
     requested = new AbortController();
     const query = { state: state.value, kind: kind.value, before, limit: PAGE };
     const call = { path: "/v1/jobs", query, signal: AbortSignal.any([signal, requested.signal]) };
-    const page = await busy(note, () => json(call));
+    const page = await busy(note, () => json(call).catch((error) => {
+      isDenied = error.status === 401 || error.status === 403;
+      throw error;
+    }));
     if (!page) return null;
     if (!before) {
       rows.clear();
@@ -112,8 +116,13 @@ function jobList(signal) {
   }
 
   async function start() {
-    const page = await load();
-    if (!page) return;
+    let page = await load();
+    while (!page && !isDenied && !signal.aborted) {
+      fill(connection, "not connected");
+      await pause(RETRY_MS, signal);
+      page = await load();
+    }
+    if (!page) return fill(connection);
     const onstate = (what) => fill(connection, what === "connected" ? "live" : `connecting again: ${what.message}`);
     follow({ path: "/v1/jobs/events", last: page.last_event, signal, onevent, onstate });
   }

@@ -144,7 +144,8 @@ function makeMap() {
     done(text);
   };
   const save = () => {
-    const quoted = (text) => `"${text.replaceAll('"', '""')}"`;
+    // Spreadsheets would run a text that begins with one of these characters as a formula.
+    const quoted = (text) => `"${text.replace(/^[=+\-@]/, "'$&").replaceAll('"', '""')}"`;
     const lines = data.items.map(({ id }, i) => `${quoted(id)},${positions[2 * i]},${positions[2 * i + 1]}`);
     download(new Blob([["id,x,y", ...lines, ""].join("\n")], { type: "text/csv" }), `${collection.value}-map.csv`);
   };

@@ -3,6 +3,7 @@
 import { el, errorBox, fill } from "../dom.js";
 import { itemImage, itemPicture } from "../images.js";
 import { currentImage, setImage } from "../state.js";
+import { itemLink } from "./image-common.js";
 
 /** Return a function that makes the elements for an answer of the search, whose first result has the rank `offset`. */
 export function results({ panel, collection }) {
@@ -34,8 +35,10 @@ function card(result, collection, panel) {
       action("more like this", () => panel.addExample(result.id, 1)),
       action("less like this", () => panel.addExample(result.id, -0.5)),
       action("look at it", async () => {
-        setImage(await itemImage(collection, result.id));
-        location.hash = `image?${new URLSearchParams({ collection, id: result.id })}`;
+        const image = await itemImage(collection, result.id);
+        if (!note.isConnected) return; // another view was opened meanwhile
+        setImage(image);
+        location.hash = itemLink(collection, result.id);
       }),
       action("compare with query", () => {
         if (!currentImage()) throw new Error("the query has no image that could be compared");
