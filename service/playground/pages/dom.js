@@ -205,7 +205,8 @@ export function confirmed(title, { text, action, fields = [], work }) {
 
 /** A time of the API in the user's time zone, or a dash. */
 export function timeText(time) {
-  return time ? el("time", { datetime: time, title: time }, new Date(time).toLocaleString()) : "-";
+  if (!time || Number.isNaN(Date.parse(time))) return time || "-";
+  return el("time", { datetime: time, title: time }, new Date(time).toLocaleString());
 }
 
 /** A value of an answer as text or as elements: lists with their parts, objects as rows. */

@@ -2,7 +2,7 @@
 
 import { request } from "./api.js";
 
-export const RETRY_MS = 3000;
+const RETRY_MS = 3000;
 
 /** Read the events of `path`, while the page is visible, until `signal` is aborted, beginning after the event with the number `last`. Each event is
  * passed to `onevent` as an object. After an interruption, the stream continues after the last event. `onstate` gets
@@ -48,6 +48,22 @@ function change(signal) {
     document.addEventListener("visibilitychange", done);
     signal.addEventListener("abort", done);
   });
+}
+
+/** The result of `load`, which is called again after each failure that may pass. `onfailure` gets the errors. Return
+ * undefined if the signal is aborted, or if the API key or the address is wrong. */
+export async function persistently(load, { signal, onfailure }) {
+  while (!signal.aborted) {
+    try {
+      return await load();
+    } catch (error) {
+      if (signal.aborted) return undefined;
+      if (error.name !== "AbortError") onfailure(error); // otherwise, a newer request has taken its place
+      if ([401, 403, 404, 422].includes(error.status)) return undefined;
+    }
+    await pause(RETRY_MS, signal);
+  }
+  return undefined;
 }
 
 /** Wait. Ends early when the signal is aborted. */

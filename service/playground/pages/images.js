@@ -101,9 +101,14 @@ export async function collectionNames() {
   return data.map((one) => one.name);
 }
 
-/** Decode an image upright. Return an ImageBitmap, whose width and height are those of the API's coordinates. */
-export function decoded(blob) {
-  return createImageBitmap(blob, { imageOrientation: "from-image" });
+/** Decode an image upright. Return an ImageBitmap, whose width and height are those of the API's coordinates. Raise Error
+ * if the browser cannot read the format, which the service may be able to read. */
+export async function decoded(blob) {
+  try {
+    return await createImageBitmap(blob, { imageOrientation: "from-image" });
+  } catch {
+    throw new Error(`${blob.name ?? "the image"} cannot be read as an image by this browser`);
+  }
 }
 
 /** The blob as a file. A name without the suffix of an image gets one, because the file may be downloaded under this name. */

@@ -49,6 +49,17 @@ async def test_large_integers_and_any_key_survive_an_edit(page: Any, api: httpx.
     assert await page.evaluate("() => ({}).x") is None
 
 
+async def test_a_card_shows_a_part_of_much_metadata(page: Any) -> None:
+    count = """({ metadataList }, metadata) => {
+      const place = document.createElement("div");
+      place.append(...metadataList(metadata, null).filter((part) => part));
+      const values = [...place.querySelectorAll("dd")];
+      return [values.length, values[0].textContent.length, place.lastChild.textContent];
+    }"""
+    metadata = {f"key {number}": "x" * 60_000 for number in range(30)}
+    assert await module(page, "views/search-results.js", count, metadata) == [20, 301, "and 10 more keys"]
+
+
 async def test_an_id_of_dots_does_not_change_the_path(page: Any, hostile: str) -> None:
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))

@@ -3,6 +3,7 @@
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.fakes import until
 
@@ -100,3 +101,49 @@ async def test_a_hidden_page_has_no_stream(page: Any, api: httpx.Client) -> None
     await page.evaluate(turn, False)
     await until(lambda: len(streams) > 1)
     assert await page.text_content("#jobs-connection") == "live"
+
+
+async def test_a_search_in_another_collection_waits_for_the_image(page: Any, api: httpx.Client) -> None:
+    api.put("/v1/collections/empty", json={}).raise_for_status()
+    held = await hold(page, SLOW)
+    await page.goto("/#search?collection=shop&id=shelf%2F01")
+    await page.wait_for_selector("#search-results .card")
+    await until(lambda: bool(held))
+    await page.select_option("#search-collection", "empty")
+    await page.wait_for_selector("#search-results[aria-busy]")
+    await held[0].continue_()
+    await page.locator("#search-summary", has_text="No results").wait_for()
+    api.delete("/v1/collections/empty").raise_for_status()
+
+
+async def test_suggested_keys_are_those_of_the_collection(page: Any, api: httpx.Client) -> None:
+    api.put("/v1/collections/empty", json={}).raise_for_status()
+    held = await hold(page, "**/shop/items/scroll")
+    await page.goto("/#search?collection=shop")
+    await until(lambda: bool(held))
+    await page.select_option("#search-collection", "empty")
+    await held[0].continue_()
+    await page.wait_for_load_state("networkidle")
+    assert await page.locator("#search-keys option").count() == 0
+    api.delete("/v1/collections/empty").raise_for_status()
+
+
+@pytest.mark.parametrize("address", ["/#jobs", "/#jobs?job=none"])
+async def test_jobs_are_read_when_the_service_answers_again(page: Any, address: str) -> None:
+    await page.clock.install()
+    await page.route("**/v1/jobs?*", lambda route: route.abort())
+    await page.goto(address)
+    await page.locator("#jobs-connection", has_text="not connected").wait_for()
+    await page.unroute("**/v1/jobs?*")
+    await page.clock.run_for(3000)
+    await page.locator("#jobs-connection", has_text="live").or_(page.get_by_text("there is no job 'none'")).wait_for()
+
+
+async def test_the_address_of_a_match_stays_while_an_image_is_loaded(page: Any) -> None:
+    held = await hold(page, SLOW)
+    await page.goto("/#match?collection=shop&a=shelf%2F05&b=shelf%2F01")
+    await page.get_by_text("shelf/05 of shop, 320 × 240 pixels").wait_for()
+    await until(lambda: bool(held))
+    assert await page.evaluate("() => location.hash") == "#match?collection=shop&a=shelf%2F05&b=shelf%2F01"
+    await held[0].continue_()
+    await page.wait_for_selector("#match-lines line", state="attached")

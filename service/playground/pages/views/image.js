@@ -39,8 +39,9 @@ export function mount(place, parameters) {
       const bitmap = await decoded(image.blob);
       if (turn !== view.turn) return bitmap.close();
       view.bitmap = bitmap;
-    } catch {
-      return fill(body, errorBox(new Error(`${image.blob.name} cannot be read as an image`)));
+    } catch (error) {
+      if (turn === view.turn) fill(body, errorBox(error));
+      return;
     }
     announce(`${nameOf(image)}, ${view.bitmap.width} by ${view.bitmap.height} pixels`);
     fillBody(body, view, image);

@@ -2,7 +2,7 @@
 
 import { json } from "../api.js";
 import { announce, busy, confirmed, el, errorBox, field, fill, select, stateBadge, timeText } from "../dom.js";
-import { RETRY_MS, follow, pause } from "../events.js";
+import { follow, persistently } from "../events.js";
 import { mountJob } from "./jobs-detail.js";
 import { jobForm } from "./jobs-form.js";
 
@@ -54,18 +54,15 @@ function jobList(signal) {
   const more = el("button", { type: "button", hidden: true, onclick: () => load(more.value) }, "Older jobs");
   const waiting = new Set();
   let requested = new AbortController();
-  let isDenied = false;
 
-  async function load(before) {
+  const load = (before) => busy(note, () => read(before));
+
+  async function read(before) {
     requested.abort();
     requested = new AbortController();
     const query = { state: state.value, kind: kind.value, before, limit: PAGE };
     const call = { path: "/v1/jobs", query, signal: AbortSignal.any([signal, requested.signal]) };
-    const page = await busy(note, () => json(call).catch((error) => {
-      isDenied = error.status === 401 || error.status === 403;
-      throw error;
-    }));
-    if (!page) return null;
+    const page = await json(call);
     if (!before) {
       rows.clear();
       fill(body);
@@ -116,13 +113,12 @@ function jobList(signal) {
   }
 
   async function start() {
-    let page = await load();
-    while (!page && !isDenied && !signal.aborted) {
+    const onfailure = (error) => {
       fill(connection, "not connected");
-      await pause(RETRY_MS, signal);
-      page = await load();
-    }
-    if (!page) return fill(connection);
+      fill(note, errorBox(error));
+    };
+    const page = await persistently(read, { signal, onfailure });
+    if (!page) return;
     const onstate = (what) => fill(connection, what === "connected" ? "live" : `connecting again: ${what.message}`);
     follow({ path: "/v1/jobs/events", last: page.last_event, signal, onevent, onstate });
   }

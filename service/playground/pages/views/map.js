@@ -10,6 +10,8 @@ import { dividingKey, groupsOf, legend, metadataKeys } from "./map-legend.js";
 import { mapPlot } from "./map-plot.js";
 import { selectionPanel } from "./map-selection.js";
 
+const ROUNDING = 1e-4;
+
 export async function mount(place, parameters) {
   const map = makeMap();
   fill(place, el("h2", {}, "Map: which items are similar?"), map.element);
@@ -155,7 +157,10 @@ function makeMap() {
   });
   layout.addEventListener("change", place);
   key.addEventListener("change", colour);
-  const rectangle = rectangleForm((left, right, top, bottom, isAdded) => choose(plot.inside([[left, top], [right, top], [right, bottom], [left, bottom]]), isAdded));
+  const rectangle = rectangleForm((left, right, top, bottom, isAdded) => {
+    const [l, r, t, b] = [left - ROUNDING, right + ROUNDING, top - ROUNDING, bottom + ROUNDING]; // with the items on its border
+    choose(plot.inside([[l, t], [r, t], [r, b], [l, b]]), isAdded);
+  });
   const element = el("div", {},
     el("div", { class: "row ends" }, field("Collection", collection), field("Layout", layout), field("Colours by", key), el("button", { type: "button", onclick: load }, "Read again"), el("button", { type: "button", onclick: save }, "Save the positions (CSV)")),
     el("details", { id: "map-filter" }, el("summary", {}, "Filter"), filterKeys, filter),

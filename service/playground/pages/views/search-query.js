@@ -10,9 +10,11 @@ const kept = { weight: 1, examples: [] }; // until the page is reloaded, and for
 
 /** The part of the page with which the user makes the query. `onchange` is called when the query is different.
  *   useItem(id, collection): search by this item        addExample(id, weight): add an item to the query
- *   query(): { image, item, weight, examples }          isEmpty(), reset() for another collection, stop() */
+ *   query(): { image, item, weight, examples }          isEmpty(), reset() for another collection, stop()
+ *   arrived(): a promise that resolves when the image of the item is loaded, or cannot be */
 export function queryPanel({ collection, onchange, onitems }) {
   let image = currentImage(); // { blob, item }, where the blob is null as long as the item's image is not loaded
+  let arriving = Promise.resolve(); // when the image of the item is there, or cannot be
   const leaving = new AbortController();
   const picker = imagePicker({ onimage: use });
   const chooser = itemChooser({ collection, onpick: ({ id }) => element.useItem(id, collection()), onpage: onitems });
@@ -54,7 +56,11 @@ export function queryPanel({ collection, onchange, onitems }) {
     (examples.querySelector("button") ?? shown.querySelector("button"))?.focus();
   }
 
-  element.useItem = async (id, name) => {
+  element.useItem = (id, name) => {
+    arriving = fetchItem(id, name); // `image` is set, and its blob follows
+    return arriving;
+  };
+  async function fetchItem(id, name) {
     use({ blob: null, item: { collection: name, id } });
     const wanted = image;
     try {
@@ -68,7 +74,8 @@ export function queryPanel({ collection, onchange, onitems }) {
       setImage(null);
     }
     show();
-  };
+  }
+  element.arrived = () => arriving;
   element.addExample = (id, weight) => {
     kept.examples = [...kept.examples.filter((one) => one.id !== id), { id, weight, collection: collection() }];
     announce(`${id} is ${weight < 0 ? "a counter-example" : "a further example"}`);

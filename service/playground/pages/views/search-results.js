@@ -54,11 +54,19 @@ function scoreText(result) {
   return result.rerank_score === undefined ? text : `${text}, by patches ${result.rerank_score.toFixed(3)}`;
 }
 
-/** Metadata as a list of keys and values. A source that only names the stored image is left out. */
+const MOST_KEYS = 20;
+const MOST_LETTERS = 300;
+
+/** Metadata as a list of keys and values, the first ones of many. A source that only names the stored image is left out. */
 export function metadataList(metadata, source) {
   const rows = Object.entries(metadata ?? {});
   if (source && !source.startsWith("original:")) rows.push(["source", source]);
   if (!rows.length) return null;
-  const text = (value) => (typeof value === "string" ? value : JSON.stringify(value));
-  return el("dl", { class: "metadata" }, rows.map(([key, value]) => [el("dt", {}, key), el("dd", {}, text(value))]));
+  const cut = (text) => (text.length > MOST_LETTERS ? `${text.slice(0, MOST_LETTERS)}…` : text);
+  const text = (value) => cut(typeof value === "string" ? value : JSON.stringify(value));
+  const more = rows.splice(MOST_KEYS).length;
+  return [
+    el("dl", { class: "metadata" }, rows.map(([key, value]) => [el("dt", {}, cut(key)), el("dd", {}, text(value))])),
+    more > 0 && el("small", {}, `and ${more} more keys`),
+  ];
 }
