@@ -25,9 +25,12 @@ async def load_on_trial(places: Places, known: KnownModel, *, engine: str, preci
     """
     if known.generation is not None and known.generation.state in LOADED:
         return known.generation
-    if known.generation is not None:
-        engine, precision = known.generation.engine, known.generation.precision
     with await migration_lock(places.data_dir):
+        generation = await _current(places, known)
+        if generation is not None and generation.state in LOADED:
+            return generation  # another request was faster
+        if generation is not None:
+            engine, precision = generation.engine, generation.precision
         await _end_trials(places)
         manifest = known.manifest
         return await asyncio.to_thread(
@@ -54,10 +57,25 @@ async def end_trial(places: Places, known: KnownModel) -> None:
     if generation.state != "candidate":
         raise Conflict(f"{known.name} is {generation.state}: only a model on trial can be unloaded")
     with await migration_lock(places.data_dir):
+        generation = await _current(places, known)
+        if generation is None:
+            return  # another request was faster
         await _end_trials(places, only=generation.number)
     every = await asyncio.to_thread(places.generations.all)
     if any(each.number == generation.number and each.state == "candidate" for each in every):
         raise Conflict(f"collections have vectors of {known.name}, so it stays loaded")
+
+
+async def _current(places: Places, known: KnownModel) -> Generation | None:
+    """Return the generation of a model as it is now. `known` may have been read before another process changed it."""
+    every = [
+        each
+        for each in await asyncio.to_thread(places.generations.all)
+        if each.fingerprint == known.manifest.fingerprint
+    ]
+    number = known.generation.number if known.generation else None
+    every.sort(key=lambda each: (each.number == number, each.state in LOADED))
+    return every[-1] if every else None
 
 
 async def _end_trials(places: Places, only: int | None = None) -> None:

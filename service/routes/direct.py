@@ -89,11 +89,14 @@ def protect(route: BaseRoute) -> None:
 
 
 def accept_trailing_slash(route: BaseRoute) -> None:
-    """Make a route also accept its path with a slash at the end. A route whose path ends in the id of an item stays as
-    it is, because the slash is part of the id."""
+    """Make a route also accept its path with a slash at the end.
+
+    A route whose path ends in the id of an item stays as it is, because the slash is part of the id. So does a route
+    that deletes: clients turn `/v1/collections/shop/items/..` into `/v1/collections/shop/`, and would delete everything
+    instead of one item."""
     assert isinstance(route, Route)
     pattern = route.path_regex.pattern.removesuffix("$")
-    if not pattern.endswith(_ITEM_ID):
+    if not pattern.endswith(_ITEM_ID) and "DELETE" not in (route.methods or ()):
         pattern = re.sub(r"\.\*\)$", ".+?)", pattern) + "/?"
     # The $ of Starlette's pattern would match before a line break at the end of the path, and lose this line break.
     route.path_regex = re.compile(pattern + r"\Z", re.DOTALL)

@@ -3,6 +3,7 @@ model, and remove models: `/v1/models`."""
 
 import asyncio
 import re
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from fastapi import APIRouter, Request
@@ -74,7 +75,8 @@ async def load_model(request: Request) -> JsonAnswer[ModelAnswer]:
     known = await _known(service, body.model)
     if known.manifest.fingerprint != service.artifact.fingerprint or known.generation is not None:
         engine = service.engine
-        await load_on_trial(_places(service), known, engine=engine.name, precision=engine.precision)
+        generation = await load_on_trial(_places(service), known, engine=engine.name, precision=engine.precision)
+        known = replace(known, generation=generation)
     return json_response(await _described(service, known), status=202)
 
 
@@ -139,9 +141,18 @@ async def _known(service: Service, name: str) -> KnownModel:
 
 
 async def _described(service: Service, known: KnownModel) -> ModelAnswer:
-    """Return the description of a model after a change."""
+    """Return the description of a model after a change.
+
+    Raises:
+        ModelNotFound: the model was removed meanwhile.
+    """
     answers = await asyncio.to_thread(_all_models, service)
-    return next(answer for answer in answers if answer["fingerprint"] == known.manifest.fingerprint)
+    same = [answer for answer in answers if answer["fingerprint"] == known.manifest.fingerprint]
+    number = known.generation.number if known.generation else None
+    same.sort(key=lambda answer: answer["generation"] != number)
+    if not same:
+        raise ModelNotFound(f"the model {known.name} was removed", param="model")
+    return same[0]
 
 
 def _all_models(service: Service) -> list[ModelAnswer]:

@@ -20,6 +20,19 @@ export class ApiError extends Error {
   }
 }
 
+/** Parse JSON. Integers that a number of JavaScript cannot represent become a BigInt, so that no digit is lost. */
+export function parsed(text) {
+  if (!JSON.rawJSON || !/(^|[\s:,[])-?\d{16}/.test(text)) return JSON.parse(text);
+  return JSON.parse(text, (_, value, { source }) =>
+    typeof value === "number" && Number.isInteger(value) && !Number.isSafeInteger(value) && /^-?\d+$/.test(source) ? BigInt(source) : value);
+}
+
+if (JSON.rawJSON) {
+  BigInt.prototype.toJSON = function () {
+    return JSON.rawJSON(String(this));
+  };
+}
+
 /** Send a request. A call has:
  *   method, path ("/v1/models"), query {name: value}
  *   and one of: json (an object), form ([[name, value or File], ...]), image (a Blob, sent as the raw body)
@@ -27,10 +40,10 @@ export class ApiError extends Error {
  *   shown: false for requests that a view makes for itself, which are not shown as code
  * Return the response. Raise ApiError for a status of 400 and above. */
 export async function request(call) {
-  const { headers, body } = prepared(call);
+  const { url, headers, body } = prepared(call);
   let response;
   try {
-    response = await fetch(address(call), { method: call.method ?? "GET", headers, body, signal: call.signal });
+    response = await fetch(url, { method: call.method ?? "GET", headers, body, signal: call.signal });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ApiError(0, { title: "No connection", detail: `the service does not answer: ${error.message}` });
@@ -43,8 +56,8 @@ export async function request(call) {
 
 /** Send a request as `json` does, and call `onprogress` with the number of bytes sent so far and the size of the body.
  * An ApiError has `retryAfter`, the seconds after which the service wants to be asked again, or 0. */
-export function upload(call, onprogress) {
-  const { headers, body } = prepared(call);
+export async function upload(call, onprogress) {
+  const { url, headers, body } = prepared(call);
   const sender = new XMLHttpRequest();
   return new Promise((resolve, reject) => {
     const abort = () => sender.abort();
@@ -53,12 +66,16 @@ export function upload(call, onprogress) {
       error.retryAfter = Number(sender.getResponseHeader("Retry-After")) || 0;
       reject(error);
     };
-    sender.open(call.method ?? "GET", address(call));
+    sender.open(call.method ?? "GET", url);
     for (const [name, value] of Object.entries(headers)) sender.setRequestHeader(name, value);
     sender.upload.addEventListener("progress", (event) => onprogress(event.loaded, event.total));
     sender.addEventListener("load", () => {
-      if (sender.status < 400) resolve(sender.responseText ? JSON.parse(sender.responseText) : null);
-      else fail(sender.status, problemOf(sender.responseText, sender.status, sender.statusText));
+      if (sender.status >= 400) return fail(sender.status, problemOf(sender.responseText, sender.status, sender.statusText));
+      try {
+        resolve(sender.responseText ? parsed(sender.responseText) : null);
+      } catch (error) {
+        reject(error); // the answer is not from the service
+      }
     });
     sender.addEventListener("error", () => fail(0, { title: "No connection", detail: "the service does not answer" }));
     sender.addEventListener("abort", () => reject(new DOMException("aborted", "AbortError")));
@@ -69,14 +86,15 @@ export function upload(call, onprogress) {
   });
 }
 
-/** The headers and the body of a call. Shows the call as code. */
+/** The address, the headers and the body of a call. Shows the call as code. */
 function prepared(call) {
+  const url = address(call);
   if (call.shown !== false) window.dispatchEvent(new CustomEvent("api-request", { detail: call }));
   const headers = { Accept: call.accept ?? "application/json, */*", ...call.headers };
   if (apiKey.get()) headers.Authorization = `Bearer ${apiKey.get()}`;
   if (call.json !== undefined) {
     headers["Content-Type"] = "application/json";
-    return { headers, body: JSON.stringify(call.json) };
+    return { url, headers, body: JSON.stringify(call.json) };
   }
   if (call.form) {
     const body = new FormData();
@@ -84,20 +102,23 @@ function prepared(call) {
       if (value instanceof File) body.append(name, value, value.name); // not its path below a chosen folder
       else body.append(name, value);
     }
-    return { headers, body };
+    return { url, headers, body };
   }
   if (call.image) headers["Content-Type"] = call.image.type || "application/octet-stream";
-  return { headers, body: call.image };
+  return { url, headers, body: call.image };
 }
 
 /** Send a request and return the JSON document of the answer, or null if it is empty. */
 export async function json(call) {
   const text = await (await request(call)).text();
-  return text ? JSON.parse(text) : null;
+  return text ? parsed(text) : null;
 }
 
-/** The path and the query of a call, with the prefix under which the service is published. */
+/** The path and the query of a call, with the prefix under which the service is published. Raise Error if a part of the
+ * path is "." or "..": browsers, curl and httpx would send the request to another path. */
 export function address(call) {
+  const part = call.path.split("/").find((one) => /^(\.|%2e){1,2}$/i.test(one));
+  if (part) throw new Error(`“${part}” cannot be a part of an address, because browsers remove it`);
   const query = new URLSearchParams();
   for (const [name, value] of Object.entries(call.query ?? {})) {
     if (value !== undefined && value !== null && value !== "") query.append(name, value);

@@ -2,7 +2,7 @@
 
 import { apiKey, json } from "./api.js";
 import { curl, python } from "./code.js";
-import { el, errorBox, fill } from "./dom.js";
+import { copyText, el, errorBox, fill } from "./dom.js";
 
 // Each view is a module with `mount(place, parameters)`. It may return a function that is called when it is left.
 const VIEWS = [
@@ -20,7 +20,7 @@ let leave = null;
 
 /** Show the view that the address names: `#image`, `#map?collection=shop`. */
 async function show() {
-  const [name, query] = location.hash.slice(1).split("?");
+  const [, name, query] = /^#?([^?]*)\??(.*)$/s.exec(location.hash);
   const [view, title, load] = VIEWS.find(([key]) => key === name) ?? VIEWS[0];
   leave?.();
   leave = null;
@@ -47,14 +47,10 @@ function showCode({ detail: call }) {
     el(
       "figure",
       {},
-      el("figcaption", {}, title, " ", el("button", { type: "button", onclick: () => copy(text) }, "Copy")),
+      el("figcaption", {}, title, " ", el("button", { type: "button", onclick: () => copyText(text) }, "Copy")),
       el("pre", { tabindex: "0", "aria-label": title }, text),
     );
   fill(document.getElementById("code-panes"), pane("curl", curl(call)), pane("Python", python(call)));
-}
-
-async function copy(text) {
-  await navigator.clipboard?.writeText(text);
 }
 
 async function showModel() {
@@ -104,6 +100,10 @@ function prepareTheme() {
 fill(document.getElementById("views"), ...VIEWS.map(([name, title]) => el("a", { href: `#${name}` }, title)));
 window.addEventListener("api-request", showCode);
 window.addEventListener("hashchange", show);
+document.querySelector("a.skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the address names the view
+  main.focus();
+});
 prepareKey();
 prepareTheme();
 showModel();

@@ -5,15 +5,28 @@ import { address, apiKey } from "./api.js";
 const shell = (text) => `'${String(text).replaceAll("'", `'\\''`)}'`;
 const nameOf = (blob) => blob.name || "image.jpg";
 
-/** A copy of a value in which data URLs and long texts are replaced by a name that stands for them. */
-function shortened(value) {
-  if (typeof value === "string") return value.length > 400 ? `${value.slice(0, 40)}...` : value;
-  if (Array.isArray(value)) return value.length > 50 ? [...value.slice(0, 50).map(shortened), "..."] : value.map(shortened);
-  if (value && typeof value === "object") {
-    return Object.fromEntries(Object.entries(value).map(([name, inner]) => [name, shortened(inner)]));
+const JSON_WORDS = { null: "null", true: "true", false: "false" };
+const PYTHON_WORDS = { null: "None", true: "True", false: "False" };
+const MOST_LETTERS = 400;
+const MOST_ELEMENTS = 50;
+
+/** A value as JSON or Python writes it. Long texts and lists are cut: the dots outside of quotes are an error in both, so a
+ * command that is copied with them does not do something else. */
+function written(value, words) {
+  if (typeof value === "string") return value.length > MOST_LETTERS ? `${JSON.stringify(value.slice(0, 40))}...` : JSON.stringify(value);
+  if (Array.isArray(value)) {
+    const parts = value.slice(0, MOST_ELEMENTS).map((inner) => written(inner, words));
+    return `[${[...parts, ...(value.length > MOST_ELEMENTS ? ["..."] : [])].join(", ")}]`;
   }
-  return value;
+  if (value && typeof value === "object") {
+    const pairs = Object.entries(value).filter(([, inner]) => inner !== undefined);
+    return `{${pairs.map(([name, inner]) => `${JSON.stringify(name)}: ${written(inner, words)}`).join(", ")}}`;
+  }
+  return words[value] ?? JSON.stringify(value);
 }
+
+/** A value as Python writes it. */
+const literal = (value) => written(value, PYTHON_WORDS);
 
 /** The curl command of a call. The API key is not part of it. */
 export function curl(call) {
@@ -24,11 +37,11 @@ export function curl(call) {
   }
   if (apiKey.get()) words.push('-H "Authorization: Bearer $DINOV2_API_KEY"');
   if (call.json !== undefined) {
-    words.push("-H 'Content-Type: application/json'", `-d ${shell(JSON.stringify(shortened(call.json)))}`);
+    words.push("-H 'Content-Type: application/json'", `-d ${shell(written(call.json, JSON_WORDS))}`);
   } else if (call.form) {
     for (const [name, value] of call.form) {
       if (value instanceof Blob) words.push(`-F ${shell(`${name}=@"${nameOf(value).replace(/["\\]/g, "\\$&")}"`)}`);
-      else words.push(`${/^[@<]|;type=/.test(value) ? "--form-string" : "-F"} ${shell(`${name}=${value}`)}`);
+      else words.push(`--form-string ${shell(`${name}=${value}`)}`); // -F would read files, and cut the value at a semicolon
     }
   } else if (call.image) {
     words.push(`-H ${shell(`Content-Type: ${call.image.type || "application/octet-stream"}`)}`);
@@ -47,7 +60,7 @@ export function python(call) {
     lines.splice(0, 1, "import os", "", "import httpx");
     headers.push(`"Authorization": f"Bearer {os.environ['DINOV2_API_KEY']}"`);
   }
-  if (call.json !== undefined) options.push(`json=${literal(shortened(call.json))}`);
+  if (call.json !== undefined) options.push(`json=${literal(call.json)}`);
   else if (call.form) {
     const files = call.form.filter(([, value]) => value instanceof Blob);
     const data = call.form.filter(([, value]) => !(value instanceof Blob));
@@ -77,18 +90,4 @@ function merged(fields) {
   const values = {};
   for (const [name, value] of fields) (values[name] ??= []).push(value);
   return Object.fromEntries(Object.entries(values).map(([name, list]) => [name, list.length > 1 ? list : list[0]]));
-}
-
-/** A value as Python writes it. */
-function literal(value) {
-  if (value === null) return "None";
-  if (value === true) return "True";
-  if (value === false) return "False";
-  if (Array.isArray(value)) return `[${value.map(literal).join(", ")}]`;
-  if (typeof value === "object") {
-    return `{${Object.entries(value)
-      .map(([name, inner]) => `${literal(name)}: ${literal(inner)}`)
-      .join(", ")}}`;
-  }
-  return JSON.stringify(value);
 }

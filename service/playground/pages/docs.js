@@ -1,6 +1,6 @@
 // The documentation of the REST API, made from /openapi.json. Every request can be tried.
 
-import { apiKey, json, request, root } from "./api.js";
+import { apiKey, json, parsed, request, root } from "./api.js";
 import { curl, python } from "./code.js";
 import { append, busy, el, errorBox, field, fill, select } from "./dom.js";
 import { EXAMPLE_IMAGE, exampleBody, exampleImage, examplePath, withImage } from "./examples.js";
@@ -14,8 +14,8 @@ async function start() {
   );
   const tags = [...new Set(operations.map((operation) => operation.tags?.[0] ?? "other"))];
   const wanted = el("input", { type: "search", id: "wanted", placeholder: "embeddings, filter, POST ..." });
-  const key = el("input", { type: "password", id: "key-input", autocomplete: "off", ".value": apiKey.get() });
-  key.addEventListener("change", () => apiKey.set(key.value.trim()));
+  const key = el("input", { type: "password", id: "key-input", autocomplete: "off", pattern: "\\s*[!-~]*\\s*", title: "letters, digits and signs of ASCII", ".value": apiKey.get() });
+  key.addEventListener("change", () => key.reportValidity() && apiKey.set(key.value.trim()));
   const list = el("div");
   wanted.addEventListener("input", () => narrow(list, wanted.value));
   fill(
@@ -180,18 +180,18 @@ function tryIt(operation, api) {
       else if (control.value !== "") call.query[name] = control.value;
     }
     if (type.value === "application/json") {
-      if (text.value.trim()) call.json = JSON.parse(text.value);
+      if (text.value.trim()) call.json = parsed(text.value);
     } else if (type.value === "multipart/form-data") {
       const many = operation.requestBody.content[type.value].schema.properties?.files ? 2 : 1;
       call.form = file.files.length ? [["file", file.files[0]]] : [...Array(many)].map(() => ["file", exampleImage()]);
     } else if (type.value) call.image = file.files[0] ?? exampleImage();
+    if (call.image || call.form) Object.assign(call, await readyFiles(call));
     const panes = [el("h4", {}, "curl"), el("pre", { tabindex: "0" }, curl(call)), el("h4", {}, "Python"), el("pre", { tabindex: "0" }, python(call))];
     fill(place, panes);
     const result = el("div");
     append(place, result);
     await busy(result, async () => {
-      const sent = call.json === undefined ? call : { ...call, json: await withImage(call.json) };
-      await show(result, sent.image || sent.form ? { ...sent, ...(await readyFiles(sent)) } : sent);
+      await show(result, call.json === undefined ? call : { ...call, json: await withImage(call.json) });
     });
   };
   return el(
@@ -226,7 +226,7 @@ async function show(place, call) {
     fill(place, head, el("p", {}, "a stream of events; see docs/jobs.md"));
   } else {
     let text = await response.text();
-    if (type.includes("json") && text) text = JSON.stringify(JSON.parse(text), null, 1);
+    if (type.includes("json") && text) text = JSON.stringify(parsed(text), null, 1);
     fill(place, head, el("pre", { tabindex: "0" }, text.length > 20_000 ? `${text.slice(0, 20_000)}\n...` : text));
   }
 }

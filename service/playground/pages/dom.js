@@ -52,6 +52,24 @@ export function select(options, attributes = {}) {
   return el("select", attributes, ...items.map(([value, text]) => el("option", { value }, text)));
 }
 
+/** Copy a text to the clipboard, and announce that `what` is copied. Without HTTPS, browsers offer `navigator.clipboard`
+ * on localhost only. */
+export async function copyText(text, what = "The text is") {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    const before = document.activeElement;
+    const area = el("textarea", { class: "hidden-text", "aria-hidden": "true", ".value": text });
+    document.body.append(area);
+    area.select();
+    const isCopied = document.execCommand("copy");
+    area.remove();
+    before?.focus();
+    if (!isCopied) return announce("The browser does not allow this page to copy.");
+  }
+  announce(`${what} copied`);
+}
+
 /** Offer a file for download. */
 export function download(blob, name) {
   const url = URL.createObjectURL(blob);
@@ -69,7 +87,7 @@ export function errorBox(error) {
     el("strong", {}, problem.title ?? "Error"),
     el("p", {}, problem.detail ?? error.message),
     error.status === 401 ? el("p", {}, "This service needs an API key. Enter one above: ",
-      el("button", { type: "button", onclick: () => document.getElementById("key")?.click() }, "Enter an API key")) : null,
+      el("button", { type: "button", onclick: () => (document.getElementById("key") ? document.getElementById("key").click() : document.getElementById("key-input")?.focus()) }, "Enter an API key")) : null,
     error.status === 403 ? el("p", {}, "The API key of this session does not allow it: see docs/security.md for its scopes.") : null,
     problem.request_id ? el("small", {}, `request ${problem.request_id}`) : null,
   );
@@ -183,7 +201,8 @@ export function confirmed(title, { text, action, fields = [], work }) {
 
 /** A time of the API in the user's time zone, or a dash. */
 export function timeText(time) {
-  return time ? el("time", { datetime: time, title: time }, new Date(time).toLocaleString()) : "-";
+  if (!time || Number.isNaN(Date.parse(time))) return time || "-";
+  return el("time", { datetime: time, title: time }, new Date(time).toLocaleString());
 }
 
 /** A value of an answer as text or as elements: lists with their parts, objects as rows. */

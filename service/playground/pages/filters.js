@@ -1,5 +1,6 @@
 // Filters of items (docs/search.md): a form with conditions, or the JSON of the API.
 
+import { parsed } from "./api.js";
 import { append, el, field, fill, select } from "./dom.js";
 
 const OPERATORS = [
@@ -29,7 +30,8 @@ export function typedValue(text) {
     }
   }
   if (!NUMBER.test(trimmed)) return trimmed;
-  const number = Number(trimmed);
+  const number = parsed(trimmed);
+  if (typeof number === "bigint") return number;
   if (Number.isInteger(number) ? !Number.isSafeInteger(number) : !Number.isFinite(number)) {
     throw new Error(`${trimmed} is too large to be exact in a browser`);
   }
@@ -175,7 +177,7 @@ export function filterForm({ keys, onchange, initial = null }) {
     join.hidden = rows.length < 2;
     let next;
     try {
-      next = raw.hidden ? fromRows() : text.value.trim() ? JSON.parse(text.value) : null;
+      next = raw.hidden ? fromRows() : text.value.trim() ? parsed(text.value) : null;
       if (next !== null && (typeof next !== "object" || Array.isArray(next))) throw new Error("a filter is a JSON object");
       fill(note);
     } catch (error) {

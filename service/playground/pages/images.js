@@ -3,6 +3,11 @@
 import { collectionPath, json, request } from "./api.js";
 import { acceptDrops, el, errorBox, fill } from "./dom.js";
 
+export const IMAGE_NAME = /\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic)$/i;
+const SUFFIXES = {
+  "image/png": ".png", "image/webp": ".webp", "image/gif": ".gif", "image/bmp": ".bmp", "image/tiff": ".tiff", "image/avif": ".avif", "image/heic": ".heic",
+};
+
 /** Make an element with which the user chooses one image. `onimage` gets { blob, item }. Call `.stop()` when it is not
  * needed any more. If a page has several pickers, `takesPaste` says which of them gets a pasted image. */
 export function imagePicker({ label = "Drop an image, paste it, or", onimage, takesPaste = () => true }) {
@@ -19,8 +24,10 @@ export function imagePicker({ label = "Drop an image, paste it, or", onimage, ta
     camera.element,
     note,
   );
+  let turn = 0; // an item whose image is still on the way must not take the place of a newer image
   const choose = (blob) => {
     if (!blob) return;
+    turn++;
     fill(note);
     camera.stop();
     onimage({ blob: named(blob), item: null });
@@ -31,8 +38,10 @@ export function imagePicker({ label = "Drop an image, paste it, or", onimage, ta
   });
   acceptDrops(zone, note, async (dropped) => {
     const item = dropped.getData("application/x-dinov2-item");
-    if (item) onimage(await itemImage(...JSON.parse(item)));
-    else choose(dropped.files[0]);
+    if (!item) return choose(dropped.files[0]);
+    const mine = ++turn;
+    const image = await itemImage(...JSON.parse(item));
+    if (mine === turn) onimage(image);
   });
   const paste = (event) => {
     const file = [...(event.clipboardData?.files ?? [])].find((one) => one.type.startsWith("image/"));
@@ -41,6 +50,7 @@ export function imagePicker({ label = "Drop an image, paste it, or", onimage, ta
   document.addEventListener("paste", paste);
   zone.stop = () => {
     document.removeEventListener("paste", paste);
+    turn++;
     camera.stop();
   };
   return zone;
@@ -60,15 +70,26 @@ export function itemPicture(collection, id, attributes = {}) {
   picture.addEventListener("dragstart", (event) => {
     event.dataTransfer.setData("application/x-dinov2-item", JSON.stringify([collection, id]));
   });
+  const replace = (text) => picture.replaceWith(el("span", { class: "no-image" }, text));
+  let loading = null;
   new IntersectionObserver(async (entries, observer) => {
-    if (!entries.some((entry) => entry.isIntersecting)) return;
-    observer.disconnect();
+    loading?.abort(); // it was scrolled away, or removed, while its image was on the way
+    if (!entries.at(-1).isIntersecting) return;
+    const { signal } = (loading = new AbortController());
     try {
-      const { blob } = await itemImage(collection, id);
-      picture.src = URL.createObjectURL(blob);
-      picture.addEventListener("load", () => URL.revokeObjectURL(picture.src), { once: true });
-    } catch {
-      picture.replaceWith(el("span", { class: "no-image" }, "no stored image"));
+      const { blob } = await itemImage(collection, id, signal);
+      observer.disconnect();
+      const url = URL.createObjectURL(blob);
+      picture.addEventListener("load", () => URL.revokeObjectURL(url), { once: true });
+      picture.addEventListener("error", () => {
+        URL.revokeObjectURL(url);
+        replace("this browser cannot show it");
+      }, { once: true });
+      picture.src = url;
+    } catch (error) {
+      if (error.name === "AbortError") return;
+      observer.disconnect();
+      replace(error.status === 404 ? "no stored image" : `no image: ${error.message}`);
     }
   }, { rootMargin: "300px" }).observe(picture);
   return picture;
@@ -80,15 +101,21 @@ export async function collectionNames() {
   return data.map((one) => one.name);
 }
 
-/** Decode an image upright. Return an ImageBitmap, whose width and height are those of the API's coordinates. */
-export function decoded(blob) {
-  return createImageBitmap(blob, { imageOrientation: "from-image" });
+/** Decode an image upright. Return an ImageBitmap, whose width and height are those of the API's coordinates. Raise Error
+ * if the browser cannot read the format, which the service may be able to read. */
+export async function decoded(blob) {
+  try {
+    return await createImageBitmap(blob, { imageOrientation: "from-image" });
+  } catch {
+    throw new Error(`${blob.name ?? "the image"} cannot be read as an image by this browser`);
+  }
 }
 
-function named(blob, name) {
+/** The blob as a file. A name without the suffix of an image gets one, because the file may be downloaded under this name. */
+function named(blob, name = "image") {
   if (blob.name) return blob;
-  const suffix = { "image/png": ".png", "image/webp": ".webp" }[blob.type] ?? ".jpg";
-  return new File([blob], name || `image${suffix}`, { type: blob.type || "image/jpeg" });
+  const suffix = IMAGE_NAME.test(name) ? "" : SUFFIXES[blob.type] ?? ".jpg";
+  return new File([blob], name + suffix, { type: blob.type || "image/jpeg" });
 }
 
 function cameraPanel(onphoto) {

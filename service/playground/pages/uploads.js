@@ -1,11 +1,11 @@
 // Uploads many files into a collection, a few with each request, so that progress is real and can be cancelled.
 
 import { collectionPath, upload } from "./api.js";
+import { IMAGE_NAME } from "./images.js";
 
 const MAX_FILES = 16; // with each request
 const MAX_BYTES = 16 * 2 ** 20;
 const TRIES = 4;
-const IMAGE_NAME = /\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic)$/i;
 
 /** The files of a drop, with those in its folders, as [{ file, path }]. The path begins with the folder's name. */
 export async function droppedFiles(transfer) {

@@ -1,5 +1,7 @@
 """Tests of models on trial: they are loaded beside the live one, and nothing else changes."""
 
+import asyncio
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,9 @@ import pytest
 from service.generations import Generation
 from service.live_models import Opened
 from service.migration.lock import migration_lock
+from service.migration.trial import load_on_trial
+from service.migration.work import Places
+from service.model_list import KnownModel
 from tests.fakes import until
 from tests.service.migration.lives import Life, life, make_collection, opened, vector_of
 
@@ -58,6 +63,29 @@ async def test_one_model_at_a_time_is_on_trial(tmp_path: Path) -> None:
         assert await states(one) == {"a": "live", "b": "available", "c": "candidate"}
         assert (await post(one, "load", "model_c"))[1]["state"] == "candidate"  # once more
         assert (await post(one, "load", "model_a"))[1]["state"] == "live"
+
+
+async def test_requests_at_the_same_time_load_a_model_once(tmp_path: Path) -> None:
+    async with life(tmp_path) as one:
+        answers = await asyncio.gather(*(post(one, "load", "model_b") for _ in range(20)))
+        assert len({(status, answer["state"], answer["generation"]) for status, answer in answers}) == 1
+        await loaded(one, "b")
+        answers = await asyncio.gather(*(post(one, "unload", "model_b") for _ in range(20)))
+        assert {(status, answer["state"]) for status, answer in answers} == {(200, "available")}
+        assert await states(one) == {"a": "live", "b": "available", "c": "available"}
+
+
+async def test_a_model_that_is_removed_while_it_is_loaded_is_not_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def removed_meanwhile(places: Places, known: KnownModel, **options: str) -> Generation:
+        generation = await load_on_trial(places, known, **options)
+        shutil.rmtree(known.path)
+        return generation
+
+    monkeypatch.setattr("service.routes.models.load_on_trial", removed_meanwhile)
+    async with life(tmp_path) as one:
+        assert (await post(one, "load", "model_b"))[0] == 404
 
 
 async def test_a_model_on_trial_can_be_promoted_and_rolled_back(tmp_path: Path) -> None:

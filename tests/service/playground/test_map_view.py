@@ -146,6 +146,10 @@ async def test_rectangle_and_legend_select_the_same_as_the_api(page: Any, api: h
     inside = (x > -4) & (x < 8) & (y < 3)
     assert 0 < inside.sum() < 24
     assert (await page.text_content("#map-selected")).startswith(f"{inside.sum()} item")
+    for name, value in {"left": -10, "right": 10, "top": -10, "bottom": 10}.items():
+        await page.fill(f"#map-{name}", str(value))
+    await page.get_by_role("button", name="Select the rectangle").click()
+    assert (await page.text_content("#map-selected")).startswith("24 items")  # also those on its border
     await page.select_option("#map-key", "brand")
     facets = api.post("/v1/collections/shop/items/facets", json={"key": "brand"}).json()["data"]
     legend = await page.locator("ul.legend button").all_inner_texts()

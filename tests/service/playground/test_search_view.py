@@ -81,7 +81,7 @@ async def test_a_file_finds_similar_images_page_by_page(page: Any, api: httpx.Cl
     await page.click("#search-previous")
     await wait_for_ids(page, CARDS, ids_of(rows))
     assert await page.is_disabled("#search-previous")
-    assert "curl -s -F 'file=@\"photo.jpg\"' -F 'k=12'" in await page.text_content("#code-panes")
+    assert "curl -s -F 'file=@\"photo.jpg\"' --form-string 'k=12'" in await page.text_content("#code-panes")
 
 
 async def test_options_change_the_results(page: Any, api: httpx.Client) -> None:
@@ -158,7 +158,10 @@ async def test_values_and_filters_of_the_form(page: Any) -> None:
     read = f"async (texts) => {{ const m = await {filters}; return texts.map(m.typedValue); }}"
     assert await page.evaluate(read, [*types]) == [*types.values()]
     with pytest.raises(playwright.Error, match="too large"):
-        await page.evaluate(read, ["9007199254740993"])
+        await page.evaluate(read, ["1e400"])
+    row = "{ of: 'key', key: 'n', operator: 'in', value: '9007199254740993' }"
+    exact = f"async () => JSON.stringify((await {filters}).conditionOf({row}))"
+    assert await page.evaluate(exact) == '{"key":"n","in":[9007199254740993]}'
     rows = [
         ({"of": "key", "key": "a.b", "operator": "in", "value": "1, x"}, {"key": "a.b", "in": [1, "x"]}),
         ({"of": "key", "key": "n", "operator": "contains", "value": "5"}, {"key": "n", "contains": "5"}),

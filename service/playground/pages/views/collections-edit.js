@@ -1,6 +1,6 @@
 // Edits the metadata and the source of an item.
 
-import { collectionPath, json } from "../api.js";
+import { collectionPath, json, parsed } from "../api.js";
 import { announce, busy, dialog, el, field, fill } from "../dom.js";
 
 /** Open a dialog with the metadata of an item as JSON. `onsaved` gets the item as it is stored then. */
@@ -14,7 +14,7 @@ export function itemEditor({ collection, item, onsaved }) {
 
     function check() {
       try {
-        const value = JSON.parse(text.value);
+        const value = parsed(text.value);
         if (typeof value !== "object" || value === null || Array.isArray(value)) throw new Error("metadata is a JSON object");
         fill(wrong);
         save.disabled = false;
@@ -45,15 +45,15 @@ export function itemEditor({ collection, item, onsaved }) {
   });
 }
 
-/** The JSON merge patch (RFC 7396) that changes one object into another. Unchanged values are not part of it, so large
- * integers, which a browser cannot represent, are not changed. A value null cannot be set: it removes the key. */
+/** The JSON merge patch (RFC 7396) that changes one object into another. Unchanged values are not part of it. A value null cannot be set: it removes the key. */
 export function mergePatch(before, after) {
   const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
-  const patch = {};
+  const patch = Object.create(null); // in which every name, also __proto__, is a name like any other
   for (const name of Object.keys(before)) if (!Object.hasOwn(after, name)) patch[name] = null;
   for (const [name, value] of Object.entries(after)) {
-    if (JSON.stringify(before[name]) === JSON.stringify(value)) continue;
-    patch[name] = isObject(before[name]) && isObject(value) ? mergePatch(before[name], value) : value;
+    const old = Object.hasOwn(before, name) ? before[name] : undefined;
+    if (JSON.stringify(old) === JSON.stringify(value)) continue;
+    patch[name] = isObject(old) && isObject(value) ? mergePatch(old, value) : value;
   }
   return patch;
 }

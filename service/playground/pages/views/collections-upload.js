@@ -1,5 +1,6 @@
 // Uploads images into a collection: files and folders, with metadata, progress, cancel and the files that failed.
 
+import { parsed } from "../api.js";
 import { acceptDrops, announce, el, errorBox, field, fill, select } from "../dom.js";
 import { chosenFiles, droppedFiles, isImage, uploadFiles } from "../uploads.js";
 
@@ -32,7 +33,7 @@ export function uploadPanel({ collection, ondone }) {
   acceptDrops(zone, result, async (dropped) => element.start(await droppedFiles(dropped)));
 
   function prepared(chosen) {
-    const shared = metadata.value.trim() ? JSON.parse(metadata.value) : {};
+    const shared = metadata.value.trim() ? parsed(metadata.value) : {};
     if (typeof shared !== "object" || shared === null || Array.isArray(shared)) throw new Error("it must be a JSON object");
     const key = folderKey.value.trim();
     return chosen.map(({ file, path }) => {

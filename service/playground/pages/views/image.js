@@ -19,7 +19,7 @@ const TABS = [
   ["class", "Class", () => import("./image-class.js")],
 ];
 
-export async function mount(place, parameters) {
+export function mount(place, parameters) {
   const view = { tab: TABS.some(([key]) => key === parameters.get("tab")) ? parameters.get("tab") : "patches", work: null, turn: 0 };
   const body = el("div", { id: "image-body" }, el("p", { class: "quiet" }, "Choose an image to see what the model sees in it."));
   const picker = imagePicker({ onimage: (image) => show(image) });
@@ -39,21 +39,30 @@ export async function mount(place, parameters) {
       const bitmap = await decoded(image.blob);
       if (turn !== view.turn) return bitmap.close();
       view.bitmap = bitmap;
-    } catch {
-      return fill(body, errorBox(new Error(`${image.blob.name} cannot be read as an image`)));
+    } catch (error) {
+      if (turn === view.turn) fill(body, errorBox(error));
+      return;
     }
     announce(`${nameOf(image)}, ${view.bitmap.width} by ${view.bitmap.height} pixels`);
     fillBody(body, view, image);
   }
 
+  /** Fetch the image of an item. Another image that is chosen meanwhile takes its place. */
+  async function open(collection, item) {
+    const turn = ++view.turn;
+    const { signal } = (view.fetching = new AbortController());
+    try {
+      const image = await itemImage(collection, item, signal);
+      if (turn === view.turn) show(image);
+    } catch (error) {
+      if (turn === view.turn) fill(body, errorBox(error));
+    }
+  }
+
   const [collection, item] = [parameters.get("collection"), parameters.get("item")];
   if (collection) setCollection(collection);
-  try {
-    if (collection && item) await show(await itemImage(collection, item));
-    else if (currentImage()) await show(currentImage());
-  } catch (error) {
-    fill(body, errorBox(error));
-  }
+  if (collection && item) open(collection, item);
+  else if (currentImage()) show(currentImage());
   return () => {
     view.turn++;
     picker.stop();

@@ -2,7 +2,7 @@
 
 import { json, request } from "../api.js";
 import { announce, busy, confirmed, el, errorBox, facts, fill, stateBadge, timeText, valueText } from "../dom.js";
-import { follow, oneAtATime } from "../events.js";
+import { follow, oneAtATime, persistently } from "../events.js";
 
 const MOST_LOG = 500_000;
 const TORCH = "Install torch into the environment of a worker, and start it again: .venv-run/bin/python -m pip install -e '.[train]' -c constraints.txt";
@@ -92,11 +92,17 @@ export async function mountJob(place, id, signal) {
     }
   });
 
-  const first = await busy(note, async () => {
+  const begin = async () => {
     const { last_event: last } = await json({ path: "/v1/jobs", query: { limit: 1 }, shown: false, signal });
     show(await json({ path, signal }));
+    fill(note);
     return { last };
-  });
+  };
+  const onfailure = (error) => {
+    fill(connection, "not connected");
+    fill(note, errorBox(error));
+  };
+  const first = await persistently(begin, { signal, onfailure });
   if (!first) return;
   log.read();
   follow({

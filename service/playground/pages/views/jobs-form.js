@@ -1,6 +1,6 @@
 // A form that starts a job. Its fields come from the schema in /openapi.json, so it has the parameters of every kind.
 
-import { json } from "../api.js";
+import { json, parsed } from "../api.js";
 import { busy, el, field, fill, select } from "../dom.js";
 
 const LATER = ["not_before", "every", "zone", "schedule"];
@@ -99,7 +99,7 @@ function inputOf(name, given, isRequired, api, preset) {
     read = (text) => text.split("\n").map((line) => line.trim()).filter(Boolean);
   } else if (schema.type === "object" || schema.properties) {
     control = el("textarea", { id, rows: "2", spellcheck: "false" });
-    read = (text) => JSON.parse(text);
+    read = (text) => parsed(text);
   } else if (schema.type === "integer" || (schema.type === "number" && variants.length === 1)) {
     control = el("input", { type: "number", id, step: schema.type === "integer" ? "1" : "any" });
     read = Number;

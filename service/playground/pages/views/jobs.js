@@ -2,7 +2,7 @@
 
 import { json } from "../api.js";
 import { announce, busy, confirmed, el, errorBox, field, fill, select, stateBadge, timeText } from "../dom.js";
-import { follow } from "../events.js";
+import { follow, persistently } from "../events.js";
 import { mountJob } from "./jobs-detail.js";
 import { jobForm } from "./jobs-form.js";
 
@@ -55,13 +55,14 @@ function jobList(signal) {
   const waiting = new Set();
   let requested = new AbortController();
 
-  async function load(before) {
+  const load = (before) => busy(note, () => read(before));
+
+  async function read(before) {
     requested.abort();
     requested = new AbortController();
     const query = { state: state.value, kind: kind.value, before, limit: PAGE };
     const call = { path: "/v1/jobs", query, signal: AbortSignal.any([signal, requested.signal]) };
-    const page = await busy(note, () => json(call));
-    if (!page) return null;
+    const page = await json(call);
     if (!before) {
       rows.clear();
       fill(body);
@@ -112,7 +113,11 @@ function jobList(signal) {
   }
 
   async function start() {
-    const page = await load();
+    const onfailure = (error) => {
+      fill(connection, "not connected");
+      fill(note, errorBox(error));
+    };
+    const page = await persistently(read, { signal, onfailure });
     if (!page) return;
     const onstate = (what) => fill(connection, what === "connected" ? "live" : `connecting again: ${what.message}`);
     follow({ path: "/v1/jobs/events", last: page.last_event, signal, onevent, onstate });

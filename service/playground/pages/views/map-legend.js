@@ -23,7 +23,7 @@ export function dividingKey(items, keys) {
   return keys.find(isDividing) ?? "";
 }
 
-const isScalar = (value) => ["string", "number", "boolean"].includes(typeof value);
+const isScalar = (value) => ["string", "number", "bigint", "boolean"].includes(typeof value);
 
 /** The groups of items by a key: [{ label, colour, indexes }]. Numbers with many values are divided into ranges. */
 export function groupsOf(items, key) {
@@ -37,7 +37,7 @@ export function groupsOf(items, key) {
   const missing = byValue.get(undefined) ?? [];
   byValue.delete(undefined);
   const values = [...byValue.keys()];
-  const isNumeric = values.length > CATEGORIES.length && values.every((value) => typeof value === "number");
+  const isNumeric = values.length > CATEGORIES.length && values.every((value) => ["number", "bigint"].includes(typeof value));
   const groups = isNumeric ? ranges(byValue) : categories(byValue);
   if (missing.length) groups.push({ label: "no value", colour: OTHER, indexes: missing });
   return groups;
@@ -52,14 +52,14 @@ function categories(byValue) {
 }
 
 function ranges(byValue) {
-  const values = [...byValue.keys()];
+  const values = [...byValue.keys()].map(Number);
   const low = values.reduce((a, b) => Math.min(a, b));
   const width = (values.reduce((a, b) => Math.max(a, b)) - low) / BINS;
   const text = (value) => Number(value.toPrecision(4));
   const groups = Array.from({ length: BINS }, (_, bin) => ({
     label: `${text(low + bin * width)} to ${text(low + (bin + 1) * width)}`, colour: rampColour(bin / (BINS - 1)), indexes: [],
   }));
-  for (const [value, indexes] of byValue) groups[Math.min(Math.floor((value - low) / width), BINS - 1)].indexes.push(...indexes);
+  for (const [value, indexes] of byValue) groups[Math.min(Math.floor((Number(value) - low) / width), BINS - 1)].indexes.push(...indexes);
   return groups;
 }
 

@@ -1,7 +1,7 @@
 // The selected items of the map, and what can be done with them.
 
 import { collectionPath, json } from "../api.js";
-import { announce, askingButton, busy, el, fill } from "../dom.js";
+import { announce, askingButton, busy, copyText, el, fill } from "../dom.js";
 import { itemPicture } from "../images.js";
 import { setCollection, setFilter } from "../state.js";
 
@@ -27,14 +27,10 @@ export function selectionPanel({ onclear, ondelete }) {
   const buttons = (collection, ids) => [
     el("button", { type: "button", class: "primary", onclick: () => searchIn(collection, ids) }, "Search only in these"),
     ids.length === 2 ? matchLink(collection, ids) : null,
-    el("button", { type: "button", onclick: () => copy(ids) }, "Copy the ids"),
+    el("button", { type: "button", onclick: () => copyText(ids.join("\n"), `${ids.length} ids are`) }, "Copy the ids"),
     askingButton("Delete", () => `Delete ${ids.length} items of ${collection}?`, () => deleteItems(collection, ids)),
     el("button", { type: "button", onclick: onclear }, "Select nothing"),
   ];
-  const copy = async (ids) => {
-    await busy(faults, () => navigator.clipboard.writeText(ids.join("\n")));
-    announce(`${ids.length} ids are copied`);
-  };
   const deleteItems = async (collection, ids) => {
     const answer = await busy(faults, () => removed(collection, ids));
     if (!answer) return;

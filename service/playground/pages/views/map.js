@@ -10,6 +10,8 @@ import { dividingKey, groupsOf, legend, metadataKeys } from "./map-legend.js";
 import { mapPlot } from "./map-plot.js";
 import { selectionPanel } from "./map-selection.js";
 
+const ROUNDING = 1e-4;
+
 export async function mount(place, parameters) {
   const map = makeMap();
   fill(place, el("h2", {}, "Map: which items are similar?"), map.element);
@@ -144,7 +146,8 @@ function makeMap() {
     done(text);
   };
   const save = () => {
-    const quoted = (text) => `"${text.replaceAll('"', '""')}"`;
+    // Spreadsheets would run a text that begins with one of these characters as a formula.
+    const quoted = (text) => `"${text.replace(/^[=+\-@]/, "'$&").replaceAll('"', '""')}"`;
     const lines = data.items.map(({ id }, i) => `${quoted(id)},${positions[2 * i]},${positions[2 * i + 1]}`);
     download(new Blob([["id,x,y", ...lines, ""].join("\n")], { type: "text/csv" }), `${collection.value}-map.csv`);
   };
@@ -154,7 +157,10 @@ function makeMap() {
   });
   layout.addEventListener("change", place);
   key.addEventListener("change", colour);
-  const rectangle = rectangleForm((left, right, top, bottom, isAdded) => choose(plot.inside([[left, top], [right, top], [right, bottom], [left, bottom]]), isAdded));
+  const rectangle = rectangleForm((left, right, top, bottom, isAdded) => {
+    const [l, r, t, b] = [left - ROUNDING, right + ROUNDING, top - ROUNDING, bottom + ROUNDING]; // with the items on its border
+    choose(plot.inside([[l, t], [r, t], [r, b], [l, b]]), isAdded);
+  });
   const element = el("div", {},
     el("div", { class: "row ends" }, field("Collection", collection), field("Layout", layout), field("Colours by", key), el("button", { type: "button", onclick: load }, "Read again"), el("button", { type: "button", onclick: save }, "Save the positions (CSV)")),
     el("details", { id: "map-filter" }, el("summary", {}, "Filter"), filterKeys, filter),

@@ -35,11 +35,11 @@ export async function mount(place, parameters) {
     running?.abort();
     clear();
     const [a, b] = slots.map((slot) => slot.image);
-    rememberItems(a, b);
     if (!a || !b) {
       note.textContent = a || b ? "Choose the other image." : "Choose two images.";
-      return;
+      return; // the other image may be on the way: the address stays
     }
+    rememberItems(a, b);
     const { signal } = (running = new AbortController());
     fill(faults);
     note.textContent = "Matching...";
@@ -108,7 +108,7 @@ function openFirst(slots, parameters) {
 /** Write two items of one collection into the address, so that it can be shared. */
 function rememberItems(a, b) {
   let hash = "#match";
-  if (a?.item && b?.item && a.item.collection === b.item.collection) {
+  if (a.item && b.item && a.item.collection === b.item.collection) {
     hash += `?${new URLSearchParams({ collection: a.item.collection, a: a.item.id, b: b.item.id })}`;
   }
   if (location.hash.startsWith("#match")) history.replaceState(null, "", hash);

@@ -31,14 +31,22 @@ export function comparison({ signal, onchange }) {
   const place = el("div", { id: "compare-result" });
   const query = el("div", { class: "query", id: "compare-query" });
   const picker = imagePicker({ onimage: (image) => use(image) });
-  const chooser = itemChooser({ collection: () => collection.value, onpick: (item) => busy(query, async () => use(await itemImage(collection.value, item.id))) });
+  const chooser = itemChooser({ collection: () => collection.value, onpick: (item) => useItem(collection.value, item.id) });
   let models = [];
   let running = new AbortController();
   let address = null;
+  let turn = 0; // an item whose image is still on the way must not take the place of a newer image
   /** The vectors of images of collections, by model, collection and id. */
   const vectors = new Map();
 
+  async function useItem(name, id) {
+    const mine = ++turn;
+    const image = await busy(query, () => itemImage(name, id, signal));
+    if (image && mine === turn) use(image);
+  }
+
   function use(image) {
+    turn++;
     setImage(image);
     showQuery();
   }

@@ -2,6 +2,7 @@
 
 import { json } from "../api.js";
 import { announce, busy, confirmed, el, errorBox, facts, field, fill, select, stateBadge, timeText } from "../dom.js";
+import { latest } from "./image-common.js";
 import { comparison } from "./models-compare.js";
 
 const STATES = {
@@ -12,7 +13,7 @@ const STATES = {
   retired: "was live before, and is no longer loaded",
 };
 
-export async function mount(place) {
+export function mount(place) {
   const abort = new AbortController();
   const { signal } = abort;
   const list = el("div", { id: "models" });
@@ -20,9 +21,11 @@ export async function mount(place) {
   const compare = comparison({ signal, onchange: () => show() });
   place.append(el("h2", {}, "Models"), note, list, el("h2", { id: "compare-title" }, "Live and other model side by side"), compare.element);
 
+  const next = latest(signal);
   async function show() {
-    const answer = await busy(list, () => json({ path: "/v1/models", signal }));
-    if (!answer) return;
+    const own = next();
+    const answer = await busy(list, () => json({ path: "/v1/models", signal: own }));
+    if (!answer || own.aborted) return;
     fill(list, answer.data.map((model) => card(model, answer.data)));
     compare.setModels(answer.data);
   }
@@ -118,7 +121,7 @@ export async function mount(place) {
     await show();
   }
 
-  await show();
+  show();
   return () => {
     abort.abort();
     compare.stop();

@@ -1,7 +1,7 @@
 // The query of a search: an image or an item, and further items that the results should be like or unlike.
 
 import { base64, collectionPath } from "../api.js";
-import { announce, el, errorBox, fill } from "../dom.js";
+import { announce, el, fill } from "../dom.js";
 import { imagePicker, itemImage } from "../images.js";
 import { itemChooser } from "../item-chooser.js";
 import { currentImage, setImage } from "../state.js";
@@ -10,10 +10,12 @@ const kept = { weight: 1, examples: [] }; // until the page is reloaded, and for
 
 /** The part of the page with which the user makes the query. `onchange` is called when the query is different.
  *   useItem(id, collection): search by this item        addExample(id, weight): add an item to the query
- *   query(): { image, item, weight, examples }          isEmpty(), reset() for another collection, stop() */
+ *   query(): { image, item, weight, examples }          isEmpty(), reset() for another collection, stop()
+ *   arrived(): a promise that resolves when the image of the item is loaded, or cannot be */
 export function queryPanel({ collection, onchange, onitems }) {
   let image = currentImage(); // { blob, item }, where the blob is null as long as the item's image is not loaded
-  let failed = null;
+  let arriving = Promise.resolve(); // when the image of the item is there, or cannot be
+  const leaving = new AbortController();
   const picker = imagePicker({ onimage: use });
   const chooser = itemChooser({ collection, onpick: ({ id }) => element.useItem(id, collection()), onpage: onitems });
   const shown = el("div", { class: "query", id: "search-query" });
@@ -22,7 +24,6 @@ export function queryPanel({ collection, onchange, onitems }) {
 
   function use(next) {
     image = next;
-    failed = null;
     if (next?.blob) setImage(next);
     show();
     onchange();
@@ -38,7 +39,6 @@ export function queryPanel({ collection, onchange, onitems }) {
     fill(shown, image && [
       image.blob && queryPicture(image.blob),
       el("p", {}, el("strong", {}, "Query: "), nameOf(image)),
-      failed && errorBox(failed),
       kept.examples.length > 0 && el("label", {}, "weight ", weightInput("the query", kept.weight, (weight) => { kept.weight = weight; onchange(); })),
       el("button", { type: "button", onclick: () => { setImage(null); use(null); } }, "remove the query"),
     ]);
@@ -56,20 +56,26 @@ export function queryPanel({ collection, onchange, onitems }) {
     (examples.querySelector("button") ?? shown.querySelector("button"))?.focus();
   }
 
-  element.useItem = async (id, name) => {
+  element.useItem = (id, name) => {
+    arriving = fetchItem(id, name); // `image` is set, and its blob follows
+    return arriving;
+  };
+  async function fetchItem(id, name) {
     use({ blob: null, item: { collection: name, id } });
     const wanted = image;
     try {
-      const loaded = await itemImage(name, id);
+      const loaded = await itemImage(name, id, leaving.signal);
       if (image !== wanted) return;
       image = loaded;
       setImage(loaded);
     } catch (error) {
+      if (image !== wanted) return;
       console.debug(error); // the item has no stored image: a search by its vector works all the same
       setImage(null);
     }
     show();
-  };
+  }
+  element.arrived = () => arriving;
   element.addExample = (id, weight) => {
     kept.examples = [...kept.examples.filter((one) => one.id !== id), { id, weight, collection: collection() }];
     announce(`${id} is ${weight < 0 ? "a counter-example" : "a further example"}`);
@@ -84,6 +90,8 @@ export function queryPanel({ collection, onchange, onitems }) {
     show();
   };
   element.stop = () => {
+    image = null; // an image that is still on the way must not become that of another view
+    leaving.abort();
     picker.stop();
     chooser.stop();
   };

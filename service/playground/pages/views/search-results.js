@@ -3,6 +3,7 @@
 import { el, errorBox, fill } from "../dom.js";
 import { itemImage, itemPicture } from "../images.js";
 import { currentImage, setImage } from "../state.js";
+import { itemLink } from "./image-common.js";
 
 /** Return a function that makes the elements for an answer of the search, whose first result has the rank `offset`. */
 export function results({ panel, collection }) {
@@ -34,8 +35,10 @@ function card(result, collection, panel) {
       action("more like this", () => panel.addExample(result.id, 1)),
       action("less like this", () => panel.addExample(result.id, -0.5)),
       action("look at it", async () => {
-        setImage(await itemImage(collection, result.id));
-        location.hash = `image?${new URLSearchParams({ collection, id: result.id })}`;
+        const image = await itemImage(collection, result.id);
+        if (!note.isConnected) return; // another view was opened meanwhile
+        setImage(image);
+        location.hash = itemLink(collection, result.id);
       }),
       action("compare with query", () => {
         if (!currentImage()) throw new Error("the query has no image that could be compared");
@@ -51,11 +54,19 @@ function scoreText(result) {
   return result.rerank_score === undefined ? text : `${text}, by patches ${result.rerank_score.toFixed(3)}`;
 }
 
-/** Metadata as a list of keys and values. A source that only names the stored image is left out. */
+const MOST_KEYS = 20;
+const MOST_LETTERS = 300;
+
+/** Metadata as a list of keys and values, the first ones of many. A source that only names the stored image is left out. */
 export function metadataList(metadata, source) {
   const rows = Object.entries(metadata ?? {});
   if (source && !source.startsWith("original:")) rows.push(["source", source]);
   if (!rows.length) return null;
-  const text = (value) => (typeof value === "string" ? value : JSON.stringify(value));
-  return el("dl", { class: "metadata" }, rows.map(([key, value]) => [el("dt", {}, key), el("dd", {}, text(value))]));
+  const cut = (text) => (text.length > MOST_LETTERS ? `${text.slice(0, MOST_LETTERS)}…` : text);
+  const text = (value) => cut(typeof value === "string" ? value : JSON.stringify(value));
+  const more = rows.splice(MOST_KEYS).length;
+  return [
+    el("dl", { class: "metadata" }, rows.map(([key, value]) => [el("dt", {}, cut(key)), el("dd", {}, text(value))])),
+    more > 0 && el("small", {}, `and ${more} more keys`),
+  ];
 }

@@ -95,7 +95,9 @@ export function mount(place, parameters) {
     changed(0);
     try {
       const body = { limit: 50 };
-      see((await json({ method: "POST", path: collectionPath(name, "items", "scroll"), json: body, shown: false })).data);
+      const call = { method: "POST", path: collectionPath(name, "items", "scroll"), json: body, shown: false, signal: leaving.signal };
+      const { data } = await json(call);
+      if (collection.value === name) see(data);
     } catch (error) {
       console.debug(error); // only the suggestions are missing, and the search itself shows what is wrong
     }
@@ -139,7 +141,12 @@ export function mount(place, parameters) {
       return showNothing("Choose an image, and the most similar images of the collection appear here.");
     }
     isRunning = true;
-    const answer = await busy(found, async () => json({ ...(await searchCall(collection.value, panel.query(), options())), signal }));
+    const answer = await busy(found, async () => {
+      const name = collection.value;
+      if (panel.query().item && panel.query().item.collection !== name) await panel.arrived(); // only its image can be searched for
+      signal.throwIfAborted();
+      return json({ ...(await searchCall(name, panel.query(), options())), signal });
+    });
     if (signal.aborted || !place.isConnected) return;
     isRunning = false;
     if (!answer) return showNothing("The search has failed.");
