@@ -4,10 +4,23 @@ const KEY = "dinov2-api-key";
 
 export const root = document.documentElement.dataset.root ?? "";
 
+/** `localStorage` or `sessionStorage`. If the browser refuses it, as it does without cookies, values are kept until the page
+ * is reloaded. */
+export function storage(name) {
+  try {
+    return window[name];
+  } catch {
+    const kept = new Map();
+    return { getItem: (key) => kept.get(key) ?? null, setItem: (key, value) => kept.set(key, value), removeItem: (key) => kept.delete(key) };
+  }
+}
+
+const session = storage("sessionStorage");
+
 /** The API key. It is kept until the tab is closed, and never stored on disk by this page. */
 export const apiKey = {
-  get: () => sessionStorage.getItem(KEY) ?? "",
-  set: (key) => (key ? sessionStorage.setItem(KEY, key) : sessionStorage.removeItem(KEY)),
+  get: () => session.getItem(KEY) ?? "",
+  set: (key) => (key ? session.setItem(KEY, key) : session.removeItem(KEY)),
 };
 
 /** An answer with an error. `problem` is the RFC 9457 document, or what could be read of it. */

@@ -1,6 +1,6 @@
 // The frame of the playground: chooses the view by the address, and holds the API key, the theme and the code panel.
 
-import { apiKey, json } from "./api.js";
+import { apiKey, json, storage } from "./api.js";
 import { curl, python } from "./code.js";
 import { copyText, el, errorBox, fill } from "./dom.js";
 
@@ -86,15 +86,17 @@ function prepareKey() {
 function prepareTheme() {
   const themes = ["auto", "light", "dark"];
   const button = document.getElementById("theme");
+  const local = storage("localStorage");
   const use = (theme) => {
     document.documentElement.dataset.theme = theme;
     button.textContent = `Theme: ${theme}`;
-    localStorage.setItem("dinov2-theme", theme);
+    local.setItem("dinov2-theme", theme);
   };
   button.addEventListener("click", () => {
     use(themes[(themes.indexOf(document.documentElement.dataset.theme) + 1) % themes.length]);
   });
-  use(themes.includes(localStorage.getItem("dinov2-theme")) ? localStorage.getItem("dinov2-theme") : "auto");
+  const kept = local.getItem("dinov2-theme");
+  use(themes.includes(kept) ? kept : "auto");
 }
 
 fill(document.getElementById("views"), ...VIEWS.map(([name, title]) => el("a", { href: `#${name}` }, title)));

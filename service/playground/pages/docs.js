@@ -157,7 +157,7 @@ function answers(responses, api) {
 function tryIt(operation, api) {
   const inputs = (operation.parameters ?? []).filter((one) => one.in !== "header").map((one) => ({
     ...one,
-    control: el("input", { ".value": one.in === "path" ? examplePath(one.name) : "", spellcheck: "false" }),
+    control: el("input", { ".value": one.in === "path" ? examplePath(one.name) : "", required: one.in === "path", spellcheck: "false" }),
   }));
   const types = Object.keys(operation.requestBody?.content ?? {});
   const type = select(types, { "aria-label": "Body" });

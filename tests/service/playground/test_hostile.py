@@ -125,6 +125,17 @@ async def test_the_documentation_shows_the_file_that_it_sends(page: Any) -> None
     assert "-F 'file=@\"example.png\"'" in await form.locator(".answer pre").first.text_content()
 
 
+async def test_the_documentation_sends_no_address_with_an_empty_part(page: Any) -> None:
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.method))
+    await page.goto("/docs#delete_collection")
+    form = page.locator("#delete_collection form.try")
+    await form.get_by_label("name *").fill("")
+    await form.get_by_role("button", name="Send").click()
+    assert await form.evaluate("(form) => form.checkValidity()") is False
+    assert "DELETE" not in asked
+
+
 async def test_downloads_are_no_programs_and_no_formulas(page: Any, hostile: str) -> None:
     await page.goto(f"/#collections?collection={hostile}")
     card = page.locator("#items .card[data-id='invoice.hta']")
@@ -158,3 +169,15 @@ async def test_a_key_has_only_letters_that_a_header_can_have(page: Any) -> None:
     await page.fill("#key-input", " dv2_a-b_c ")
     await page.click("#key-form button")
     assert await page.evaluate("() => sessionStorage.getItem('dinov2-api-key')") == "dv2_a-b_c"
+
+
+async def test_the_page_works_without_the_storage_of_the_browser(page: Any) -> None:
+    refuse = "Object.defineProperty(window, '%s', { get() { throw new DOMException('denied', 'SecurityError'); } });"
+    await page.add_init_script("".join(refuse % name for name in ("localStorage", "sessionStorage")))
+    await page.goto("/#models")
+    await page.wait_for_selector("#models article")
+    await page.click("#key")
+    await page.fill("#key-input", "dv2_a")
+    await page.click("#key-form button")
+    kept = "async () => (await import('/assets/api.js')).apiKey.get()"
+    assert await page.evaluate(kept) == "dv2_a"
