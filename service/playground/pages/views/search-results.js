@@ -35,7 +35,7 @@ function card(result, collection, panel) {
       action("less like this", () => panel.addExample(result.id, -0.5)),
       action("look at it", async () => {
         setImage(await itemImage(collection, result.id));
-        location.hash = `image?${new URLSearchParams({ collection, id: result.id })}`;
+        location.hash = `image?${new URLSearchParams({ collection, item: result.id })}`;
       }),
       action("compare with query", () => {
         if (!currentImage()) throw new Error("the query has no image that could be compared");
