@@ -33,6 +33,7 @@ HEADERS: Final = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+PLAYGROUND_LINK: Final = b'<a href="{root}/">Playground</a>'
 _TYPES: Final = {".js": "text/javascript", ".svg": "image/svg+xml"}
 
 
@@ -45,8 +46,9 @@ class WebFile:
     etag: str
 
 
-def read_files(root_path: str) -> dict[str, WebFile]:
-    """Return all files by their URL path, such as `/assets/style.css`. Pages contain `root_path` before their links."""
+def read_files(root_path: str, *, has_playground: bool = True) -> dict[str, WebFile]:
+    """Return all files by their URL path, such as `/assets/style.css`. Pages have `root_path` before their links, and
+    /docs links to the playground if the service has it."""
     found: dict[str, WebFile] = {}
     pending: list[tuple[str, Traversable]] = [("", files("service.playground") / "pages")]
     while pending:
@@ -56,14 +58,15 @@ def read_files(root_path: str) -> dict[str, WebFile]:
             if entry.is_dir():
                 pending.append((f"{name}/", entry))
             else:
-                found[f"/assets/{name}"] = _read(entry, root_path)
+                found[f"/assets/{name}"] = _read(entry, root_path, has_playground)
     return found | {path: found.pop(f"/assets/{name}") for path, name in PAGES.items()}
 
 
-def _read(entry: Traversable, root_path: str) -> WebFile:
+def _read(entry: Traversable, root_path: str, has_playground: bool) -> WebFile:
     content = entry.read_bytes()
     suffix = entry.name[entry.name.rindex(".") :]
     if suffix == ".html":
+        content = content.replace(b"{playground}", PLAYGROUND_LINK if has_playground else b"")
         content = content.replace(b"{root}", html.escape(root_path).encode())
     media_type = _TYPES.get(suffix) or mimetypes.guess_type(entry.name)[0]
     assert media_type is not None, entry.name

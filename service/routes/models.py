@@ -183,7 +183,8 @@ def _answer(live: Service, known: KnownModel, loaded: Service | None) -> ModelAn
     `loaded` is the service of the model, or None if it is not loaded."""
     manifest, generation = known.manifest, known.generation
     artifact = loaded.artifact if loaded else Artifact(known.path, manifest, {})
-    state = "live" if loaded is live else known.state
+    # The record is followed a fraction of a second later. Until then, the next live model does not answer requests yet.
+    state = "live" if loaded is live else "candidate" if known.state == "live" else known.state
     entry = ENTRIES.get(manifest.name)
     return {
         "id": known.name,

@@ -17,7 +17,7 @@ _PLAYGROUND: Final = "/"
 def opened_files(settings: Settings) -> Mapping[str, WebFile]:
     """Return the files that the service sends, by their path. Without the playground, these are the page /docs and the
     files below /assets/."""
-    web_files = read_files(settings.root_path)
+    web_files = read_files(settings.root_path, has_playground=settings.playground)
     if not settings.playground:
         del web_files[_PLAYGROUND]
     return web_files

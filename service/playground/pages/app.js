@@ -31,6 +31,8 @@ async function show() {
   }
   const place = el("section", { id: `view-${view}`, "aria-label": title });
   fill(main, place);
+  // A link in the view that was left had the focus: the next Tab goes on in the new view, not at the top of the page.
+  if (document.activeElement === document.body) main.focus({ preventScroll: true });
   try {
     const module = await load();
     if (!place.isConnected) return; // another view was opened meanwhile
@@ -40,6 +42,7 @@ async function show() {
   } catch (error) {
     fill(place, errorBox(error));
   }
+  showModel();
 }
 
 function showCode({ detail: call }) {
@@ -78,7 +81,6 @@ function prepareKey() {
     input.value = "";
     open(false);
     button.focus();
-    showModel();
     show();
   });
 }
@@ -106,7 +108,7 @@ document.querySelector("a.skip").addEventListener("click", (event) => {
   event.preventDefault(); // the address names the view
   main.focus();
 });
+window.addEventListener("live-model", showModel);
 prepareKey();
 prepareTheme();
-showModel();
 show();

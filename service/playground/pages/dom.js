@@ -210,7 +210,8 @@ export function valueText(value) {
   if (value === null || value === undefined || value === "") return "-";
   if (typeof value === "number") return Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(5)));
   if (typeof value !== "object") return String(value);
-  if (Array.isArray(value)) return value.length && value.every((one) => typeof one !== "object") ? value.join(", ") : JSON.stringify(value);
+  if (!Object.keys(value).length) return "-";
+  if (Array.isArray(value)) return value.every((one) => typeof one !== "object") ? value.join(", ") : JSON.stringify(value);
   return facts(Object.entries(value));
 }
 

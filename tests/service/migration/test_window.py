@@ -47,6 +47,21 @@ async def test_a_rollback_takes_less_than_a_second_and_has_every_write(tmp_path:
         assert (await one.search("c", images[1]))["data"][0]["id"] == "i1"
 
 
+async def test_one_model_is_shown_as_live_while_the_service_takes_over_a_rollback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with life(tmp_path) as one:
+        await make_collection(one)
+        await one.migrate()
+        await one.live_is("b")
+        monkeypatch.setattr(live_models, "POLL_S", 60.0)
+        await asyncio.sleep(0.5)  # from now on, the service does not look at the record
+        await one.ask("POST", "/v1/models/rollback")
+        states = {model["fingerprint"][0]: model["state"] for model in (await one.ask("GET", "/v1/models"))["data"]}
+        assert (states["a"], states["b"]) == ("candidate", "live")  # b still answers requests
+        assert (await one.embed(photo(1)))["fingerprint"] == "b" * 64
+
+
 async def test_a_rollback_to_a_model_whose_artifact_is_gone_is_refused(tmp_path: Path) -> None:
     """Otherwise the service would work until its next restart, and then not start at all."""
     async with life(tmp_path) as one:

@@ -128,6 +128,11 @@ async def test_a_folder_is_uploaded_with_progress_and_reasons_of_failures(
     await page.goto(f"/#collections?collection={shelf}")
     await page.wait_for_selector(ITEMS)
     await page.click("#upload > summary")
+    # The options come before the buttons that start the upload.
+    order = (
+        "() => [...document.querySelectorAll('#upload :is(input:not([type=file]), .drop)')].map((one) => one.className)"
+    )
+    assert await page.evaluate(order) == ["", "drop"]
     await page.fill("#upload-metadata", "[1]")
     await page.set_input_files("#upload-folder", pictures)
     await page.wait_for_selector("#upload-result .error")
@@ -146,7 +151,7 @@ async def test_a_folder_is_uploaded_with_progress_and_reasons_of_failures(
     await page.set_input_files("#upload-folder", pictures)
     await page.wait_for_selector("#upload-result .failed")
     result = await page.text_content("#upload-result")
-    assert result.startswith("20 files are stored. 1 failed. 1 left out, because they are no images.")
+    assert result.startswith("20 files are stored. 1 failed. 1 left out, because it is not an image.")
     failed = await page.text_content("#upload-result .failed li")
     assert failed.startswith("pictures/red/broken.jpg: ")
     assert "image" in failed.removeprefix("pictures/red/broken.jpg: ")

@@ -113,7 +113,7 @@ async def shown(page: Any, selector: str, text: str) -> None:
 
 async def test_a_job_is_followed_live_in_the_list(view: Any, place: Place) -> None:
     await view.goto("/#jobs")
-    await shown(view, "#jobs-connection", "live")
+    await shown(view, "#jobs-connection", "updated live")
     job = place.start("slow")
     row = f"#jobs tr[data-job='{job}']"
     await shown(view, row, "25 %")
@@ -273,7 +273,7 @@ async def test_the_stream_goes_on_after_an_interruption(view: Any, place: Place)
     place.hand.gate.set()
     job = place.start("slow")
     place.wait(job, "succeeded")
-    await shown(view, "#jobs-connection", "live")
+    await shown(view, "#jobs-connection", "updated live")
     await shown(view, f"#jobs tr[data-job='{job}']", "succeeded")
     assert [int(one) for one in numbers if one] == [last] * len(numbers)
 
@@ -299,7 +299,7 @@ async def test_a_key_is_asked_for_and_kept_in_the_session_only(browser: Any, tmp
             await page.fill("#key-input", key)
             await page.keyboard.press("Enter")
             await shown(page, "main", "There are no jobs here")
-            await shown(page, "#jobs-connection", "live")
+            await shown(page, "#jobs-connection", "updated live")
             stored = await page.evaluate(
                 "[Object.values(sessionStorage), Object.values(localStorage), document.cookie]"
             )

@@ -115,6 +115,7 @@ async def test_both_models_are_compared_side_by_side(view: Any, place: Place, im
     await view.wait_for_selector("#compare-result .ranks li")
     assert place.model(place.other)["state"] == "candidate"
     assert place.model(place.other)["loaded"]
+    assert await view.inner_text("#compared-1 .quiet") == "candidate"
     nearest, vectors = [], {}
     for side, name in enumerate((place.live, place.other)):
         rows = place.vectors(name, [*range(ITEMS), 100])
@@ -202,6 +203,7 @@ async def test_a_model_is_promoted_rolled_back_and_the_errors_are_text(view: Any
     assert job["params"] == {"model": place.other, "promote": True, "lost": "refuse", "keep_hours": 2}
     await view.locator("#job .state.succeeded").wait_for(timeout=50_000)
     assert place.model("auto")["id"] == place.other
+    await view.wait_for_function("(name) => document.getElementById('model').textContent === name", arg=place.other)
 
     await view.goto("/#models")
     card = view.locator(f"article[data-model='{place.live}']")
@@ -211,6 +213,8 @@ async def test_a_model_is_promoted_rolled_back_and_the_errors_are_text(view: Any
     await view.get_by_role("dialog").get_by_role("button", name="Roll back").click()
     await card.locator(".state.live").wait_for()
     assert place.model("auto")["id"] == place.live
+    await view.wait_for_function("(name) => document.getElementById('model').textContent === name", arg=place.live)
+    assert await view.locator("#models .state.live").count() == 1
 
 
 async def test_a_model_is_deleted_after_a_confirmation(view: Any, place: Place) -> None:

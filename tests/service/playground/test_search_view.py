@@ -145,10 +145,14 @@ async def test_the_filter_form_makes_the_filter_of_the_api(page: Any, api: httpx
     await page.wait_for_function("() => document.querySelector('.invalid').textContent.includes('not used')")
     await area.fill('{"field": "id", "in": ["shelf/05"]}')
     await wait_for_ids(page, CARDS, ["shelf/05"])
+    # The filter is named above the results, because the form may be closed.
+    assert 'Filter: id is one of ["shelf/05"].' in await page.inner_text("#search-summary")
+    assert await page.inner_text("#search-options > summary") == "Options and filter (a filter is set)"
     await page.click(".filter-mode")
     assert await page.input_value(".filter-of") == "id"
     await page.click("[aria-label='Remove condition 1']")
     await wait_for_ids(page, CARDS, ids_of(by_json(api, id="shelf/03")["data"]))
+    assert "Filter" not in await page.inner_text("#search-summary")
 
 
 async def test_values_and_filters_of_the_form(page: Any) -> None:
@@ -233,6 +237,9 @@ async def test_results_become_queries_examples_and_counter_examples(
     await page.locator(CARDS).first.get_by_role("button", name="look at it").click()
     await page.wait_for_selector("#view-image")
     current = "async () => (await import('/assets/state.js')).currentImage().item"
+    assert await page.evaluate(current) == {"collection": "shop", "id": other}
+    await page.reload()  # the address names the image
+    await page.wait_for_selector("#stage")
     assert await page.evaluate(current) == {"collection": "shop", "id": other}
 
 

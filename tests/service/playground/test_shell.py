@@ -43,6 +43,19 @@ async def test_the_frame_names_the_live_model(page: Any, api: httpx.Client) -> N
     assert await page.text_content("#model") == api.get("/v1/models").json()["data"][0]["id"]
 
 
+async def test_the_keyboard_goes_on_in_the_view_that_a_link_has_opened(page: Any) -> None:
+    await page.goto("/#collections?collection=shop")
+    await page.get_by_role("link", name="Search in it").press("Enter")
+    await page.wait_for_selector("#view-search h2")
+    assert await page.evaluate("() => document.activeElement.id") == "main"
+
+
+async def test_the_documentation_leads_to_the_playground(page: Any) -> None:
+    await page.goto("/docs")
+    await page.click("header a:has-text('Playground')")
+    await page.wait_for_selector("#view-search h2")
+
+
 async def test_pages_have_a_strict_policy_and_are_sent_once(tmp_path) -> None:
     async with running(tmp_path) as run:
         for path in ("/", "/docs", "/docs/", "/assets/app.js"):
@@ -61,7 +74,9 @@ async def test_pages_have_a_strict_policy_and_are_sent_once(tmp_path) -> None:
 async def test_the_setting_turns_the_playground_off_but_not_the_documentation(tmp_path) -> None:
     async with running(tmp_path, playground=False) as run:
         assert (await run.client.get("/")).status_code == 404
-        assert (await run.client.get("/docs")).status_code == 200
+        documentation = await run.client.get("/docs")
+        assert documentation.status_code == 200
+        assert "Playground" not in documentation.text
 
 
 async def test_links_have_the_prefix(tmp_path) -> None:

@@ -77,6 +77,7 @@ export function itemsPanel({ collection, keys, originals, onchange }) {
         el("button", { type: "button", onclick: () => edit() }, named("edit")),
         originals && el("button", { type: "button", onclick: () => showImage(collection, item.id) }, named("show the image")),
         el("a", { href: `#search?${new URLSearchParams({ collection, id: item.id })}` }, named("search by this")),
+        originals && el("a", { href: `#image?${new URLSearchParams({ collection, item: item.id })}` }, named("look at it")),
         el("button", { type: "button", onclick: () => confirmDelete([item.id]) }, named("delete"))));
     const edit = () => itemEditor({ collection, item, onsaved: (saved) => {
       item = saved;

@@ -13,7 +13,7 @@ export function uploadPanel({ collection, ondone }) {
   const files = fileInput("upload-files", "Image files", (chosen) => element.start(chosen));
   const folder = fileInput("upload-folder", "Folder of images", (chosen) => element.start(chosen), { webkitdirectory: true });
   const zone = el("div", { class: "drop", role: "group", "aria-label": "Upload images" },
-    el("span", {}, "Drop images or folders, or "),
+    el("span", {}, "To start the upload, drop images or folders, or "),
     el("button", { type: "button", onclick: () => files.click() }, "choose files"),
     el("button", { type: "button", onclick: () => folder.click() }, "choose a folder"), files, folder);
   const ids = select([["path", "the path of the file"], ["content", "the sha256 of the file"]], { id: "upload-ids" });
@@ -24,11 +24,11 @@ export function uploadPanel({ collection, ondone }) {
   const cancel = el("button", { id: "upload-cancel", type: "button", onclick: () => running?.abort() }, "Cancel the upload");
   const progress = el("div", { hidden: true }, bar, words, cancel);
   const result = el("div", { id: "upload-result" });
-  const element = el("div", { class: "upload" }, zone,
+  const element = el("div", { class: "upload" }, // the options come first, because a choice of files starts the upload
     el("div", {}, field("Metadata of every file", metadata, "a JSON object; the file's name is added as filename"),
       field("Id of each item", ids, "an item with the same id is replaced"),
       field("Store the name of the folder as", folderKey, "a metadata key, such as class; empty: do not store it")),
-    progress, result);
+    zone, progress, result);
 
   acceptDrops(zone, result, async (dropped) => element.start(await droppedFiles(dropped)));
 
@@ -93,7 +93,7 @@ export function uploadPanel({ collection, ondone }) {
   function report({ stored, failed, others, rest }) {
     const sentence = [`${stored} ${stored === 1 ? "file is" : "files are"} stored.`, failed.length && `${failed.length} failed.`,
       rest.length && `Cancelled: ${rest.length} were not sent, or the answer did not arrive.`,
-      others.length && `${others.length} left out, because they are no images.`].filter(Boolean).join(" ");
+      others.length && `${others.length} left out, because ${others.length === 1 ? "it is not an image" : "they are not images"}.`].filter(Boolean).join(" ");
     const again = [...failed.map(({ file }) => file), ...rest];
     fill(result, el("p", {}, sentence),
       failed.length > 0 && el("ul", { class: "failed" }, failed.slice(0, MANY).map(({ file, reason }) => el("li", {}, el("strong", {}, file.path), `: ${reason}`)),

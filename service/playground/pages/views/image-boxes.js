@@ -25,6 +25,7 @@ export async function mount(place, { image, stage, signal }) {
     announce(text);
   }), { id: "find-objects", class: "primary" });
   place.append(
+    el("p", {}, "Boxes around objects that stand out, found without labels or a trained detector."),
     el("div", {}, field("Method", method), field("Lowest score", score), field("Highest number", count), field("Highest overlap", overlap), size.element),
     el("div", { class: "row" }, run),
     result,

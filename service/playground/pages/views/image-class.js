@@ -15,6 +15,7 @@ export async function mount(place, { image, stage, signal }) {
   const run = actionButton("Classify", signal, (own) => busy(result, async () => {
     const { name } = collection.current();
     const form = [["file", image.blob], ["collection", name], ["label", label.value], ["k", k.value], ["error_rate", rate.value]];
+    if (image.item?.collection === name) form.push(["filter", JSON.stringify({ not: { field: "id", eq: image.item.id } })]); // not by itself
     const answer = await json({ method: "POST", path: "/v1/classify", form, signal: own });
     fill(result, ...verdict(answer, name));
     const text = result.querySelector("h3").textContent;

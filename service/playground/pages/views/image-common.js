@@ -42,8 +42,8 @@ export function regionSearchProblem(collection) {
   if (collection.pooling === "mean") return "";
   return (
     `The collection ${collection.name} has the pooling ${collection.pooling}. The vector of a region is a mean of patches, ` +
-    `so it can only be compared in a collection with "pooling": "mean" (PUT /v1/collections/NAME). ` +
-    "Find everywhere, in the tab Mark, works with each collection that stores its images."
+    "so it can only be compared in a collection with the pooling mean: choose it when you create one in Collections. " +
+    "Find everywhere, in the tab Mark, works with every collection that stores its images."
   );
 }
 

@@ -43,15 +43,14 @@ export async function mount(place, { image, stage, signal }) {
     };
     announce(text);
   }), { id: "estimate-depth", class: "primary" });
-  place.append(el("div", {}, size.element, field("Opacity", opacity)), el("div", { class: "row" }, run), legend, readout, result);
+  place.append(el("p", {}, "The distance of every pixel in metres, estimated by a depth head of the model."), el("div", {}, size.element, field("Opacity", opacity)), el("div", { class: "row" }, run), legend, readout, result);
 }
 
 function withoutHead(detail) {
   return el(
     "div",
     { role: "status", id: "depth-help" },
-    el("p", {}, `There is no depth for this model: ${detail}.`),
-    el("p", {}, "Train a head on your own images and depth maps, or add one of Meta's to a published model. Then try again, without a restart:"),
-    el("pre", { tabindex: "0", "aria-label": "Commands" }, "dinov2 train-head depth --help\ndinov2 heads add --help"),
+    el("p", {}, `The live model has no head for depth (${detail.split(";")[0]}). Add one of Meta's heads if it is a published model, or train one on your own images and depth maps. Then try again; no restart is needed:`),
+    el("pre", { tabindex: "0", "aria-label": "Commands" }, "dinov2 heads add --help\ndinov2 train-head depth --help"),
   );
 }

@@ -44,6 +44,7 @@ export async function mount(place, { image, stage, signal }) {
     announce(text);
   }), { id: "compute-masks", class: "primary" });
   place.append(
+    el("p", {}, "Regions that the model tells apart without labels. It may also find none."),
     el("div", {}, field("Method", method), ...Object.values(fields), size.element, field("Opacity", opacity)),
     el("div", { class: "row" }, run),
     result,

@@ -34,6 +34,7 @@ export async function mountJob(place, id, signal) {
 
   const show = (job) => {
     if (state !== null && state !== job.state) announce(`the job is ${job.state}`);
+    if (state !== null && state !== job.state && job.state === "succeeded") window.dispatchEvent(new Event("live-model")); // it may have changed it
     state = job.state;
     progress(job);
     const focused = head.contains(document.activeElement) ? document.activeElement.dataset.action : null;
@@ -45,7 +46,7 @@ export async function mountJob(place, id, signal) {
       ["Started", timeText(job.started_at)],
       ["Ended", timeText(job.ended_at)],
       ["Attempts", job.attempt],
-      ...["worker", "requested_by", "schedule"].filter((name) => job[name]).map((name) => [name.replace("_", " "), job[name]]),
+      ...[["Worker", job.worker], ["Requested by", job.requested_by], ["Schedule", job.schedule]].filter(([, value]) => value),
       ...(job.parent ? [["Created by", [el("a", { href: `#jobs?job=${encodeURIComponent(job.parent)}` }, job.parent)]]] : []),
     ]),
     job.blocked ? el("div", { class: "error", id: "job-blocked" }, el("strong", {}, "No worker can start this job"), el("p", {}, job.blocked),
@@ -114,7 +115,7 @@ export async function mountJob(place, id, signal) {
       else refresh();
     },
     onstate: (what) => {
-      fill(connection, what === "connected" ? "live" : `connecting again: ${what.message}`);
+      fill(connection, what === "connected" ? "updated live" : `connecting again: ${what.message}`);
       if (what === "connected") refresh();
     },
   });

@@ -52,8 +52,15 @@ export async function jobForm({ parameters, onstarted, signal }) {
 
   kind.addEventListener("change", show);
   show();
-  return el("form", { id: "job-form", onsubmit: (event) => { event.preventDefault(); fill(note); busy(note, send); } },
-    field("Kind", kind), place, note, el("div", { class: "row" }, el("button", { class: "primary" }, "Start")));
+  const start = el("button", { class: "primary" }, "Start");
+  const submit = async (event) => {
+    event.preventDefault();
+    fill(note, el("p", { role: "status" }, "The parameters are being checked..."));
+    start.disabled = true; // the check takes seconds, and a second click would start a second job
+    if (await busy(note, async () => (await send(), true))) fill(note);
+    start.disabled = false;
+  };
+  return el("form", { id: "job-form", onsubmit: submit }, field("Kind", kind), place, note, el("div", { class: "row" }, start));
 }
 
 const rank = (name) => (FIRST.includes(name) ? FIRST.indexOf(name) : FIRST.length);

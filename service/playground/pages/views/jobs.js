@@ -1,7 +1,7 @@
 // Jobs: the list with live progress, one job in detail, a form to start a job, and the schedules.
 
 import { json } from "../api.js";
-import { announce, busy, confirmed, el, errorBox, field, fill, select, stateBadge, timeText } from "../dom.js";
+import { busy, confirmed, el, errorBox, field, fill, select, stateBadge, timeText } from "../dom.js";
 import { follow, persistently } from "../events.js";
 import { mountJob } from "./jobs-detail.js";
 import { jobForm } from "./jobs-form.js";
@@ -22,12 +22,14 @@ function mountList(place, parameters, signal) {
   const form = el("div", { id: "start" });
   const list = jobList(signal);
   const showSchedules = () => busy(schedules, () => listSchedules(schedules, signal));
+  const created = el("p", { id: "schedule-created", role: "status" });
   const started = (answer) => {
+    fill(created);
     if (answer.object === "job") {
       location.hash = `#jobs?job=${encodeURIComponent(answer.id)}`;
       return;
     }
-    announce(`The schedule ${answer.name} creates its next job at ${answer.next_at}`);
+    fill(created, `The schedule ${answer.name} creates its next job at `, timeText(answer.next_at), ".");
     showSchedules();
   };
   const starting = el("details", { open: parameters.has("start") }, el("summary", {}, "Start a job or retrain from here"), form);
@@ -36,6 +38,7 @@ function mountList(place, parameters, signal) {
     starting,
     list.element,
     el("h3", {}, "Schedules"),
+    created,
     schedules,
   );
   busy(form, async () => fill(form, await jobForm({ parameters, onstarted: started, signal })));
@@ -119,7 +122,7 @@ function jobList(signal) {
     };
     const page = await persistently(read, { signal, onfailure });
     if (!page) return;
-    const onstate = (what) => fill(connection, what === "connected" ? "live" : `connecting again: ${what.message}`);
+    const onstate = (what) => fill(connection, what === "connected" ? "updated live" : `connecting again: ${what.message}`);
     follow({ path: "/v1/jobs/events", last: page.last_event, signal, onevent, onstate });
   }
 
@@ -173,5 +176,5 @@ async function listSchedules(place, signal) {
   fill(place, data.length
     ? el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Schedules" },
       el("table", {}, el("thead", {}, el("tr", {}, titles.map((one) => (one ? el("th", { scope: "col" }, one) : el("td"))))), el("tbody", {}, data.map(row))))
-    : el("p", { class: "quiet" }, "There are no schedules. To create one, start a job with “every”."));
+    : el("p", { class: "quiet" }, "There are no schedules. To create one, fill in “every” under “Later, or again and again” when you start a job."));
 }

@@ -18,7 +18,7 @@ export async function mount(place, parameters) {
   const names = await busy(map.faults, collectionNames);
   if (!names) return map.stop;
   if (!names.length) {
-    map.status.textContent = "There are no collections yet.";
+    fill(map.status, "There is no collection yet. ", el("a", { href: "#collections" }, "Create one and add images."));
     return map.stop;
   }
   map.open(names, parameters);

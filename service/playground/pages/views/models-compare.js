@@ -152,7 +152,7 @@ async function ready(model, tell, signal, onchange) {
     signal.throwIfAborted();
     now = await json({ path, shown: false, signal });
   }
-  model.loaded = true;
+  Object.assign(model, { loaded: true, state: now.state });
   await onchange();
 }
 

@@ -2,15 +2,19 @@
 
 import { json } from "../api.js";
 import { announce, busy, confirmed, el, errorBox, facts, field, fill, select, stateBadge, timeText } from "../dom.js";
+import { pause } from "../events.js";
 import { latest } from "./image-common.js";
 import { comparison } from "./models-compare.js";
 
+const ASK_MS = 200;
+const MOST_ASKED = 25;
+
 const STATES = {
-  live: "answers requests",
-  candidate: "is loaded or is being loaded beside the live model",
-  former: "was live before; a rollback makes it live again",
-  available: "lies in the data folder and was never live",
-  retired: "was live before, and is no longer loaded",
+  live: "Answers requests",
+  candidate: "Is loaded beside the live model, on trial or because it is about to become live",
+  former: "Was live before; a rollback makes it live again",
+  available: "Is in the data folder and was never live",
+  retired: "Was live before, and is no longer loaded",
 };
 
 export function mount(place) {
@@ -28,14 +32,15 @@ export function mount(place) {
     if (!answer || own.aborted) return;
     fill(list, answer.data.map((model) => card(model, answer.data)));
     compare.setModels(answer.data);
+    window.dispatchEvent(new Event("live-model"));
   }
 
   function card(model, all) {
     const title = `model-${model.generation ?? "x"}-${model.fingerprint.slice(0, 12)}`;
     return el("article", { class: "card model", "data-model": model.id, "aria-labelledby": title },
       el("h3", { id: title }, model.id, " ", stateBadge(model.state)),
-      el("p", { class: "quiet" }, `${STATES[model.state]}.`, model.state === "candidate" && !model.loaded
-        ? ` It is not loaded yet${model.load_error ? `, because it cannot be: ${model.load_error}` : "."}` : ""),
+      el("p", { class: "quiet" }, model.state === "candidate" && !model.loaded
+        ? `Is not loaded yet${model.load_error ? `, because it cannot be: ${model.load_error}` : "."}` : `${STATES[model.state]}.`),
       el("div", { class: "columns" },
         facts([
           ["Fingerprint", [el("code", {}, model.fingerprint)]],
@@ -103,6 +108,7 @@ export function mount(place) {
     });
     if (!answer) return;
     const missing = Object.entries(answer.lacking).map(([name, count]) => ` ${name} lacks ${count} items.`);
+    await busy(list, () => becomesLive(answer.generation, signal));
     fill(note, el("p", { role: "status" }, `${answer.model} is live again.`, missing));
     await show();
   }
@@ -126,6 +132,15 @@ export function mount(place) {
     abort.abort();
     compare.stop();
   };
+}
+
+/** Wait until the service answers with a generation. It takes over a change of the models a fraction of a second later. */
+async function becomesLive(generation, signal) {
+  for (let asked = 0; asked < MOST_ASKED; asked++) {
+    const { data } = await json({ path: "/v1/models", shown: false, signal });
+    if (data[0].generation === generation && data[0].state === "live") return;
+    await pause(ASK_MS, signal);
+  }
 }
 
 /** Where the weights come from. */

@@ -32,11 +32,12 @@ export function mount(place, parameters) {
   const rerankNote = el("small", { id: "rerank-note" });
   const filter = filterForm({ keys, initial: kept.filter, onchange: (value) => keep("filter", value) });
   const chip = el("p", { id: "search-chip", hidden: true });
+  const optionsTitle = el("summary", {}, "Options and filter");
   const summary = el("p", { id: "search-summary", tabindex: "-1" });
   const found = el("div", { id: "search-results" });
   const previous = el("button", { id: "search-previous", type: "button", disabled: true, onclick: () => turn(-1) }, "Previous");
   const next = el("button", { id: "search-next", type: "button", disabled: true, onclick: () => turn(1) }, "Next");
-  const pages = el("nav", { class: "row", "aria-label": "Pages of results" }, previous, next);
+  const pages = el("nav", { class: "row", "aria-label": "Pages of results", hidden: true }, previous, next);
   const list = results({ panel, collection: () => collection.value });
 
   fill(place, el("h2", {}, "Search"), keys,
@@ -44,7 +45,7 @@ export function mount(place, parameters) {
       el("div", { class: "side" },
         field("Collection", collection),
         panel,
-        el("details", { id: "search-options", open: !matchMedia("(max-width: 55rem)").matches }, el("summary", {}, "Options and filter"),
+        el("details", { id: "search-options", open: !matchMedia("(max-width: 55rem)").matches }, optionsTitle,
           field("Results per page", k), field("Lowest score", threshold, "from -1 to 1; empty: no limit"),
           field("Group by", groupBy, "a metadata key"), field("Results per group", groupSize),
           el("div", { class: "check" }, rerank, el("label", { for: rerank.id }, "Re-rank by patches"), rerankNote),
@@ -115,12 +116,16 @@ export function mount(place, parameters) {
     keys.see(...items.map((item) => item.metadata));
   }
 
+  function usedFilter() {
+    return allOf(currentFilter(), filter.value);
+  }
+
   function options() {
     return {
       k: Number(k.value),
       offset: offset || undefined,
       score_threshold: threshold.value === "" ? undefined : Number(threshold.value),
-      filter: allOf(currentFilter(), filter.value) ?? undefined,
+      filter: usedFilter() ?? undefined,
       group_by: groupBy.value.trim() || undefined,
       group_size: groupBy.value.trim() ? Number(groupSize.value) : undefined,
       rerank: rerank.checked && !rerank.disabled ? "patches" : undefined,
@@ -134,6 +139,7 @@ export function mount(place, parameters) {
     const wrong = [k, threshold, groupSize].find((input) => !input.checkValidity());
     if (wrong) return showNothing(`${wrong.labels[0].textContent}: ${wrong.validationMessage}`);
     if (!collection.value) return;
+    fill(optionsTitle, `Options and filter${usedFilter() ? " (a filter is set)" : ""}`);
     showAddress();
     showRerank();
     if (panel.isEmpty()) {
@@ -156,6 +162,7 @@ export function mount(place, parameters) {
     fill(found, list(answer, offset));
     const ends = { previous: offset === 0, next: shown < Number(k.value) || offset + 2 * Number(k.value) > MAX_DEPTH };
     if ([previous, next].includes(document.activeElement) && ends[document.activeElement === next ? "next" : "previous"]) summary.focus();
+    pages.hidden = !shown && !offset;
     previous.disabled = ends.previous;
     next.disabled = ends.next;
     fill(summary, inNumbers(answer));
@@ -165,6 +172,7 @@ export function mount(place, parameters) {
   function showNothing(reason) {
     isRunning = false;
     previous.disabled = next.disabled = true;
+    pages.hidden = true;
     fill(summary, reason);
     announce(reason);
   }
@@ -172,9 +180,10 @@ export function mount(place, parameters) {
   function inNumbers(answer) {
     const kind = answer.groups ? "groups" : "results";
     const took = `in ${answer.timings.total.toFixed(0)} ms`;
-    if (!shown) return offset ? `No more ${kind}.` : `No ${kind}, ${took}.`;
+    const only = usedFilter() ? ` Filter: ${inWords(usedFilter())}.` : "";
+    if (!shown) return `${offset ? `No more ${kind}.` : `No ${kind}, ${took}.`}${only}`;
     const more = answer.truncated ? " There may be more groups: use a filter." : "";
-    return `${answer.groups ? "Groups" : "Results"} ${offset + 1} to ${offset + shown} of collection ${answer.collection}, ${took}.${more}`;
+    return `${answer.groups ? "Groups" : "Results"} ${offset + 1} to ${offset + shown} of collection ${answer.collection}, ${took}.${only}${more}`;
   }
 
   function turn(direction) {
