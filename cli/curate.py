@@ -160,6 +160,11 @@ def verify(
 
     track = _track()
     try:
+        if certificate is None and not (dataset / CERTIFICATE).exists():
+            raise ValueError(
+                f"{dataset} has no {CERTIFICATE}: `dinov2 curate` writes one if leaks.evaluation is set, and if no "
+                "image was restored that is a leak or was not compared"
+            )
         images = digests_of([str(dataset)], track, "the dataset")
         compared = None if not evaluation else digests_of(evaluation, track, "the evaluation images")
         content = verify_certificate(certificate or dataset / CERTIFICATE, images, evaluation=compared)

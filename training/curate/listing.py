@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,12 @@ from training.curate.table import Indices
 from training.data.dataset import Source
 from training.data.progress import Tally
 from training.data.sources import open_source
+
+CHANGED: Final = (
+    "has changed since it was scanned; start the command again. If that does not help, the file has the size and the "
+    "time of modification that it had before: touch it first"
+)
+"""What is said about an image whose bytes are no longer those that were scanned."""
 
 
 class Location(NamedTuple):
@@ -45,6 +51,11 @@ class Listing:
     def location(self, row: int) -> Location:
         """Return where an image is."""
         return Location(self.key[row], int(self.source[row]), int(self.position[row]))
+
+
+def gone(key: str, error: ValueError) -> OSError:
+    """Return the error for an image that could be read when it was scanned, but not any more."""
+    return OSError(f"{key} cannot be read any more: {error}; if it was removed or replaced, start the command again")
 
 
 class Reader:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from training.curate.blocks import in_order, one_blas_thread
 from training.curate.copies.groups import detail_grade
 from training.curate.copies.verify import PairComparison, Similarities
-from training.curate.listing import Location, Reader
+from training.curate.listing import Location, Reader, gone
 from training.curate.progress import Track
 from training.curate.scan import Scanned
 from training.curate.table import Indices, Pixels
@@ -140,7 +140,7 @@ def _read(reader: Reader, locations: dict[int, Location], index: int) -> Pixels:
     try:
         return decode(reader.encoded(locations[index]))
     except ValueError as error:
-        raise OSError(f"{locations[index].key} cannot be read any more: {error}") from error
+        raise gone(locations[index].key, error) from error
 
 
 class StoredComparison:

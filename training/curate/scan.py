@@ -28,7 +28,7 @@ from training.curate.copies.hashes import perceptual_hash
 from training.curate.embedding import Embedder
 from training.curate.faces import FaceSettings
 from training.curate.hidden_faces import HiddenFaces
-from training.curate.listing import Listing, Location, Reader, digest_of, list_sources
+from training.curate.listing import CHANGED, Listing, Location, Reader, digest_of, gone, list_sources
 from training.curate.progress import Track
 from training.curate.quality import MEASURES, measure
 from training.curate.rows import (
@@ -251,9 +251,9 @@ class Scanned:
         try:
             data = self.reader.encoded(self.location(index))
         except ValueError as error:
-            raise OSError(f"{key} cannot be read any more: {error}") from error
+            raise gone(key, error) from error
         if hashlib.sha256(data).digest() != self.images.sha256[index].tobytes():
-            raise OSError(f"{key} has changed since it was scanned; start the command again")
+            raise OSError(f"{key} {CHANGED}")
         return data
 
     def pixels(self, index: int) -> Pixels:

@@ -12,6 +12,7 @@ from typing import IO, Final, Literal, cast
 import numpy as np
 
 from model.decode import sniff
+from training.curate.listing import CHANGED
 from training.curate.table import Images, Indices
 from training.data.shards import LABEL, MAX_LABEL
 
@@ -149,7 +150,7 @@ def read_same(images: Images, index: int, read_bytes: ReadBytes) -> bytes:
     """
     data = read_bytes(index)
     if hashlib.sha256(data).digest() != images.sha256[index].tobytes():
-        raise ValueError(f"{images.key[index]} has changed since it was scanned; run the same command again")
+        raise ValueError(f"{images.key[index]} {CHANGED}")
     return data
 
 

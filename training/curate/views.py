@@ -20,7 +20,7 @@ from model.files import write_bytes
 from model.pooling import Pooling
 from training.curate.copies.hashes import Hashes, perceptual_hash
 from training.curate.embedding import Embedder, FloatArray
-from training.curate.listing import Location, Reader
+from training.curate.listing import Location, Reader, gone
 from training.curate.progress import Track
 from training.curate.scan import Scanned
 from training.curate.table import Images, Pixels
@@ -74,7 +74,7 @@ class ViewWorker:
         try:
             return decode(self._reader.encoded(location))
         except ValueError as error:
-            raise OSError(f"{location.key} cannot be read any more: {error}") from error
+            raise gone(location.key, error) from error
 
 
 def crops(pixels: Pixels) -> list[Pixels]:

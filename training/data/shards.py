@@ -55,7 +55,7 @@ MAX_HEADER = 2**20
 
 MAX_LABEL = 256
 LABEL = ".cls"
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 BLOCK = 512
 
 
@@ -187,7 +187,9 @@ def index_shard(blob: Blob, shard: str) -> ShardIndex:
         cut = member.offset_data + member.size > blob.size
         if kind not in (None, LABEL):
             continue
-        if not member.isreg() or member.issparse():
+        if ".." in name.split("/"):
+            skipped.append(Skipped(f"{shard}/{name}", "its name contains .., which leads out of its folder"))
+        elif not member.isreg() or member.issparse():
             skipped.append(
                 Skipped(f"{shard}/{name}", "a link or a sparse file: its bytes are not one range of the shard")
             )
@@ -221,7 +223,7 @@ def _ignored_as(reader: _Reader, member: tarfile.TarInfo, name: str) -> str | No
         reader.seek(member.offset_data)
         return reader.read(min(member.size, HEAD_BYTES)) if member.isreg() else b""
 
-    if any(part.startswith(".") for part in name.split("/")):
+    if any(part.startswith(".") and part != ".." for part in name.split("/")):
         return HIDDEN
     return ignored_as(name.rpartition("/")[2], head)
 

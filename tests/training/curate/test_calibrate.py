@@ -6,7 +6,15 @@ import pytest
 from tests.training.curate.scenes import scene
 from tests.training.curate.test_copies import table
 from training.curate.copies import calibrate as module
-from training.curate.copies.calibrate import _choose, _Examples, calibrate, lower_bound, sources_needed
+from training.curate.copies.calibrate import (
+    Reached,
+    Threshold,
+    _choose,
+    _Examples,
+    calibrate,
+    lower_bound,
+    sources_needed,
+)
 
 
 def examples(positive: list[float], negative: list[float]) -> _Examples:
@@ -37,6 +45,13 @@ def test_pairs_that_are_copies_already_are_set_aside(monkeypatch: pytest.MonkeyP
     assert found.set_aside > 0
     assert found.reached.false == 0
     assert "are copies already" in found.describe()[-1]
+
+
+def test_a_precision_that_the_held_out_part_does_not_reach_is_pointed_out() -> None:
+    short = Threshold(0.8, 0.99, Reached({"cropped": 100}, {"cropped": 100}, others=400, false=2), set_aside=0)
+    assert "precision is below 0.99; look at the copies in report.html" in short.describe()[-1]
+    enough = Threshold(0.8, 0.98, short.reached, set_aside=0)
+    assert len(enough.describe()) == 2
 
 
 def test_the_threshold_lies_in_the_middle_of_the_range_that_keeps_the_promise() -> None:

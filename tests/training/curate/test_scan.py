@@ -233,7 +233,10 @@ def test_images_that_change_after_the_scan_are_refused(tmp_path: Path, embedder)
     scanned = run(source, tmp_path / "work")
     assert np.array_equal(scanned.pixels(0), np.asarray(picture(0)))
     picture(7).save(source / "a" / "000.png")
-    with pytest.raises(OSError, match=r"1/a/000.png has changed since it was scanned"):
+    with pytest.raises(OSError, match=r"1/a/000.png has changed since it was scanned; start the command again"):
+        scanned.encoded(0)
+    (source / "a" / "000.png").unlink()
+    with pytest.raises(OSError, match=r"1/a/000.png cannot be read any more: .*; if it was removed or replaced, start"):
         scanned.encoded(0)
 
 

@@ -229,6 +229,22 @@ def test_members_follow_the_rule_of_folders(tmp_path, index_dir):
     assert open_source(tmp_path / "a.tar", index_dir).ignored == source.ignored  # from the stored index
 
 
+def test_members_whose_names_lead_out_of_the_tar_are_listed_and_not_used(tmp_path, index_dir):
+    members = [
+        ("a.png", png(0)),
+        ("../../b.png", png(1)),
+        ("/c.png", png(2)),
+        ("d/../a.png", png(3)),
+        ("../n.txt", b""),
+    ]
+    source = open_source(write_tar(tmp_path / "a.tar", members), index_dir)
+    assert names(source) == ["a.tar/a.png", "a.tar/c.png"]
+    assert values(source) == [0, 2]
+    assert [one.name for one in source.skipped] == ["a.tar/../../b.png", "a.tar/d/../a.png"]
+    assert all("leads out of its folder" in one.reason for one in source.skipped)
+    assert source.ignored == {".txt": 1}
+
+
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_every_form_of_tar_gives_what_tarfile_gives(tmp_path, index_dir, form):
     members = [(f"{'d' * 60}/{i}/{'f' * 60}{i}.png", png(i)) for i in range(5)]

@@ -70,6 +70,11 @@ class Threshold:
             f"held out: {found} of {total} copies found ({kinds}), {reached.false} of {reached.others} other pairs"
             f" taken for copies: precision {reached.precision:.4f}, recall {reached.recall:.4f}",
         ]
+        if reached.precision < self.precision:
+            lines.append(
+                f"on the held out pairs, the precision is below {self.precision:g}; look at the copies in report.html, "
+                "and ask for a higher precision if they are not copies"
+            )
         if self.set_aside:
             lines.append(f"{self.set_aside} pairs of images are copies already, or almost, and were not used")
         return lines
