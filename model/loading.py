@@ -104,7 +104,13 @@ def read_model(
     elif source in CONFIGS:
         raise ValueError(f"no weights are published for {source!r}: pass a file with weights=, or give its path")
     else:
-        loaded = _published(zoo.resolve(source), download)  # an unknown name raises an error that lists the known ones
+        try:
+            entry = zoo.resolve(source)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. Other models are named by the path of their file or folder, such as data/artifacts/NAME"
+            ) from None
+        loaded = _published(entry, download)
     if pos_embed_rule is not None:
         loaded = replace(loaded, config=replace(loaded.config, pos_embed_rule=pos_embed_rule))
     return loaded

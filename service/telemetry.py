@@ -357,6 +357,7 @@ def configure_logging(level: str, audit_file: Path | None = None) -> None:
         audit_handler = WatchedFileHandler(audit_file, encoding="utf-8")
         audit_handler.setFormatter(JsonLines())
         audit_log.addHandler(audit_handler)
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells which of its builds it has tried
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").setLevel(logging.ERROR)  # Pillow warns about every unusual image
 

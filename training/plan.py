@@ -68,7 +68,8 @@ def plan_run(
     plan = Planned(config, {}, [])
     if world.is_main and (config.estimate or config.hours is not None):
         tell(
-            f"{len(listing.train):,} images to train on; a few steps on trial show what the run needs (estimate=false)"
+            f"{len(listing.train):,} images to train on; a few steps on trial show what the run needs "
+            "(estimate=false skips them)"
         )
     if config.scale == "continue":
         plan = scaled(plan, listing, world)

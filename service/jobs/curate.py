@@ -46,7 +46,9 @@ class CurateParams(JobParams):
     """What `POST /v1/jobs` accepts for a curation."""
 
     data: Annotated[list[str], ONE_OR_MORE] = Field(
-        min_length=1, max_length=100, description="folders of images, tar files or datasets, below DINOV2_JOB_ROOTS"
+        min_length=1,
+        max_length=100,
+        description="folders of images, tar files or datasets, below DINOV2_JOB_ROOTS (unset: data/datasets)",
     )
     settings: Annotated[list[Override], ONE_OR_MORE] = Field(
         default=[], max_length=200, description="settings of the curation, as section.key=value"

@@ -25,7 +25,7 @@ class EvaluateParams(JobParams):
         description="id of a training job, name of a published model, path of a checkpoint, run or artifact, or auto"
     )
     task: Task = Field(description="task to evaluate the model on")
-    data: str = Field(description="data of the task, below DINOV2_JOB_ROOTS")
+    data: str = Field(description="data of the task, below DINOV2_JOB_ROOTS (unset: data/datasets)")
     settings: Annotated[list[Override], ONE_OR_MORE] = Field(
         default=[], max_length=100, description="settings of the task, as key=value"
     )

@@ -72,7 +72,7 @@ def gate_images(
             file = list_file(data_dir, folder)
             tell(
                 f"the gate compares the models on images of the training: {folder} has too few to hold out {least} "
-                "(min_queries), which may be a third of them; better name other images in gate_data"
+                "(min_queries), which may be a third of them; it is better to name other images in gate_data"
             )
     held_out = frozen is not None or not is_trained_on
     if frozen is None:

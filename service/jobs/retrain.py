@@ -53,7 +53,9 @@ class RetrainParams(MigrationParams):
     """What `POST /v1/jobs` accepts for a retraining."""
 
     data: Annotated[list[str], ONE_OR_MORE] = Field(
-        min_length=1, max_length=100, description="images to train on, below DINOV2_JOB_ROOTS"
+        min_length=1,
+        max_length=100,
+        description="folders of images to train on, below DINOV2_JOB_ROOTS (unset: data/datasets)",
     )
     recipe: str = Field(
         "continue",
@@ -102,7 +104,10 @@ class RetrainParams(MigrationParams):
         gate_data = data_source(self.gate_data or self.data[0], settings)
         if not Path(gate_data).is_dir():
             name = "gate_data" if self.gate_data else "data"
-            raise ValueError(f"{name} {gate_data[:200]!r} is not a folder: the gate needs a folder, named in gate_data")
+            raise ValueError(
+                f"{name} {gate_data[:200]!r} does not exist or is not a folder: the gate needs a folder, named in "
+                "gate_data"
+            )
         return self.model_copy(update={"data": training.data, "overrides": training.overrides, "gate_data": gate_data})
 
 

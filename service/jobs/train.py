@@ -58,7 +58,9 @@ class TrainParams(JobParams):
     """What `POST /v1/jobs` accepts for a training."""
 
     data: Annotated[list[str], ONE_OR_MORE] = Field(
-        min_length=1, max_length=100, description="folders of images, tar files or datasets, below DINOV2_JOB_ROOTS"
+        min_length=1,
+        max_length=100,
+        description="folders of images, tar files or datasets, below DINOV2_JOB_ROOTS (unset: data/datasets)",
     )
     recipe: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$", description="name of a recipe, such as continue or smoke"

@@ -121,8 +121,9 @@ def test_a_missing_path_is_no_unknown_model(source: str) -> None:
 
 
 def test_names_are_looked_up_and_paths_of_similar_names_get_a_hint(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"unknown model 'dinov2_vits15': did you mean dinov2_vits14"):
+    with pytest.raises(ValueError, match=r"unknown model 'dinov2_vits15': did you mean dinov2_vits14") as caught:
         load_model("dinov2_vits15")
+    assert "Other models are named by the path of their file or folder" in str(caught.value)
     with pytest.raises(FileNotFoundError, match=r"did you mean the published model facebook/dinov2-small\?"):
         load_model("facebook/dinov2-smal")
     with pytest.raises(FileNotFoundError, match=r"dinov2_vits14: no such file"):

@@ -18,8 +18,8 @@ const VIEWS = [
 const main = document.getElementById("main");
 let leave = null;
 
-/** Show the view that the address names: `#image`, `#map?collection=shop`. */
-async function show() {
+/** Show the view that the address names: `#image`, `#map?collection=shop`. `event` is the change of the address, if any. */
+async function show(event) {
   const [, name, query] = /^#?([^?]*)\??(.*)$/s.exec(location.hash);
   const [view, title, load] = VIEWS.find(([key]) => key === name) ?? VIEWS[0];
   leave?.();
@@ -32,7 +32,7 @@ async function show() {
   const place = el("section", { id: `view-${view}`, "aria-label": title });
   fill(main, place);
   // A link in the view that was left had the focus: the next Tab goes on in the new view, not at the top of the page.
-  if (document.activeElement === document.body) main.focus({ preventScroll: true });
+  if (event && document.activeElement === document.body) main.focus({ preventScroll: true });
   try {
     const module = await load();
     if (!place.isConnected) return; // another view was opened meanwhile

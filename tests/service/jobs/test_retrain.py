@@ -269,7 +269,7 @@ def test_a_service_that_never_started_has_no_live_model(tmp_path: Path, commands
     ("kind", "params", "message"),
     [
         ("retrain", {"data": ["/etc"]}, "is not below"),
-        ("retrain", {"data": ["shop"], "gate_data": "nothing"}, "is not a folder"),
+        ("retrain", {"data": ["shop"], "gate_data": "nothing"}, "does not exist or is not a folder"),
         ("retrain", {"data": ["shop"], "share": 0}, "share"),
         ("retrain", {"data": ["shop"], "overrides": ["mlflow=x"]}, "mlflow"),
         ("retrain", {"data": ["shop"], "overrides": ["exclude=/etc/passwd"]}, "exclude"),

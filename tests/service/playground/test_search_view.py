@@ -145,6 +145,7 @@ async def test_the_filter_form_makes_the_filter_of_the_api(page: Any, api: httpx
     await page.wait_for_function("() => document.querySelector('.invalid').textContent.includes('not used')")
     await area.fill('{"field": "id", "in": ["shelf/05"]}')
     await wait_for_ids(page, CARDS, ["shelf/05"])
+    assert await page.is_hidden("#search-next")  # there is one page
     # The filter is named above the results, because the form may be closed.
     assert 'Filter: id is one of ["shelf/05"].' in await page.inner_text("#search-summary")
     assert await page.inner_text("#search-options > summary") == "Options and filter (a filter is set)"

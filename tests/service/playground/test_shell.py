@@ -45,6 +45,8 @@ async def test_the_frame_names_the_live_model(page: Any, api: httpx.Client) -> N
 
 async def test_the_keyboard_goes_on_in_the_view_that_a_link_has_opened(page: Any) -> None:
     await page.goto("/#collections?collection=shop")
+    await page.wait_for_selector("#items .card")
+    assert await page.evaluate("() => document.activeElement === document.body")  # the first Tab reaches the header
     await page.get_by_role("link", name="Search in it").press("Enter")
     await page.wait_for_selector("#view-search h2")
     assert await page.evaluate("() => document.activeElement.id") == "main"

@@ -118,7 +118,7 @@ export function itemsPanel({ collection, keys, originals, onchange }) {
         onchange();
       };
       return [el("ul", {}, ids.slice(0, 10).map((id) => el("li", {}, id)), ids.length > 10 && el("li", {}, `and ${ids.length - 10} more`)),
-        el("p", {}, "Stored images are kept."), problem, el("button", { type: "button", class: "confirm", onclick: work }, `Delete ${what}`)];
+        el("p", {}, "Stored images are kept until they are erased (dinov2 originals erase --unreferenced)."), problem, el("button", { type: "button", class: "confirm", onclick: work }, `Delete ${what}`)];
     });
   }
 

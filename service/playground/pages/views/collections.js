@@ -114,7 +114,7 @@ function confirmDelete(one, ondone) {
       ondone();
     };
     return el("form", { onsubmit: submit },
-      el("p", {}, `Its ${one.count} items are deleted and cannot be restored without a snapshot. Stored images are kept.`),
+      el("p", {}, `Its ${one.count} items are deleted and cannot be restored without a snapshot. Stored images are kept until they are erased (dinov2 originals erase --unreferenced).`),
       field(`Type ${one.name} to confirm`, typed), el("div", { class: "row" }, remove), note);
   });
 }

@@ -21,7 +21,8 @@ const TABS = [
 
 export function mount(place, parameters) {
   const view = { tab: TABS.some(([key]) => key === parameters.get("tab")) ? parameters.get("tab") : "patches", work: null, turn: 0 };
-  const body = el("div", { id: "image-body" }, el("p", { class: "quiet" }, "Choose an image to see what the model sees in it."));
+  const body = el("div", { id: "image-body" }, el("p", { class: "quiet" }, "Choose an image to see what the model sees in it. An item of a collection is opened by “look at it” in ",
+    el("a", { href: "#search" }, "Search"), " and ", el("a", { href: "#collections" }, "Collections"), "."));
   const picker = imagePicker({ onimage: (image) => show(image) });
   place.append(el("h2", {}, "Image"), picker, body);
   const close = () => {

@@ -162,7 +162,7 @@ export function mount(place, parameters) {
     fill(found, list(answer, offset));
     const ends = { previous: offset === 0, next: shown < Number(k.value) || offset + 2 * Number(k.value) > MAX_DEPTH };
     if ([previous, next].includes(document.activeElement) && ends[document.activeElement === next ? "next" : "previous"]) summary.focus();
-    pages.hidden = !shown && !offset;
+    pages.hidden = ends.previous && ends.next;
     previous.disabled = ends.previous;
     next.disabled = ends.next;
     fill(summary, inNumbers(answer));
