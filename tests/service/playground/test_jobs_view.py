@@ -222,6 +222,24 @@ async def test_a_job_is_started_by_the_form(view: Any, place: Place) -> None:
     await shown(view, "#job .state", "succeeded")
 
 
+async def test_a_job_is_not_started_twice_while_it_is_checked(view: Any, place: Place) -> None:
+    held: list[Any] = []
+    await view.route("**/v1/jobs", lambda route: held.append(route))
+    await view.goto("/#jobs?start=export&source=dinov2_vits14")
+    await view.wait_for_selector("#job-form")
+    before = len(held)
+    start = view.get_by_role("button", name="Start", exact=True)
+    await start.click()
+    await shown(view, "#job-form", "The parameters are being checked")
+    assert await start.is_disabled()
+    await view.keyboard.press("Enter")
+    assert len([route for route in held[before:] if route.request.method == "POST"]) == 1
+    for route in held:
+        await route.abort()
+    await shown(view, "#job-form .error", "")
+    assert await start.is_enabled()
+
+
 async def test_a_schedule_is_created_and_removed(view: Any, place: Place) -> None:
     await view.goto("/#jobs?start=export&source=dinov2_vits14")
     await view.click("#job-form summary")
@@ -229,6 +247,7 @@ async def test_a_schedule_is_created_and_removed(view: Any, place: Place) -> Non
     await view.fill("#job-schedule", "weekly")
     await view.get_by_role("button", name="Start", exact=True).click()
     await shown(view, "#schedules tr[data-schedule='weekly']", "sunday 03:00 (UTC)")
+    await shown(view, "#schedule-created", "The schedule weekly creates its next job at")
     [schedule] = place.api.get("/v1/schedules").json()["data"]
     assert (schedule["kind"], schedule["params"]) == ("export", {"source": "dinov2_vits14"})
     await view.get_by_role("button", name="Remove the schedule weekly").click()
