@@ -148,6 +148,15 @@ def test_the_certificate_is_verified_by_a_command_and_refused_after_a_change(who
     assert "was changed" in changed.output
 
 
+def test_a_deleted_certificate_is_made_again(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "dataset"
+    shutil.copytree(whole / "whole", out)
+    (out / CERTIFICATE).unlink()
+    run(whole, out)
+    assert (out / CERTIFICATE).read_bytes() == (whole / "whole" / CERTIFICATE).read_bytes()
+    assert len(done_stages(out)) == len(done_stages(whole / "whole")) + 1  # only `write`
+
+
 def run_until_killed(folder: Path, out: Path, point: str) -> None:
     with interrupted(point, kill_this_process):
         run(folder, out)
