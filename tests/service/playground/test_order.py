@@ -100,7 +100,7 @@ async def test_a_hidden_page_has_no_stream(page: Any, api: httpx.Client) -> None
     assert len(streams) == 1
     await page.evaluate(turn, False)
     await until(lambda: len(streams) > 1)
-    assert await page.text_content("#jobs-connection") == "live"
+    assert await page.text_content("#jobs-connection") == "updated live"
 
 
 async def test_a_search_in_another_collection_waits_for_the_image(page: Any, api: httpx.Client) -> None:
