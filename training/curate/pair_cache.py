@@ -188,10 +188,10 @@ class StoredComparison:
     def _keys(self, first: Indices, second: Indices) -> list[bytes]:
         """Return the keys of pairs [p], which are digests of their pixels."""
         (scanned, rows), (other, other_rows) = self._first, self._second or self._first
-        looks, other_looks = scanned.images.pixels_sha256[rows], other.images.pixels_sha256[other_rows]
+        looks = scanned.images.pixels_sha256[rows[first]]
+        other_looks = other.images.pixels_sha256[other_rows[second]]
         return [
-            hashlib.sha256(looks[a].tobytes() + other_looks[b].tobytes()).digest()[:16]
-            for a, b in zip(first.tolist(), second.tolist(), strict=True)
+            hashlib.sha256(a.tobytes() + b.tobytes()).digest()[:16] for a, b in zip(looks, other_looks, strict=True)
         ]
 
     def _compare_new(self, order: Indices, ones: Indices, others: Indices, pairs: Sequence[bytes]) -> None:
